@@ -1,0 +1,1 @@
+"""Modules that fill Brevitas' injector slots: values <-> codes."""

@@ -1,0 +1,189 @@
+"""A probabilistic choice between two bit widths, and schedules for its probability."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brevitas_bp.kernels.random import WIDTHS, next_seed
+from brevitas_bp.kernels.spec import MixPer, check_bit_width, check_probability
+from brevitas_bp.kernels.widths import WidthLayout
+
+
+class TwoBitWidthSelector(nn.Module):
+    """Gives each bucket ``mix_bit_width`` with probability ``mix_prob``. Fills ``bit_width_impl``.
+
+    Which buckets they are follows from the seed alone (systematic sampling, see
+    :mod:`brevitas_bp.kernels.widths`): their number is ``floor(p * n + U)`` and every bucket is mixed
+    with probability exactly ``p``. Conditional on the choice each width rounds without bias, so the
+    mixture does, with the mean of the two variances.
+
+    The probability is a buffer, so that a schedule can move it and a checkpoint keeps it.
+
+    Args:
+        bit_width: base width in bits, 1..8.
+        mix_bit_width: the other width, 1..8.
+        mix_prob: probability of the other width.
+        mix_per: one draw per "bucket" or one per "tensor".
+
+    Raises:
+        ValueError: a width outside 1..8, equal widths, or a probability outside [0, 1].
+
+    Source: Li, 2025, chapter 5.
+    """
+
+    def __init__(
+            self,
+            bit_width: int,
+            mix_bit_width: int,
+            mix_prob: float,
+            mix_per: MixPer = "bucket") -> None:
+        super().__init__()
+        where = "brevitas_bp.core.TwoBitWidthSelector"
+        self.bit_widths = (
+            check_bit_width(where, bit_width), check_bit_width(where, mix_bit_width))
+        if bit_width == mix_bit_width:
+            raise ValueError(
+                f"{where}: mix_bit_width must differ from bit_width, both are {bit_width}; use a "
+                "quantizer of one width")
+        if mix_per not in ("bucket", "tensor"):
+            raise ValueError(f"{where}: mix_per must be 'bucket' or 'tensor', got {mix_per!r}")
+        self.mix_per: MixPer = mix_per
+        self.register_buffer("mix_prob", torch.tensor(
+            check_probability(where, "mix_prob", mix_prob), dtype=torch.float64))
+        self._seen: tuple[Tensor, int, float] | None = None
+
+    @property
+    def probability(self) -> float:
+        """``mix_prob`` as a float; read from the buffer only after it changed."""
+        buffer = self.mix_prob
+        assert isinstance(buffer, Tensor)
+        if self._seen is None or self._seen[0] is not buffer or self._seen[1] != buffer._version:
+            self._seen = (buffer, buffer._version, float(buffer))
+        return self._seen[2]
+
+    def set_mix_prob(self, probability: float) -> None:
+        """Moves the probability; the next draw uses it."""
+        check_probability("brevitas_bp.core.TwoBitWidthSelector.set_mix_prob", "mix_prob", probability)
+        assert isinstance(self.mix_prob, Tensor)
+        self.mix_prob.fill_(probability)
+
+    def draw(self, n: int) -> WidthLayout:
+        """The widths of ``n`` buckets."""
+        return WidthLayout.draw(n, self.probability, self.mix_per, next_seed(WIDTHS))
+
+    def forward(self, num_buckets: int | None = None, device: torch.device | None = None) -> Tensor:
+        """Widths as floats: [num_buckets, 1], or one 0-d draw where no number is given."""
+        layout = self.draw(1 if num_buckets is None else num_buckets)
+        mixed = layout.is_mixed(device or "cpu")
+        base, mix = self.bit_widths
+        widths = torch.where(mixed, float(mix), float(base))
+        return widths[0] if num_buckets is None else widths.unsqueeze(-1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has another buffer: what was read from this one says nothing about it.
+        return {**self.__dict__, "_seen": None}
+
+    def extra_repr(self) -> str:
+        return f"{self.bit_widths[0]} or {self.bit_widths[1]} bits per {self.mix_per}"
+
+
+MixSchedule = Callable[[int], float]
+
+
+def constant(probability: float) -> MixSchedule:
+    """``probability`` at every step."""
+    check_probability("brevitas_bp.core.constant", "probability", probability)
+    return lambda step: probability
+
+
+def linear(start: float, end: float, steps: int) -> MixSchedule:
+    """From ``start`` to ``end`` in equal parts over ``steps`` steps, then ``end``.
+
+    >>> [linear(1.0, 0.0, 4)(s) for s in (0, 1, 4, 9)]
+    [1.0, 0.75, 0.0, 0.0]
+    """
+    _check_schedule("linear", start, end, steps)
+    return lambda step: start + (end - start) * min(max(step, 0) / steps, 1.0)
+
+
+def cosine(start: float, end: float, steps: int) -> MixSchedule:
+    """From ``start`` to ``end`` along half a cosine over ``steps`` steps, then ``end``."""
+    _check_schedule("cosine", start, end, steps)
+    return lambda step: end + (start - end) * (
+        1 + math.cos(math.pi * min(max(step, 0) / steps, 1.0))) / 2
+
+
+def stepwise(start: float, factor: float, every: int) -> MixSchedule:
+    """``start * factor ** (step // every)``."""
+    _check_schedule("stepwise", start, factor, every)
+    return lambda step: start * factor**(max(step, 0) // every)
+
+
+def _check_schedule(name: str, first: float, second: float, steps: int) -> None:
+    where = f"brevitas_bp.core.{name}"
+    check_probability(where, "the first probability", first)
+    check_probability(where, "the second probability or factor", second)
+    if steps < 1:
+        raise ValueError(f"{where}: the number of steps must be at least 1, got {steps}")
+
+
+def selectors(root: nn.Module) -> Iterator[TwoBitWidthSelector]:
+    """All selectors below ``root``, those of wrappers included.
+
+    Found anew at each call: Brevitas rebuilds quantizers when a checkpoint is loaded.
+    """
+    for module in root.modules():
+        if isinstance(module, TwoBitWidthSelector):
+            yield module
+        hidden = getattr(module, "quantizer_modules", None)
+        if callable(hidden):
+            for quantizer in hidden():
+                yield from selectors(quantizer)
+
+
+class MixProbScheduler:
+    """Moves the probability of every :class:`TwoBitWidthSelector` below a module.
+
+    Args:
+        root: a model with ``QuantIdentity`` layers or a ``QuantBackwardWrapper``.
+        schedule: step -> probability, for instance :func:`linear`.
+
+    Call :meth:`step` once per training step or epoch.
+
+    Raises:
+        ValueError: there is no selector below ``root``: the schedule would do nothing.
+    """
+
+    def __init__(self, root: nn.Module, schedule: MixSchedule) -> None:
+        self.root = root
+        self.schedule = schedule
+        self.steps = 0
+        self._apply()
+
+    def step(self) -> float:
+        """Advances by one and returns the probability now in force."""
+        self.steps += 1
+        return self._apply()
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps taken."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues where :meth:`state_dict` was taken."""
+        self.steps = int(state["steps"])
+        self._apply()
+
+    def _apply(self) -> float:
+        probability = self.schedule(self.steps)
+        found = list(selectors(self.root))
+        if not found:
+            raise ValueError(
+                "brevitas_bp.core.MixProbScheduler: no quantizer below the module mixes two bit "
+                "widths; add the fragment TwoBitWidth to its config")
+        for selector in found:
+            selector.set_mix_prob(probability)
+        return probability

@@ -1,0 +1,191 @@
+"""Bucketed integer quantization: values <-> codes."""
+
+import torch
+from torch import Tensor, nn
+
+from brevitas_bp.core.bit_width import TwoBitWidthSelector
+from brevitas_bp.core.bucket import unflatten
+from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
+from brevitas_bp.kernels.reference import compute_dtype, reciprocal, round_up
+from brevitas_bp.kernels.spec import check_bit_width, check_metadata_dtype
+
+
+class SignMagnitudeIntScaling(nn.Module):
+    """Largest code ``2**(b-2)`` of the thesis' sign-magnitude codes. Fills ``int_scaling_impl``.
+
+    Listing 5.1 of Li, 2025, calls ``L`` levels of magnitude "log2(L) bits"; with the sign they are
+    ``2L + 1`` values and take ``log2(L) + 2`` bits, which is the ``bit_width`` here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, bit_width: Tensor) -> Tensor:
+        """Bits -> largest code, same shape."""
+        return torch.exp2(bit_width - 2)
+
+
+class BucketIntQuant(nn.Module):
+    """Codes of buckets for a given scale and offset. Fills ``int_quant``.
+
+    ``q = clamp(round((x - offset) * (1 / s)), lowest, top)``, ``x~ = q * s + offset`` where the top
+    code is ``int_scaling_impl(bit_width)`` and the lowest 0, or ``-top`` for signed codes. The offset
+    is ``-zero_point * s``; :class:`BucketRescalingIntQuant` passes it as it is stored.
+
+    Args:
+        int_scaling_impl: bit width -> top code.
+        float_to_int_impl: the rounding.
+        input_view_impl: the bucket view.
+        signed: whether codes have a sign.
+        narrow_range: must be set for signed codes: with one more level on the negative side the
+            positive end of a symmetric range clips.
+
+    Raises:
+        ValueError: signed codes without ``narrow_range``.
+    """
+
+    def __init__(
+            self,
+            int_scaling_impl: nn.Module,
+            float_to_int_impl: nn.Module,
+            input_view_impl: nn.Module,
+            signed: bool,
+            narrow_range: bool) -> None:
+        super().__init__()
+        if signed and not narrow_range:
+            raise ValueError(
+                "brevitas_bp.core.BucketIntQuant: signed codes need narrow_range=True (otherwise the "
+                "positive end of the range is clipped and rounding is biased), got "
+                "narrow_range=False; set it in the config")
+        self.int_scaling_impl = int_scaling_impl
+        self.float_to_int_impl = float_to_int_impl
+        self.input_view_impl = input_view_impl
+        self.signed = signed
+        self.narrow_range = narrow_range
+
+    def max_int(self, bit_width: Tensor) -> Tensor:
+        """Top code."""
+        return self.int_scaling_impl(bit_width)
+
+    def min_int(self, bit_width: Tensor) -> Tensor:
+        """Lowest code."""
+        top = self.int_scaling_impl(bit_width)
+        return -top if self.signed else torch.zeros_like(top)
+
+    def quantize(self, x: Tensor, scale: Tensor, offset: Tensor, bit_width: Tensor) -> Tensor:
+        """Buckets [N, B] -> codes as floats [N, B]."""
+        u = (x - offset) * reciprocal(scale)
+        codes = self.float_to_int_impl(u)
+        top = self.int_scaling_impl(bit_width).to(x.dtype)
+        return torch.clamp(codes, -top if self.signed else torch.zeros_like(top), top)
+
+    def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """Codes as floats [N, B] -> values [N, B]."""
+        return codes * scale + offset
+
+    def to_int(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
+        """Codes in Brevitas' convention, ``zero_point`` in codes."""
+        return self.quantize(
+            self.input_view_impl(x), scale, (0 - zero_point) * scale, bit_width)
+
+    def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
+        """Quantized values [N, B] in Brevitas' convention."""
+        return self.dequantize(
+            self.to_int(scale, zero_point, bit_width, x), scale, (0 - zero_point) * scale)
+
+
+class BucketRescalingIntQuant(nn.Module):
+    """Scale, offset and width of each bucket, then codes. Fills ``tensor_quant``.
+
+    The composition of a bucket quantizer from replaceable parts. ``forward`` returns Brevitas'
+    ``(value, scale, zero_point, bit_width)``: value like the input, the others [N, 1] (bit width 0-d
+    where all buckets share one). :meth:`quantize` and :meth:`dequantize` stop at the codes.
+
+    Computes in float32 (float64 for float64 input) whatever the input dtype. NaN or Inf makes every
+    element of its bucket NaN; a constant bucket is exact; an empty tensor is returned as it is.
+
+    Args:
+        int_quant: codes from scale and offset.
+        scaling_impl: (buckets, top code) -> scale [N, 1].
+        int_scaling_impl: bit width -> top code.
+        zero_point_impl: Brevitas' slot; one with a method ``offset`` is asked for that.
+        bit_width_impl: the width, or a :class:`TwoBitWidthSelector`.
+        input_view_impl: the bucket view.
+        metadata_dtype: stored dtype of scale and offset; with bfloat16 they are rounded outwards
+            before any code is computed, so that rounding stays unbiased.
+
+    Raises:
+        ValueError: a bit width outside 1..8, at construction where the width is constant.
+    """
+
+    def __init__(
+            self,
+            int_quant: nn.Module,
+            scaling_impl: nn.Module,
+            int_scaling_impl: nn.Module,
+            zero_point_impl: nn.Module,
+            bit_width_impl: nn.Module,
+            input_view_impl: nn.Module,
+            metadata_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        where = "brevitas_bp.core.BucketRescalingIntQuant"
+        self.int_quant = int_quant
+        self.scaling_impl = scaling_impl
+        self.int_scaling_impl = int_scaling_impl
+        self.zero_point_impl = zero_point_impl
+        self.msb_clamp_bit_width_impl = bit_width_impl
+        self.input_view_impl = input_view_impl
+        self.metadata_dtype = check_metadata_dtype(where, metadata_dtype)
+        self.observer_only = False
+        if isinstance(bit_width_impl, TwoBitWidthSelector):
+            self.bit_widths = bit_width_impl.bit_widths
+        else:
+            self.bit_widths = (check_bit_width(where, float(bit_width_impl())),)
+        for width in self.bit_widths:
+            if not float(int_scaling_impl(torch.tensor(float(width)))) >= 1:
+                raise ValueError(
+                    f"{where}: {width} bits leave no level on both sides of zero; use a "
+                    "shifted-uint (min-max) quantizer or more bits")
+        if getattr(zero_point_impl, "quantize_zero_point", False) and (
+                metadata_dtype != torch.float32):
+            raise ValueError(
+                f"{where}: quantize_zero_point needs metadata_dtype=torch.float32, got "
+                f"{metadata_dtype}; a rounded offset would move zero off the grid")
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes as floats [N, B], scale [N, 1], offset [N, 1] or 0-d, bit width [N, 1] or 0-d."""
+        buckets = self.input_view_impl(x.to(compute_dtype(x.dtype)))
+        bit_width = self._bit_width(buckets)
+        top = self.int_scaling_impl(bit_width).to(buckets.dtype)
+        scale = self.scaling_impl(buckets, top)
+        rounded = round_up(scale.detach(), self.metadata_dtype)
+        scale = scale + (rounded - scale).detach() if rounded is not scale else scale
+        offset = self._offset(buckets, scale, bit_width)
+        return self.int_quant.quantize(buckets, scale, offset, bit_width), scale, offset, bit_width
+
+    def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor, like: Tensor) -> Tensor:
+        """Values of ``codes`` [N, B], shaped, typed and laid out as ``like``."""
+        values = self.int_quant.dequantize(codes, scale, offset)
+        limit = torch.finfo(like.dtype).max
+        flat = values.clamp(-limit, limit).to(like.dtype).reshape(-1)[:like.numel()]
+        return unflatten(flat, like)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns value, scale, zero point and bit width."""
+        if x.numel() == 0:
+            empty = x.new_empty((0, 1), dtype=compute_dtype(x.dtype))
+            return x, empty, empty, torch.tensor(float(self.bit_widths[0]))
+        codes, scale, offset, bit_width = self.quantize(x)
+        value = x if self.observer_only else self.dequantize(codes, scale, offset, x)
+        return value, scale, -offset * reciprocal(scale), bit_width
+
+    def _bit_width(self, buckets: Tensor) -> Tensor:
+        if isinstance(self.msb_clamp_bit_width_impl, TwoBitWidthSelector):
+            return self.msb_clamp_bit_width_impl(buckets.shape[0], buckets.device)
+        return self.msb_clamp_bit_width_impl()
+
+    def _offset(self, buckets: Tensor, scale: Tensor, bit_width: Tensor) -> Tensor:
+        if isinstance(self.zero_point_impl, RuntimeDynamicBucketZeroPoint):
+            return self.zero_point_impl.offset(buckets, scale)
+        return (0 - self.zero_point_impl(buckets, scale, bit_width)) * scale
+

@@ -1,0 +1,38 @@
+"""Stochastic rounding."""
+
+import torch
+from brevitas.function.ops_ste import floor_ste, round_ste
+from torch import Tensor, nn
+
+
+class StochasticRound(nn.Module):
+    """Rounds up with the probability of the fractional part. Fills ``float_to_int_impl``.
+
+    ``q = floor(u) + (noise < u - floor(u))`` with ``noise`` uniform in [0, 1): ``E[q] = u`` up to
+    2**-24 and integers are fixed points. NaN and Inf pass through. The gradient is straight through.
+
+    The noise is float32 whatever the input dtype (16-bit uniforms bias the rounding), and each call
+    draws a new seed: within :func:`brevitas_bp.seeded` from that seed, else from torch's global
+    generator, so that ``torch.manual_seed`` and checkpointing govern it as they govern dropout.
+    Unlike Brevitas' ``StochasticRoundSte`` two modules never share their draws, copies are
+    independent, and the module pickles, scripts and does not change in ``eval()`` unless asked to.
+
+    Args:
+        deterministic_inference: round to nearest in ``eval()``. Off by default: a frozen module that
+            is still differentiated needs unbiased gradients.
+
+    >>> bool((StochasticRound()(torch.full((1000,), 0.25)).mean() - 0.25).abs() < 0.1)
+    True
+    """
+
+    def __init__(self, deterministic_inference: bool = False) -> None:
+        super().__init__()
+        self.deterministic_inference = deterministic_inference
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rounds ``x`` [any shape] to integers of the same dtype."""
+        if self.deterministic_inference and not self.training:
+            return round_ste(x)
+        floor = floor_ste(x)
+        fraction = x.detach() - floor.detach()
+        return floor + (torch.ops.brevitas_bp.noise_like(x) < fraction).to(x.dtype)

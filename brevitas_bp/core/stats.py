@@ -1,0 +1,68 @@
+"""Statistics of buckets [N, B] -> [N, 1]. NaN and Inf anywhere in a bucket give NaN."""
+
+import torch
+from torch import Tensor, nn
+
+from brevitas_bp.kernels.reference import finite_norm, finite_range, l2_norm, round_down
+from brevitas_bp.kernels.spec import check_metadata_dtype
+
+
+class BucketMin(nn.Module):
+    """Smallest element of each bucket, rounded down to ``metadata_dtype``.
+
+    Fills ``zero_point_stats_impl``. Unlike Brevitas' ``NegativeMinOrZero`` the range is not stretched
+    to contain 0: a bucket in [3, 4] keeps all its levels.
+    """
+
+    def __init__(self, metadata_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.metadata_dtype = check_metadata_dtype("brevitas_bp.core.BucketMin", metadata_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, B] -> [N, 1]."""
+        lo, hi = x.amin(-1, keepdim=True) + 0, x.detach().amax(-1, keepdim=True)
+        rounded = lo + (round_down(lo.detach(), self.metadata_dtype) - lo).detach()
+        return torch.where(torch.isfinite(lo) & torch.isfinite(hi), rounded, torch.nan)
+
+
+class BucketMinMaxRange(nn.Module):
+    """``max - min`` of each bucket, with the minimum as :class:`BucketMin` stores it.
+
+    Fills ``scaling_stats_impl``. Finite ends never give Inf: the range is limited near the largest
+    float.
+    """
+
+    def __init__(self, metadata_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.minimum = BucketMin(metadata_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, B] -> [N, 1]."""
+        return finite_range(self.minimum(x), x.amax(-1, keepdim=True) + 0)
+
+
+class BucketAbsMax(nn.Module):
+    """Largest magnitude of each bucket. Fills ``scaling_stats_impl``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, B] -> [N, 1]."""
+        peak = x.abs().amax(-1, keepdim=True)
+        return finite_norm(peak, peak)
+
+
+class BucketL2Norm(nn.Module):
+    """Euclidean norm of each bucket. Fills ``scaling_stats_impl``.
+
+    Never clips, and is coarse: the norm of B values is about sqrt(B) times their size. Source:
+    Alistarh et al., "QSGD", 2017.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, B] -> [N, 1]."""
+        return finite_norm(l2_norm(x), x.abs().amax(-1, keepdim=True))

@@ -1,0 +1,313 @@
+"""The definition of every byte, in torch operations.
+
+One bucket ``x`` of ``B`` elements, top code ``T`` (see :func:`~brevitas_bp.kernels.spec.top_code`),
+all arithmetic in float32 (float64 for float64 input), no fused multiply-add::
+
+    min_max  lo = min(x) + 0, hi = max(x) + 0          NaN propagates; + 0 turns -0 into 0
+             lo = down(lo)                             bfloat16 metadata only: towards -inf
+             s = up(range(lo, hi) / T)                 bfloat16 metadata only: towards +inf
+             inv = 1 / s  (0 where s is zero, subnormal or NaN)
+             q = clamp(round((x - lo) * inv), 0, T)
+             x~ = q * s + lo
+    max, l2  s = up(range(0, norm(x)) / T), q = clamp(round(x * inv), -T, T), x~ = q * s + 0
+
+``round`` is to nearest (ties to even) or ``floor(u) + (noise < u - floor(u))`` with noise from
+(seed, flat index). ``range`` is NaN where an end is not finite, and is limited to ``RANGE_LIMIT`` of
+the largest float so that finite data never decodes to Inf. A NaN scale stores zero codes and decodes
+to NaN. Decoded values are clamped to the finite range of the output dtype.
+
+The formulas are those of Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation
+Compressed Training", 2021, without its absolute epsilon, and of Li, "Mix-Precision Stochastic
+Quantization of Activations during Backpropagation", 2025, with metadata rounded before the codes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
+from brevitas_bp.kernels.random import WIDTHS, derive, noise_keys, uniform_
+from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
+from brevitas_bp.kernels.widths import WidthLayout
+
+# A bfloat16 scale may be 2**-7 larger than exact: T * s must stay below the largest float.
+RANGE_LIMIT = 1 - 2.0**-6
+# Elements handled at once: temporaries stay in the cache and small beside the tensor.
+_CHUNK = 1 << 17
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes of one tensor.
+
+    Attributes:
+        payload: uint8, the packed codes; with two widths those of mixed buckets come first.
+        scale: [n_buckets], in the metadata dtype.
+        offset: [n_buckets], or None where codes are signed.
+    """
+
+    payload: Tensor
+    scale: Tensor
+    offset: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All stored tensors."""
+        if self.offset is None:
+            return (self.payload, self.scale)
+        return (self.payload, self.scale, self.offset)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that values of ``dtype`` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` rounded towards +inf to a value that ``dtype`` holds, in the dtype of ``x``."""
+    return -round_down(-x, dtype)
+
+
+def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` rounded towards -inf to a value that ``dtype`` holds, in the dtype of ``x``.
+
+    ``float32`` stands for "the dtype computed in": nothing is rounded. NaN stays NaN and a finite
+    value stays finite.
+    """
+    if dtype == torch.float32:
+        return x
+    single = x.to(torch.float32)
+    if x.dtype == torch.float64:
+        below = torch.nextafter(single, single.new_tensor(-torch.inf))
+        single = torch.where(single.to(x.dtype) > x, below, single)
+    bits = single.view(torch.int32)
+    truncated = bits & -65536
+    # Truncation rounds towards zero; a negative value with lost bits goes one step further.
+    further = (bits < 0) & (truncated != bits)
+    rounded = (truncated + further.to(torch.int32) * 65536).view(torch.float32)
+    rounded = rounded.clamp(min=torch.finfo(torch.bfloat16).min)
+    return torch.where(torch.isfinite(x), rounded.to(x.dtype), x)
+
+
+def finite_range(lo: Tensor, hi: Tensor) -> Tensor:
+    """``hi - lo``, limited so that finite ends never give Inf; NaN where an end is not finite."""
+    width = (hi - lo).clamp(max=torch.finfo(hi.dtype).max * RANGE_LIMIT)
+    return torch.where(torch.isfinite(lo) & torch.isfinite(hi), width, torch.nan)
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """``1 / scale``, and 0 where the scale is no positive normal number."""
+    usable = scale >= torch.finfo(scale.dtype).tiny
+    return torch.where(usable, 1 / torch.where(usable, scale, 1), 0)
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """Norm of each row [n, 1], summed as a binary tree in float64: the same bits on every backend."""
+    peak = x.abs().amax(-1, keepdim=True).to(torch.float64)
+    # float64 data is scaled by its peak first, or its squares could overflow.
+    unit = torch.where(peak > 0, peak, 1) if x.dtype == torch.float64 else torch.ones_like(peak)
+    total = (x.to(torch.float64) / unit).square()
+    while total.shape[-1] > 1:
+        half = (total.shape[-1] + 1) // 2
+        rest = total[..., half:]
+        total = total[..., :half].clone()
+        total[..., :rest.shape[-1]] += rest
+    return (total.sqrt() * unit).to(x.dtype)
+
+
+def bucket_metadata(
+        x: Tensor, spec: BucketQuantSpec, bit_width: int) -> tuple[Tensor, Tensor | None]:
+    """Scale and offset [n, 1] of buckets [n, B] in the dtype computed in; offset None if signed."""
+    top = top_code(spec.code_range, bit_width)
+    if spec.affine:
+        lo, hi = x.aminmax(dim=-1, keepdim=True)
+        lo = round_down(lo + 0, spec.metadata_dtype)
+        scale = round_up(finite_range(lo, hi + 0) / top, spec.metadata_dtype)
+        lo = torch.where(torch.isfinite(scale), lo, torch.nan)
+        if spec.integer_zero_point:
+            lo = integer_offset(lo, scale)
+        return scale, lo
+    norm = l2_norm(x) if spec.scale_rule == "l2" else x.abs().amax(-1, keepdim=True)
+    peak = x.abs().amax(-1, keepdim=True) if spec.scale_rule == "l2" else norm
+    return round_up(finite_norm(norm, peak) / top, spec.metadata_dtype), None
+
+
+def finite_norm(norm: Tensor, peak: Tensor) -> Tensor:
+    """A symmetric bucket's range: its norm, limited; NaN where its largest element is not finite."""
+    limited = norm.clamp(max=torch.finfo(norm.dtype).max * RANGE_LIMIT)
+    return torch.where(torch.isfinite(peak), limited, torch.nan)
+
+
+def integer_offset(lo: Tensor, scale: Tensor) -> Tensor:
+    """The offset ``-round(-lo / s) * s``: zero lies on the grid, the ends are clipped.
+
+    Source: Li, 2025, chapters 4 and 5. A constant bucket keeps ``lo``.
+    """
+    inverse = reciprocal(scale)
+    return torch.where(inverse > 0, -torch.round(-lo * inverse) * scale + 0, lo)
+
+
+def quantize(
+        x: Tensor, scale: Tensor, offset: Tensor | None, top: int | Tensor, lowest: int | Tensor,
+        noise: Tensor | None) -> Tensor:
+    """Codes as floats: ``clamp(round((x - offset) / scale), lowest, top)``. May be NaN."""
+    u = (x * 1 if offset is None else x - offset).mul_(reciprocal(scale))
+    if noise is None:
+        u.round_()
+    else:
+        floor = u.floor()
+        u = floor.add_(noise < u.sub_(floor))
+    return u.clamp_(lowest, top)
+
+
+def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Values ``codes * scale + offset`` in ``dtype``, finite wherever the scale is."""
+    values = codes * scale
+    values += 0 if offset is None else offset
+    limit = torch.finfo(dtype).max
+    return values.clamp_(-limit, limit).to(dtype)
+
+
+def to_bytes(codes: Tensor, lowest: int, scale: Tensor) -> Tensor:
+    """Float codes to uint8, counted from the lowest; zero where the scale is NaN."""
+    stored = (codes - lowest if lowest else codes)
+    return torch.where(scale.isnan(), 0, stored).to(torch.uint8)
+
+
+def stored_metadata_dtype(metadata_dtype: torch.dtype, computed: torch.dtype) -> torch.dtype:
+    """The dtype that scale and offset are stored in; float32 stands for the dtype computed in."""
+    return computed if metadata_dtype == torch.float32 else metadata_dtype
+
+
+def to_metadata(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale or offset as stored: one bit pattern for NaN, whichever operation made it."""
+    return torch.where(values.isnan(), torch.nan, values).to(dtype)
+
+
+def bucket_shape(numel: int, bucket_size: int | None) -> tuple[int, int]:
+    """Number and size of the buckets of ``numel`` elements; size is padded to a multiple of 8.
+
+    >>> bucket_shape(1000, 256), bucket_shape(1000, None), bucket_shape(0, 256)
+    ((4, 256), (1, 1000), (0, 256))
+    """
+    if bucket_size is None:
+        return int(numel > 0), -(-numel // 8) * 8
+    return -(-numel // bucket_size), bucket_size
+
+
+def to_buckets(flat: Tensor, bucket_size: int | None, pad_with_zero: bool = False) -> Tensor:
+    """Buckets [n, B] of a flat tensor; a view where nothing has to be padded."""
+    n, size = bucket_shape(flat.numel(), bucket_size)
+    missing = n * size - flat.numel()
+    if missing:
+        # Repeating the last element leaves every minimum, maximum and magnitude as it is.
+        pad = flat.new_zeros(missing) if pad_with_zero else flat[-1:].expand(missing)
+        flat = torch.cat([flat, pad])
+    return flat.reshape(n, size)
+
+
+def draw_layout(n: int, spec: BucketQuantSpec, seed: int) -> WidthLayout:
+    """The widths of ``n`` buckets: all base, or the two-width layout of ``seed``."""
+    if spec.mix_bit_width is None:
+        return WidthLayout(n, 0)
+    return WidthLayout.draw(n, spec.mix_prob, spec.mix_per, derive(seed, WIDTHS, 0))
+
+
+def regions(layout: WidthLayout, spec: BucketQuantSpec) -> list[tuple[int, int, int]]:
+    """Runs of slots of one width: (first slot, stop, bit width), in the order of the payload."""
+    runs = [(layout.mixed, layout.n, spec.bit_width)]
+    if layout.mixed:
+        assert spec.mix_bit_width is not None
+        runs.insert(0, (0, layout.mixed, spec.mix_bit_width))
+    return [run for run in runs if run[0] < run[1]]
+
+
+def payload_nbytes(layout: WidthLayout, spec: BucketQuantSpec, size: int) -> int:
+    """Bytes of all packed codes."""
+    return sum((stop - start) * packed_nbytes(size, width)
+               for start, stop, width in regions(layout, spec))
+
+
+def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+    """Quantizes and packs a flat, contiguous float tensor [numel].
+
+    Args:
+        flat: float16, bfloat16, float32 or float64.
+        spec: the quantizer.
+        seed: 64-bit seed of the rounding noise and of the choice of widths.
+    """
+    n, size = bucket_shape(flat.numel(), spec.bucket_size)
+    layout = draw_layout(n, spec, seed)
+    dtype = compute_dtype(flat.dtype)
+    stored_dtype = stored_metadata_dtype(spec.metadata_dtype, dtype)
+    buckets = to_buckets(flat, spec.bucket_size, spec.pads_with_zero)
+    payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
+    scales = flat.new_empty((n, 1), dtype=stored_dtype)
+    offsets = flat.new_empty((n, 1), dtype=stored_dtype) if spec.affine else None
+    position = 0
+    for start, stop, width in regions(layout, spec):
+        for first, last in _chunks(start, stop, size):
+            rows = _rows(layout, first, last, flat.device)
+            x = buckets[rows].to(dtype)
+            scale, offset = bucket_metadata(x, spec, width)
+            noise = _noise(rows, size, seed, flat.device) if spec.stochastic else None
+            lowest = lowest_code(spec.code_range, width)
+            codes = quantize(x, scale, offset, top_code(spec.code_range, width), lowest, noise)
+            packed = pack(to_bytes(codes, lowest, scale), width).view(-1)
+            payload[position:position + packed.numel()] = packed
+            position += packed.numel()
+            scales[rows] = to_metadata(scale, stored_dtype)
+            if offsets is not None and offset is not None:
+                offsets[rows] = to_metadata(offset, stored_dtype)
+    return Encoded(payload, scales.view(-1), None if offsets is None else offsets.view(-1))
+
+
+def decode(
+        encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """Unpacks and dequantizes: the flat tensor [numel] of ``dtype`` that :func:`encode` was given."""
+    n, size = bucket_shape(numel, spec.bucket_size)
+    layout = draw_layout(n, spec, seed)
+    inner = compute_dtype(dtype)
+    device = encoded.payload.device
+    out = torch.empty((n, size), dtype=dtype, device=device)
+    position = 0
+    for start, stop, width in regions(layout, spec):
+        nbytes = packed_nbytes(size, width)
+        lowest = lowest_code(spec.code_range, width)
+        for first, last in _chunks(start, stop, size):
+            rows = _rows(layout, first, last, device)
+            packed = encoded.payload[position:position + (last - first) * nbytes]
+            position += packed.numel()
+            codes = unpack(packed.view(-1, nbytes), width, size).to(inner)
+            codes = codes.add_(lowest) if lowest else codes
+            scale = encoded.scale[rows].to(inner).unsqueeze(-1)
+            offset = None if encoded.offset is None else encoded.offset[rows].to(
+                inner).unsqueeze(-1)
+            out[rows] = dequantize(codes, scale, offset, dtype)
+    flat = out.view(-1)
+    return flat[:numel]
+
+
+def _chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    step = max(1, _CHUNK // max(size, 1))
+    return [(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+def _rows(
+        layout: WidthLayout, first: int, last: int, device: torch.device) -> Tensor | slice:
+    """The buckets of a run of slots: a slice where slots are in bucket order."""
+    if layout.multiplier == 1 and layout.shift == 0:
+        return slice(first, last)
+    return layout.buckets(first, last, device)
+
+
+def _noise(rows: Tensor | slice, size: int, seed: int, device: torch.device) -> Tensor:
+    """Rounding noise [rows, size] of the buckets' flat indices."""
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
+    inside = torch.arange(size, dtype=torch.int64, device=device)
+    # The hash wants the index modulo 2**32 as the bits of an int32.
+    index = (rows.unsqueeze(-1) * size + inside).to(torch.int32)
+    return uniform_(index, noise_keys(seed))

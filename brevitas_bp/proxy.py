@@ -1,0 +1,147 @@
+"""The Brevitas proxy of bucket quantizers."""
+
+from typing import Any
+
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
+from torch import Tensor, nn
+
+from brevitas_bp.errors import UnknownNameError, nearest
+from brevitas_bp.quant_tensor import BucketwiseIntQuantTensor
+
+# Names that Brevitas' layers and proxies add to every injector.
+_ADDED_BY_BREVITAS = frozenset({"module", "proxy_module", "act_impl", "passthrough_act"})
+
+
+class _ReadNames(dict[str, Any]):
+    """Dependencies of an injector that remember which names were asked for."""
+
+    def __init__(self, dependencies: dict[str, Any]) -> None:
+        super().__init__(dependencies)
+        self.asked: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.asked.add(name)
+        return super().get(name, default)
+
+
+def _names_read(injector: Any) -> set[str]:
+    """Names read while the quantizer is built, the optional ones of its components included."""
+    probe = injector.let()
+    dependencies = _ReadNames(probe.__dependencies__)
+    type.__setattr__(probe, "__dependencies__", dependencies)
+    _ = probe.tensor_quant
+    return dependencies.asked
+
+
+def check_override_names(where: str, injector: Any, overrides: Any) -> None:
+    """Raises for an override that neither the config defines nor any component of it reads.
+
+    Brevitas accepts any keyword and ignores the unknown ones.
+
+    Args:
+        where: the caller, for the message.
+        injector: the config with the overrides applied.
+        overrides: names to check.
+
+    Raises:
+        UnknownNameError: with the nearest known name.
+    """
+    config = _config_of(injector)
+    known = set(config.__dependencies__) | _ADDED_BY_BREVITAS
+    unknown = [name for name in overrides if name not in known]
+    if not unknown:
+        return
+    read = _names_read(injector)
+    for name in unknown:
+        if name not in read:
+            settings = {n for n in known | read if not n.startswith("_")} - set(unknown)
+            raise UnknownNameError(
+                f"{where}: {config.__name__} has no setting {name!r}{nearest(name, settings)}")
+
+
+def _config_of(injector: Any) -> Any:
+    """The class that a person wrote, below the ones that ``let`` made."""
+    return next(c for c in injector.__mro__ if c.__module__ != "brevitas.inject")
+
+
+class _FusedActQuant(nn.Module):
+    """Activation, then quantizer; plain Python, so that ``tensor_quant`` keeps its methods."""
+
+    def __init__(self, activation_impl: nn.Module, tensor_quant: nn.Module) -> None:
+        super().__init__()
+        self.activation_impl = activation_impl
+        self.tensor_quant = tensor_quant
+
+    def forward(self, x: Tensor) -> Any:
+        return self.tensor_quant(self.activation_impl(x))
+
+
+class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
+    """Holds a bucket quantizer for Brevitas layers. Fills ``proxy_class``.
+
+    Raises:
+        UnknownNameError: a keyword override that the config does not know.
+    """
+
+    def __init__(self, quant_layer: nn.Module, quant_injector: Any) -> None:
+        _check_against_config(quant_injector)
+        super().__init__(quant_layer, quant_injector)
+        self.cache_class = _CachedBucketwise
+
+    def init_tensor_quant(self) -> None:
+        super().init_tensor_quant()
+        fused = self.fused_activation_quant_proxy
+        if fused is not None and hasattr(self.quant_injector.tensor_quant, "quantize"):
+            # Under BREVITAS_JIT=1 the stock fused proxy is a ScriptModule that would script ours.
+            self.fused_activation_quant_proxy = _FusedActQuant(
+                _activation(self.quant_injector), self.quant_injector.tensor_quant)
+
+    @property
+    def bucket_size(self) -> int | None:
+        """Elements of a bucket; None is the whole tensor."""
+        return self.quant_injector.bucket_size
+
+    @property
+    def requires_export_handler(self) -> bool:
+        """Bucket quantizers have no export format: export and inference modes run them as they are."""
+        return False
+
+    def compile_quant(self, compile_export: bool = False) -> None:
+        """Nothing to swap in: the quantizer compiles as part of its layer."""
+
+    def apply_input_view(self, x: Tensor) -> Tensor:
+        """Values keep their own shape."""
+        return x
+
+    def create_quant_tensor(
+            self, qt_args: Tensor | tuple[Any, ...], x: Any) -> BucketwiseIntQuantTensor:
+        if isinstance(qt_args, tuple):
+            value, scale, zero_point, bit_width = qt_args
+            return BucketwiseIntQuantTensor(
+                value, scale, zero_point, self.bucket_size, bit_width, self.is_signed, self.training)
+        return BucketwiseIntQuantTensor(
+            qt_args, x.scale, x.zero_point, self.bucket_size, x.bit_width, x.signed, self.training)
+
+
+class _CachedBucketwise:
+    """Metadata of the last quantized tensor, as Brevitas caches it in inference."""
+
+    def __init__(self, quant_tensor: BucketwiseIntQuantTensor, metadata_only: bool) -> None:
+        self.shape = quant_tensor.value.shape
+        self.value = None if metadata_only else quant_tensor.value
+        self.scale = quant_tensor.scale
+        self.zero_point = quant_tensor.zero_point
+        self.bit_width = quant_tensor.bit_width
+        self.signed = quant_tensor.signed
+        self.bucket_size = quant_tensor.bucket_size
+
+
+def _activation(injector: Any) -> nn.Module:
+    activation = injector.act_impl if "act_impl" in injector else None
+    return nn.Identity() if activation is None or isinstance(activation, nn.Hardtanh) else activation
+
+
+def _check_against_config(injector: Any) -> None:
+    """Finds misspelt keywords that a layer passed on to the injector."""
+    added = set(injector.__dependencies__) - set(_config_of(injector).__dependencies__)
+    check_override_names("brevitas_bp quantizer", injector, sorted(added))

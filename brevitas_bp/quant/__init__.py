@@ -1,0 +1,23 @@
+"""Brevitas configs: injector fragments to compose, and ready-made quantizers."""
+
+from brevitas.quant.solver.act import ActQuantSolver
+
+from brevitas_bp.quant.act import *  # noqa: F403
+from brevitas_bp.quant.act import __all__ as _ready_made
+from brevitas_bp.quant.base import (
+    BucketQuant,
+    PerBucketL2,
+    PerBucketMax,
+    PerBucketMinMax,
+    PerTensorL2,
+    PerTensorMax,
+    PerTensorMinMax,
+    SignMagnitude,
+    StochasticRounding,
+    TwoBitWidth,
+)
+
+__all__ = [
+    "ActQuantSolver", "BucketQuant", "PerBucketL2", "PerBucketMax", "PerBucketMinMax", "PerTensorL2",
+    "PerTensorMax", "PerTensorMinMax", "SignMagnitude", "StochasticRounding", "TwoBitWidth",
+    *_ready_made]

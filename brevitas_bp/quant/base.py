@@ -1,0 +1,130 @@
+"""Fragments of a quantizer config. Compose them left of ``ActQuantSolver``::
+
+    class Mine(StochasticRounding, PerBucketMinMax, ActQuantSolver):
+        bit_width = 2
+        bucket_size = 512
+
+Brevitas merges bases from right to left, so a fragment wins over everything to its right; one
+placed right of the solver would be ignored. Fragments hold no logic.
+"""
+
+import torch
+from brevitas.core.scaling.runtime import RuntimeDynamicGroupStatsScaling
+from brevitas.core.zero_point import ZeroZeroPoint
+from brevitas.inject import ExtendedInjector, this
+from brevitas.inject.enum import (
+    BitWidthImplType,
+    FloatToIntImplType,
+    QuantType,
+    RestrictValueType,
+    ScalingPerOutputType,
+)
+
+from brevitas_bp.core.bit_width import TwoBitWidthSelector
+from brevitas_bp.core.bucket import OverBucketView
+from brevitas_bp.core.int_quant import (
+    BucketIntQuant,
+    BucketRescalingIntQuant,
+    SignMagnitudeIntScaling,
+)
+from brevitas_bp.core.rounding import StochasticRound
+from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
+from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
+from brevitas_bp.proxy import BucketwiseActQuantProxyFromInjector
+from brevitas_bp.quant.solver import SolveFloatToIntImpl
+
+
+class StochasticRounding(ExtendedInjector):
+    """Rounds stochastically; works on Brevitas' own quantizers too.
+
+    ``class Mine(StochasticRounding, Int8ActPerTensorFloat)`` is a stock quantizer with noise that
+    ``torch.manual_seed`` governs.
+    """
+
+    float_to_int_impl_type = FloatToIntImplType.STOCHASTIC_ROUND
+    float_to_int_impl = StochasticRound
+
+
+class BucketQuant(SolveFloatToIntImpl):
+    """What all bucket quantizers share: rounding to nearest, 8 bits, buckets of 256."""
+
+    quant_type = QuantType.INT
+    tensor_quant = BucketRescalingIntQuant
+    int_quant = BucketIntQuant
+    input_view_impl = OverBucketView
+    scaling_impl = RuntimeDynamicGroupStatsScaling
+    scaling_min_val = None
+    scaling_per_output_type = ScalingPerOutputType.GROUP
+    restrict_scaling_type = RestrictValueType.FP
+    group_size = this.bucket_size
+    group_dim = -1
+    bit_width_impl_type = BitWidthImplType.CONST
+    float_to_int_impl_type = FloatToIntImplType.ROUND
+    proxy_class = BucketwiseActQuantProxyFromInjector
+    bit_width = 8
+    bucket_size = 256
+    bucket_pad_zero = False
+    metadata_dtype = torch.float32
+
+
+class PerBucketMinMax(BucketQuant):
+    """Affine: the range of each bucket, with a float zero point. Unbiased, never clips."""
+
+    scaling_stats_impl = BucketMinMaxRange
+    zero_point_impl = RuntimeDynamicBucketZeroPoint
+    zero_point_stats_impl = BucketMin
+    quantize_zero_point = False
+    signed = False
+    narrow_range = False
+
+
+class PerBucketMax(BucketQuant):
+    """Symmetric: the largest magnitude of each bucket, narrow signed codes. Never clips."""
+
+    scaling_stats_impl = BucketAbsMax
+    zero_point_impl = ZeroZeroPoint
+    signed = True
+    narrow_range = True
+
+
+class PerBucketL2(PerBucketMax):
+    """Symmetric: the Euclidean norm of each bucket. Much coarser than the maximum."""
+
+    scaling_stats_impl = BucketL2Norm
+    bucket_pad_zero = True
+
+
+class PerTensorMinMax(PerBucketMinMax):
+    """Affine, the whole tensor as one bucket."""
+
+    bucket_size = None
+
+
+class PerTensorMax(PerBucketMax):
+    """Symmetric, the whole tensor as one bucket."""
+
+    bucket_size = None
+
+
+class PerTensorL2(PerBucketL2):
+    """Norm of the whole tensor as one bucket."""
+
+    bucket_size = None
+
+
+class SignMagnitude(PerBucketMax):
+    """The codes of Listing 5.1 of Li, 2025: sign times ``L = 2**(bit_width - 2)`` levels.
+
+    That listing calls ``L = 4`` "2 bits"; it has 9 values and needs ``bit_width = 4``.
+    """
+
+    int_scaling_impl = SignMagnitudeIntScaling
+
+
+class TwoBitWidth(ExtendedInjector):
+    """Each bucket takes ``mix_bit_width`` with probability ``mix_prob``, else ``bit_width``."""
+
+    bit_width_impl = TwoBitWidthSelector
+    mix_bit_width = 4
+    mix_prob = 0.5
+    mix_per = "bucket"

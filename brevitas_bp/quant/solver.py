@@ -1,0 +1,23 @@
+"""Enum values -> components, where Brevitas' own solver would choose another."""
+
+from typing import Any
+
+from brevitas.inject import ExtendedInjector, value
+from brevitas.inject.enum import FloatToIntImplType
+from brevitas.quant.solver.common import solve_float_to_int_impl_from_enum
+
+from brevitas_bp.core.rounding import StochasticRound
+
+
+class SolveFloatToIntImpl(ExtendedInjector):
+    """``STOCHASTIC_ROUND`` means :class:`~brevitas_bp.core.rounding.StochasticRound`.
+
+    Brevitas' own choice draws the same numbers in every layer, on every checkpoint recompute and in
+    every process.
+    """
+
+    @value
+    def float_to_int_impl(float_to_int_impl_type: Any) -> Any:  # noqa: N805
+        if float_to_int_impl_type == FloatToIntImplType.STOCHASTIC_ROUND:
+            return StochasticRound
+        return solve_float_to_int_impl_from_enum(float_to_int_impl_type)

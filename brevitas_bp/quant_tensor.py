@@ -1,0 +1,116 @@
+"""What a bucket quantizer returns in the forward pass."""
+
+from typing import Any, NamedTuple
+
+import torch
+from brevitas.quant_tensor.base_quant_tensor import QuantTensor, _unpack_quant_tensor
+from brevitas.quant_tensor.torch_handler import QUANT_TENSOR_FN_HANDLER
+from torch import Tensor
+
+from brevitas_bp.core.bucket import flatten, unflatten
+from brevitas_bp.kernels.reference import reciprocal, to_buckets
+
+
+class _BucketwiseIntQuantTensorFields(NamedTuple):
+    value: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bucket_size: int | None
+    bit_width: Tensor
+    signed_t: Tensor
+    training_t: Tensor
+
+
+class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
+    """Dequantized value with one scale, zero point and bit width per bucket.
+
+    Buckets run along the flattened tensor, so that no layer can carry them through: every operation
+    gives a plain tensor, as Brevitas' groupwise tensors do.
+
+    Attributes:
+        value: dequantized tensor, any shape.
+        scale: [N, 1], one per bucket.
+        zero_point: [N, 1] or 0-d, in codes.
+        bucket_size: elements of a bucket; None is the whole tensor.
+        bit_width: 0-d or [N, 1], bits.
+        signed_t: 0-d bool.
+        training_t: 0-d bool.
+    """
+
+    def __new__(
+            cls, value: Tensor, scale: Tensor, zero_point: Tensor, bucket_size: int | None,
+            bit_width: Tensor, signed: bool | Tensor,
+            training: bool | Tensor) -> "BucketwiseIntQuantTensor":
+        return super().__new__(
+            cls, value, scale, zero_point, bucket_size, bit_width, torch.as_tensor(signed),
+            torch.as_tensor(training))
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes have a sign."""
+        return bool(self.signed_t)
+
+    @property
+    def training(self) -> bool:
+        """Whether the quantizer was in training mode."""
+        return bool(self.training_t)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The dequantized value."""
+        return self.value
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the value."""
+        return self.value.device
+
+    def int(self, float_datatype: bool = False) -> Tensor:
+        """Codes, shaped as the value; recomputed from it. Use ``tensor_quant.quantize`` for speed."""
+        buckets = to_buckets(flatten(self.value.to(self.scale.dtype)), self.bucket_size)
+        codes = torch.round(buckets * reciprocal(self.scale) + self.zero_point)
+        codes = unflatten(codes.reshape(-1)[:self.value.numel()], self.value)
+        return codes if float_datatype else codes.to(torch.int32)
+
+    @classmethod
+    def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in QUANT_TENSOR_FN_HANDLER:
+            return QUANT_TENSOR_FN_HANDLER[func](*args, **kwargs)
+        return func(*_unpack_quant_tensor(args), **_unpack_quant_tensor(kwargs))
+
+    def view(self, *shape: Any) -> Tensor:
+        """A view of the value."""
+        return self.value.view(*shape)
+
+    def reshape(self, *shape: Any) -> Tensor:
+        """The reshaped value."""
+        return self.value.reshape(*shape)
+
+    def flatten(self, *dims: Any, **kwargs: Any) -> Tensor:
+        """The flattened value."""
+        return self.value.flatten(*dims, **kwargs)
+
+    def transpose(self, *dims: Any) -> Tensor:
+        """The transposed value."""
+        return self.value.transpose(*dims)
+
+    def permute(self, *dims: Any) -> Tensor:
+        """The permuted value."""
+        return self.value.permute(*dims)
+
+    def __neg__(self) -> Tensor:
+        return -self.value
+
+    def __abs__(self) -> Tensor:
+        return abs(self.value)
+
+    def __add__(self, other: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.value + _unpack_quant_tensor(other)
+
+    def __mul__(self, other: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.value * _unpack_quant_tensor(other)
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return self.value / _unpack_quant_tensor(other)

@@ -1,0 +1,178 @@
+"""The same network, seed and data order with five ways to keep saved tensors.
+
+    python examples/efficientnet_v2/demo.py                                  # digits, make demo
+    python examples/efficientnet_v2/demo.py --dataset cifar10 --model efficientnet_v2_tiny \
+        --epochs 5 --batch-size 128 --only fp32,stochastic-2bit --seeds 0 --out runs/cifar10
+
+Prints one table and writes `comparison.png` and `results.json`. Ctrl-C leaves resumable runs: the
+same command goes on where it stopped, and never repeats a run that is finished.
+
+EXPECTED_FIGURES
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from checkpoint import refuse_other_config
+from cli import add_knobs, from_arguments, identity
+from comparison import Entry, Finished, plot_comparison, print_table, write_results
+from faults import InputError, exit_status
+from quantizers import find_quantizer
+from run_folder import RunFolder
+from train import Knobs, run
+
+from brevitas_bp.errors import nearest
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to keep saved tensors."""
+
+    label: str
+    quant: str
+    color: str
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "fp32": Variant("FP32", "none", "#3f4650"),
+    "thesis-2bit": Variant(
+        "2-bit nearest, per tensor (thesis)",
+        "Int2DynamicActPerTensorFloatThesisBaseline",
+        "#b4413c",
+    ),
+    "nearest-2bit": Variant(
+        "2-bit nearest, buckets", "ShiftedUint2DynamicActPerBucketFloat", "#d9902b"
+    ),
+    "stochastic-2bit": Variant(
+        "2-bit stochastic, buckets", "ShiftedUint2DynamicActPerBucketFloatStochastic", "#2f6db5"
+    ),
+    "mix-2-4bit": Variant(
+        "2/4-bit stochastic mix, buckets",
+        "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic",
+        "#2a8f7b",
+    ),
+}
+DEFAULTS = {"epochs": 6, "batch_size": 64, "lr": 2e-3}
+SET_HERE = ("quant", "quant_override", "seed", "out", "resume", "overwrite")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run and where."""
+
+    knobs: Knobs
+    only: tuple[str, ...]
+    seeds: tuple[int, ...]
+    out: Path
+    overwrite: bool
+
+    def knobs_of(self, name: str, seed: int) -> Knobs:
+        """The knobs of one run."""
+        variant, out = VARIANTS[name], str(self.out / f"{name}-seed{seed}")
+        knobs = replace(self.knobs, quant=variant.quant, seed=seed, out=out)
+        if variant.quant == "none":  # these knobs belong to a quantizer
+            knobs = replace(knobs, policy="default", storage="save_quantized")
+        return knobs
+
+
+def compare(plan: Plan) -> list[Entry]:
+    """Do, or finish, every run of the plan."""
+    todo = [(name, plan.knobs_of(name, seed)) for name in plan.only for seed in plan.seeds]
+    for _, knobs in todo:  # all mistakes come out before the first run
+        find_quantizer(knobs.quant)
+        if not plan.overwrite:
+            _finished(knobs)
+    entries = {name: Entry(VARIANTS[name].label, VARIANTS[name].color) for name in plan.only}
+    for number, (name, knobs) in enumerate(todo, start=1):
+        print(f"[{number}/{len(todo)}] {VARIANTS[name].label}, seed {knobs.seed}", flush=True)
+        entries[name].runs.append(_do(knobs, plan.overwrite))
+    return list(entries.values())
+
+
+def _finished(knobs: Knobs) -> Finished | None:
+    """The run if it is finished; an `InputError` if it was made with other knobs."""
+    folder = RunFolder(knobs.folder(), identity(knobs))
+    result = folder.result()
+    if result is None:
+        return None
+    refuse_other_config(folder.path, result["config"], folder.config)
+    return Finished(knobs.seed, result, folder.rows())
+
+
+def _do(knobs: Knobs, overwrite: bool) -> Finished:
+    """Reuse, resume or start one run."""
+    done = None if overwrite else _finished(knobs)
+    if done is not None:
+        print("  finished before; --overwrite runs it again", flush=True)
+        return done
+    resume = not overwrite and (knobs.folder() / "checkpoint.pt").is_file()
+    run(replace(knobs, resume=resume, overwrite=not resume))
+    done = _finished(knobs)
+    assert done is not None
+    return done
+
+
+def _parser() -> argparse.ArgumentParser:
+    text, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--only", default=",".join(VARIANTS), help="runs, separated by commas")
+    parser.add_argument("--seeds", default="0", help="seeds, separated by commas")
+    parser.add_argument("--out", default="runs/demo", help="output folder [default: runs/demo]")
+    parser.add_argument("--overwrite", action="store_true", help="repeat finished runs")
+    add_knobs(parser, Knobs, defaults=DEFAULTS, skip=SET_HERE)
+    return parser
+
+
+def _plan(parsed: argparse.Namespace) -> Plan:
+    only = tuple(dict.fromkeys(parsed.only.split(",")))
+    for name in only:
+        if name not in VARIANTS:
+            hint = nearest(name, VARIANTS)
+            raise InputError(f"--only {name}: expected some of {', '.join(VARIANTS)}{hint}")
+    try:
+        seeds = tuple(dict.fromkeys(int(word) for word in parsed.seeds.split(",")))
+    except ValueError as error:
+        raise InputError(f"--seeds {parsed.seeds}: expected integers, as in 0,1,2") from error
+    knobs = from_arguments(Knobs, parsed, out="", overwrite=False)
+    return Plan(knobs, only, seeds, Path(parsed.out), parsed.overwrite)
+
+
+def _write(plan: Plan, entries: list[Entry]) -> None:
+    """The table, the figure and the JSON file."""
+    knobs = plan.knobs
+    title = f"{knobs.model} on {Path(knobs.dataset).name}"
+    seeds = (
+        f"{len(plan.seeds)} seeds, mean ± standard deviation" if len(plan.seeds) > 1 else "1 seed"
+    )
+    recipe = f"{knobs.epochs} epochs, batch {knobs.batch_size}, {seeds}"
+    subtitle = f"{recipe}; same initial weights, data order and augmentation for every line"
+    print_table(entries, title)
+    settings: dict[str, Any] = {**identity(knobs), "seeds": list(plan.seeds)}
+    for key in ("quant", "quant_override", "seed"):
+        del settings[key]
+    write_results(plan.out / "results.json", entries, settings)
+    plot_comparison(entries, title, subtitle).savefig(plan.out / "comparison.png", dpi=160)
+    print(f"written to {plan.out}: comparison.png, results.json, and a folder for each run")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser, words = _parser(), sys.argv[1:] if arguments is None else list(arguments)
+    parsed = parser.parse_args(words)
+
+    def body() -> None:
+        plan = _plan(parsed)
+        _write(plan, compare(plan))
+
+    again = [word for word in words if word != "--overwrite"]
+    return exit_status(body, parser.prog, [sys.executable, sys.argv[0], *again])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The training loop: one step, one epoch, one evaluation, and the state of all of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from batches import Batches
+from checkpoint import random_state, set_random_state
+from data import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+
+StepHook = Callable[["Progress"], object]
+
+
+@dataclass
+class Progress:
+    """Where the run stands, with the sums of the epoch in progress.
+
+    Attributes:
+        epoch: Complete epochs.
+        step: Steps done in the epoch in progress.
+        loss_sum: Sum of the losses of those steps.
+        seconds: Duration of each of those steps, without the tracked one.
+        memory: `SavedMemoryReport.to_dict()` of the epoch's first step.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    lr: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What one training step needs to know besides model and data."""
+
+    device: torch.device
+    label_smoothing: float
+    clip_norm: float
+    bfloat16: bool
+    channels_last: bool
+
+
+@dataclass
+class Trainer:
+    """A model with everything that moves while it trains."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LambdaLR
+    dataset: Dataset
+    batches: Batches
+    options: StepOptions
+    progress: Progress = field(default_factory=Progress)
+
+    def train_epoch(self, on_step: StepHook, stop: Callable[[], bool]) -> bool:
+        """Finish the epoch in progress; False if `stop` asked to leave before its end."""
+        if self.progress.step == 0:
+            self.batches.start_epoch()
+        self.model.train()
+        while self.progress.step < len(self.batches):
+            self._step()
+            on_step(self.progress)
+            if stop():
+                return False
+        return True
+
+    def _step(self) -> None:
+        """One optimizer step; the first of an epoch is tracked for memory instead of timed."""
+        images, labels = self.batches.next()
+        start = self._now()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = (
+            self._tracked_loss(images, labels)
+            if self.progress.step == 0
+            else self._loss(images, labels)
+        )
+        loss.backward()
+        if self.options.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        self.progress.lr = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.progress.loss_sum += loss.item()
+        if self.progress.step > 0:
+            self.progress.seconds.append(self._now() - start)
+        self.progress.step += 1
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self._logits(images)
+        target = labels.to(self.options.device)
+        return F.cross_entropy(logits, target, label_smoothing=self.options.label_smoothing)
+
+    def _tracked_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with track_saved_memory(self.model) as report:
+            loss = self._loss(images, labels)
+        self.progress.memory = report.to_dict()
+        return loss
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Class scores, float32, of uint8 images."""
+        inputs = self._normalise(images.to(self.options.device))
+        with torch.autocast(self.options.device.type, torch.bfloat16, self.options.bfloat16):
+            return self.model(inputs).float()
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        mean, std = (t.to(images.device) for t in (self.dataset.mean, self.dataset.std))
+        inputs = (images.float() - mean) / std
+        return (
+            inputs.to(memory_format=torch.channels_last) if self.options.channels_last else inputs
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss and accuracy in percent over the test split."""
+        self.model.eval()
+        split, size = self.dataset.test, 4 * self.batches.batch_size
+        loss, correct = 0.0, 0
+        for start in range(0, len(split), size):
+            logits = self._logits(split.images[start : start + size])
+            labels = split.labels[start : start + size].to(logits.device)
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            correct += int((logits.argmax(1) == labels).sum())
+        return loss / len(split), 100 * correct / len(split)
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Evaluate, return the epoch's log row, and begin the next epoch."""
+        done = self.progress
+        test_loss, test_accuracy = self.evaluate()
+        total = done.memory["total"]
+        self.progress = Progress(epoch=done.epoch + 1)
+        return {
+            "epoch": done.epoch + 1,
+            "train_loss": done.loss_sum / done.step,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "lr": done.lr,
+            "exact_bytes": total["exact_bytes"],
+            "stored_bytes": total["stored_bytes"],
+            "seconds_per_step": statistics.median(done.seconds) if done.seconds else None,
+        }
+
+    def _now(self) -> float:
+        if self.options.device.type == "cuda":
+            torch.cuda.synchronize(self.options.device)
+        return time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact continuation needs, in the middle of an epoch too."""
+        wrapper = self.model if isinstance(self.model, QuantBackwardWrapper) else None
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "batches": self.batches.state_dict(),
+            "progress": asdict(self.progress),
+            "random": random_state(self.options.device),
+            "noise": None if wrapper is None else wrapper.noise_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.batches.load_state_dict(state["batches"])
+        self.progress = Progress(**state["progress"])
+        set_random_state(state["random"], self.options.device)
+        if isinstance(self.model, QuantBackwardWrapper):
+            self.model.set_noise_state(state["noise"])

@@ -1,0 +1,40 @@
+"""Train a small EfficientNetV2 on digits while autograd's saved tensors are stored in 2 bits.
+
+    python examples/minimal.py
+
+EXPECTED
+"""
+
+import torch
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy, interpolate
+
+from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp.models.efficientnet_v2 import efficientnet_v2_nano
+from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+
+torch.manual_seed(0)
+pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+images = interpolate(pixels.float().reshape(-1, 1, 8, 8) / 16, size=16, mode="bilinear")
+
+model = QuantBackwardWrapper(
+    efficientnet_v2_nano(num_classes=10, in_channels=1),
+    act_quant=ShiftedUint2DynamicActPerBucketFloatStochastic,
+    bucket_size=256,
+)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+
+with track_saved_memory(model) as report:
+    loss = cross_entropy(model(images[:64]), labels[:64])
+loss.backward()
+print(report)  # per module and op: tensors, exact bytes, stored bytes, ratio
+
+for epoch in range(3):
+    for batch in torch.randperm(1500).split(60):
+        optimizer.zero_grad()
+        cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        accuracy = (model.eval()(images[1500:]).argmax(1) == labels[1500:]).double().mean()
+    model.train()
+    print(f"epoch {epoch}: test accuracy {accuracy:.1%}")
