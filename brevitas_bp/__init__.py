@@ -1,3 +1,28 @@
-"""Brevitas quantizers for the tensors that autograd saves for backward."""
+"""Brevitas quantizers for the tensors that autograd saves for backward.
+
+Compose a quantizer from injector classes (:mod:`brevitas_bp.quant`), hand it to
+:class:`QuantBackwardWrapper`, and every tensor that autograd saves is really stored in a few bits,
+while the forward pass stays bit-identical.
+"""
+
+from brevitas_bp.backward import QuantBackwardWrapper, SavedTensor
+from brevitas_bp.codec import Codec, Packed, codec_from
+from brevitas_bp.core.bit_width import MixProbScheduler
+from brevitas_bp.core.rounding import StochasticRound
+from brevitas_bp.errors import (
+    BrevitasBpError,
+    CorruptPayloadError,
+    ModifiedInPlaceError,
+    UnknownNameError,
+    UnsupportedQuantizerError,
+)
+from brevitas_bp.kernels.random import seeded
+from brevitas_bp.memory import SavedMemoryReport, track_saved_memory
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BrevitasBpError", "Codec", "CorruptPayloadError", "MixProbScheduler", "ModifiedInPlaceError",
+    "Packed", "QuantBackwardWrapper", "SavedMemoryReport", "SavedTensor", "StochasticRound",
+    "UnknownNameError", "UnsupportedQuantizerError", "__version__", "codec_from", "seeded",
+    "track_saved_memory"]

@@ -43,7 +43,7 @@ def add_knobs(
             default = (defaults or {}).get(field.name, field.default)
             parser.add_argument(
                 "--" + field.name.replace("_", "-"),
-                default=default,
+                default=list(default) if isinstance(default, tuple) else default,
                 **_argument(hints[field.name], field.metadata["help"], default),
             )
 

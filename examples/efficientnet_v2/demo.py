@@ -43,7 +43,7 @@ VARIANTS: Mapping[str, Variant] = {
     "fp32": Variant("FP32", "none", "#3f4650"),
     "thesis-2bit": Variant(
         "2-bit nearest, per tensor (thesis)",
-        "Int2DynamicActPerTensorFloatThesisBaseline",
+        "ThesisInt2DynamicActPerTensorFloat",
         "#b4413c",
     ),
     "nearest-2bit": Variant(

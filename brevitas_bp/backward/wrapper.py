@@ -1,0 +1,229 @@
+"""``QuantBackwardWrapper``: the shell around mechanism and policy."""
+
+import fnmatch
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from brevitas_bp.backward.hooks import ForwardPass, Listener
+from brevitas_bp.backward.policy import POLICIES, Policy
+from brevitas_bp.codec import Codec, codec_from
+from brevitas_bp.codec.stock import StatefulCodec
+from brevitas_bp.errors import UnknownNameError, nearest
+from brevitas_bp.kernels.random import SeedStream, derive
+from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+
+Storage = Literal["save_quantized", "quantize_on_backward"]
+_WHERE = "brevitas_bp.QuantBackwardWrapper"
+_created = itertools.count()
+
+
+class QuantBackwardWrapper(nn.Module):
+    """Runs a module unchanged, and stores what autograd saves for its backward in a few bits.
+
+    The forward pass, buffers, dropout masks and torch's random state are bit-identical to those of the
+    unwrapped module; parameters and buffers are never quantized; ``state_dict`` is that of the module.
+    Under ``torch.no_grad()`` nothing is packed. Attributes that the wrapper does not have are those of
+    the module. A wrapper inside a wrapper applies to its own part.
+
+    Args:
+        module: the module to run.
+        act_quant: any Brevitas activation quantizer: an injector class, a proxy, or None to keep
+            every tensor exact.
+        overrides: glob over qualified module names -> quantizer or None (exact); the first pattern
+            that matches a module or one that contains it wins.
+        policy: which tensors are quantized: "all" (every float tensor), "all_but_relu" (of a ReLU's
+            output the exact sign is stored, 1 bit), "exact" (none), or a callable
+            ``SavedTensor -> Codec | None``.
+        storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
+            backward starts (for ablations; saves nothing).
+        seed: of the private noise stream; None derives it from ``torch.initial_seed()``, the
+            distributed rank and the number of wrappers created before.
+        **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
+
+    Raises:
+        TypeError: ``module`` is not a module, or an argument has the wrong kind.
+        UnknownNameError: a keyword that the quantizer does not know, a pattern that matches no module,
+            or an unknown policy.
+        UnsupportedQuantizerError: the quantizer has no codes to store.
+
+    Example:
+        >>> from brevitas_bp.quant import ShiftedUint4DynamicActPerBucketFloatStochastic
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+        >>> model = QuantBackwardWrapper(
+        ...     net, ShiftedUint4DynamicActPerBucketFloatStochastic, bucket_size=64)
+        >>> x = torch.randn(128, 64)
+        >>> bool((model(x) == net(x)).all())
+        True
+        >>> model(x).sum().backward()
+    """
+
+    def __init__(
+            self,
+            module: nn.Module,
+            act_quant: Any = ShiftedUint2DynamicActPerBucketFloatStochastic,
+            *,
+            overrides: Mapping[str, Any] | None = None,
+            policy: str | Policy = "all",
+            storage: Storage = "save_quantized",
+            seed: int | None = None,
+            **act_quant_overrides: Any) -> None:
+        super().__init__()
+        self._policy = _check_policy(policy)
+        if not isinstance(module, nn.Module):
+            kind = f"the class {module.__name__}" if inspect.isclass(module) else repr(module)
+            raise TypeError(f"{_WHERE}: module must be a torch.nn.Module instance, got {kind}")
+        if storage not in ("save_quantized", "quantize_on_backward"):
+            raise UnknownNameError(
+                f"{_WHERE}: storage must be 'save_quantized' or 'quantize_on_backward', got {storage!r}"
+                f"{nearest(str(storage), ['save_quantized', 'quantize_on_backward'])}")
+        self._storage = storage
+        self._codec = _build_codec("act_quant", act_quant, act_quant_overrides)
+        self._overrides = _check_overrides(module, overrides or {})
+        self._codec_by_module: dict[str, Codec | None] = {}
+        self._noise: SeedStream | None = None if seed is None else SeedStream(_ranked(seed))
+        self._index = next(_created)
+        self._listeners: list[Listener] = []
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module; what autograd saves meanwhile is stored as configured."""
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        with self._forward_pass():
+            return self.module(*args, **kwargs)
+
+    def noise_state(self) -> dict[str, int]:
+        """State of the private noise stream, for a checkpoint that resumes bit for bit."""
+        return self._stream().state()
+
+    def set_noise_state(self, state: dict[str, int]) -> None:
+        """Continues the noise stream from :meth:`noise_state`."""
+        self._stream().set_state(state)
+
+    def quantizer_modules(self) -> Iterator[nn.Module]:
+        """The quantizers in use. They are not submodules: they add no parameters and no keys."""
+        codecs = [self._codec, *(codec for _, codec in self._overrides)]
+        for codec in codecs:
+            slots = codec.slots if isinstance(codec, StatefulCodec) else [codec]
+            for slot in slots:
+                quantizer = getattr(slot, "quantizer", None)
+                if isinstance(quantizer, nn.Module):
+                    yield quantizer
+
+    def _forward_pass(self) -> ForwardPass:
+        per_forward: dict[int, Codec] = {}
+
+        def codec_of(name: str) -> Codec | None:
+            codec = self._configured(name)
+            if not isinstance(codec, StatefulCodec):
+                return codec
+            return per_forward.setdefault(id(codec), codec.per_forward())
+
+        return ForwardPass(
+            self.module, codec_of, self._policy, self._stream().next,
+            on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners))
+
+    def _configured(self, name: str) -> Codec | None:
+        """The codec of a module: the first override that matches it or a module around it."""
+        if name not in self._codec_by_module:
+            matching = (c for pattern, c in self._overrides if _selects(pattern, name))
+            self._codec_by_module[name] = next(matching, self._codec)
+        return self._codec_by_module[name]
+
+    def _stream(self) -> SeedStream:
+        if self._noise is None:
+            # Two wrappers must not share their noise, nor two ranks.
+            self._noise = SeedStream(_ranked(derive(torch.initial_seed(), self._index)))
+        return self._noise
+
+    # The wrapper is transparent: keys and attributes are those of the module.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own ``state_dict``: same keys, wrapped or not."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads a ``state_dict`` of the module, wrapped or not."""
+        return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(
+            self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Reached when a parent module loads: its keys do not name the wrapper.
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            state_dict[f"{prefix}module.{key[len(prefix):]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantBackwardWrapper":
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        import copy as copying
+
+        for key, value in self.__dict__.items():
+            copy.__dict__[key] = [] if key == "_listeners" else copying.deepcopy(value, memo)
+        # A copy draws noise of its own.
+        copy._index = next(_created)
+        if copy._noise is not None:
+            copy._noise = SeedStream(derive(copy._noise.state()["base"], copy._index))
+        return copy
+
+    def extra_repr(self) -> str:
+        codec = "exact" if self._codec is None else self._codec.name
+        return f"{codec}, storage={self._storage!r}"
+
+
+def _ranked(seed: int) -> int:
+    """A seed of this process: ranks of one job draw different noise."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return derive(seed, torch.distributed.get_rank()) if distributed else seed
+
+
+def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec | None:
+    if quantizer is None:
+        if overrides:
+            raise TypeError(
+                f"{_WHERE}: {where}=None keeps tensors exact, so the settings {sorted(overrides)} would "
+                "do nothing; remove them or pass a quantizer")
+        return None
+    return quantizer if isinstance(quantizer, Codec) else codec_from(quantizer, **overrides)
+
+
+def _check_policy(policy: str | Policy) -> Policy:
+    if callable(policy):
+        return policy
+    if policy not in POLICIES:
+        raise UnknownNameError(
+            f"{_WHERE}: policy must be one of {sorted(POLICIES)} or a callable, got {policy!r}"
+            f"{nearest(str(policy), POLICIES)}")
+    return POLICIES[policy]
+
+
+def _check_overrides(
+        module: nn.Module, overrides: Mapping[str, Any]) -> list[tuple[str, Codec | None]]:
+    names = [name for name, _ in module.named_modules() if name]
+    for pattern in overrides:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise UnknownNameError(
+                f"{_WHERE}: the pattern {pattern!r} in overrides matches no module of "
+                f"{type(module).__name__}{nearest(pattern, names)}")
+    return [(pattern, _build_codec(f"overrides[{pattern!r}]", quantizer, {}))
+            for pattern, quantizer in overrides.items()]
+
+
+def _selects(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a module or one that contains it."""
+    parts = name.split(".")
+    return any(
+        fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

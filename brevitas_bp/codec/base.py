@@ -1,0 +1,131 @@
+"""The codec interface, what it returns, and the codec that keeps."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.errors import ModifiedInPlaceError
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A stored tensor: self-contained, immutable, decoded as often as needed to the same bits.
+
+    Attributes:
+        codec: knows how to decode it.
+        tensors: everything that takes memory.
+        layout: of the decoded tensor.
+        facts: static facts of the codec.
+        where: op and module that saved the tensor, for messages.
+    """
+
+    codec: "Codec"
+    tensors: tuple[Tensor, ...]
+    layout: TensorLayout
+    facts: Any = None
+    where: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors: codes, padding, metadata."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def decode(self) -> Tensor:
+        """The tensor, with its original shape, strides, dtype and device."""
+        return self.codec.decode(self)
+
+
+class Codec(ABC):
+    """Stores tensors. ``encode(Tensor) -> Packed``, ``decode(Packed) -> Tensor``.
+
+    Implementations have no state that changes what an existing :class:`Packed` decodes to.
+    """
+
+    #: Shown in reports.
+    name: str = "codec"
+
+    @abstractmethod
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Stores ``x``; all randomness comes from ``seed``."""
+
+    @abstractmethod
+    def decode(self, packed: Packed) -> Tensor:
+        """Restores what :meth:`encode` stored."""
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        """Least bytes a tensor of this layout would take, or None where only encoding tells."""
+        return None
+
+
+class Keep(Codec):
+    """Keeps the tensor itself, exact, and notices when it is modified in place.
+
+    NOTE [ Kept tensors are watched ]
+    Saved-tensor hooks switch off autograd's own check, so a kept tensor that is modified later would
+    silently give wrong gradients. The version counter is compared when backward asks for the tensor.
+    It is kept detached: a tensor that saves itself as an output would otherwise never be freed.
+    """
+
+    name = "exact"
+
+    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
+        """Keeps ``x`` (not a copy)."""
+        kept = x.detach()
+        layout = TensorLayout(x.shape, (), x.shape, x.dtype, x.device)
+        return Packed(self, (kept,), layout, version_of(kept), where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """The kept tensor.
+
+        Raises:
+            ModifiedInPlaceError: it was modified by an in-place operation since.
+        """
+        kept = packed.tensors[0]
+        if version_of(kept) != packed.facts:
+            raise ModifiedInPlaceError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: {kept.dtype} {list(kept.shape)} saved by {packed.where or 'an operation'} "
+                f"is at version {version_of(kept)}; expected version {packed.facts} instead. Call "
+                "backward before modifying it, or modify a clone")
+        return kept
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        """As many bytes as the tensor has."""
+        return layout.nbytes
+
+
+def version_of(x: Tensor) -> int | None:
+    """The version counter; None for inference tensors, which have none."""
+    return None if x.is_inference() else x._version
+
+
+class QuantizeOnBackward(Codec):
+    """Keeps the float tensor and sends it through another codec when backward asks for it.
+
+    Saves no memory: it separates the effect of quantization from that of storing early. With the same
+    seed the gradient is that of the other codec, bit for bit. Source: Li, 2025, chapter 4.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.keep = Keep()
+        self.name = f"{codec.name} on backward"
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Keeps ``x`` and the seed."""
+        kept = self.keep.encode(x, where=where)
+        return Packed(self, kept.tensors, kept.layout, (kept, seed), where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Encodes and decodes now."""
+        kept, seed = packed.facts
+        return self.codec.encode(self.keep.decode(kept), seed=seed, where=packed.where).decode()
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary strided tensor that a codec may take apart."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided

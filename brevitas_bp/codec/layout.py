@@ -1,0 +1,108 @@
+"""Shape, strides, dtype and device of a tensor, kept while its values are packed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.core.bucket import flatten, memory_order
+from brevitas_bp.errors import CorruptPayloadError
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """What :meth:`restore` needs to give back a tensor that autograd cannot tell from the original.
+
+    Attributes:
+        shape: of the tensor.
+        stride: of the restored tensor. A dense tensor (permuted, channels_last, expanded, ...) gets
+            its own strides; one with gaps gets the strides that ``empty_like`` would give it.
+        base_shape: with expanded dimensions, which hold one value each, narrowed to 1.
+        dtype: of the tensor.
+        device: of the tensor.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    base_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> "TensorLayout":
+        """The layout of ``x``."""
+        if x.is_contiguous():
+            return cls(x.shape, x.stride(), x.shape, x.dtype, x.device)
+        base = cls.base(x)
+        stride = base.stride() if _is_dense(base) else _dense_strides(base)
+        restored = tuple(
+            0 if size > 1 and step == 0 else new
+            for size, step, new in zip(x.shape, x.stride(), stride))
+        return cls(x.shape, restored, base.shape, x.dtype, x.device)
+
+    @staticmethod
+    def base(x: Tensor) -> Tensor:
+        """``x`` with expanded dimensions narrowed to the one value they hold."""
+        if x.is_contiguous():
+            return x
+        for dim, (size, stride) in enumerate(zip(x.shape, x.stride())):
+            if size > 1 and stride == 0:
+                x = x.narrow(dim, 0, 1)
+        return x
+
+    @property
+    def numel(self) -> int:
+        """Elements that are stored."""
+        return self.base_shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those elements, uncompressed."""
+        return self.numel * self.dtype.itemsize
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """The stored elements in memory order; a view where ``x`` is dense."""
+        return flatten(self.base(x))
+
+    def restore_flat(self, flat: Tensor) -> Tensor:
+        """Inverse of :meth:`flatten`."""
+        if flat.numel() != self.numel:
+            raise CorruptPayloadError(
+                f"brevitas_bp.codec: expected {self.numel} decoded elements for shape "
+                f"{tuple(self.shape)}, got {flat.numel()}")
+        return self._checked(torch.as_strided(flat, self.shape, self.stride, flat.storage_offset()))
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Gives ``values`` [base_shape], in any memory layout, the original layout."""
+        if values.shape != self.base_shape:
+            raise CorruptPayloadError(
+                f"brevitas_bp.codec: expected decoded shape {tuple(self.base_shape)}, got "
+                f"{tuple(values.shape)}")
+        order = sorted(range(len(self.stride)), key=lambda d: -self.stride[d])
+        return self.restore_flat(values.permute(order).reshape(-1))
+
+    def _checked(self, x: Tensor) -> Tensor:
+        assert x.shape == self.shape and x.stride() == self.stride, (x.shape, x.stride(), self)
+        assert x.dtype == self.dtype and x.device == self.device, (x.dtype, x.device, self)
+        return x
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements of ``x`` fill one gapless run of memory, each once."""
+    expected = 1
+    for stride, size in sorted(
+            (stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _dense_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides without gaps, in the memory order of ``x``."""
+    strides = [0] * x.dim()
+    step = 1
+    for dim in reversed(memory_order(x) or range(x.dim())):
+        strides[dim] = step
+        step *= max(x.shape[dim], 1)
+    return tuple(strides)

@@ -1,0 +1,252 @@
+"""Brevitas' own quantizers: integer and minifloat codes, packed."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from brevitas.utils.quant_utils import groupwise_dequant_expand
+from torch import Tensor, nn
+
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.errors import UnsupportedQuantizerError
+from brevitas_bp.kernels.packing import pack, unpack
+from brevitas_bp.kernels.random import seeded
+from brevitas_bp.kernels.reference import compute_dtype, to_buckets
+from brevitas_bp.kernels.spec import MAX_BIT_WIDTH
+
+
+def stock_codec(quantizer: nn.Module) -> Codec:
+    """The codec of a stock ``tensor_quant``.
+
+    Raises:
+        UnsupportedQuantizerError: it computes no codes.
+    """
+    kind = getattr(quantizer, "original_name", type(quantizer).__name__)
+    if kind == "RescalingIntQuant":
+        return StockIntCodec(quantizer)
+    if kind == "FloatQuant":
+        return StockFloatCodec(quantizer)
+    reasons = {
+        "ClampedBinaryQuant": "binary quantizers give signs and no integer codes",
+        "BinaryQuant": "binary quantizers give signs and no integer codes",
+        "TernaryQuant": "its ternary codes come from a threshold and have no scale and zero point"}
+    raise UnsupportedQuantizerError(
+        f"brevitas_bp.codec: cannot store what {kind} quantizes: "
+        f"{reasons.get(kind, 'it is neither an integer nor a minifloat quantizer')}; use an integer "
+        "quantizer, for instance one of brevitas_bp.quant")
+
+
+def is_stateful(quantizer: nn.Module) -> bool:
+    """Whether a quantizer learns or collects anything between calls."""
+    if any(True for _ in quantizer.parameters()):
+        return True
+    names = ("collect_stats_steps", "running_stats", "first_batch")
+    return any(hasattr(m, name) for m in quantizer.modules() for name in names)
+
+
+class StockIntCodec(Codec):
+    """Integer quantizers (per tensor, per channel, per group, fixed point, MX): ``to_int`` codes.
+
+    Scale and zero point are stored as they were, so a statistic that moves later changes nothing.
+    Computed in float32 for 16-bit input, where Brevitas' epsilons would underflow.
+    """
+
+    def __init__(self, quantizer: Any) -> None:
+        self.quantizer = quantizer
+        self.bit_width = _static_width(quantizer.msb_clamp_bit_width_impl())
+        width = torch.tensor(float(self.bit_width))
+        self.lowest = int(quantizer.int_quant.min_int(width))
+        view = quantizer.int_quant.input_view_impl
+        kind = getattr(view, "original_name", type(view).__name__)
+        if "BatchStats" in type(quantizer.scaling_impl).__name__:
+            raise UnsupportedQuantizerError(
+                "brevitas_bp.codec: batch quantizers take their scale from 4-D batches and batch-norm "
+                "statistics; use a per-tensor or per-bucket quantizer")
+        self.group_dim = view.group_dim if kind == "DynamicOverSubChannelBlockView" else None
+        self.name = f"{self.bit_width}-bit stock"
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Quantizes and packs a float tensor."""
+        layout = TensorLayout.of(x)
+        base = TensorLayout.base(x).to(compute_dtype(x.dtype))
+        quantizer = self.quantizer
+        with torch.no_grad(), seeded(seed):
+            width = quantizer.msb_clamp_bit_width_impl()
+            scale = quantizer.scaling_impl(base, quantizer.int_scaling_impl(width))
+            zero_point = quantizer.zero_point_impl(base, scale, width)
+            codes = quantizer.int_quant.to_int(scale, zero_point, width, base)
+        scale = _poisoned(scale, base)
+        stored = torch.nan_to_num(codes - self.lowest).to(torch.uint8)
+        return Packed(
+            self, (_pack_flat(stored, self.bit_width), scale, zero_point.detach().clone()), layout,
+            tuple(codes.shape), where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Unpacks and dequantizes: ``(q - zero_point) * scale``."""
+        payload, scale, zero_point = packed.tensors
+        codes = _unpack_flat(payload, self.bit_width, packed.facts)
+        values = (codes.to(scale.dtype) + self.lowest - zero_point) * scale
+        return _restore(values, scale, self.group_dim, packed.layout)
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return layout.numel * self.bit_width // 8
+
+
+class StockFloatCodec(Codec):
+    """Minifloat quantizers (FP8 in all flavours, MXFP): sign, exponent and mantissa bits.
+
+    The code of a value ``v`` (after the scale) is exact: Brevitas has rounded ``v`` to the format.
+    """
+
+    def __init__(self, quantizer: Any) -> None:
+        self.quantizer = quantizer
+        if not quantizer.float_clamp_impl.saturating:
+            raise UnsupportedQuantizerError(
+                "brevitas_bp.codec: a minifloat quantizer that does not saturate turns large values "
+                "into Inf or NaN, which its codes do not hold; set saturating=True")
+        self.exponent_bits = int(quantizer.exponent_bit_width_impl())
+        self.mantissa_bits = int(quantizer.mantissa_bit_width_impl())
+        self.bias = int(quantizer.exponent_bias_impl())
+        self.bit_width = _static_width(1 + self.exponent_bits + self.mantissa_bits)
+        view = quantizer.input_view_impl
+        kind = getattr(view, "original_name", type(view).__name__)
+        self.group_dim = view.group_dim if kind == "DynamicOverSubChannelBlockView" else None
+        self.name = f"e{self.exponent_bits}m{self.mantissa_bits} stock"
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Quantizes and packs a float tensor."""
+        layout = TensorLayout.of(x)
+        base = TensorLayout.base(x).to(compute_dtype(x.dtype))
+        quantizer = self.quantizer
+        with torch.no_grad(), seeded(seed):
+            threshold = None
+            mantissa = quantizer.compute_max_mantissa(quantizer.mantissa_bit_width_impl())
+            exponent, bias = quantizer.exponent_bit_width_impl(), quantizer.exponent_bias_impl()
+            if quantizer.float_scaling_impl is not None:
+                threshold = quantizer.float_scaling_impl(exponent, mantissa, bias)
+            scale = quantizer.scaling_impl(base, threshold)
+            values, scale = quantizer.quantize(base, scale)
+            values = quantizer.float_clamp_impl(values, exponent, mantissa, bias)[0]
+        codes = self._to_codes(torch.nan_to_num(values))
+        return Packed(
+            self, (_pack_flat(codes, self.bit_width), _poisoned(scale, base)), layout,
+            tuple(values.shape), where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Unpacks and scales."""
+        payload, scale = packed.tensors
+        codes = _unpack_flat(payload, self.bit_width, packed.facts)
+        values = self._from_codes(codes, scale.dtype) * scale
+        return _restore(values, scale, self.group_dim, packed.layout)
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return layout.numel * self.bit_width // 8
+
+    def _to_codes(self, values: Tensor) -> Tensor:
+        magnitude, exponent = torch.frexp(values.abs())
+        # frexp gives [0.5, 1) * 2**e; a minifloat is [1, 2) * 2**(e - 1), below that subnormal.
+        biased = (exponent - 1 + self.bias).clamp(min=1)
+        unit = torch.ldexp(magnitude, exponent - biased + self.bias)
+        mantissa = (unit * 2**self.mantissa_bits).to(torch.int32)
+        implicit = 1 << self.mantissa_bits
+        # A mantissa without the implicit bit belongs to exponent field 0.
+        field = torch.where(mantissa >= implicit, biased, 0)
+        code = (field << self.mantissa_bits) + (mantissa & (implicit - 1))
+        return (code + (values.signbit().to(torch.int32) << (self.bit_width - 1))).to(torch.uint8)
+
+    def _from_codes(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = codes.to(torch.int32)
+        mantissa = (codes & ((1 << self.mantissa_bits) - 1)).to(dtype)
+        field = (codes >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
+        mantissa = torch.where(field > 0, mantissa + 2**self.mantissa_bits, mantissa)
+        values = torch.ldexp(mantissa, field.clamp(min=1) - self.bias - self.mantissa_bits)
+        return torch.where(codes >> (self.bit_width - 1) > 0, -values, values)
+
+
+class StatefulCodec(Codec):
+    """One quantizer per saved tensor, for stock quantizers that collect statistics.
+
+    Sharing one would average the ranges of unrelated tensors. Tensors are told apart by the order in
+    which one forward pass saves them, so the graph must be the same in every step. The statistics are
+    not part of a checkpoint: they are collected anew.
+    """
+
+    def __init__(self, build: Callable[[], Codec], name: str) -> None:
+        self.build = build
+        self.name = name
+        self.slots: list[Codec] = []
+
+    def slot(self, index: int) -> Codec:
+        """The codec of the ``index``-th tensor of a forward pass."""
+        while len(self.slots) <= index:
+            self.slots.append(self.build())
+        return self.slots[index]
+
+    def per_forward(self) -> Codec:
+        """A codec for one forward pass, which counts its tensors."""
+        return _SlotCounter(self)
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Encodes with the first slot."""
+        return self.slot(0).encode(x, seed=seed, where=where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Decodes with the slot that encoded."""
+        return packed.decode()
+
+
+class _SlotCounter(Codec):
+    """Hands each tensor of one forward pass to its own slot."""
+
+    def __init__(self, codec: StatefulCodec) -> None:
+        self.codec = codec
+        self.name = codec.name
+        self.count = itertools.count()
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        return self.codec.slot(next(self.count)).encode(x, seed=seed, where=where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        return packed.decode()
+
+
+def _static_width(width: Any) -> int:
+    bits = float(width)
+    if bits != int(bits) or not 1 <= bits <= MAX_BIT_WIDTH:
+        raise UnsupportedQuantizerError(
+            f"brevitas_bp.codec: codes of 1..{MAX_BIT_WIDTH} bits can be stored, the quantizer has "
+            f"{bits:g}; pass bit_width=8 or fewer")
+    return int(bits)
+
+
+def _poisoned(scale: Tensor, x: Tensor) -> Tensor:
+    """A copy of ``scale`` that is NaN where ``x`` holds NaN or Inf anywhere, without a sync.
+
+    Static scales would clip an Inf, and integer codes cannot hold a NaN.
+    """
+    return scale.detach() + (x * 0).sum()
+
+
+def _pack_flat(codes: Tensor, bit_width: int) -> Tensor:
+    return pack(to_buckets(codes.reshape(-1), None), bit_width).view(-1)
+
+
+def _unpack_flat(payload: Tensor, bit_width: int, shape: tuple[int, ...]) -> Tensor:
+    numel = torch.Size(shape).numel()
+    size = -(-numel // 8) * 8
+    return unpack(payload.view(1, -1), bit_width, size).view(-1)[:numel].view(shape)
+
+
+def _restore(
+        values: Tensor, scale: Tensor, group_dim: int | None, layout: TensorLayout) -> Tensor:
+    """Undoes the quantizer's view of its input."""
+    values = values.to(layout.dtype)
+    if group_dim is not None:
+        values = groupwise_dequant_expand(
+            values, scale, scale, group_dim, layout.base_shape, False)[0]
+    if values.shape == layout.base_shape:
+        return layout.restore(values)
+    # A flat-bucket view: memory order, the last bucket padded.
+    return layout.restore_flat(values.reshape(-1)[:layout.numel])

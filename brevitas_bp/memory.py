@@ -1,0 +1,211 @@
+"""Bytes that autograd keeps for backward: measured on live tensors."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from brevitas_bp.backward.hooks import ForwardPass
+from brevitas_bp.backward.parameters import storage_id
+from brevitas_bp.backward.policy import SavedTensor, keep_all
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
+from brevitas_bp.codec.base import Packed
+
+
+@dataclass(frozen=True)
+class SavedMemoryRow:
+    """Saved tensors of one module, operation and dtype.
+
+    Attributes:
+        module: qualified name; empty for the root and for operations outside of it.
+        op: the torch function that saved them.
+        dtype: of the tensors.
+        tensors: how many, each counted once.
+        exact_bytes: bytes of their storages, as plain autograd would keep them.
+        stored_bytes: bytes of what is kept instead.
+    """
+
+    module: str
+    op: str
+    dtype: str
+    tensors: int
+    exact_bytes: int
+    stored_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Exact over stored bytes."""
+        return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
+
+
+@dataclass
+class _Record:
+    key: tuple[str, str, str]
+    packed: weakref.ref[Packed]
+    storage: StorageWeakRef | None
+    storage_key: int
+    storage_nbytes: int
+
+
+class SavedMemoryReport:
+    """What a forward pass keeps for backward. Made by :func:`track_saved_memory`.
+
+    Parameters and buffers are not counted, whoever saves them. A storage that several tensors share is
+    counted once, at the first that saved it. Only tensors that are alive when the block ends count.
+    """
+
+    def __init__(self) -> None:
+        self._records: list[_Record] = []
+        self._rows: list[SavedMemoryRow] | None = None
+
+    @property
+    def rows(self) -> list[SavedMemoryRow]:
+        """One row per module, operation and dtype, in the order of the forward pass."""
+        return self._count() if self._rows is None else self._rows
+
+    @property
+    def tensors(self) -> int:
+        """Number of saved tensors."""
+        return sum(row.tensors for row in self.rows)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes that plain autograd would keep."""
+        return sum(row.exact_bytes for row in self.rows)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(row.stored_bytes for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """Exact over stored bytes."""
+        return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes still kept now: zero once backward has run or the graph is gone."""
+        return sum(row.stored_bytes for row in self._count())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rows and total as plain values, for JSON."""
+        total = {
+            "tensors": self.tensors, "exact_bytes": self.exact_bytes,
+            "stored_bytes": self.stored_bytes, "ratio": self.ratio}
+        return {"rows": [{**asdict(r), "ratio": r.ratio} for r in self.rows], "total": total}
+
+    def __str__(self) -> str:
+        lines = [("module", "op", "dtype", "tensors", "exact MiB", "stored MiB", "ratio")]
+        for row in self.rows:
+            lines.append((
+                row.module or "(root)", row.op, row.dtype, str(row.tensors),
+                _mib(row.exact_bytes), _mib(row.stored_bytes), f"{row.ratio:.2f}"))
+        lines.append((
+            "total", "", "", str(self.tensors), _mib(self.exact_bytes), _mib(self.stored_bytes),
+            f"{self.ratio:.2f}"))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        text = ["  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
+        rule = "-" * max(len(line) for line in text)
+        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+
+    def _record(self, saved: SavedTensor, packed: Packed, is_parameter: bool) -> None:
+        if is_parameter:
+            return
+        x = saved.tensor
+        try:
+            storage = x.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            storage = None
+        self._records.append(_Record(
+            (saved.module, saved.op or "custom function", str(x.dtype).removeprefix("torch.")),
+            weakref.ref(packed),
+            None if storage is None else StorageWeakRef(storage),
+            storage_id(x),
+            x.numel() * x.element_size() if storage is None else storage.nbytes()))
+
+    def _finish(self) -> None:
+        self._rows = self._count()
+
+    def _count(self) -> list[SavedMemoryRow]:
+        counted: dict[tuple[str, str, str], list[int]] = {}
+        exact_seen: set[int] = set()
+        stored_seen: set[int] = set()
+        packed_seen: set[int] = set()
+        for record in self._records:
+            packed = record.packed()
+            if packed is None:
+                continue
+            row = counted.setdefault(record.key, [0, 0, 0])
+            if id(packed) not in packed_seen:
+                packed_seen.add(id(packed))
+                row[0] += 1
+            if record.storage_key not in exact_seen:
+                exact_seen.add(record.storage_key)
+                row[1] += record.storage_nbytes
+            for tensor in packed.tensors:
+                key, nbytes = _storage_of(tensor)
+                if key not in stored_seen:
+                    stored_seen.add(key)
+                    row[2] += nbytes
+        return [SavedMemoryRow(*key, *numbers) for key, numbers in counted.items() if any(numbers)]
+
+
+@contextmanager
+def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
+    """Measures what autograd keeps for backward, of a wrapped or unwrapped model alike.
+
+    Gradients, outputs and random state are as without it. Operations of the block outside the model
+    (for instance the loss) are counted under the root's name.
+
+    Args:
+        model: the model that runs in the block; may contain wrappers.
+
+    Yields:
+        The report; complete when the block ends, before backward runs.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+        >>> with track_saved_memory(net) as report:
+        ...     loss = net(torch.randn(512, 64)).sum()
+        >>> report.exact_bytes  # the input and the output of tanh
+        262144
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "brevitas_bp.track_saved_memory: expected a torch.nn.Module, got "
+            f"{type(model).__name__}")
+    report = SavedMemoryReport()
+    wrappers = [m for m in model.modules() if isinstance(m, QuantBackwardWrapper)]
+    root = model.module if isinstance(model, QuantBackwardWrapper) else model
+    with ExitStack() as stack:
+        for wrapper in wrappers:
+            wrapper._listeners.append(report._record)
+            stack.callback(wrapper._listeners.remove, report._record)
+        stack.enter_context(ForwardPass(
+            root, lambda name: None, keep_all, lambda: 0, listeners=(report._record,)))
+        try:
+            yield report
+        finally:
+            report._finish()
+
+
+def _storage_of(x: Tensor) -> tuple[int, int]:
+    try:
+        return storage_id(x), x.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return id(x), x.numel() * x.element_size()
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.3f}"
