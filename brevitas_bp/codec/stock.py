@@ -70,7 +70,7 @@ class StockIntCodec(Codec):
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Quantizes and packs a float tensor."""
         layout = TensorLayout.of(x)
-        base = TensorLayout.base(x).to(compute_dtype(x.dtype))
+        base = _plain_input(x)
         quantizer = self.quantizer
         with torch.no_grad(), seeded(seed):
             width = quantizer.msb_clamp_bit_width_impl()
@@ -118,7 +118,7 @@ class StockFloatCodec(Codec):
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Quantizes and packs a float tensor."""
         layout = TensorLayout.of(x)
-        base = TensorLayout.base(x).to(compute_dtype(x.dtype))
+        base = _plain_input(x)
         quantizer = self.quantizer
         with torch.no_grad(), seeded(seed):
             threshold = None
@@ -221,6 +221,11 @@ def _static_width(width: Any) -> int:
     return int(bits)
 
 
+def _plain_input(x: Tensor) -> Tensor:
+    """What stock statistics can read: contiguous, float32 or float64."""
+    return TensorLayout.base(x).to(compute_dtype(x.dtype)).contiguous()
+
+
 def _poisoned(scale: Tensor, x: Tensor) -> Tensor:
     """A copy of ``scale`` that is NaN where ``x`` holds NaN or Inf anywhere, without a sync.
 
@@ -246,7 +251,7 @@ def _restore(
     if group_dim is not None:
         values = groupwise_dequant_expand(
             values, scale, scale, group_dim, layout.base_shape, False)[0]
-    if values.shape == layout.base_shape:
-        return layout.restore(values)
-    # A flat-bucket view: memory order, the last bucket padded.
-    return layout.restore_flat(values.reshape(-1)[:layout.numel])
+    if values.shape != layout.base_shape:
+        # A flat-bucket view in a stock quantizer: the last bucket is padded.
+        values = values.reshape(-1)[:layout.numel].view(layout.base_shape)
+    return layout.restore(values)

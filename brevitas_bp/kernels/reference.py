@@ -65,29 +65,34 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` rounded towards +inf to a value that ``dtype`` holds, in the dtype of ``x``."""
+    """``x`` rounded towards +inf to a value that the metadata holds, in the dtype of ``x``."""
     return -round_down(-x, dtype)
 
 
 def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` rounded towards -inf to a value that ``dtype`` holds, in the dtype of ``x``.
+    """``x`` rounded towards -inf to a value that the metadata holds, in the dtype of ``x``.
 
-    ``float32`` stands for "the dtype computed in": nothing is rounded. NaN stays NaN and a finite
-    value stays finite.
+    Only bfloat16 metadata of float32 computations is rounded, see :func:`stored_metadata_dtype`. NaN
+    stays NaN and a finite value stays finite.
     """
-    if dtype == torch.float32:
+    if stored_metadata_dtype(dtype, x.dtype) == x.dtype:
         return x
-    single = x.to(torch.float32)
-    if x.dtype == torch.float64:
-        below = torch.nextafter(single, single.new_tensor(-torch.inf))
-        single = torch.where(single.to(x.dtype) > x, below, single)
-    bits = single.view(torch.int32)
+    bits = x.view(torch.int32)
     truncated = bits & -65536
     # Truncation rounds towards zero; a negative value with lost bits goes one step further.
     further = (bits < 0) & (truncated != bits)
     rounded = (truncated + further.to(torch.int32) * 65536).view(torch.float32)
     rounded = rounded.clamp(min=torch.finfo(torch.bfloat16).min)
-    return torch.where(torch.isfinite(x), rounded.to(x.dtype), x)
+    return torch.where(torch.isfinite(x), rounded, x)
+
+
+def stored_metadata_dtype(metadata_dtype: torch.dtype, computed: torch.dtype) -> torch.dtype:
+    """The dtype that scale and offset are stored in.
+
+    ``float32`` stands for the dtype computed in, and float64 data, whose exponents bfloat16 cannot
+    hold, always keeps its own.
+    """
+    return metadata_dtype if computed == torch.float32 else computed
 
 
 def finite_range(lo: Tensor, hi: Tensor) -> Tensor:
@@ -173,11 +178,6 @@ def to_bytes(codes: Tensor, lowest: int, scale: Tensor) -> Tensor:
     """Float codes to uint8, counted from the lowest; zero where the scale is NaN."""
     stored = (codes - lowest if lowest else codes)
     return torch.where(scale.isnan(), 0, stored).to(torch.uint8)
-
-
-def stored_metadata_dtype(metadata_dtype: torch.dtype, computed: torch.dtype) -> torch.dtype:
-    """The dtype that scale and offset are stored in; float32 stands for the dtype computed in."""
-    return computed if metadata_dtype == torch.float32 else metadata_dtype
 
 
 def to_metadata(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,7 +40,8 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     columns = (shifts[1] + torch.arange(width))[:, None, :]
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
     picked = padded[torch.arange(count)[:, None, None], rows, columns]
-    return picked.permute(0, 3, 1, 2).contiguous()
+    # Copied, since .contiguous() keeps channels-last strides where there is a single channel.
+    return torch.empty_like(images).copy_(picked.permute(0, 3, 1, 2))
 
 
 @dataclass
