@@ -1,5 +1,10 @@
 """Chooses the form of the kernels by device. All forms give the same bytes."""
 
+import importlib.util
+import warnings
+from functools import lru_cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -8,13 +13,36 @@ from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
 
+@lru_cache(maxsize=1)
+def _cpu_kernels() -> ModuleType | None:
+    """The compiled CPU kernels, imported at first use; None, with one hint, without numba."""
+    if importlib.util.find_spec("numba") is None:
+        warnings.warn(
+            "brevitas_bp: numba is not installed, so CPU tensors go through the slower torch "
+            "reference (same bytes); pip install brevitas-bp[cpu]", stacklevel=2)
+        return None
+    from brevitas_bp.kernels import cpu
+
+    return cpu
+
+
+def backend(device: torch.device, dtype: torch.dtype, spec: BucketQuantSpec) -> ModuleType:
+    """The module whose ``encode`` and ``decode`` serve such tensors."""
+    if device.type == "cpu":
+        kernels = _cpu_kernels()
+        if kernels is not None and kernels.supports(dtype, spec):
+            return kernels
+    return reference
+
+
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.kernels.reference.encode`."""
-    return reference.encode(flat, spec, seed)
+    return backend(flat.device, flat.dtype, spec).encode(flat, spec, seed)
 
 
 def decode(
         encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.reference.decode`."""
-    return reference.decode(encoded, spec, seed, numel, dtype)
+    form = backend(encoded.payload.device, dtype, spec)
+    return form.decode(encoded, spec, seed, numel, dtype)

@@ -1,0 +1,372 @@
+"""Fast forms for CPU tensors, compiled by numba: one pass over each bucket while it is in cache.
+
+They give the bytes of :mod:`brevitas_bp.kernels.reference`: the same order of float32 operations, no
+fused multiply-add (no ``fastmath``), minima and maxima taken on the sortable integer form of a float,
+where NaN is extreme, and every integer cast to 32 bits explicitly (numba promotes to 64).
+
+Kernels release the interpreter lock and run serially on a range of buckets; large tensors are split
+over a small pool of threads. numba's own parallel layer is not used: its default one aborts the process
+when two Python threads enter it.
+
+Not here, but in the reference: float64, and buckets of a whole tensor.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from brevitas_bp.kernels.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS, noise_keys
+from brevitas_bp.kernels.reference import (
+    RANGE_LIMIT,
+    Encoded,
+    bucket_shape,
+    draw_layout,
+    payload_nbytes,
+)
+from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
+
+LARGEST_BUCKET = 1 << 16
+_RULES = {"min_max": 0, "max": 1, "l2": 2}
+# Elements below which a second thread costs more than it saves.
+_SPLIT = 1 << 16
+# Elements converted at once where the input is not float32.
+_CHUNK = 1 << 20
+
+_U = np.uint32
+_F = np.float32
+_MAX = _F(np.finfo(np.float32).max)
+_LIMIT = _F(float(np.finfo(np.float32).max) * RANGE_LIMIT)
+_TINY = _F(np.finfo(np.float32).tiny)
+_BF16_MIN = _F(torch.finfo(torch.bfloat16).min)
+_NAN = _F(np.nan)
+_S0, _M0 = _U(HASH_ROUNDS[0][0]), _U(HASH_ROUNDS[0][1])
+_S1, _M1 = _U(HASH_ROUNDS[1][0]), _U(HASH_ROUNDS[1][1])
+_S2, _M2 = _U(HASH_ROUNDS[2][0]), _U(HASH_ROUNDS[2][1])
+_S3 = _U(HASH_LAST_SHIFT)
+_TO_NOISE = _U(32 - NOISE_BITS)
+_STEP = _F(2.0**-NOISE_BITS)
+_SIGN_BITS = np.int32(31)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_INF_BITS = np.int32(0x7F800000)
+_HALF_WORD = np.int32(-65536)
+
+_jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+
+@_jit
+def _round_down_bf16(value: Any, bits: Any) -> Any:
+    """See ``reference.round_down``; ``bits`` is an int32 view of one float32."""
+    view = bits.view(np.float32)
+    view[0] = value
+    truncated = np.int32(bits[0] & _HALF_WORD)
+    if bits[0] < 0 and truncated != bits[0]:
+        truncated = np.int32(truncated + np.int32(65536))
+    bits[0] = truncated
+    return max(view[0], _BF16_MIN)
+
+
+@_jit
+def _reciprocal(scale: Any) -> Any:
+    return _F(1) / scale if scale >= _TINY else _F(0)
+
+
+@_jit
+def _norm(x: Any, scratch: Any) -> Any:
+    """See ``reference.l2_norm``: the same binary tree."""
+    n = x.size
+    for i in range(n):
+        scratch[i] = np.float64(x[i]) * np.float64(x[i])
+    while n > 1:
+        half = (n + 1) // 2
+        for i in range(n - half):
+            scratch[i] += scratch[half + i]
+        n = half
+    return _F(math.sqrt(scratch[0]))
+
+
+@_jit
+def _metadata(x: Any, rule: Any, top: Any, bf16: Any, integer: Any, one: Any, scratch: Any) -> Any:
+    """Scale and offset of one bucket; NaN where it holds NaN or Inf."""
+    bits = x.view(np.int32)
+    view = one.view(np.float32)
+    if rule == 0:
+        lowest, highest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        for i in range(bits.size):
+            key = np.int32(bits[i] ^ ((bits[i] >> _SIGN_BITS) & _MAGNITUDE))
+            lowest = min(lowest, key)
+            highest = max(highest, key)
+        if lowest <= np.int32(~_INF_BITS) or highest >= _INF_BITS:
+            return _NAN, _NAN
+        one[0] = np.int32(lowest ^ ((lowest >> _SIGN_BITS) & _MAGNITUDE))
+        lo = view[0] + _F(0)
+        one[0] = np.int32(highest ^ ((highest >> _SIGN_BITS) & _MAGNITUDE))
+        hi = view[0] + _F(0)
+        if bf16:
+            lo = _round_down_bf16(lo, one)
+        scale = min(hi - lo, _LIMIT) / _F(top)
+        if bf16:
+            scale = -_round_down_bf16(-scale, one)
+        inverse = _reciprocal(scale)
+        if integer and inverse > _F(0):
+            lo = -_F(np.rint(-lo * inverse)) * scale + _F(0)
+        return scale, lo
+    peak = np.int32(0)
+    for i in range(bits.size):
+        peak = max(peak, np.int32(bits[i] & _MAGNITUDE))
+    if peak >= _INF_BITS:
+        return _NAN, _F(0)
+    one[0] = peak
+    norm = view[0] if rule == 1 else _norm(x, scratch)
+    scale = min(norm, _LIMIT) / _F(top)
+    if bf16:
+        scale = -_round_down_bf16(-scale, one)
+    return scale, _F(0)
+
+
+@_jit
+def _round_stochastic(
+        x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any, index: Any, k0: Any,
+        k1: Any) -> None:
+    shift = np.int32(lowest)
+    low, high = _F(lowest), _F(top)
+    for i in range(x.size):
+        u = (x[i] - lo) * inverse
+        h = _U(_U(index + _U(i)) + k0)
+        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
+        h = _U(h ^ k1)
+        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
+        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
+        h = _U(h ^ _U(h >> _S3))
+        noise = _F(np.int32(h >> _TO_NOISE)) * _STEP
+        floor = np.floor(u)
+        q = floor + (_F(1) if noise < u - floor else _F(0))
+        q = low if q < low else q
+        q = high if q > high else q
+        codes[i] = np.uint8(np.int32(q) - shift)
+
+
+@_jit
+def _round_nearest(
+        x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any) -> None:
+    shift = np.int32(lowest)
+    low, high = _F(lowest), _F(top)
+    for i in range(x.size):
+        q = np.rint((x[i] - lo) * inverse)
+        q = low if q < low else q
+        q = high if q > high else q
+        codes[i] = np.uint8(np.int32(q) - shift)
+
+
+@_jit
+def _pack(codes: Any, width: Any, out: Any) -> None:
+    size = codes.size
+    start, first = 0, np.uint8(0)
+    for bits in (8, 4, 2, 1):
+        if not width & bits:
+            continue
+        count = size * bits // 8
+        mask = np.uint8((1 << bits) - 1)
+        for j in range(count):
+            out[start + j] = np.uint8(codes[j] >> first) & mask
+        for i in range(1, 8 // bits):
+            shift = np.uint8(bits * i)
+            base = i * count
+            for j in range(count):
+                part = np.uint8(np.uint8(codes[base + j] >> first) & mask)
+                out[start + j] = np.uint8(out[start + j] | np.uint8(part << shift))
+        start += count
+        first = np.uint8(first + np.uint8(bits))
+
+
+@_jit
+def _unpack(packed: Any, width: Any, codes: Any) -> None:
+    size = codes.size
+    start, first = 0, np.uint8(0)
+    for bits in (8, 4, 2, 1):
+        if not width & bits:
+            continue
+        count = size * bits // 8
+        mask = np.uint8((1 << bits) - 1)
+        for i in range(8 // bits):
+            shift = np.uint8(bits * i)
+            base = i * count
+            if first == 0:
+                for j in range(count):
+                    codes[base + j] = np.uint8(packed[start + j] >> shift) & mask
+            else:
+                for j in range(count):
+                    part = np.uint8(np.uint8(packed[start + j] >> shift) & mask)
+                    codes[base + j] = np.uint8(codes[base + j] | np.uint8(part << first))
+        start += count
+        first = np.uint8(first + np.uint8(bits))
+
+
+@_jit
+def _encode(
+        x: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
+        shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any, integer: Any,
+        stochastic: Any, k0: Any, k1: Any, payload: Any, scales: Any, offsets: Any) -> None:
+    """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``."""
+    codes = np.empty(size, np.uint8)
+    padded = np.empty(size, np.float32)
+    one = np.empty(1, np.int32)
+    scratch = np.empty(size if rule == 2 else 1, np.float64)
+    for bucket in range(begin, end):
+        slot = (multiplier * bucket + shift) % n
+        kind = 1 if slot < mixed else 0
+        width = widths[kind]
+        nbytes = size * width // 8
+        if kind == 1:
+            position = slot * nbytes
+        else:
+            position = mixed * (size * widths[1] // 8) + (slot - mixed) * nbytes
+        start = (bucket - first) * size
+        if start + size <= x.size:
+            values = x[start:start + size]
+        else:
+            valid = x.size - start
+            padded[:valid] = x[start:]
+            padded[valid:] = _F(0) if rule == 2 else x[x.size - 1]
+            values = padded
+        scale, lo = _metadata(values, rule, tops[kind], bf16, integer, one, scratch)
+        scales[bucket] = scale
+        offsets[bucket] = lo
+        if np.isnan(scale):
+            codes[:] = 0
+        elif stochastic:
+            _round_stochastic(
+                values, codes, lo, _reciprocal(scale), lowests[kind], tops[kind],
+                _U((bucket * size) & 0xFFFFFFFF), k0, k1)
+        else:
+            _round_nearest(values, codes, lo, _reciprocal(scale), lowests[kind], tops[kind])
+        _pack(codes, width, payload[position:position + nbytes])
+
+
+@_jit
+def _decode(
+        out: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
+        shift: Any, widths: Any, lowests: Any, payload: Any, scales: Any, offsets: Any,
+        limit: Any) -> None:
+    """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``."""
+    codes = np.empty(size, np.uint8)
+    for bucket in range(begin, end):
+        slot = (multiplier * bucket + shift) % n
+        kind = 1 if slot < mixed else 0
+        width = widths[kind]
+        nbytes = size * width // 8
+        if kind == 1:
+            position = slot * nbytes
+        else:
+            position = mixed * (size * widths[1] // 8) + (slot - mixed) * nbytes
+        _unpack(payload[position:position + nbytes], width, codes)
+        scale, lo, lowest = scales[bucket], offsets[bucket], np.int32(lowests[kind])
+        start = (bucket - first) * size
+        count = min(size, out.size - start)
+        values = out[start:start + count]
+        for i in range(count):
+            y = _F(np.int32(codes[i]) + lowest) * scale + lo
+            y = limit if y > limit else y
+            values[i] = -limit if y < -limit else y
+
+
+def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
+    """Whether these kernels cover a tensor of this dtype."""
+    return flat_dtype != torch.float64 and spec.bucket_size is not None and (
+        spec.bucket_size <= LARGEST_BUCKET)
+
+
+def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+    """See :func:`brevitas_bp.kernels.reference.encode`."""
+    n, size = bucket_shape(flat.numel(), spec.bucket_size)
+    layout = draw_layout(n, spec, seed)
+    payload = torch.empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
+    scales, offsets = torch.empty(n), torch.empty(n)
+    k0, k1 = noise_keys(seed)
+    shared = (
+        size, n, layout.mixed, layout.multiplier, layout.shift, *_per_width(spec),
+        _RULES[spec.scale_rule], spec.metadata_dtype == torch.bfloat16, spec.integer_zero_point,
+        spec.stochastic, _U(k0), _U(k1), payload.numpy(), scales.numpy(), offsets.numpy())
+    for first, last in _converted(flat.dtype, n, size):
+        x = flat[first * size:last * size].detach().to(torch.float32).numpy()
+        _run(lambda begin, end, x=x, first=first: _encode(x, first, begin, end, *shared),
+             first, last, size)
+    return Encoded(
+        payload, scales.to(spec.metadata_dtype),
+        offsets.to(spec.metadata_dtype) if spec.affine else None)
+
+
+def decode(
+        encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.kernels.reference.decode`."""
+    n, size = bucket_shape(numel, spec.bucket_size)
+    layout = draw_layout(n, spec, seed)
+    out = torch.empty(numel, dtype=dtype)
+    scales = encoded.scale.to(torch.float32)
+    offsets = torch.zeros(n) if encoded.offset is None else encoded.offset.to(torch.float32)
+    widths, _, lowests = _per_width(spec)
+    shared = (
+        size, n, layout.mixed, layout.multiplier, layout.shift, widths, lowests,
+        encoded.payload.numpy(), scales.numpy(), offsets.numpy(), _F(torch.finfo(dtype).max))
+    for first, last in _converted(dtype, n, size):
+        part = out[first * size:last * size]
+        values = part if dtype == torch.float32 else torch.empty(part.numel())
+        array = values.numpy()
+        _run(lambda begin, end, array=array, first=first: _decode(
+            array, first, begin, end, *shared), first, last, size)
+        if values is not part:
+            part.copy_(values)
+    return out
+
+
+def _per_width(spec: BucketQuantSpec) -> tuple[tuple[int, int], ...]:
+    """Widths, top codes and lowest codes of (base, mixed) buckets."""
+    widths = (spec.bit_width, spec.mix_bit_width or spec.bit_width)
+    return (
+        widths, tuple(top_code(spec.code_range, w) for w in widths),
+        tuple(lowest_code(spec.code_range, w) for w in widths))
+
+
+def _converted(dtype: torch.dtype, n: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of buckets handled at once: all of them, or chunks that are converted to float32."""
+    step = max(n, 1) if dtype == torch.float32 else max(1, _CHUNK // size)
+    return [(first, min(first + step, n)) for first in range(0, n, step)]
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has the pool but none of its threads.
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _run(kernel: Callable[[int, int], None], first: int, last: int, size: int) -> None:
+    """Runs ``kernel`` on buckets ``first .. last - 1``, in several threads where it pays."""
+    global _pool
+    threads = min(torch.get_num_threads(), (last - first) * size // _SPLIT, last - first)
+    if threads <= 1:
+        kernel(first, last)
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="brevitas_bp")
+    cuts = [first + (last - first) * i // threads for i in range(threads + 1)]
+    futures = [_pool.submit(kernel, a, b) for a, b in zip(cuts[1:-1], cuts[2:])]
+    try:
+        kernel(cuts[0], cuts[1])
+    finally:
+        for future in futures:
+            future.result()
+
