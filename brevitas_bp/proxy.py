@@ -89,17 +89,21 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
         self.cache_class = _CachedBucketwise
 
     def init_tensor_quant(self) -> None:
-        super().init_tensor_quant()
-        fused = self.fused_activation_quant_proxy
-        if fused is not None and hasattr(self.quant_injector.tensor_quant, "quantize"):
-            # Under BREVITAS_JIT=1 the stock fused proxy is a ScriptModule that would script ours.
-            self.fused_activation_quant_proxy = _FusedActQuant(
-                _activation(self.quant_injector), self.quant_injector.tensor_quant)
+        """Builds the quantizer; Brevitas calls this again when a checkpoint is loaded."""
+        # Under BREVITAS_JIT=1 the stock fused proxy is a ScriptModule that would script ours.
+        self.fused_activation_quant_proxy = _FusedActQuant(
+            _activation(self._injector), self._injector.tensor_quant)
+        self.is_quant_enabled = True
 
     @property
     def bucket_size(self) -> int | None:
         """Elements of a bucket; None is the whole tensor."""
-        return self.quant_injector.bucket_size
+        return self._injector.bucket_size
+
+    @property
+    def _injector(self) -> Any:
+        # Injectors define their attributes at run time.
+        return self.quant_injector
 
     @property
     def requires_export_handler(self) -> bool:
@@ -114,13 +118,15 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
         return x
 
     def create_quant_tensor(
-            self, qt_args: Tensor | tuple[Any, ...], x: Any) -> BucketwiseIntQuantTensor:
+            self, qt_args: Tensor | tuple[Any, ...], x: Any) -> Any:
         if isinstance(qt_args, tuple):
             value, scale, zero_point, bit_width = qt_args
             return BucketwiseIntQuantTensor(
-                value, scale, zero_point, self.bucket_size, bit_width, self.is_signed, self.training)
+                value, scale, zero_point, self.bucket_size, bit_width, bool(self.is_signed),
+                self.training)
         return BucketwiseIntQuantTensor(
-            qt_args, x.scale, x.zero_point, self.bucket_size, x.bit_width, x.signed, self.training)
+            qt_args, x.scale, x.zero_point, self.bucket_size, x.bit_width, x.signed,
+            self.training)
 
 
 class _CachedBucketwise:

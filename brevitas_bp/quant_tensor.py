@@ -11,6 +11,11 @@ from brevitas_bp.core.bucket import flatten, unflatten
 from brevitas_bp.kernels.reference import reciprocal, to_buckets
 
 
+def _plain(data: Any) -> Any:
+    """Quantized tensors in ``data`` replaced by their values."""
+    return _unpack_quant_tensor(data)
+
+
 class _BucketwiseIntQuantTensorFields(NamedTuple):
     value: Tensor
     scale: Tensor
@@ -78,7 +83,7 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         kwargs = kwargs or {}
         if func in QUANT_TENSOR_FN_HANDLER:
             return QUANT_TENSOR_FN_HANDLER[func](*args, **kwargs)
-        return func(*_unpack_quant_tensor(args), **_unpack_quant_tensor(kwargs))
+        return func(*_plain(args), **_plain(kwargs))
 
     def view(self, *shape: Any) -> Tensor:
         """A view of the value."""
@@ -107,10 +112,10 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         return abs(self.value)
 
     def __add__(self, other: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.value + _unpack_quant_tensor(other)
+        return self.value + _plain(other)
 
     def __mul__(self, other: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.value * _unpack_quant_tensor(other)
+        return self.value * _plain(other)
 
     def __truediv__(self, other: Any) -> Tensor:
-        return self.value / _unpack_quant_tensor(other)
+        return self.value / _plain(other)

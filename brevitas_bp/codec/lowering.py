@@ -61,7 +61,8 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
 
 
 def _scale_rule(quantizer: BucketRescalingIntQuant) -> ScaleRule | None:
-    scaling, zero_point = quantizer.scaling_impl, quantizer.zero_point_impl
+    scaling: Any = quantizer.scaling_impl
+    zero_point: Any = quantizer.zero_point_impl
     if type(scaling) is not RuntimeDynamicGroupStatsScaling or scaling.scaling_min_val is not None:
         return None
     restricted = (scaling.restrict_clamp_scaling, scaling.restrict_clamp_scale_threshold,
@@ -69,7 +70,7 @@ def _scale_rule(quantizer: BucketRescalingIntQuant) -> ScaleRule | None:
     if any(type(r.restrict_value_impl) not in (FloatRestrictValue, torch.nn.Identity)
            and type(r.restrict_value_impl).__name__ != "Identity" for r in restricted):
         return None
-    stats = scaling.scaling_stats_impl
+    stats: Any = scaling.scaling_stats_impl
     if type(scaling.input_view_impl) is not OverBucketView:
         return None
     if type(zero_point) is ZeroZeroPoint:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,14 +73,6 @@ class LoweredCodec(Codec):
         return self.spec
 
 
-@dataclass(frozen=True)
-class _ModuleFacts:
-    layout: WidthLayout
-    widths: tuple[int, ...]
-    lowest: tuple[int, ...]
-    shape: tuple[int, int]
-
-
 class ModuleCodec(Codec):
     """A bucket quantizer with parts of the user's own: modules -> codes -> bytes.
 
@@ -114,11 +106,11 @@ class ModuleCodec(Codec):
         if type(quantizer.zero_point_impl).__name__ != "ZeroZeroPoint" and not _is_scripted(
                 quantizer.zero_point_impl, "ZeroZeroPoint"):
             tensors.append(to_metadata(offset.expand(n, 1), stored).reshape(-1))
-        return Packed(self, tuple(tensors), layout, (n, size, seed, runs[0]), where)
+        return Packed(self, tuple(tensors), layout, (n, size, runs[0]), where)
 
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and dequantizes."""
-        n, size, seed, width_layout = packed.facts
+        n, size, width_layout = packed.facts
         payload, scale = packed.tensors[:2]
         inner = compute_dtype(packed.layout.dtype)
         codes = torch.empty((n, size), dtype=inner, device=payload.device)

@@ -138,9 +138,10 @@ def selectors(root: nn.Module) -> Iterator[TwoBitWidthSelector]:
     for module in root.modules():
         if isinstance(module, TwoBitWidthSelector):
             yield module
-        hidden = getattr(module, "quantizer_modules", None)
+        hidden: Any = getattr(module, "quantizer_modules", None)
         if callable(hidden):
-            for quantizer in hidden():
+            quantizers: Any = hidden()
+            for quantizer in quantizers:
                 yield from selectors(quantizer)
 
 

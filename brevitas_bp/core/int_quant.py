@@ -118,9 +118,13 @@ class BucketRescalingIntQuant(nn.Module):
         ValueError: a bit width outside 1..8, at construction where the width is constant.
     """
 
+    int_quant: BucketIntQuant
+    zero_point_impl: nn.Module
+    msb_clamp_bit_width_impl: nn.Module
+
     def __init__(
             self,
-            int_quant: nn.Module,
+            int_quant: BucketIntQuant,
             scaling_impl: nn.Module,
             int_scaling_impl: nn.Module,
             zero_point_impl: nn.Module,

@@ -4,6 +4,8 @@ import torch
 from brevitas.function.ops_ste import floor_ste, round_ste
 from torch import Tensor, nn
 
+import brevitas_bp.kernels.random  # noqa: F401  (registers the operator)
+
 
 class StochasticRound(nn.Module):
     """Rounds up with the probability of the fractional part. Fills ``float_to_int_impl``.

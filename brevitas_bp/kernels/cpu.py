@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -289,7 +290,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     payload = torch.empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
     scales, offsets = torch.empty(n), torch.empty(n)
     k0, k1 = noise_keys(seed)
-    shared = (
+    shared: tuple[Any, ...] = (
         size, n, layout.mixed, layout.multiplier, layout.shift, *_per_width(spec),
         _RULES[spec.scale_rule], spec.metadata_dtype == torch.bfloat16, spec.integer_zero_point,
         spec.stochastic, _U(k0), _U(k1), payload.numpy(), scales.numpy(), offsets.numpy())
@@ -326,7 +327,7 @@ def decode(
     return out
 
 
-def _per_width(spec: BucketQuantSpec) -> tuple[tuple[int, int], ...]:
+def _per_width(spec: BucketQuantSpec) -> tuple[tuple[int, ...], ...]:
     """Widths, top codes and lowest codes of (base, mixed) buckets."""
     widths = (spec.bit_width, spec.mix_bit_width or spec.bit_width)
     return (
@@ -363,7 +364,7 @@ def _run(kernel: Callable[[int, int], None], first: int, last: int, size: int) -
     if _pool is None:
         _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="brevitas_bp")
     cuts = [first + (last - first) * i // threads for i in range(threads + 1)]
-    futures = [_pool.submit(kernel, a, b) for a, b in zip(cuts[1:-1], cuts[2:])]
+    futures = [_pool.submit(kernel, a, b) for a, b in pairwise(cuts[1:])]
     try:
         kernel(cuts[0], cuts[1])
     finally:

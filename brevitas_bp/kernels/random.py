@@ -9,7 +9,6 @@ thread, and a decoder can repeat what an encoder drew.
 Within one tensor the noise repeats after 2**32 elements.
 """
 
-import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -178,18 +177,27 @@ class SeedStream:
     """
 
     def __init__(self, base: int) -> None:
+        self._lock = threading.Lock()
         self._base = base & _MASK64
-        self._counter = itertools.count()
+        self._position = 0
 
     def next(self) -> int:
         """The next seed."""
-        # next() on itertools.count is atomic under the interpreter lock.
-        return derive(self._base, next(self._counter))
+        with self._lock:
+            position = self._position
+            self._position += 1
+        return derive(self._base, position)
 
     def state(self) -> dict[str, int]:
         """Base and position, enough to continue the sequence elsewhere."""
-        position = self._counter.__reduce__()[1][0]
-        return {"base": self._base, "position": position}
+        return {"base": self._base, "position": self._position}
+
+    def __getstate__(self) -> dict[str, int]:
+        return self.state()
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(state["base"])
+        self.set_state(state)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues the sequence that :meth:`state` described."""
@@ -198,4 +206,4 @@ class SeedStream:
                 "SeedStream.set_state: expected the keys 'base' and 'position' as returned by "
                 f"state(), got {sorted(state)}; pass the saved state unchanged")
         self._base = int(state["base"]) & _MASK64
-        self._counter = itertools.count(int(state["position"]))
+        self._position = int(state["position"])

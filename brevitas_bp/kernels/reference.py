@@ -154,7 +154,7 @@ def integer_offset(lo: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize(
-        x: Tensor, scale: Tensor, offset: Tensor | None, top: int | Tensor, lowest: int | Tensor,
+        x: Tensor, scale: Tensor, offset: Tensor | None, top: int, lowest: int,
         noise: Tensor | None) -> Tensor:
     """Codes as floats: ``clamp(round((x - offset) / scale), lowest, top)``. May be NaN."""
     u = (x * 1 if offset is None else x - offset).mul_(reciprocal(scale))

@@ -4,6 +4,8 @@
 zero point, "Dynamic" takes its range from the tensor at hand, "Mix" chooses between two widths.
 """
 
+# pyright: reportAssignmentType=false
+
 from brevitas.core.function_wrapper import Identity
 from brevitas.core.scaling.runtime import RuntimeDynamicGroupStatsScaling
 from brevitas.core.stats import AbsPercentile

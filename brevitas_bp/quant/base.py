@@ -9,7 +9,7 @@ placed right of the solver would be ignored. Fragments hold no logic.
 """
 
 import torch
-from brevitas.core.scaling.runtime import RuntimeDynamicGroupStatsScaling
+from brevitas.core.scaling import IntScaling
 from brevitas.core.zero_point import ZeroZeroPoint
 from brevitas.inject import ExtendedInjector, this
 from brevitas.inject.enum import (
@@ -28,6 +28,7 @@ from brevitas_bp.core.int_quant import (
     SignMagnitudeIntScaling,
 )
 from brevitas_bp.core.rounding import StochasticRound
+from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
 from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.proxy import BucketwiseActQuantProxyFromInjector
@@ -52,8 +53,8 @@ class BucketQuant(SolveFloatToIntImpl):
     tensor_quant = BucketRescalingIntQuant
     int_quant = BucketIntQuant
     input_view_impl = OverBucketView
-    scaling_impl = RuntimeDynamicGroupStatsScaling
-    scaling_min_val = None
+    scaling_impl = RuntimeDynamicBucketScaling
+    int_scaling_impl = IntScaling
     scaling_per_output_type = ScalingPerOutputType.GROUP
     restrict_scaling_type = RestrictValueType.FP
     group_size = this.bucket_size

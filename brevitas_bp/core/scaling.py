@@ -1,0 +1,35 @@
+"""The scale of a bucket."""
+
+from torch import Tensor, nn
+
+
+class RuntimeDynamicBucketScaling(nn.Module):
+    """Scale ``statistic / threshold`` of each bucket, restricted. Fills ``scaling_impl``.
+
+    What Brevitas' ``RuntimeDynamicGroupStatsScaling`` computes, with two differences. There is no
+    absolute minimum, so data of size 1e-30 keeps its levels. And it is plain Python: the stock module
+    is a ScriptModule under ``BREVITAS_JIT=1`` and would have to script the statistics.
+
+    Args:
+        scaling_stats_impl: buckets [N, B] -> range [N, 1].
+        input_view_impl: the bucket view.
+        restrict_scaling_impl: what scales are allowed, for instance powers of two. It restricts the
+            scale itself, so one that rounds up never clips.
+    """
+
+    def __init__(
+            self,
+            scaling_stats_impl: nn.Module,
+            input_view_impl: nn.Module,
+            restrict_scaling_impl: nn.Module) -> None:
+        super().__init__()
+        self.scaling_stats_impl = scaling_stats_impl
+        self.input_view_impl = input_view_impl
+        self.restrict_scaling_impl = restrict_scaling_impl
+        # The restriction may work on another quantity than the scale, for instance its logarithm.
+        self.restrict_scaling_pre = restrict_scaling_impl.restrict_init_module()  # pyright: ignore[reportCallIssue]
+
+    def forward(self, x: Tensor, threshold: Tensor) -> Tensor:
+        """Scale [N, 1] of ``x`` for the top code ``threshold``, [N, 1] or 0-d."""
+        scale = self.scaling_stats_impl(self.input_view_impl(x)) / threshold
+        return self.restrict_scaling_impl(self.restrict_scaling_pre(scale))
