@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -289,50 +290,59 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     layout = draw_layout(n, spec, seed)
     payload = torch.empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
     scales, offsets = torch.empty(n), torch.empty(n)
-    k0, k1 = noise_keys(seed)
-    shared: tuple[Any, ...] = (
-        size, n, layout.mixed, layout.multiplier, layout.shift, *_per_width(spec),
-        _RULES[spec.scale_rule], spec.metadata_dtype == torch.bfloat16, spec.integer_zero_point,
-        spec.stochastic, _U(k0), _U(k1), payload.numpy(), scales.numpy(), offsets.numpy())
+    k0, k1 = noise_keys(seed) if spec.stochastic else (0, 0)
+    widths, tops, lowests, rule, bf16 = _static(spec)
+    shared = (
+        size, n, layout.mixed, layout.multiplier, layout.shift, widths, tops, lowests, rule, bf16,
+        spec.integer_zero_point, spec.stochastic, _U(k0), _U(k1), payload.numpy(), scales.numpy(),
+        offsets.numpy())
     for first, last in _converted(flat.dtype, n, size):
         x = flat[first * size:last * size].detach().to(torch.float32).numpy()
-        _run(lambda begin, end, x=x, first=first: _encode(x, first, begin, end, *shared),
-             first, last, size)
-    return Encoded(
-        payload, scales.to(spec.metadata_dtype),
-        offsets.to(spec.metadata_dtype) if spec.affine else None)
+        _run(_encode, (x, first), first, last, size, shared)
+    if bf16:
+        scales, offsets = scales.to(torch.bfloat16), offsets.to(torch.bfloat16)
+    return Encoded(payload, scales, offsets if spec.affine else None)
 
 
 def decode(
         encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.reference.decode`."""
-    n, size = bucket_shape(numel, spec.bucket_size)
+    return decode_into(torch.empty(numel, dtype=dtype), encoded, spec, seed)
+
+
+def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
+    """Decodes into ``out``, a flat contiguous tensor, and returns it."""
+    n, size = bucket_shape(out.numel(), spec.bucket_size)
     layout = draw_layout(n, spec, seed)
-    out = torch.empty(numel, dtype=dtype)
     scales = encoded.scale.to(torch.float32)
     offsets = torch.zeros(n) if encoded.offset is None else encoded.offset.to(torch.float32)
-    widths, _, lowests = _per_width(spec)
+    widths, _, lowests, _, _ = _static(spec)
     shared = (
         size, n, layout.mixed, layout.multiplier, layout.shift, widths, lowests,
-        encoded.payload.numpy(), scales.numpy(), offsets.numpy(), _F(torch.finfo(dtype).max))
-    for first, last in _converted(dtype, n, size):
+        encoded.payload.numpy(), scales.numpy(), offsets.numpy(), _largest(out.dtype))
+    for first, last in _converted(out.dtype, n, size):
         part = out[first * size:last * size]
-        values = part if dtype == torch.float32 else torch.empty(part.numel())
-        array = values.numpy()
-        _run(lambda begin, end, array=array, first=first: _decode(
-            array, first, begin, end, *shared), first, last, size)
+        values = part if out.dtype == torch.float32 else torch.empty(part.numel())
+        _run(_decode, (values.numpy(), first), first, last, size, shared)
         if values is not part:
             part.copy_(values)
     return out
 
 
-def _per_width(spec: BucketQuantSpec) -> tuple[tuple[int, ...], ...]:
-    """Widths, top codes and lowest codes of (base, mixed) buckets."""
+@lru_cache(maxsize=256)
+def _static(spec: BucketQuantSpec) -> tuple[Any, ...]:
+    """Widths, top and lowest codes of (base, mixed) buckets; number of the rule; bfloat16 metadata."""
     widths = (spec.bit_width, spec.mix_bit_width or spec.bit_width)
     return (
         widths, tuple(top_code(spec.code_range, w) for w in widths),
-        tuple(lowest_code(spec.code_range, w) for w in widths))
+        tuple(lowest_code(spec.code_range, w) for w in widths), _RULES[spec.scale_rule],
+        spec.metadata_dtype == torch.bfloat16)
+
+
+@lru_cache(maxsize=8)
+def _largest(dtype: torch.dtype) -> Any:
+    return _F(torch.finfo(dtype).max)
 
 
 def _converted(dtype: torch.dtype, n: int, size: int) -> list[tuple[int, int]]:
@@ -354,20 +364,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _run(kernel: Callable[[int, int], None], first: int, last: int, size: int) -> None:
+def _run(
+        kernel: Callable[..., None], head: tuple[Any, ...], first: int, last: int, size: int,
+        shared: tuple[Any, ...]) -> None:
     """Runs ``kernel`` on buckets ``first .. last - 1``, in several threads where it pays."""
     global _pool
     threads = min(torch.get_num_threads(), (last - first) * size // _SPLIT, last - first)
     if threads <= 1:
-        kernel(first, last)
+        kernel(*head, first, last, *shared)
         return
     if _pool is None:
         _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="brevitas_bp")
     cuts = [first + (last - first) * i // threads for i in range(threads + 1)]
-    futures = [_pool.submit(kernel, a, b) for a, b in pairwise(cuts[1:])]
+    futures = [_pool.submit(kernel, *head, a, b, *shared) for a, b in pairwise(cuts[1:])]
     try:
-        kernel(cuts[0], cuts[1])
+        kernel(*head, cuts[0], cuts[1], *shared)
     finally:
         for future in futures:
             future.result()
-

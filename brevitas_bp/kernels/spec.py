@@ -1,7 +1,8 @@
 """The static facts of one bucket quantizer: what a fused kernel needs to know."""
 
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 
@@ -13,32 +14,32 @@ MAX_BIT_WIDTH = 8
 METADATA_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def check_bit_width(where: str, bit_width: float) -> int:
-    """Returns ``bit_width`` as an int in 1..8, or raises."""
-    if isinstance(bit_width, bool) or bit_width != int(bit_width) or not (
+def check_bit_width(where: str, bit_width: Any) -> int:
+    """Returns ``bit_width``, an int in 1..8, or raises."""
+    if not isinstance(bit_width, int) or isinstance(bit_width, bool) or not (
             1 <= bit_width <= MAX_BIT_WIDTH):
         raise ValueError(
-            f"{where}: bit_width must be an integer in 1..{MAX_BIT_WIDTH}, got {bit_width}; "
+            f"{where}: bit_width must be an integer in 1..{MAX_BIT_WIDTH}, got {bit_width!r}; "
             "a code has to fit into one byte")
-    return int(bit_width)
+    return bit_width
 
 
-def check_bucket_size(where: str, bucket_size: int | None) -> int | None:
+def check_bucket_size(where: str, bucket_size: Any) -> int | None:
     """Returns ``bucket_size`` (None: one bucket per tensor), or raises."""
     if bucket_size is None:
         return None
-    if isinstance(bucket_size, bool) or int(bucket_size) != bucket_size or bucket_size <= 0 or (
+    if not isinstance(bucket_size, int) or isinstance(bucket_size, bool) or bucket_size <= 0 or (
             bucket_size % 8):
         raise ValueError(
             f"{where}: bucket_size must be a positive multiple of 8 (so that a bucket ends on a "
-            f"byte at every bit width) or None for one bucket per tensor, got {bucket_size}")
-    return int(bucket_size)
+            f"byte at every bit width) or None for one bucket per tensor, got {bucket_size!r}")
+    return bucket_size
 
 
-def check_probability(where: str, name: str, probability: float) -> float:
+def check_probability(where: str, name: str, probability: Any) -> float:
     """Returns ``probability`` as a float in [0, 1], or raises."""
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"{where}: {name} must be in [0, 1], got {probability}")
+    if not isinstance(probability, Real) or not 0.0 <= float(probability) <= 1.0:
+        raise ValueError(f"{where}: {name} must be a number in [0, 1], got {probability!r}")
     return float(probability)
 
 
