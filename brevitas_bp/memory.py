@@ -1,6 +1,8 @@
 """Bytes that autograd keeps for backward: measured on live tensors."""
 
+import math
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +15,8 @@ from brevitas_bp.backward.hooks import ForwardPass
 from brevitas_bp.backward.parameters import storage_id
 from brevitas_bp.backward.policy import SavedTensor, keep_all
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
-from brevitas_bp.codec.base import Packed
+from brevitas_bp.codec.base import Packed, is_plain
+from brevitas_bp.codec.layout import TensorLayout
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class SavedMemoryRow:
         op: the torch function that saved them.
         dtype: of the tensors.
         tensors: how many, each counted once.
-        exact_bytes: bytes of their storages, as plain autograd would keep them.
+        exact_bytes: their bytes, as plain autograd would keep them.
         stored_bytes: bytes of what is kept instead.
     """
 
@@ -46,16 +49,16 @@ class SavedMemoryRow:
 class _Record:
     key: tuple[str, str, str]
     packed: weakref.ref[Packed]
+    extent: "_Extent"
     storage: StorageWeakRef | None
-    storage_key: int
-    storage_nbytes: int
 
 
 class SavedMemoryReport:
     """What a forward pass keeps for backward. Made by :func:`track_saved_memory`.
 
-    Parameters and buffers are not counted, whoever saves them. A storage that several tensors share is
-    counted once, at the first that saved it. Only tensors that are alive when the block ends count.
+    Parameters and buffers are not counted, whoever saves them. A tensor that several operations save is
+    counted once, at the first; views of one storage never count more than the storage has. Only tensors
+    that are alive when the block ends count.
     """
 
     def __init__(self) -> None:
@@ -93,11 +96,12 @@ class SavedMemoryReport:
         return sum(row.stored_bytes for row in self._count())
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and total as plain values, for JSON."""
+        """Rows and total as plain values, for JSON; the ratio of nothing is None."""
         total = {
             "tensors": self.tensors, "exact_bytes": self.exact_bytes,
-            "stored_bytes": self.stored_bytes, "ratio": self.ratio}
-        return {"rows": [{**asdict(r), "ratio": r.ratio} for r in self.rows], "total": total}
+            "stored_bytes": self.stored_bytes, "ratio": _number(self.ratio)}
+        return {
+            "rows": [{**asdict(r), "ratio": _number(r.ratio)} for r in self.rows], "total": total}
 
     def __str__(self) -> str:
         lines = [("module", "op", "dtype", "tensors", "exact MiB", "stored MiB", "ratio")]
@@ -125,18 +129,16 @@ class SavedMemoryReport:
             storage = None
         self._records.append(_Record(
             (saved.module, saved.op or "custom function", str(x.dtype).removeprefix("torch.")),
-            weakref.ref(packed),
-            None if storage is None else StorageWeakRef(storage),
-            storage_id(x),
-            x.numel() * x.element_size() if storage is None else storage.nbytes()))
+            weakref.ref(packed), _Extent.of(x),
+            # Held weakly, a storage's address names it and nothing else.
+            None if storage is None else StorageWeakRef(storage)))
 
     def _finish(self) -> None:
         self._rows = self._count()
 
     def _count(self) -> list[SavedMemoryRow]:
         counted: dict[tuple[str, str, str], list[int]] = {}
-        exact_seen: set[int] = set()
-        stored_seen: set[int] = set()
+        exact, stored = _Bytes(), _Bytes()
         packed_seen: set[int] = set()
         for record in self._records:
             packed = record.packed()
@@ -146,14 +148,9 @@ class SavedMemoryReport:
             if id(packed) not in packed_seen:
                 packed_seen.add(id(packed))
                 row[0] += 1
-            if record.storage_key not in exact_seen:
-                exact_seen.add(record.storage_key)
-                row[1] += record.storage_nbytes
+            row[1] += exact.add(record.extent)
             for tensor in packed.tensors:
-                key, nbytes = _storage_of(tensor)
-                if key not in stored_seen:
-                    stored_seen.add(key)
-                    row[2] += nbytes
+                row[2] += stored.add(_Extent.of(tensor))
         return [SavedMemoryRow(*key, *numbers) for key, numbers in counted.items() if any(numbers)]
 
 
@@ -200,11 +197,50 @@ def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
             report._finish()
 
 
-def _storage_of(x: Tensor) -> tuple[int, int]:
-    try:
-        return storage_id(x), x.untyped_storage().nbytes()
-    except (NotImplementedError, RuntimeError):
-        return id(x), x.numel() * x.element_size()
+@dataclass(frozen=True)
+class _Extent:
+    """What a tensor occupies of which storage."""
+
+    storage: int
+    storage_nbytes: int
+    view: tuple[Any, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Extent":
+        own = TensorLayout.base(x) if is_plain(x) else x
+        nbytes = own.numel() * x.element_size()
+        try:
+            view = (x.storage_offset(), own.shape, own.stride())
+            return cls(storage_id(x), x.untyped_storage().nbytes(), view, nbytes)
+        except (NotImplementedError, RuntimeError):
+            return cls(id(x), nbytes, (), nbytes)
+
+
+class _Bytes:
+    """Counts extents: each view once, and never more than its storage has.
+
+    A view counts what it shows: a batch sliced from a data set does not count the data set.
+    """
+
+    def __init__(self) -> None:
+        self._views: set[tuple[Any, ...]] = set()
+        self._counted: defaultdict[int, int] = defaultdict(int)
+
+    def add(self, extent: _Extent) -> int:
+        """Bytes that ``extent`` adds."""
+        key = (extent.storage, *extent.view)
+        if key in self._views:
+            return 0
+        self._views.add(key)
+        left = extent.storage_nbytes - self._counted[extent.storage]
+        added = max(0, min(extent.nbytes, left))
+        self._counted[extent.storage] += added
+        return added
+
+
+def _number(x: float) -> float | None:
+    return None if math.isnan(x) else x
 
 
 def _mib(nbytes: int) -> str:

@@ -6,6 +6,7 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
 from torch import Tensor, nn
 
 from brevitas_bp.errors import UnknownNameError, nearest
+from brevitas_bp.kernels.spec import check_bit_width
 from brevitas_bp.quant_tensor import BucketwiseIntQuantTensor
 
 # Names that Brevitas' layers and proxies add to every injector.
@@ -25,11 +26,13 @@ class _ReadNames(dict[str, Any]):
 
 
 def _names_read(injector: Any) -> set[str]:
-    """Names read while the quantizer is built, the optional ones of its components included."""
-    probe = injector.let()
+    """Names read while quantizer and activation are built, the optional ones included."""
+    # Some of Brevitas' quantizers hold the proxy that they will be part of.
+    proxy = injector.proxy_module if "proxy_module" in injector else nn.Identity()
+    probe = injector.let(proxy_module=proxy)
     dependencies = _ReadNames(probe.__dependencies__)
     type.__setattr__(probe, "__dependencies__", dependencies)
-    _ = probe.tensor_quant
+    _ = probe.tensor_quant, _activation(probe)
     return dependencies.asked
 
 
@@ -81,6 +84,7 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
 
     Raises:
         UnknownNameError: a keyword override that the config does not know.
+        ValueError: a bit width outside 1..8.
     """
 
     def __init__(self, quant_layer: nn.Module, quant_injector: Any) -> None:
@@ -90,9 +94,13 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
 
     def init_tensor_quant(self) -> None:
         """Builds the quantizer; Brevitas calls this again when a checkpoint is loaded."""
+        tensor_quant = self._injector.tensor_quant
+        if tensor_quant is None:
+            super().init_tensor_quant()
+            return
         # Under BREVITAS_JIT=1 the stock fused proxy is a ScriptModule that would script ours.
         self.fused_activation_quant_proxy = _FusedActQuant(
-            _activation(self._injector), self._injector.tensor_quant)
+            _activation(self._injector), tensor_quant)
         self.is_quant_enabled = True
 
     @property
@@ -143,11 +151,14 @@ class _CachedBucketwise:
 
 
 def _activation(injector: Any) -> nn.Module:
+    """The layer's activation; Hardtanh too, which a range taken from the data does not replace."""
     activation = injector.act_impl if "act_impl" in injector else None
-    return nn.Identity() if activation is None or isinstance(activation, nn.Hardtanh) else activation
+    return nn.Identity() if activation is None else activation
 
 
 def _check_against_config(injector: Any) -> None:
-    """Finds misspelt keywords that a layer passed on to the injector."""
+    """Finds misspelt keywords, and a bit width that Brevitas would only assert on."""
     added = set(injector.__dependencies__) - set(_config_of(injector).__dependencies__)
     check_override_names("brevitas_bp quantizer", injector, sorted(added))
+    if "bit_width" in injector:
+        check_bit_width("brevitas_bp quantizer", injector.bit_width)

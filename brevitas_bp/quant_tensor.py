@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 from brevitas.quant_tensor.base_quant_tensor import QuantTensor, _unpack_quant_tensor
-from brevitas.quant_tensor.torch_handler import QUANT_TENSOR_FN_HANDLER
 from torch import Tensor
 
 from brevitas_bp.core.bucket import flatten, unflatten
@@ -80,10 +79,8 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
     @classmethod
     def __torch_function__(
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in QUANT_TENSOR_FN_HANDLER:
-            return QUANT_TENSOR_FN_HANDLER[func](*args, **kwargs)
-        return func(*_plain(args), **_plain(kwargs))
+        # Not Brevitas' handlers: some of them would carry the metadata of other elements along.
+        return func(*_plain(args), **_plain(kwargs or {}))
 
     def view(self, *shape: Any) -> Tensor:
         """A view of the value."""
@@ -96,6 +93,10 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
     def flatten(self, *dims: Any, **kwargs: Any) -> Tensor:
         """The flattened value."""
         return self.value.flatten(*dims, **kwargs)
+
+    def contiguous(self) -> Tensor:
+        """The value in row-major order, in which its buckets no longer run."""
+        return self.value.contiguous()
 
     def transpose(self, *dims: Any) -> Tensor:
         """The transposed value."""

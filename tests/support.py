@@ -33,3 +33,11 @@ def import_torchvision() -> ModuleType:
         if not hasattr(torch.ops.torchvision, operator):
             torch.library.define(f"torchvision::{operator}", _NMS_SCHEMA)
     return importlib.import_module("torchvision")
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors have one shape, dtype and bit pattern; NaNs are all the same."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    plain = [torch.where(x.isnan(), 0, x).reshape(-1).view(torch.uint8) for x in (first, second)]
+    return torch.equal(first.isnan(), second.isnan()) and torch.equal(*plain)

@@ -1,6 +1,8 @@
 """The pack and unpack hooks of one forward pass."""
 
+import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,8 @@ from brevitas_bp.backward.parameters import ParameterSet, storage_id
 from brevitas_bp.backward.policy import Policy, SavedTensor, can_encode
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.stock import StatefulCodec
+from brevitas_bp.errors import CorruptPayloadError
 
 _KEEP = Keep()
 
@@ -25,7 +29,7 @@ class ForwardPass:
 
     NOTE [ One encode per storage and version ]
     1. A tensor saved by several operations is encoded once: the key is its storage, offset, shape,
-       strides, dtype and version, and the codec.
+       strides, dtype, version, lazy conjugation or negation, and the codec.
     2. The storage is held by a weak reference. It keeps the address from being reused, not the memory.
     3. The payload is held weakly too: it lives exactly as long as the graph nodes that need it.
     4. The table lives as long as the forward pass.
@@ -56,6 +60,7 @@ class ForwardPass:
         self.on_backward = on_backward
         self.listeners = listeners
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
+        self._slots: defaultdict[StatefulCodec, itertools.count[int]] = defaultdict(itertools.count)
 
     def pack(self, x: Tensor) -> Packed:
         """Pack hook."""
@@ -66,7 +71,11 @@ class ForwardPass:
         chosen = None
         if not parameter and can_encode(x):
             chosen = self.policy(saved)
-        packed = self._encode_once(saved, chosen or _KEEP)
+            if not (chosen is None or isinstance(chosen, Codec)):
+                raise TypeError(
+                    "brevitas_bp.QuantBackwardWrapper: policy must return a Codec or None, got "
+                    f"{chosen!r}; codec_from makes a codec of a quantizer")
+        packed = self._encode_once(saved, _KEEP if chosen is None else chosen)
         for listener in self.listeners:
             listener(saved, packed, parameter)
         return packed
@@ -74,7 +83,7 @@ class ForwardPass:
     def _encode_once(self, saved: SavedTensor, codec: Codec) -> Packed:
         x = saved.tensor
         key = (storage_id(x), x.storage_offset(), x.shape, x.stride(), x.dtype, version_of(x),
-               id(codec)) if can_encode(x) else None
+               x.is_conj(), x.is_neg(), id(codec)) if can_encode(x) else None
         if key in self._encoded:
             packed = self._encoded[key][1]()
             if packed is not None:
@@ -89,6 +98,8 @@ class ForwardPass:
         where = f"{saved.op or 'a custom function'} in {saved.module or 'the wrapped module'}"
         if codec is _KEEP:
             return _KEEP.encode(x, where=where)
+        if isinstance(codec, StatefulCodec):
+            codec = codec.slot(next(self._slots[codec]))
         layout = TensorLayout.of(x)
         least = codec.stored_nbytes(layout)
         if least is not None and least >= layout.nbytes:
@@ -121,5 +132,16 @@ class ForwardPass:
 
 
 def unpack(packed: Packed) -> Tensor:
-    """Unpack hook. Holds nothing of the forward pass."""
-    return packed.decode()
+    """Unpack hook. Holds nothing of the forward pass.
+
+    Raises:
+        CorruptPayloadError: the codec gave back another kind of tensor. Autograd would not complain: a
+            wrong shape is broadcast.
+    """
+    x, layout = packed.decode(), packed.layout
+    got, expected = ((t.dtype, tuple(t.shape), t.device) for t in (x, layout))
+    if got != expected:
+        raise CorruptPayloadError(
+            f"brevitas_bp: the codec {packed.codec.name!r} decoded {got}, but {expected} was saved by "
+            f"{packed.where or 'an operation'}; its decode must undo its encode")
+    return x

@@ -70,9 +70,10 @@ class _OpMode(TorchFunctionMode):
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         location = self.location
         before = location.function, location.arguments
-        location.function, location.arguments = func, args
+        kwargs = kwargs or {}
+        location.function, location.arguments = func, (*args, *kwargs.values())
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
             location.function, location.arguments = before
 

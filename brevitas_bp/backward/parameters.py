@@ -1,9 +1,12 @@
 """Recognises parameters and buffers among saved tensors, in whatever disguise."""
 
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.layout import TensorLayout
 
 # Backward nodes of operations whose output is the parameter itself in another shape or dtype.
 _DISGUISES = frozenset({
@@ -23,21 +26,26 @@ class ParameterSet:
 
     def __init__(self, root: nn.Module) -> None:
         self._storages: set[int] = set()
-        self._frozen: list[Tensor] = []
+        self._frozen: set[int] = set()
         for tensor in (*root.parameters(), *root.buffers()):
             self._storages.add(storage_id(tensor))
-            if not tensor.requires_grad and tensor.is_floating_point():
-                self._frozen.append(tensor)
+            # A buffer [C] is a statistic: the one of this batch has its shape and is no copy of it.
+            statistic = tensor.dim() < 2 and not isinstance(tensor, nn.Parameter)
+            if tensor.is_floating_point() and not (tensor.requires_grad or statistic):
+                self._frozen.add(storage_id(tensor))
 
     def contains(self, x: Tensor, arguments: tuple[Any, ...] = ()) -> bool:
         """Whether ``x`` is, or shows, a parameter or buffer.
+
+        A parameter of another module (tied weights passed as an argument) is one too.
 
         Args:
             x: a saved tensor.
             arguments: of the operation that saves it.
         """
-        return storage_id(x) in self._storages or self._derives_from_parameter(
-            x) or self._is_cast_of_frozen(x, arguments)
+        return (
+            isinstance(x, nn.Parameter) or storage_id(x) in self._storages
+            or self._derives_from_parameter(x) or self._is_cast_of_frozen(x, arguments))
 
     def _derives_from_parameter(self, x: Tensor) -> bool:
         node = x.grad_fn
@@ -46,21 +54,44 @@ class ParameterSet:
                 return False
             name = node.name()
             if name.endswith("AccumulateGrad"):
-                return storage_id(node.variable) in self._storages  # pyright: ignore[reportAttributeAccessIssue]
+                leaf: Tensor = node.variable  # pyright: ignore[reportAttributeAccessIssue]
+                return isinstance(leaf, nn.Parameter) or storage_id(leaf) in self._storages
             if name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES:
                 return False
             node = node.next_functions[0][0]
         return False
 
     def _is_cast_of_frozen(self, x: Tensor, arguments: tuple[Any, ...]) -> bool:
-        """Autocast copies of frozen parameters have a new storage and no history."""
-        if not self._frozen or x.requires_grad or x.dtype not in (torch.float16, torch.bfloat16):
+        """Autocast copies of frozen parameters have a new storage and no history.
+
+        PyTorch says that autocast is off while it casts, so the shapes of the arguments have to tell.
+        """
+        if not self._frozen or x.requires_grad or not (is_plain(x) and x.is_floating_point()):
             return False
-        if not torch.is_autocast_enabled(x.device.type):
-            return False
-        candidates = [
-            a for a in arguments if isinstance(a, Tensor) and storage_id(a) in self._storages]
-        return any(sorted(a.shape) == sorted(x.shape) and a.dtype != x.dtype for a in candidates)
+        shape = _own_shape(x)
+        return any(
+            storage_id(a) in self._frozen and a.dtype != x.dtype and _is_piece(shape, _own_shape(a))
+            for a in _tensors(arguments) if is_plain(a))
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    """The tensors among arguments, those in lists included (recurrent layers pass such)."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
+
+
+def _own_shape(x: Tensor) -> list[int]:
+    """Sizes that hold values, sorted: the same for a transposed or expanded tensor."""
+    return sorted(size for size in TensorLayout.base(x).shape if size != 1)
+
+
+def _is_piece(shape: list[int], whole: list[int]) -> bool:
+    """Whether ``shape`` can be all of ``whole`` or a chunk of it along one dimension."""
+    return len(shape) == len(whole) and sum(a != b for a, b in zip(shape, whole)) <= 1 and all(
+        a <= b for a, b in zip(shape, whole))
 
 
 def storage_id(x: Tensor) -> int:

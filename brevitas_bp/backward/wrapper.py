@@ -3,7 +3,7 @@
 import fnmatch
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -81,14 +81,17 @@ class QuantBackwardWrapper(nn.Module):
             raise UnknownNameError(
                 f"{_WHERE}: storage must be 'save_quantized' or 'quantize_on_backward', got {storage!r}"
                 f"{nearest(str(storage), ['save_quantized', 'quantize_on_backward'])}")
+        if not (seed is None or isinstance(seed, int)):
+            raise TypeError(f"{_WHERE}: seed must be an integer or None, got {seed!r}")
         self._storage = storage
         self._codec = _build_codec("act_quant", act_quant, act_quant_overrides)
-        self._overrides = _check_overrides(module, overrides or {})
+        self._overrides = _check_overrides(module, {} if overrides is None else overrides)
         self._codec_by_module: dict[str, Codec | None] = {}
         self._noise: SeedStream | None = None if seed is None else SeedStream(_ranked(seed))
         self._index = next(_created)
         self._listeners: list[Listener] = []
         self.module = module
+        self.register_load_state_dict_post_hook(_name_keys_as_given)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module; what autograd saves meanwhile is stored as configured."""
@@ -116,16 +119,8 @@ class QuantBackwardWrapper(nn.Module):
                     yield quantizer
 
     def _forward_pass(self) -> ForwardPass:
-        per_forward: dict[int, Codec] = {}
-
-        def codec_of(name: str) -> Codec | None:
-            codec = self._configured(name)
-            if not isinstance(codec, StatefulCodec):
-                return codec
-            return per_forward.setdefault(id(codec), codec.per_forward())
-
         return ForwardPass(
-            self.module, codec_of, self._policy, self._stream().next,
+            self.module, self._configured, self._policy, self._stream().next,
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners))
 
     def _configured(self, name: str) -> Codec | None:
@@ -151,12 +146,20 @@ class QuantBackwardWrapper(nn.Module):
         """Loads a ``state_dict`` of the module, wrapped or not."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)
 
+    def apply(self, fn: Callable[[nn.Module], Any]) -> "QuantBackwardWrapper":
+        """Applies ``fn`` to the modules that it would see without the wrapper."""
+        self.module.apply(fn)
+        return self
+
     def _load_from_state_dict(
-            self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+            self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
         # Reached when a parent module loads: its keys do not name the wrapper.
         for key in [k for k in state_dict if k.startswith(prefix)]:
             state_dict[f"{prefix}module.{key[len(prefix):]}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        messages = missing_keys, unexpected_keys, error_msgs
+        self._loading = prefix, [(list_, len(list_)) for list_ in messages]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -184,6 +187,13 @@ class QuantBackwardWrapper(nn.Module):
         return f"{codec}, storage={self._storage!r}"
 
 
+def _name_keys_as_given(wrapper: QuantBackwardWrapper, incompatible: Any) -> None:
+    """Takes the wrapper's own name out of what a parent's ``load_state_dict`` reports."""
+    prefix, messages = wrapper.__dict__.pop("_loading")
+    for list_, start in messages:
+        list_[start:] = [text.replace(f"{prefix}module.", prefix, 1) for text in list_[start:]]
+
+
 def _ranked(seed: int) -> int:
     """A seed of this process: ranks of one job draw different noise."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -197,7 +207,13 @@ def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec
                 f"{_WHERE}: {where}=None keeps tensors exact, so the settings {sorted(overrides)} would "
                 "do nothing; remove them or pass a quantizer")
         return None
-    return quantizer if isinstance(quantizer, Codec) else codec_from(quantizer, **overrides)
+    if not isinstance(quantizer, Codec):
+        return codec_from(quantizer, **overrides)
+    if overrides:
+        raise TypeError(
+            f"{_WHERE}: {where} is a codec, which is built already, so the settings "
+            f"{sorted(overrides)} would do nothing; pass the quantizer's config class instead")
+    return quantizer
 
 
 def _check_policy(policy: str | Policy) -> Policy:
@@ -212,6 +228,10 @@ def _check_policy(policy: str | Policy) -> Policy:
 
 def _check_overrides(
         module: nn.Module, overrides: Mapping[str, Any]) -> list[tuple[str, Codec | None]]:
+    if not isinstance(overrides, Mapping) or not all(isinstance(p, str) for p in overrides):
+        raise TypeError(
+            f"{_WHERE}: overrides must map globs over module names to quantizers or None, for "
+            f"instance {{'features.0.*': None}}, got {overrides!r}")
     names = [name for name, _ in module.named_modules() if name]
     for pattern in overrides:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):

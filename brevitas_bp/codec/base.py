@@ -118,12 +118,17 @@ class QuantizeOnBackward(Codec):
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Keeps ``x`` and the seed."""
         kept = self.keep.encode(x, where=where)
-        return Packed(self, kept.tensors, kept.layout, (kept, seed), where)
+        return Packed(self, kept.tensors, kept.layout, (kept, seed, []), where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """Encodes and decodes now."""
-        kept, seed = packed.facts
-        return self.codec.encode(self.keep.decode(kept), seed=seed, where=packed.where).decode()
+        """Encodes, at the first call, and decodes now."""
+        kept, seed, encoded = packed.facts
+        x = self.keep.decode(kept)
+        if not encoded:
+            # Not at each call: a quantizer that collects statistics would give other codes.
+            encoded.append(self.codec.encode(x, seed=seed, where=packed.where))
+        # The same break-even rule as for storing early.
+        return encoded[0].decode() if encoded[0].nbytes < TensorLayout.of(x).nbytes else x
 
 
 def is_plain(x: Tensor) -> bool:

@@ -29,17 +29,18 @@ class BitMask(Codec):
 
 
 class PositiveMask(BitMask):
-    """The mask ``x > 0`` of a float tensor, decoded as 0 and 1.
+    """The mask ``not x <= 0`` of a float tensor, decoded as 0 and 1.
 
-    All that ReLU's backward asks of its saved output, so the gradient stays exact.
+    All that ReLU's backward asks of its saved output, so the gradient stays exact; it lets the
+    gradient through at NaN, as autograd does.
     """
 
     name = "positive mask"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Packs ``x > 0``."""
+        """Packs ``not x <= 0``."""
         layout = TensorLayout.of(x)
-        return Packed(self, (_pack_bits(layout.flatten(x) > 0),), layout, None, where)
+        return Packed(self, (_pack_bits(~(layout.flatten(x) <= 0)),), layout, None, where)
 
 
 class NarrowInt(Codec):

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
+from brevitas.core.bit_width import BitWidthConst
 from brevitas.core.function_wrapper import RoundSte
 from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.core.scaling import IntScaling
-from brevitas.core.scaling.runtime import RuntimeDynamicGroupStatsScaling
 from brevitas.core.zero_point import ZeroZeroPoint
 
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
@@ -17,6 +16,7 @@ from brevitas_bp.core.int_quant import (
     SignMagnitudeIntScaling,
 )
 from brevitas_bp.core.rounding import StochasticRound
+from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
 from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.kernels.spec import BucketQuantSpec, CodeRange, ScaleRule
@@ -43,9 +43,9 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
         return None
     selector = quantizer.msb_clamp_bit_width_impl
     mixing = {}
+    if type(selector) not in (BitWidthConst, TwoBitWidthSelector):
+        return None
     if isinstance(selector, TwoBitWidthSelector):
-        if type(selector) is not TwoBitWidthSelector:
-            return None
         mixing = {
             "mix_bit_width": selector.bit_widths[1], "mix_prob": selector.probability,
             "mix_per": selector.mix_per}
@@ -63,12 +63,8 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
 def _scale_rule(quantizer: BucketRescalingIntQuant) -> ScaleRule | None:
     scaling: Any = quantizer.scaling_impl
     zero_point: Any = quantizer.zero_point_impl
-    if type(scaling) is not RuntimeDynamicGroupStatsScaling or scaling.scaling_min_val is not None:
-        return None
-    restricted = (scaling.restrict_clamp_scaling, scaling.restrict_clamp_scale_threshold,
-                  scaling.restrict_clamp_threshold)
-    if any(type(r.restrict_value_impl) not in (FloatRestrictValue, torch.nn.Identity)
-           and type(r.restrict_value_impl).__name__ != "Identity" for r in restricted):
+    if type(scaling) is not RuntimeDynamicBucketScaling or (
+            type(scaling.restrict_scaling_impl) is not FloatRestrictValue):
         return None
     stats: Any = scaling.scaling_stats_impl
     if type(scaling.input_view_impl) is not OverBucketView:

@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from brevitas.inject import ExtendedInjector
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.base import Codec, Keep, Packed
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lowering import lower
-from brevitas_bp.codec.stock import StatefulCodec, is_stateful, stock_codec
+from brevitas_bp.codec.stock import StatefulCodec, is_stateful, kind_of, stock_codec
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.kernels.dispatch import decode, encode
 from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
-from brevitas_bp.kernels.random import WIDTHS, derive, seeded
+from brevitas_bp.kernels.random import seeded
 from brevitas_bp.kernels.reference import (
     Encoded,
     bucket_shape,
@@ -89,6 +90,8 @@ class ModuleCodec(Codec):
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Quantizes and packs a float tensor."""
+        if x.numel() == 0:
+            return Keep().encode(x, where=where)
         layout = TensorLayout.of(x)
         quantizer = self.quantizer
         with torch.no_grad(), seeded(seed):
@@ -96,17 +99,16 @@ class ModuleCodec(Codec):
         # A part of the user's own may hide a NaN: poison the bucket, so that backward sees it.
         scale = torch.where(codes.isfinite().all(-1, keepdim=True), scale.detach(), torch.nan)
         n, size = codes.shape
-        runs = self._runs(n, seed)
+        width_layout = self._draw_layout(n, seed)
         packed = []
-        for rows, width, lowest in runs[1]:
+        for rows, width, lowest in self._rows(width_layout, "cpu"):
             part = torch.where(scale[rows].isnan(), 0, codes[rows] - lowest).to(torch.uint8)
             packed.append(pack(part, width).view(-1))
         stored = stored_metadata_dtype(quantizer.metadata_dtype, scale.dtype)
         tensors = [torch.cat(packed), to_metadata(scale, stored).view(-1)]
-        if type(quantizer.zero_point_impl).__name__ != "ZeroZeroPoint" and not _is_scripted(
-                quantizer.zero_point_impl, "ZeroZeroPoint"):
+        if kind_of(quantizer.zero_point_impl) != "ZeroZeroPoint":
             tensors.append(to_metadata(offset.expand(n, 1), stored).reshape(-1))
-        return Packed(self, tuple(tensors), layout, (n, size, runs[0]), where)
+        return Packed(self, tuple(tensors), layout, (n, size, width_layout), where)
 
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and dequantizes."""
@@ -133,13 +135,13 @@ class ModuleCodec(Codec):
         n, size = bucket_shape(layout.numel, size)
         return n * packed_nbytes(size, min(self.widths))
 
-    def _runs(self, n: int, seed: int) -> tuple[WidthLayout, list[Any]]:
+    def _draw_layout(self, n: int, seed: int) -> WidthLayout:
+        """The widths that the quantizer drew from ``seed``, drawn again."""
         selector = self.quantizer.msb_clamp_bit_width_impl
-        layout = WidthLayout(n, 0)
-        if isinstance(selector, TwoBitWidthSelector):
-            layout = WidthLayout.draw(
-                n, selector.probability, selector.mix_per, derive(seed, WIDTHS, 0))
-        return layout, self._rows(layout, "cpu")
+        if not isinstance(selector, TwoBitWidthSelector):
+            return WidthLayout(n, 0)
+        with seeded(seed):
+            return selector.draw(n)
 
     def _rows(self, layout: WidthLayout, device: Any) -> list[Any]:
         """(buckets, width, lowest code) of each run of one width, in the order of the payload."""
@@ -149,10 +151,6 @@ class ModuleCodec(Codec):
             (layout.buckets(start, stop, device), self.widths[i], self.lowest[i])
             for i, start, stop in ((1, 0, layout.mixed), (0, layout.mixed, layout.n))
             if start < stop]
-
-
-def _is_scripted(module: nn.Module, name: str) -> bool:
-    return getattr(module, "original_name", "") == name
 
 
 def codec_name(widths: tuple[int, ...], stochastic: bool | None) -> str:
@@ -199,6 +197,10 @@ def codec_from(quantizer: Any, **overrides: Any) -> Codec:
 
 
 def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
+    if not issubclass(config.proxy_class, ActQuantProxyFromInjectorBase):
+        raise UnsupportedQuantizerError(
+            f"{where}: {config.__name__} quantizes weights or biases, and saved tensors are "
+            "activations; use an activation quantizer, for instance one of brevitas_bp.quant")
     injector = config.let(**overrides)
     try:
         check_override_names(where, injector, sorted(overrides))
@@ -223,15 +225,19 @@ def _tensor_quant_of(proxy: Any) -> nn.Module:
             f"brevitas_bp.codec: {type(proxy).__name__} quantizes nothing; pass act_quant=None to keep "
             "tensors exact")
     activation = fused.activation_impl
-    if type(activation).__name__ != "Identity" and not _is_scripted(activation, "Identity"):
+    if kind_of(activation) != "Identity":
         raise UnsupportedQuantizerError(
-            f"brevitas_bp.codec: the proxy applies {type(activation).__name__} before it quantizes, "
+            f"brevitas_bp.codec: the proxy applies {kind_of(activation)} before it quantizes, "
             "which would change what backward sees; pass the quantizer's config class instead")
     return fused.tensor_quant
 
 
 def _from_tensor_quant(quantizer: nn.Module, build: Callable[[], nn.Module] | None) -> Codec:
     if isinstance(quantizer, BucketRescalingIntQuant):
+        if any(True for _ in quantizer.msb_clamp_bit_width_impl.parameters()):
+            raise UnsupportedQuantizerError(
+                "brevitas_bp.codec: a learned bit width would have to be read from the device for "
+                "every saved tensor; use a constant bit_width, or two with the fragment TwoBitWidth")
         spec = lower(quantizer)
         return ModuleCodec(quantizer) if spec is None else LoweredCodec(quantizer, spec)
     codec = stock_codec(quantizer)

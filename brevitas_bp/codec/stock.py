@@ -8,7 +8,7 @@ import torch
 from brevitas.utils.quant_utils import groupwise_dequant_expand
 from torch import Tensor, nn
 
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.base import Codec, Keep, Packed
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.kernels.packing import pack, unpack
@@ -23,7 +23,7 @@ def stock_codec(quantizer: nn.Module) -> Codec:
     Raises:
         UnsupportedQuantizerError: it computes no codes.
     """
-    kind = getattr(quantizer, "original_name", type(quantizer).__name__)
+    kind = kind_of(quantizer)
     if kind == "RescalingIntQuant":
         return StockIntCodec(quantizer)
     if kind == "FloatQuant":
@@ -36,6 +36,11 @@ def stock_codec(quantizer: nn.Module) -> Codec:
         f"brevitas_bp.codec: cannot store what {kind} quantizes: "
         f"{reasons.get(kind, 'it is neither an integer nor a minifloat quantizer')}; use an integer "
         "quantizer, for instance one of brevitas_bp.quant")
+
+
+def kind_of(module: nn.Module) -> str:
+    """The class name of a module, also where BREVITAS_JIT=1 has scripted it."""
+    return getattr(module, "original_name", type(module).__name__)
 
 
 def is_stateful(quantizer: nn.Module) -> bool:
@@ -58,17 +63,17 @@ class StockIntCodec(Codec):
         self.bit_width = _static_width(quantizer.msb_clamp_bit_width_impl())
         width = torch.tensor(float(self.bit_width))
         self.lowest = int(quantizer.int_quant.min_int(width))
-        view = quantizer.int_quant.input_view_impl
-        kind = getattr(view, "original_name", type(view).__name__)
-        if "BatchStats" in type(quantizer.scaling_impl).__name__:
+        if any(kind_of(module) == "AbsMaxAve" for module in quantizer.modules()):
             raise UnsupportedQuantizerError(
-                "brevitas_bp.codec: batch quantizers take their scale from 4-D batches and batch-norm "
-                "statistics; use a per-tensor or per-bucket quantizer")
-        self.group_dim = view.group_dim if kind == "DynamicOverSubChannelBlockView" else None
+                "brevitas_bp.codec: batch quantizers take their scale from the channels of batches of "
+                "one rank, and saved tensors have any rank; use a per-tensor or per-bucket quantizer")
+        self.group_dim = _group_dim(quantizer.int_quant.input_view_impl)
         self.name = f"{self.bit_width}-bit stock"
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Quantizes and packs a float tensor."""
+        if x.numel() == 0:
+            return Keep().encode(x, where=where)
         layout = TensorLayout.of(x)
         base = _plain_input(x)
         quantizer = self.quantizer
@@ -110,13 +115,13 @@ class StockFloatCodec(Codec):
         self.mantissa_bits = int(quantizer.mantissa_bit_width_impl())
         self.bias = int(quantizer.exponent_bias_impl())
         self.bit_width = _static_width(1 + self.exponent_bits + self.mantissa_bits)
-        view = quantizer.input_view_impl
-        kind = getattr(view, "original_name", type(view).__name__)
-        self.group_dim = view.group_dim if kind == "DynamicOverSubChannelBlockView" else None
+        self.group_dim = _group_dim(quantizer.input_view_impl)
         self.name = f"e{self.exponent_bits}m{self.mantissa_bits} stock"
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Quantizes and packs a float tensor."""
+        if x.numel() == 0:
+            return Keep().encode(x, where=where)
         layout = TensorLayout.of(x)
         base = _plain_input(x)
         quantizer = self.quantizer
@@ -219,6 +224,10 @@ def _static_width(width: Any) -> int:
             f"brevitas_bp.codec: codes of 1..{MAX_BIT_WIDTH} bits can be stored, the quantizer has "
             f"{bits:g}; pass bit_width=8 or fewer")
     return int(bits)
+
+
+def _group_dim(view: Any) -> int | None:
+    return view.group_dim if kind_of(view) == "DynamicOverSubChannelBlockView" else None
 
 
 def _plain_input(x: Tensor) -> Tensor:

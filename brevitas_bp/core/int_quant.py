@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
-from brevitas_bp.kernels.reference import compute_dtype, reciprocal, round_up
+from brevitas_bp.kernels.reference import compute_dtype, reciprocal, round_down, round_up
 from brevitas_bp.kernels.spec import check_bit_width, check_metadata_dtype
 
 
@@ -102,7 +102,8 @@ class BucketRescalingIntQuant(nn.Module):
     where all buckets share one). :meth:`quantize` and :meth:`dequantize` stop at the codes.
 
     Computes in float32 (float64 for float64 input) whatever the input dtype. NaN or Inf makes every
-    element of its bucket NaN; a constant bucket is exact; an empty tensor is returned as it is.
+    element of its bucket NaN; a constant bucket is exact (affine codes, float32 metadata); an empty
+    tensor is returned as it is.
 
     Args:
         int_quant: codes from scale and offset.
@@ -144,7 +145,9 @@ class BucketRescalingIntQuant(nn.Module):
         if isinstance(bit_width_impl, TwoBitWidthSelector):
             self.bit_widths = bit_width_impl.bit_widths
         else:
-            self.bit_widths = (check_bit_width(where, float(bit_width_impl())),)
+            width = float(bit_width_impl().detach())
+            self.bit_widths = (
+                check_bit_width(where, int(width) if width.is_integer() else width),)
         for width in self.bit_widths:
             if not float(int_scaling_impl(torch.tensor(float(width)))) >= 1:
                 raise ValueError(
@@ -190,6 +193,9 @@ class BucketRescalingIntQuant(nn.Module):
 
     def _offset(self, buckets: Tensor, scale: Tensor, bit_width: Tensor) -> Tensor:
         if isinstance(self.zero_point_impl, RuntimeDynamicBucketZeroPoint):
-            return self.zero_point_impl.offset(buckets, scale)
-        return (0 - self.zero_point_impl(buckets, scale, bit_width)) * scale
+            offset = self.zero_point_impl.offset(buckets, scale)
+        else:
+            offset = (0 - self.zero_point_impl(buckets, scale, bit_width)) * scale
+        rounded = round_down(offset.detach(), self.metadata_dtype)
+        return offset + (rounded - offset).detach()
 

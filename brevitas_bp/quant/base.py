@@ -22,17 +22,13 @@ from brevitas.inject.enum import (
 
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import OverBucketView
-from brevitas_bp.core.int_quant import (
-    BucketIntQuant,
-    BucketRescalingIntQuant,
-    SignMagnitudeIntScaling,
-)
+from brevitas_bp.core.int_quant import BucketIntQuant, SignMagnitudeIntScaling
 from brevitas_bp.core.rounding import StochasticRound
 from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
 from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.proxy import BucketwiseActQuantProxyFromInjector
-from brevitas_bp.quant.solver import SolveFloatToIntImpl
+from brevitas_bp.quant.solver import SolveBucketTensorQuant, SolveFloatToIntImpl
 
 
 class StochasticRounding(ExtendedInjector):
@@ -46,11 +42,10 @@ class StochasticRounding(ExtendedInjector):
     float_to_int_impl = StochasticRound
 
 
-class BucketQuant(SolveFloatToIntImpl):
+class BucketQuant(SolveFloatToIntImpl, SolveBucketTensorQuant):
     """What all bucket quantizers share: rounding to nearest, 8 bits, buckets of 256."""
 
     quant_type = QuantType.INT
-    tensor_quant = BucketRescalingIntQuant
     int_quant = BucketIntQuant
     input_view_impl = OverBucketView
     scaling_impl = RuntimeDynamicBucketScaling

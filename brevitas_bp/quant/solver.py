@@ -3,9 +3,10 @@
 from typing import Any
 
 from brevitas.inject import ExtendedInjector, value
-from brevitas.inject.enum import FloatToIntImplType
+from brevitas.inject.enum import FloatToIntImplType, QuantType
 from brevitas.quant.solver.common import solve_float_to_int_impl_from_enum
 
+from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.rounding import StochasticRound
 
 
@@ -21,3 +22,17 @@ class SolveFloatToIntImpl(ExtendedInjector):
         if float_to_int_impl_type == FloatToIntImplType.STOCHASTIC_ROUND:
             return StochasticRound
         return solve_float_to_int_impl_from_enum(float_to_int_impl_type)
+
+
+class SolveBucketTensorQuant(ExtendedInjector):
+    """``INT`` means :class:`~brevitas_bp.core.int_quant.BucketRescalingIntQuant`, ``FP`` nothing."""
+
+    @value
+    def tensor_quant(quant_type: Any) -> Any:  # noqa: N805
+        if quant_type == QuantType.FP:
+            return None
+        if quant_type == QuantType.INT:
+            return BucketRescalingIntQuant
+        raise ValueError(
+            f"brevitas_bp.quant: a bucket quantizer has quant_type INT, or FP to switch it off, got "
+            f"{quant_type}; use Brevitas' own binary or ternary quantizers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -33,14 +33,13 @@ def add_knobs(
     parser: argparse.ArgumentParser,
     knobs_class: type,
     *,
-    defaults: Mapping[str, Any] | None = None,
     skip: Collection[str] = (),
 ) -> None:
     """Add one `--option` for each field of `knobs_class` that is not in `skip`."""
     hints = get_type_hints(knobs_class)
     for field in dataclasses.fields(knobs_class):
         if field.name not in skip:
-            default = (defaults or {}).get(field.name, field.default)
+            default = field.default
             parser.add_argument(
                 "--" + field.name.replace("_", "-"),
                 default=list(default) if isinstance(default, tuple) else default,
@@ -60,7 +59,8 @@ def _argument(kind: Any, text: str, default: Any) -> dict[str, Any]:
     """Keywords of `add_argument` for a field of type `kind`."""
     shown = text if default in ("", (), False, None) else f"{text} [default: {default}]"
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction, "help": shown}
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        return {"action": action, "help": shown}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind), "help": shown}
     if get_origin(kind) is tuple:

@@ -11,9 +11,8 @@ from typing import Any
 from files import write_json
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import INK, LIGHT, MUTED, megabytes, tidy
+from report import GRID, INK, MUTED, megabytes, plain_table, tidy
 from rich.console import Console
-from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Entry:
 
 def print_table(entries: Sequence[Entry], title: str) -> None:
     """Final accuracy, bytes, ratio and time of every quantizer."""
-    table = Table(title=title)
+    table = plain_table(title)
     table.add_column("saved tensors")
     for name in ("accuracy", "exact", "stored", "ratio", "s/step"):
         table.add_column(name, justify="right")
@@ -93,12 +92,10 @@ def write_results(path: Path, entries: Sequence[Entry], settings: dict[str, Any]
 def plot_comparison(entries: Sequence[Entry], title: str, subtitle: str) -> Figure:
     """Accuracy over the epochs on the left, bytes saved for backward on the right."""
     figure = Figure(figsize=(11, 4.4))
-    curves, bars = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    _plot_curves(curves, entries)
-    _plot_bars(bars, entries)
-    figure.text(0.05, 0.945, title, fontsize=14, color=INK, weight="bold")
-    figure.text(0.05, 0.89, subtitle, fontsize=10, color=MUTED)
-    figure.subplots_adjust(left=0.05, right=0.975, top=0.77, bottom=0.12, wspace=0.72)
+    _plot_curves(figure.add_axes((0.05, 0.12, 0.42, 0.66)), entries)
+    _plot_bars(figure.add_axes((0.71, 0.06, 0.265, 0.72)), entries)
+    figure.text(0.022, 0.94, title, fontsize=14, color=INK, weight="bold")
+    figure.text(0.022, 0.885, subtitle, fontsize=10, color=MUTED)
     return figure
 
 
@@ -139,6 +136,15 @@ def _label_ends(axes: Axes, entries: Sequence[Entry], ends: list[float], epoch: 
             fontsize=9,
             va="center",
             annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": entry.color,
+                "alpha": 0.35,
+                "linewidth": 0.8,
+                "shrinkA": 2,
+                "shrinkB": 5,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -147,11 +153,11 @@ def spread_apart(values: Sequence[float], gap: float, top: float) -> list[float]
 
     Example:
         >>> spread_apart([1.0, 9.0, 9.0], gap=2.0, top=10.0)
-        [1.0, 7.0, 9.0]
+        [1.0, 9.0, 7.0]
     """
     places = list(values)
     above = top + gap
-    for index in sorted(range(len(values)), key=lambda i: (-values[i], -i)):
+    for index in sorted(range(len(values)), key=lambda i: (-values[i], i)):
         places[index] = min(values[index], above - gap)
         above = places[index]
     return places
@@ -161,26 +167,17 @@ def _plot_bars(axes: Axes, entries: Sequence[Entry]) -> None:
     exact = [entry.mean("exact_bytes") / 2**20 for entry in entries]
     stored = [entry.mean("stored_bytes") / 2**20 for entry in entries]
     rows = list(range(len(entries)))
-    axes.barh(rows, exact, height=0.62, color=LIGHT, alpha=0.45)
-    axes.barh(rows, stored, height=0.62, color=[entry.color for entry in entries])
+    axes.barh(rows, exact, height=0.34, color=GRID)
+    axes.barh(rows, stored, height=0.34, color=[entry.color for entry in entries])
     for row, entry in enumerate(entries):
-        text = f" {megabytes(entry.mean('stored_bytes'))}"
-        if entry.mean("ratio") > 1.005:
-            text += f"   {entry.mean('ratio'):.1f}x smaller"
-        inside = stored[row] > 0.6 * max(exact)
-        axes.text(
-            stored[row] * (0.985 if inside else 1) + (0 if inside else 0.005 * max(exact)),
-            row,
-            text + (" " if inside else ""),
-            ha="right" if inside else "left",
-            va="center",
-            fontsize=9,
-            color="white" if inside else INK,
-        )
-    axes.set_yticks(rows, [entry.label for entry in entries])
-    axes.invert_yaxis()
-    tidy(axes, "Saved for backward in one step, MB (grey: float32)", grid="")
-    for tick, entry in zip(axes.get_yticklabels(), entries, strict=True):
-        tick.set_color(entry.color)
+        ratio = entry.mean("ratio")
+        size = megabytes(entry.mean("stored_bytes"))
+        text = size if ratio < 1.005 else f"{size}, {ratio:.1f}x less"
+        axes.text(0, row - 0.24, entry.label, color=entry.color, fontsize=9, va="bottom")
+        axes.text(max(exact), row - 0.24, text, color=INK, fontsize=9, va="bottom", ha="right")
+    axes.set_ylim(len(entries) - 0.7, -0.6)
+    axes.set_xlim(0, max(exact))
+    tidy(axes, "Saved for backward in one step", grid="")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set_xticks([])
+    axes.set_yticks([])

@@ -7,7 +7,15 @@
 Prints one table and writes `comparison.png` and `results.json`. Ctrl-C leaves resumable runs: the
 same command goes on where it stopped, and never repeats a run that is finished.
 
-EXPECTED_FIGURES
+Expect on two CPU cores, in about a minute and a half (accuracies move by a point or two between
+machines and seeds; the per-tensor baseline by ten):
+
+    saved tensors              accuracy     exact    stored  ratio
+    FP32                         96.7 %  26.22 MB  26.22 MB   1.0x
+    2-bit nearest, per tensor    90.3 %  26.22 MB   1.64 MB  16.0x
+    2-bit nearest, buckets       95.8 %  26.22 MB   1.85 MB  14.2x
+    2-bit stochastic, buckets    94.7 %  26.22 MB   1.85 MB  14.2x
+    2/4-bit mix, buckets         96.7 %  26.22 MB   2.67 MB   9.8x
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ from brevitas_bp.errors import nearest
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to keep saved tensors."""
+    """One way to keep saved tensors: its name in table and figure, its quantizer, its colour."""
 
     label: str
     quant: str
@@ -41,10 +49,9 @@ class Variant:
 
 VARIANTS: Mapping[str, Variant] = {
     "fp32": Variant("FP32", "none", "#3f4650"),
+    # The deterministic baseline of the thesis: one symmetric scale for the whole tensor.
     "thesis-2bit": Variant(
-        "2-bit nearest, per tensor (thesis)",
-        "ThesisInt2DynamicActPerTensorFloat",
-        "#b4413c",
+        "2-bit nearest, per tensor", "ThesisInt2DynamicActPerTensorFloat", "#b4413c"
     ),
     "nearest-2bit": Variant(
         "2-bit nearest, buckets", "ShiftedUint2DynamicActPerBucketFloat", "#d9902b"
@@ -53,12 +60,9 @@ VARIANTS: Mapping[str, Variant] = {
         "2-bit stochastic, buckets", "ShiftedUint2DynamicActPerBucketFloatStochastic", "#2f6db5"
     ),
     "mix-2-4bit": Variant(
-        "2/4-bit stochastic mix, buckets",
-        "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic",
-        "#2a8f7b",
+        "2/4-bit mix, buckets", "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic", "#2a8f7b"
     ),
 }
-DEFAULTS = {"epochs": 6, "batch_size": 64, "lr": 2e-3}
 SET_HERE = ("quant", "quant_override", "seed", "out", "resume", "overwrite")
 
 
@@ -122,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     text, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--only", default=",".join(VARIANTS), help="runs, separated by commas")
-    parser.add_argument("--seeds", default="0", help="seeds, separated by commas")
+    parser.add_argument("--seeds", default="0,1", help="seeds, separated by commas")
     parser.add_argument("--out", default="runs/demo", help="output folder [default: runs/demo]")
     parser.add_argument("--overwrite", action="store_true", help="repeat finished runs")
-    add_knobs(parser, Knobs, defaults=DEFAULTS, skip=SET_HERE)
+    add_knobs(parser, Knobs, skip=SET_HERE)
     return parser
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -68,29 +69,37 @@ class StepBar:
         """Print the line of a finished epoch."""
         if self._visible:
             self._bar.console.print(
-                f"epoch {row['epoch']:3d}  train loss {row['train_loss']:.3f}  test loss "
+                f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}, test "
                 f"{row['test_loss']:.3f}  accuracy {row['test_accuracy']:5.1f} %  saved "
                 f"{megabytes(row['stored_bytes'])} of {megabytes(row['exact_bytes'])}",
                 highlight=False,
+                soft_wrap=True,
             )
 
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
     """The final table of one run."""
-    table = Table(title=f"{result['config']['dataset']}, {result['config']['model']}")
-    for name in ("quantizer", "accuracy", "best", "exact", "stored", "ratio", "s/step"):
-        table.add_column(name, justify="left" if name == "quantizer" else "right")
-    table.add_row(result["config"]["quant"], *figures(result, best=True))
+    config = result["config"]
+    title = f"{config['model']} on {Path(config['dataset']).name}\nquantizer: {config['quant']}"
+    table = plain_table(title)
+    for name in ("accuracy", "best", "exact", "stored", "ratio", "s/step"):
+        table.add_column(name, justify="right")
+    table.add_row(*figures(result))
     Console().print(table)
-    Console().print(f"written to {folder}", highlight=False)
+    print(f"written to {folder}")
 
 
-def figures(result: dict[str, Any], *, best: bool = False) -> list[str]:
-    """Accuracy, bytes, ratio and time of a result, formatted for a table."""
+def plain_table(title: str) -> Table:
+    """A table of 80 columns without vertical rules."""
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def figures(result: dict[str, Any]) -> list[str]:
+    """Accuracies, bytes, ratio and time of a result, formatted for a table."""
     seconds = result["seconds_per_step"]
     return [
         f"{result['accuracy']:.1f} %",
-        *([f"{result['best_accuracy']:.1f} %"] if best else []),
+        f"{result['best_accuracy']:.1f} %",
         megabytes(result["exact_bytes"]),
         megabytes(result["stored_bytes"]),
         f"{result['ratio']:.1f}x",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import comparison
@@ -81,7 +83,7 @@ def test_run_leaves_its_files_and_is_not_overwritten(
     assert status_of(out) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert status_of(out, "--resume", "--lr", "0.5") == 2
-    assert "lr: saved 0.002, now 0.5" in capsys.readouterr().err
+    assert "lr: saved 0.001, now 0.5" in capsys.readouterr().err
     (out / "notes.txt").write_text("mine")
     assert status_of(out, "--overwrite") == 0
     assert (out / "notes.txt").read_text() == "mine"
@@ -190,7 +192,7 @@ def test_demo_compares_and_never_repeats_a_finished_run(
     assert demo.main(words) == 0
     assert capsys.readouterr().out.count("finished before") == 4
     assert demo.main([*words, "--lr", "0.1"]) == 2
-    assert "lr: saved 0.002, now 0.1" in capsys.readouterr().err
+    assert "lr: saved 0.001, now 0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,13 @@ def test_bad_demo_arguments(
     assert demo.main([*DEMO, "--out", str(tmp_path), *words]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [comparison, quantizers])
+def test_docstring_examples(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_curve_labels_do_not_overlap() -> None:
