@@ -48,7 +48,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_equal_the_reference(dtype: torch.dtype) -> None:
-    for spec, (name, x) in product(SPECS, samples(dtype).items()):
+    # 16-bit input differs from float32 only in its conversion: a part of the specs will do.
+    specs = SPECS if dtype == torch.float32 else SPECS[::5]
+    for spec, (name, x) in product(specs, samples(dtype).items()):
         expected, got = (form.encode(x, spec, seed=3) for form in (reference, cpu))
         assert all(map(same_bits, expected.tensors, got.tensors)), (spec, name)
         decoded = [
