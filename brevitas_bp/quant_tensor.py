@@ -94,7 +94,7 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         """The flattened value."""
         return self.value.flatten(*dims, **kwargs)
 
-    def contiguous(self) -> Tensor:
+    def contiguous(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The value in row-major order, in which its buckets no longer run."""
         return self.value.contiguous()
 

@@ -5,6 +5,7 @@ import sys
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
@@ -35,7 +36,7 @@ def import_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have one shape, dtype and bit pattern; NaNs are all the same."""
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False

@@ -49,7 +49,7 @@ class LoweredCodec(Codec):
         """Quantizes and packs a float tensor."""
         layout = TensorLayout.of(x)
         spec = self._current_spec()
-        encoded = encode(layout.flatten(x), spec, seed)
+        encoded = encode(layout.flatten(x.detach()), spec, seed)
         return Packed(self, encoded.tensors, layout, (spec, seed), where)
 
     def decode(self, packed: Packed) -> Tensor:

@@ -75,14 +75,14 @@ class StockIntCodec(Codec):
         if x.numel() == 0:
             return Keep().encode(x, where=where)
         layout = TensorLayout.of(x)
-        base = _plain_input(x)
+        base, poison = _finite_input(x)
         quantizer = self.quantizer
         with torch.no_grad(), seeded(seed):
             width = quantizer.msb_clamp_bit_width_impl()
             scale = quantizer.scaling_impl(base, quantizer.int_scaling_impl(width))
             zero_point = quantizer.zero_point_impl(base, scale, width)
             codes = quantizer.int_quant.to_int(scale, zero_point, width, base)
-        scale = _poisoned(scale, base)
+        scale = scale.detach() + poison
         stored = torch.nan_to_num(codes - self.lowest).to(torch.uint8)
         return Packed(
             self, (_pack_flat(stored, self.bit_width), scale, zero_point.detach().clone()), layout,
@@ -123,7 +123,7 @@ class StockFloatCodec(Codec):
         if x.numel() == 0:
             return Keep().encode(x, where=where)
         layout = TensorLayout.of(x)
-        base = _plain_input(x)
+        base, poison = _finite_input(x)
         quantizer = self.quantizer
         with torch.no_grad(), seeded(seed):
             threshold = None
@@ -136,7 +136,7 @@ class StockFloatCodec(Codec):
             values = quantizer.float_clamp_impl(values, exponent, mantissa, bias)[0]
         codes = self._to_codes(torch.nan_to_num(values))
         return Packed(
-            self, (_pack_flat(codes, self.bit_width), _poisoned(scale, base)), layout,
+            self, (_pack_flat(codes, self.bit_width), scale.detach() + poison), layout,
             tuple(values.shape), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -230,17 +230,14 @@ def _group_dim(view: Any) -> int | None:
     return view.group_dim if kind_of(view) == "DynamicOverSubChannelBlockView" else None
 
 
-def _plain_input(x: Tensor) -> Tensor:
-    """What stock statistics can read: contiguous, float32 or float64."""
-    return TensorLayout.base(x).to(compute_dtype(x.dtype)).contiguous()
+def _finite_input(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What stock statistics can read, and a number that is NaN where ``x`` holds NaN or Inf.
 
-
-def _poisoned(scale: Tensor, x: Tensor) -> Tensor:
-    """A copy of ``scale`` that is NaN where ``x`` holds NaN or Inf anywhere, without a sync.
-
-    Static scales would clip an Inf, and integer codes cannot hold a NaN.
+    One bad value would stay in the statistics for ever, a static scale would clip an Inf, and integer
+    codes cannot hold a NaN: so bad values become 0 here, and the scale NaN. No device sync.
     """
-    return scale.detach() + (x * 0).sum()
+    base = TensorLayout.base(x.detach()).to(compute_dtype(x.dtype)).contiguous()
+    return torch.where(base.isfinite(), base, 0), (base * 0).sum()
 
 
 def _pack_flat(codes: Tensor, bit_width: int) -> Tensor:

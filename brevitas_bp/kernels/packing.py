@@ -44,7 +44,7 @@ def pack(codes: Tensor, bit_width: int) -> Tensor:
         ValueError: ``bit_width`` outside 1..8, another dtype, or B not a multiple of 8.
 
     >>> pack(torch.tensor([[0, 1, 2, 3, 0, 0, 0, 1]], dtype=torch.uint8), 2).tolist()
-    [[0, 65]]
+    [[8, 77]]
     """
     bit_width = check_bit_width("brevitas_bp.kernels.pack", bit_width)
     if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % 8:

@@ -1,0 +1,151 @@
+"""H1, H2: one encode per storage and version, and never by address."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from brevitas_bp import Packed, QuantBackwardWrapper, track_saved_memory
+from tests.backward.support import Apply, HalfCodec, assert_same, run
+
+
+def whole_numbers(*shape: int) -> Tensor:
+    """Values that float16 holds exactly."""
+    return torch.randint(-8, 9, shape).float()
+
+
+def half_wrapped(module: nn.Module) -> tuple[QuantBackwardWrapper, HalfCodec]:
+    half = HalfCodec()
+    return QuantBackwardWrapper(module, policy=lambda saved: half), half
+
+
+def attention(x: Tensor, *weights: Tensor) -> Tensor:
+    return sum((F.linear(x, w) for w in weights), torch.zeros(()))
+
+
+#: name -> (module, its inputs, how often autograd saves the shared tensor)
+SHARED: dict[str, tuple[nn.Module, int, int]] = {
+    "relu and conv": (nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), 1, 2),
+    "x * x": (Apply(torch.mul), 2, 2),
+    "q, k, v": (Apply(attention, *(nn.Parameter(torch.eye(16)) for _ in range(3))), 1, 3),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_tensor_is_encoded_once(name: str) -> None:
+    module, inputs, saves = SHARED[name]
+    x = whole_numbers(2, 4, 8, 16).requires_grad_()
+    hooked: list[int] = []
+
+    def naive(saved: Tensor) -> Tensor:
+        hooked.append(saved.untyped_storage()._cdata)
+        return saved
+
+    with saved_tensors_hooks(naive, lambda saved: saved):
+        output = module(*[x] * inputs)
+    assert max(map(hooked.count, hooked)) == saves  # the control: asked again for each operation
+
+    model, half = half_wrapped(module)
+    with track_saved_memory(model) as report:
+        output = model(*[x] * inputs)
+    assert len(half.seeds) == report.tensors == 1
+    assert output.requires_grad
+
+
+def test_tensor_that_was_modified_between_two_saves_is_encoded_again() -> None:
+    def twice(x: Tensor) -> Tensor:
+        y = x * 1
+        first = y.square()
+        with torch.no_grad():
+            y.add_(1)
+        return first + y.square()
+
+    module, x = Apply(twice), whole_numbers(16, 16)
+    model, half = half_wrapped(module)
+    grad = run(model, x, copied=False).grads["input 0"]
+    # Plain autograd refuses this graph; each square has to see the value of its own time.
+    leaf = x.clone().requires_grad_()
+    output = leaf.square() + (leaf + 1).square()
+    output.backward(torch.linspace(-1, 2, 256).cos().view(16, 16))
+    assert len(half.seeds) == 2
+    assert torch.equal(grad, leaf.grad)  # pyright: ignore[reportArgumentType]
+
+
+def test_views_with_other_strides_are_tensors_of_their_own() -> None:
+    model, half = half_wrapped(Apply(lambda x: (x.t().square() + x.square()).sum()))
+    x = whole_numbers(16, 16).requires_grad_()
+    model(x).backward()
+    assert len(half.seeds) == 2
+    assert torch.equal(x.grad, 4 * x)  # pyright: ignore[reportArgumentType]
+
+
+def test_negated_view_is_not_taken_for_what_it_negates() -> None:
+    # z.conj().imag lies where z.imag lies, with the same strides, and has the other sign.
+    a, b = (nn.Parameter(torch.zeros(16, 16)) for _ in range(2))
+    z = torch.complex(whole_numbers(16, 16), whole_numbers(16, 16))
+    model, half = half_wrapped(Apply(lambda a, b: z.imag * a + z.conj().imag * b, a, b))
+    model().sum().backward()
+    assert len(half.seeds) == 2
+    assert torch.equal(a.grad, z.imag)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(b.grad, -z.imag)  # pyright: ignore[reportArgumentType]
+
+
+class Recycled(nn.Module):
+    """Many short-lived tensors, so that the allocator hands out the same addresses again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for k in range(1, 30):
+            shifted = x + k
+            total = total + (shifted * shifted).sum()
+        return total
+
+
+def test_freed_address_is_not_taken_for_the_tensor_that_was_there() -> None:
+    x = whole_numbers(64, 64)
+    by_address: dict[Any, Tensor] = {}
+
+    def naive(saved: Tensor) -> Tensor:
+        key = saved.data_ptr(), saved.shape
+        return by_address.setdefault(key, saved.detach().half())
+
+    plain = run(Recycled(), x).grads
+    with saved_tensors_hooks(naive, lambda packed: packed.float()):
+        naively = run(Recycled(), x).grads
+    assert not torch.equal(naively["input 0"], plain["input 0"])  # the control: aliased
+
+    model, half = half_wrapped(Recycled())
+    assert_same(run(model, x, copied=False).grads, plain)
+    assert len(half.seeds) == 29
+
+
+def test_payload_of_a_freed_graph_is_not_reused() -> None:
+    def forgetful(x: Tensor) -> Tensor:
+        y = x * 1
+        y.square()  # its graph, and the payload with it, is gone at once
+        return y.square()
+
+    model, half = half_wrapped(Apply(forgetful))
+    x = whole_numbers(16, 16).requires_grad_()
+    model(x).sum().backward()
+    assert len(half.seeds) == 2
+    assert torch.equal(x.grad, 2 * x)  # pyright: ignore[reportArgumentType]
+
+
+def test_same_tensor_under_two_codecs_has_both_payloads() -> None:
+    # H6: a ReLU's output that also feeds a convolution is kept as mask and as codes.
+    packed: list[Packed] = []
+    model = QuantBackwardWrapper(
+        nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), policy="all_but_relu", seed=0)
+    model._listeners.append(lambda saved, p, parameter: None if parameter else packed.append(p))
+    x = torch.randn(2, 4, 16, 16)
+    output = model(x.requires_grad_())
+    mask, codes = (p.decode() for p in packed)
+    assert torch.equal(mask, (x > 0).float())
+    # 2 bits: within a step of the ReLU's output, which a mask of 0 and 1 is not.
+    assert 0 < (codes - x.relu()).abs().max() <= x.max() / 3 * 1.001
+    assert x.max() > 1.5 * 1.001
+    del output

@@ -1,0 +1,96 @@
+"""H5, H22: a payload lives exactly as long as the graph node that needs it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from brevitas_bp import Packed, QuantBackwardWrapper, SavedTensor, track_saved_memory
+from tests.backward.support import NETS, Apply, identity_hooks, net
+
+
+class Watch:
+    """Weak references to all payloads, and to the storages of all saved activations."""
+
+    def __init__(self, model: QuantBackwardWrapper) -> None:
+        self.payloads: list[weakref.ref[Packed]] = []
+        self.storages: list[StorageWeakRef] = []
+        self.inputs: set[int] = set()
+        model._listeners.append(self._note)
+
+    def _note(self, saved: SavedTensor, packed: Packed, is_parameter: bool) -> None:
+        if not is_parameter:
+            self.payloads.append(weakref.ref(packed))
+            self.storages += [StorageWeakRef(t.untyped_storage()) for t in packed.tensors]
+            self.storages.append(StorageWeakRef(saved.tensor.untyped_storage()))
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(p() is not None for p in self.payloads) + sum(
+            not s.expired() and s.cdata not in self.inputs for s in self.storages)
+
+
+def test_tensor_that_saves_itself_is_freed() -> None:
+    x = torch.ones(8, requires_grad=True)
+    with identity_hooks():
+        y = x.exp()
+    leaked = StorageWeakRef(y.untyped_storage())
+    del y
+    gc.collect()
+    assert not leaked.expired()  # the control: its node holds it, and it holds its node
+
+    y = QuantBackwardWrapper(Apply(torch.exp), policy="exact")(x)
+    ours = StorageWeakRef(y.untyped_storage())
+    del y
+    gc.collect()
+    assert ours.expired()
+
+
+@pytest.mark.parametrize("end", ["backward", "del"])
+@pytest.mark.parametrize("policy", ["all", "exact"])
+@pytest.mark.parametrize("name", sorted(set(NETS) - {"eval"}))
+def test_everything_is_freed_with_the_graph(name: str, policy: str, end: str) -> None:
+    module, inputs = net(name)
+    model = QuantBackwardWrapper(module, policy=policy)
+    watch = Watch(model)
+    watch.inputs = {x.untyped_storage()._cdata for x in inputs}
+    with track_saved_memory(model) as report:
+        loss = model(*inputs).sum()
+    assert report.live_bytes == report.stored_bytes > 0
+    assert watch.alive()
+    if end == "backward":
+        loss.backward()
+    del loss
+    assert watch.alive() == 0
+    assert report.live_bytes == 0
+
+
+def test_forwards_without_backward_leave_nothing() -> None:
+    model = QuantBackwardWrapper(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)))
+    watch = Watch(model)
+    for _ in range(5):
+        model(torch.randn(64, 64))
+    assert len(watch.payloads) == 5 * 3
+    assert watch.alive() == 0
+
+
+def test_half_of_the_graph_may_never_get_a_backward() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x.sin()), self.b(x.cos())
+
+    model = QuantBackwardWrapper(TwoHeads())
+    watch = Watch(model)
+    x = torch.randn(64, 64, requires_grad=True)
+    first, second = model(x * 1)
+    first.sum().backward()
+    assert watch.alive()
+    del first, second
+    assert watch.alive() == 0

@@ -1,0 +1,65 @@
+"""The two storage modes: the same gradients, bit for bit, and only one of them saves memory."""
+
+from typing import Any
+
+import pytest
+import torch
+from brevitas.quant import Int8ActPerTensorFloat
+from torch import nn
+
+from brevitas_bp import QuantBackwardWrapper, codec_from, track_saved_memory
+from brevitas_bp.codec.quantized import ModuleCodec
+from brevitas_bp.quant import (
+    Int4DynamicActPerBucketFloat,
+    ShiftedUint2DynamicActPerBucketFloat,
+    ShiftedUint2DynamicActPerBucketFloatStochastic,
+    ShiftedUint2Mix4DynamicActPerBucketFloatStochastic,
+)
+from tests.backward.support import NETS, assert_same, net, run, wrapped_run
+
+QUANTIZERS = [
+    ShiftedUint2DynamicActPerBucketFloat, ShiftedUint2DynamicActPerBucketFloatStochastic,
+    Int4DynamicActPerBucketFloat, ShiftedUint2Mix4DynamicActPerBucketFloatStochastic]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.__name__)
+@pytest.mark.parametrize("name", NETS)
+def test_both_storages_give_the_same_gradients(name: str, quantizer: Any) -> None:
+    module, inputs = net(name)
+    early, late = (
+        wrapped_run(module, *inputs, act_quant=quantizer, storage=storage)
+        for storage in ("save_quantized", "quantize_on_backward"))
+    assert_same(late.grads, early.grads)
+
+
+def test_these_gradients_are_quantized() -> None:
+    module, inputs = net("conv")
+    assert not torch.equal(
+        wrapped_run(module, *inputs).grads["0.weight"], run(module, *inputs).grads["0.weight"])
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("kind", ["stock", "general"])
+def test_break_even_is_the_same_rule_in_both(kind: str, features: int) -> None:
+    # A codec that can tell only afterwards how many bytes it needed.
+    module, x = nn.Linear(features, 2), torch.randn(1, features)
+    grads = []
+    for storage in ("save_quantized", "quantize_on_backward"):
+        quantizer: Any = Int8ActPerTensorFloat
+        if kind == "general":
+            lowered: Any = codec_from(ShiftedUint2DynamicActPerBucketFloat, bucket_size=8)
+            quantizer = ModuleCodec(lowered.quantizer)
+        grads.append(wrapped_run(module, x, act_quant=quantizer, storage=storage).grads)
+    assert_same(*grads)
+
+
+def test_quantizing_on_backward_saves_nothing() -> None:
+    module, inputs = net("shared")
+    reports = []
+    for model in (module, QuantBackwardWrapper(module, storage="quantize_on_backward")):
+        with track_saved_memory(model) as report:
+            output = model(*inputs)
+        reports.append(report)
+        del output
+    plain, late = reports
+    assert late.stored_bytes == late.exact_bytes == plain.exact_bytes > 0

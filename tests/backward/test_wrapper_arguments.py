@@ -1,0 +1,168 @@
+"""What ``QuantBackwardWrapper`` takes, and how it refuses the rest."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from brevitas.nn import QuantIdentity
+from brevitas.quant import SignedBinaryActPerTensorConst
+from torch import Tensor, nn
+
+from brevitas_bp import (
+    QuantBackwardWrapper,
+    UnknownNameError,
+    UnsupportedQuantizerError,
+    codec_from,
+    track_saved_memory,
+)
+from brevitas_bp.quant import (
+    ActQuantSolver,
+    PerBucketMinMax,
+    ShiftedUint2DynamicActPerBucketFloatStochastic,
+    ShiftedUint4DynamicActPerBucketFloat,
+    ShiftedUint8DynamicActPerBucketFloat,
+    StochasticRounding,
+)
+from tests.backward.support import assert_same, run
+
+Uint4 = ShiftedUint4DynamicActPerBucketFloat
+Uint8 = ShiftedUint8DynamicActPerBucketFloat
+
+
+def small_net() -> nn.Module:
+    """Every module saves one activation of 64 x 256 values."""
+    return nn.Sequential(
+        nn.Sequential(nn.Tanh(), nn.Sigmoid()), nn.ModuleDict({"tanh": nn.Tanh()})["tanh"], nn.Tanh())
+
+
+def bits_by_module(model: nn.Module) -> dict[str, float]:
+    """Bits of code per element; buckets of 256 have 8 bytes of metadata."""
+    with track_saved_memory(model) as report:
+        output = model(torch.randn(64, 256, requires_grad=True))
+    del output
+    return {
+        row.module: 32 if row.ratio == 1 else (row.stored_bytes - 64 * 8) * 8 / (64 * 256)
+        for row in report.rows}
+
+
+# Quantizers and their settings.
+
+
+class Mine(StochasticRounding, PerBucketMinMax, ActQuantSolver):
+    """The three lines of the design page."""
+
+    bit_width = 3
+    bucket_size = 512
+
+
+@pytest.mark.parametrize(("quantizer", "settings", "bits"), [
+    (ShiftedUint2DynamicActPerBucketFloatStochastic, {}, 2),
+    (ShiftedUint2DynamicActPerBucketFloatStochastic, {"bit_width": 5}, 5),
+    (Mine, {"bucket_size": 256}, 3),
+    (codec_from(Uint8), {}, 8),
+    (QuantIdentity(act_quant=Uint4).act_quant, {}, 4),
+    (None, {}, 32)])
+def test_quantizer_and_settings(quantizer: Any, settings: dict[str, Any], bits: float) -> None:
+    model = QuantBackwardWrapper(small_net(), quantizer, **settings)
+    assert set(bits_by_module(model).values()) == {bits}
+
+
+def test_default_is_two_bits_stochastic() -> None:
+    model = QuantBackwardWrapper(small_net())
+    assert set(bits_by_module(model).values()) == {2}
+    assert "2-bit stochastic" in repr(model)
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    ({"0.*": None}, {"0.0": 32, "0.1": 32, "1": 2, "2": 2}),
+    ({"0": None}, {"0.0": 32, "0.1": 32, "1": 2, "2": 2}),  # a module stands for what it contains
+    ({"0.1": Uint4}, {"0.0": 2, "0.1": 4, "1": 2, "2": 2}),
+    ({"[12]": Uint8}, {"0.0": 2, "0.1": 2, "1": 8, "2": 8}),
+    ({"0.0": Uint8, "0": Uint4}, {"0.0": 8, "0.1": 4, "1": 2, "2": 2}),
+    ({"0": Uint4, "0.0": Uint8}, {"0.0": 4, "0.1": 4, "1": 2, "2": 2}),  # the first that matches
+    ({"*": None}, {"0.0": 32, "0.1": 32, "1": 32, "2": 32})])
+def test_overrides(overrides: dict[str, Any], expected: dict[str, float]) -> None:
+    model = QuantBackwardWrapper(small_net(), overrides=overrides)
+    assert bits_by_module(model) == expected
+
+
+def test_override_may_quantize_one_module_of_an_exact_model() -> None:
+    model = QuantBackwardWrapper(small_net(), None, overrides={"1": Uint4})
+    assert bits_by_module(model) == {"0.0": 32, "0.1": 32, "1": 4, "2": 32}
+
+
+def test_operation_outside_of_submodules_belongs_to_the_module_that_runs_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).sin()
+
+    model = QuantBackwardWrapper(Net(), overrides={"body": None})
+    assert bits_by_module(model) == {"body.0": 32, "": 2}
+
+
+# Bad input. Every message says what was expected, what came, and what to do.
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "unknown setting": ({"bucket_sise": 256}, UnknownNameError, "'bucket_sise'.*'bucket_size'"),
+    "two unknown settings": (
+        {"bucket_sise": 256, "bit_with": 2}, UnknownNameError, "did you mean 'b(ucket_size|it_width)'"),
+    "width 0": ({"bit_width": 0}, ValueError, r"must be an integer in 1\.\.8, got 0"),
+    "width 9": ({"bit_width": 9}, ValueError, r"must be an integer in 1\.\.8, got 9"),
+    "odd bucket": ({"bucket_size": 100}, ValueError, "multiple of 8.*got 100"),
+    "negative bucket": ({"bucket_size": -8}, ValueError, "multiple of 8.*got -8"),
+    "class": ({"module": nn.Linear}, TypeError, "instance, got the class Linear"),
+    "function": ({"module": torch.relu}, TypeError, "must be a torch.nn.Module instance, got"),
+    "None": ({"module": None}, TypeError, "instance, got None"),
+    "policy": ({"policy": "al"}, UnknownNameError, r"one of \['all', .*got 'al'; did you mean 'all'"),
+    "no policy": ({"policy": None}, UnknownNameError, "policy must be one of .* got None"),
+    "storage": (
+        {"storage": "save_quantised"}, UnknownNameError, "did you mean 'save_quantized'"),
+    "seed": ({"seed": "7"}, TypeError, "seed must be an integer or None, got '7'"),
+    "number as quantizer": ({"act_quant": 2}, TypeError, "expected a Brevitas config class.*got 2"),
+    "name as quantizer": ({"act_quant": "Uint2"}, TypeError, "expected a Brevitas config class"),
+    "other class as quantizer": ({"act_quant": nn.ReLU}, TypeError, "expected a Brevitas config"),
+    "layer as quantizer": ({"act_quant": nn.ReLU()}, UnsupportedQuantizerError, "cannot store what"),
+    "binary quantizer": (
+        {"act_quant": SignedBinaryActPerTensorConst, "scaling_init": 1.0},
+        UnsupportedQuantizerError, "binary quantizers give signs"),
+    "settings of nothing": (
+        {"act_quant": None, "bit_width": 2}, TypeError, r"settings \['bit_width'\] would do nothing"),
+    "settings of a codec": (
+        {"act_quant": codec_from(Uint4), "bit_width": 2}, TypeError, r"\['bit_width'\] would do noth"),
+    "settings of a proxy": (
+        {"act_quant": QuantIdentity(act_quant=Uint4).act_quant, "bit_width": 2}, TypeError,
+        "need a config class"),
+    "pattern": ({"overrides": {"0.7": None}}, UnknownNameError, "'0.7' in overrides matches no module"),
+    "overrides as a list": ({"overrides": [("0", None)]}, TypeError, "overrides must map globs"),
+    "pattern that is no text": ({"overrides": {0: None}}, TypeError, "overrides must map globs"),
+    "override as a number": ({"overrides": {"0": 4}}, TypeError, "expected a Brevitas config class"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_argument_is_refused(name: str) -> None:
+    arguments, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        QuantBackwardWrapper(**{"module": small_net(), **arguments})
+
+
+def test_pattern_without_a_match_names_the_nearest_module() -> None:
+    module = nn.ModuleDict({"encoder": nn.Linear(2, 2), "classifier": nn.Linear(2, 2)})
+    with pytest.raises(UnknownNameError, match=re.escape("did you mean 'classifier'?")):
+        QuantBackwardWrapper(module, overrides={"clasifier": None})
+
+
+def test_refused_arguments_leave_the_module_as_it_was() -> None:
+    module, x = small_net(), torch.randn(8, 8)
+    before = run(module, x)
+    with pytest.raises(UnknownNameError):
+        QuantBackwardWrapper(module, bucket_sise=256)
+    assert_same(run(module, x).grads, before.grads)

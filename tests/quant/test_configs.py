@@ -1,0 +1,84 @@
+"""Ready-made configs are what their names say."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from brevitas.inject import ExtendedInjector
+
+from brevitas_bp import codec_from, quant
+from brevitas_bp.codec.quantized import LoweredCodec
+from brevitas_bp.kernels.spec import BucketQuantSpec
+
+GRAMMAR = re.compile(
+    r"(?P<shifted>Shifted)?(?P<kind>Uint|Int)(?P<bits>\d)(Mix(?P<mix>\d))?DynamicAct"
+    r"Per(?P<per>Tensor|Bucket)Float(?P<l2>L2)?(?P<stochastic>Stochastic)?")
+NAMED = [name for name in quant.act.__all__ if not name.startswith("Thesis")]
+# Li, 2025: the four mixes of two widths, with the probability of the second.
+MIXES = {(2, 4): 0.5, (2, 6): 0.3, (3, 6): 0.4, (4, 8): 0.2}
+
+
+def spec_of(name: str) -> BucketQuantSpec:
+    codec = codec_from(getattr(quant, name))
+    assert isinstance(codec, LoweredCodec)
+    return codec.spec
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_config_is_what_its_name_says(name: str) -> None:
+    match = GRAMMAR.fullmatch(name)
+    assert match is not None
+    shifted, bits = match["shifted"] is not None, int(match["bits"])
+    mix = int(match["mix"]) if match["mix"] else None
+    assert spec_of(name) == BucketQuantSpec(
+        bit_width=bits,
+        bucket_size=256 if match["per"] == "Bucket" else None,
+        scale_rule="min_max" if shifted else "l2" if match["l2"] else "max",
+        code_range="unsigned" if shifted else "narrow",
+        stochastic=match["stochastic"] is not None,
+        mix_bit_width=mix,
+        mix_prob=0.0 if mix is None else MIXES[bits, mix])
+
+
+@pytest.mark.parametrize("name", [f"{n}Stochastic" for n in NAMED if "Stochastic" not in n])
+def test_every_deterministic_config_has_a_stochastic_twin(name: str) -> None:
+    assert name in NAMED
+
+
+def test_the_grid_of_configs_is_complete() -> None:
+    expected = {
+        *(f"ShiftedUint{b}DynamicActPer{p}Float" for b in (1, 2, 3, 4, 8)
+          for p in ("Bucket", "Tensor")),
+        *(f"Int{b}DynamicActPer{p}Float" for b in (2, 4, 8) for p in ("Bucket", "Tensor")),
+        *(f"Int{b}DynamicActPerBucketFloatL2" for b in (2, 4, 8))}
+    assert {name for name in NAMED if "Stochastic" not in name} == expected
+
+
+def test_every_public_name_is_an_injector() -> None:
+    for name in quant.__all__:
+        assert issubclass(getattr(quant, name), ExtendedInjector), name
+
+
+@pytest.mark.parametrize("name", quant.act.__all__)
+def test_every_config_says_what_it_is(name: str) -> None:
+    assert getattr(quant, name).__doc__
+
+
+@pytest.mark.parametrize("override", [
+    {"bit_width": 4}, {"bucket_size": 64}, {"bucket_size": None},
+    {"metadata_dtype": torch.bfloat16}, {"integer_zero_point": True}])
+def test_settings_can_be_overridden_by_keyword(override: dict[str, Any]) -> None:
+    keyword = {"integer_zero_point": "quantize_zero_point"}
+    codec = codec_from(
+        quant.ShiftedUint2DynamicActPerBucketFloat,
+        **{keyword.get(name, name): setting for name, setting in override.items()})
+    assert isinstance(codec, LoweredCodec)
+    assert codec.spec == BucketQuantSpec(**{"stochastic": False} | override)
+
+
+@pytest.mark.parametrize("impl", ["stochastic_round", "STOCHASTIC_ROUND"])
+def test_rounding_is_one_enum_away(impl: str) -> None:
+    codec = codec_from(
+        quant.ShiftedUint2DynamicActPerBucketFloat, float_to_int_impl_type=impl.lower())
+    assert isinstance(codec, LoweredCodec) and codec.spec.stochastic

@@ -1,0 +1,129 @@
+"""Imports run downhill, importing is cheap, and the public face stays small: read from the source."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import brevitas_bp
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "brevitas_bp"
+
+#: Each room may import from its own level and from those before it.
+LEVELS: list[set[str]] = [
+    {"errors"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"}, {"quant"}, {"backward"},
+    {"grad", "nn", "allocate", "memory"}, {"plots", "models"}]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+#: Heavy or optional: loaded when first used, by those who use it.
+LAZY = {"torchvision", "matplotlib", "sklearn", "numba", "triton", "rich", "pytest", "hypothesis"}
+
+
+def imports(source: str) -> Iterator[tuple[int, str]]:
+    """(relative level, module) of every import, those inside functions included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+
+
+def complaints(room: str, source: str) -> list[str]:
+    """What is wrong with the imports of a file in ``room``; an empty room is the package itself."""
+    found = []
+    for relative, module in imports(source):
+        top, _, rest = module.partition(".")
+        if relative:
+            found.append(f"relative import of {module!r}")
+        elif top == "brevitas_bp" and room:
+            other = rest.partition(".")[0]
+            if other not in LEVEL:
+                found.append(f"imports {module!r}, which has no level")
+            elif LEVEL[other] > LEVEL[room]:
+                found.append(f"imports {module!r} uphill")
+        elif top == "brevitas_bp" and rest.partition(".")[0] in ("models", "plots"):
+            found.append(f"{module!r} belongs to the examples")
+    return found
+
+
+def room_of(path: Path) -> str:
+    """``brevitas_bp/codec/base.py`` -> "codec"; ``brevitas_bp/__init__.py`` -> ""."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize(("room", "source"), [
+    ("kernels", "from brevitas_bp.codec import Codec"),
+    ("codec", "def late():\n    import brevitas_bp.memory"),
+    ("proxy", "from brevitas_bp import QuantBackwardWrapper"),
+    ("codec", "from .base import Codec"),
+    ("backward", "from brevitas_bp.new_room import x"),
+    ("", "from brevitas_bp.models import efficientnet_v2_s")])
+def test_check_finds_what_is_wrong(room: str, source: str) -> None:
+    assert complaints(room, source)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_run_downhill(path: Path) -> None:
+    assert room_of(path) in {"", *LEVEL}
+    assert complaints(room_of(path), path.read_text()) == []
+
+
+def test_public_names_are_few_and_exist() -> None:
+    names = brevitas_bp.__all__
+    assert len(names) <= 20
+    assert len(set(names)) == len(names)
+    assert all(hasattr(brevitas_bp, name) for name in names)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after ``statement``."""
+    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    # What torch and Brevitas load by themselves is not ours to change.
+    theirs = loaded_by("import torch, brevitas.nn, brevitas.quant, brevitas.quant.solver.act")
+    ours = loaded_by("import brevitas_bp, brevitas_bp.quant, brevitas_bp.models")
+    assert "brevitas_bp" in ours
+    assert not (ours - theirs) & LAZY
+    assert not ours & {"torchvision", "matplotlib", "sklearn", "numba"}
+
+
+#: Where a file of one machine would be named; split, so that this file passes its own test.
+MACHINE_PATHS = ["/" + name for name in ("work/", "home/", "Users/", "root/", "mnt/")]
+TEXT = {".py", ".md", ".toml", ".txt", ".cfg", ".yml", ".yaml", ".json", ".csv", ".svg", ""}
+SKIPPED = {"runs", "build", "dist", "data"}
+
+
+def shipped_files() -> Iterator[Path]:
+    """Text files of the project; hidden folders are tools' own, but CI belongs to it."""
+    for path in ROOT.rglob("*"):
+        parts = path.relative_to(ROOT).parts
+        hidden = any(part.startswith(".") for part in parts) and parts[0] not in (".ci", ".gitignore")
+        if path.is_file() and path.suffix in TEXT and not hidden and not SKIPPED & set(parts):
+            yield path
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    files = list(shipped_files())
+    assert ROOT / "pyproject.toml" in files
+    named = [
+        f"{name_of(path)}: {line.strip()}" for path in files
+        for line in path.read_text(errors="replace").splitlines()
+        if any(machine in line for machine in MACHINE_PATHS)]
+    assert named == []
