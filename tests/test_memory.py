@@ -103,6 +103,7 @@ VIEWS: dict[str, tuple[Any, int, int]] = {
     "whole, and its transpose": (lambda y: y.sin().sum() + y.t().sin().sum(), 2, 32),
     "overlapping": (lambda y: y[:20].sin() + y[12:].sin(), 2, 32),
     "a batch of a data set": (lambda y: y[3:7].sin(), 1, 4),
+    "a slice, saved twice": (lambda y: y[3:7] * y[3:7], 1, 4),
     "expanded": (lambda y: y[:1].expand(500, 64).sin(), 1, 1),
 }
 
@@ -161,6 +162,16 @@ def test_graph_that_died_inside_the_block_does_not_count() -> None:
     with track_saved_memory(model) as report:
         model(images())
     assert (report.tensors, report.exact_bytes) == (0, 0)
+
+
+def test_graph_that_lives_counts_beside_one_that_died() -> None:
+    model = QuantBackwardWrapper(conv_bn_relu())
+    with track_saved_memory(model) as report:
+        model(images())
+        output = model(images())
+    assert report.tensors == 5
+    assert report.exact_bytes == track(conv_bn_relu(), images()).exact_bytes
+    assert output.requires_grad
 
 
 def test_nothing_is_counted_without_grad() -> None:

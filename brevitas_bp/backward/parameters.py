@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.layout import TensorLayout
@@ -28,6 +29,8 @@ class ParameterSet:
         self._storages: set[int] = set()
         self._frozen: set[int] = set()
         for tensor in (*root.parameters(), *root.buffers()):
+            if is_lazy(tensor):
+                continue
             self._storages.add(storage_id(tensor))
             # A buffer [C] is a statistic: the one of this batch has its shape and is no copy of it.
             statistic = tensor.dim() < 2 and not isinstance(tensor, nn.Parameter)

@@ -62,7 +62,8 @@ class TensorLayout:
 
     def flatten(self, x: Tensor) -> Tensor:
         """The stored elements in memory order; a view where ``x`` is dense."""
-        return flatten(self.base(x))
+        # A lazy negation is carried out: kernels read memory.
+        return flatten(self.base(x)).resolve_neg()
 
     def restore_flat(self, flat: Tensor) -> Tensor:
         """Inverse of :meth:`flatten`."""

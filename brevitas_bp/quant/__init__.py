@@ -2,8 +2,8 @@
 
 from brevitas.quant.solver.act import ActQuantSolver
 
+from brevitas_bp.quant import act
 from brevitas_bp.quant.act import *  # noqa: F403
-from brevitas_bp.quant.act import __all__ as _ready_made
 from brevitas_bp.quant.base import (
     BucketQuant,
     PerBucketL2,
@@ -19,5 +19,5 @@ from brevitas_bp.quant.base import (
 
 __all__ = [
     "ActQuantSolver", "BucketQuant", "PerBucketL2", "PerBucketMax", "PerBucketMinMax", "PerTensorL2",
-    "PerTensorMax", "PerTensorMinMax", "SignMagnitude", "StochasticRounding", "TwoBitWidth",
-    *_ready_made]
+    "PerTensorMax", "PerTensorMinMax", "SignMagnitude", "StochasticRounding", "TwoBitWidth"]
+__all__ += act.__all__

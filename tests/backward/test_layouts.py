@@ -41,6 +41,7 @@ DENSE: dict[str, Tensor] = {
     "transposed": torch.randn(48, 40).t(),
     "permuted": _images().permute(3, 1, 0, 2),
     "offset view": torch.randn(3000)[100:].view(50, 58),
+    "negated lazily": torch._neg_view(torch.randn(40, 60)),
     "size-1 dimensions": torch.randn(1, 40, 1, 30).transpose(0, 1),
 }
 EXPANDED: dict[str, Tensor] = {
@@ -51,6 +52,7 @@ EXPANDED: dict[str, Tensor] = {
 }
 GAPS: dict[str, Tensor] = {
     "every other column": torch.randn(40, 80)[:, ::2],
+    "imaginary parts": torch.view_as_complex(torch.randn(1000, 2)).conj().imag,
     "overlapping windows": torch.randn(300).unfold(0, 50, 3),
     "cropped channels_last": _images().to(memory_format=torch.channels_last)[:, :, 1:-1, 2:],
 }

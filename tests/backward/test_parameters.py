@@ -170,6 +170,16 @@ def test_replaced_parameters_are_found_at_the_next_forward() -> None:
             run(model, x, copied=False).grads["input 0"], run(module, x).grads["input 0"])
 
 
+def test_lazy_parameters_are_found_once_they_exist() -> None:
+    model = QuantBackwardWrapper(nn.Sequential(nn.LazyLinear(32), nn.LazyBatchNorm1d()))
+    x = torch.randn(64, 32)
+    spy = Spy()
+    model._policy = spy
+    grads = run(model, x, copied=False).grads
+    assert grads.keys() == {"0.weight", "0.bias", "1.weight", "1.bias", "input 0"}
+    assert {saved.tensor.shape for saved in spy.asked} == {(64, 32), (32,)}  # (32,): statistics
+
+
 def test_functional_call_keeps_the_given_parameters() -> None:
     module, x = nn.Linear(32, 32), torch.randn(4, 32, 32, requires_grad=True)
     weight = torch.randn(32, 32, requires_grad=True)

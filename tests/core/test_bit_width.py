@@ -74,11 +74,13 @@ def test_set_mix_prob_moves_the_next_draw() -> None:
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("changes", range(4))
 def test_a_copy_has_a_probability_of_its_own(
-        clone: Callable[[TwoBitWidthSelector], TwoBitWidthSelector]) -> None:
-    module = selector()
-    # As many changes before the copy as after it: a count of changes must not be taken for the value.
-    module.set_mix_prob(0.1)
+        clone: Callable[[TwoBitWidthSelector], TwoBitWidthSelector], changes: int) -> None:
+    module = selector(0.1)
+    # A copy starts to count changes anew: the count must not be taken for the value.
+    for _ in range(changes):
+        module.set_mix_prob(0.1)
     mixed_share(module)
     copied = clone(module)
     copied.set_mix_prob(0.9)
