@@ -328,7 +328,8 @@ def test_something_else_than_a_module_is_refused(model: Any) -> None:
 def test_efficientnet_v2_s_at_two_bits() -> None:
     torch.manual_seed(0)
     module = efficientnet_v2_s(num_classes=10, stem_stride=1)
-    x = torch.randn(2, 3, 32, 32)
+    # Large enough that the exact statistics of the batch norms weigh little.
+    x = torch.randn(24, 3, 32, 32)
     model = QuantBackwardWrapper(
         copy.deepcopy(module), Uint2, bucket_size=256, metadata_dtype=torch.bfloat16)
     torch.manual_seed(1)

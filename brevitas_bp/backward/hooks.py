@@ -67,7 +67,8 @@ class ForwardPass:
         location = self.location
         parameter = self.parameters.contains(x, location.arguments)
         codec = None if parameter else self.codec_of(location.module)
-        saved = SavedTensor(x, location.op, location.qualified_module, codec)
+        saved = SavedTensor(
+            x, location.op, location.qualified_module, codec, location.arguments)
         chosen = None
         if not parameter and can_encode(x):
             chosen = self.policy(saved)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,22 @@ class SavedTensor:
         op: name of the torch function that saves it, or None (for instance a custom Function).
         module: qualified name of the innermost module that runs.
         codec: the codec configured for that module; None where it is to be kept exact.
+        arguments: values passed to the function.
     """
 
     tensor: Tensor
     op: str | None
     module: str
     codec: Codec | None
+    arguments: tuple[Any, ...] = ()
+
+    @property
+    def is_norm_statistic(self) -> bool:
+        """Whether a norm saves its mean or inverse deviation: a tensor smaller than its input."""
+        if self.op is None or "norm" not in self.op or not self.arguments:
+            return False
+        normalized = self.arguments[0]
+        return isinstance(normalized, Tensor) and self.tensor.numel() < normalized.numel()
 
 
 Policy = Callable[[SavedTensor], Codec | None]
@@ -41,13 +52,15 @@ Policy = Callable[[SavedTensor], Codec | None]
 def quantize_all(saved: SavedTensor) -> Codec | None:
     """Every float tensor is quantized, whatever backward does with it; masks and indices losslessly.
 
-    Biased wherever backward is not linear in what was saved (ReLU, GELU, softmax, ...).
+    Only the mean and inverse deviation of a norm stay exact: they are few, and backward multiplies
+    every gradient by them. Biased wherever backward is not linear in what was saved (ReLU, GELU,
+    softmax, ...). Liu et al., "GACT", 2022, treat tensors so.
     """
     x = saved.tensor
     if x.dtype == torch.bool:
         return _BIT_MASK
     if x.dtype in FLOAT_DTYPES:
-        return saved.codec
+        return None if saved.is_norm_statistic else saved.codec
     if x.dtype == torch.int64 and x.device.type == "cpu" and saved.op and _POOLING in saved.op:
         return _NARROW_INT
     return None

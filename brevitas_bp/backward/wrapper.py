@@ -36,9 +36,9 @@ class QuantBackwardWrapper(nn.Module):
             every tensor exact.
         overrides: glob over qualified module names -> quantizer or None (exact); the first pattern
             that matches a module or one that contains it wins.
-        policy: which tensors are quantized: "all" (every float tensor), "all_but_relu" (of a ReLU's
-            output the exact sign is stored, 1 bit), "exact" (none), or a callable
-            ``SavedTensor -> Codec | None``.
+        policy: which tensors are quantized: "all" (every float tensor but the statistics of norms),
+            "all_but_relu" (of a ReLU's output the exact sign is stored, 1 bit), "exact" (none), or a
+            callable ``SavedTensor -> Codec | None``.
         storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
             backward starts (for ablations; saves nothing).
         seed: of the private noise stream; None derives it from ``torch.initial_seed()``, the

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brevitas_bp import Codec, QuantBackwardWrapper, SavedTensor, codec_from, track_saved_memory
+from brevitas_bp.backward.policy import quantize_all
 from brevitas_bp.quant import (
     ShiftedUint1DynamicActPerBucketFloat,
     ShiftedUint2DynamicActPerBucketFloat,
@@ -153,3 +154,20 @@ def test_policy_that_returns_something_else_is_refused() -> None:
 def test_quantizer_none_is_the_exact_policy() -> None:
     module, inputs = net("encoder")
     assert_same(wrapped_run(module, *inputs, act_quant=None).grads, run(module, *inputs).grads)
+
+
+@pytest.mark.parametrize("norm", [
+    nn.BatchNorm2d(64), nn.GroupNorm(64, 64), nn.InstanceNorm2d(64), nn.LayerNorm([64, 8, 8])])
+def test_norm_statistics_stay_exact(norm: nn.Module) -> None:
+    # 64 channels of 4 bytes: 2-bit codes and metadata of one bucket (72 bytes) would be smaller.
+    x = torch.randn(64, 64, 8, 8, requires_grad=True)
+    decided: dict[int, bool] = {}
+
+    def policy(saved: SavedTensor) -> Codec | None:
+        codec = quantize_all(saved)
+        decided[saved.tensor.numel()] = codec is not None
+        return codec
+
+    QuantBackwardWrapper(norm, policy=policy)(x)
+    assert decided.pop(x.numel()), "the input is quantized"
+    assert not any(decided.values()), "its statistics are not"
