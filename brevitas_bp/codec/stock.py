@@ -1,6 +1,5 @@
 """Brevitas' own quantizers: integer and minifloat codes, packed."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -189,31 +188,12 @@ class StatefulCodec(Codec):
             self.slots.append(self.build())
         return self.slots[index]
 
-    def per_forward(self) -> Codec:
-        """A codec for one forward pass, which counts its tensors."""
-        return _SlotCounter(self)
-
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Encodes with the first slot."""
         return self.slot(0).encode(x, seed=seed, where=where)
 
     def decode(self, packed: Packed) -> Tensor:
         """Decodes with the slot that encoded."""
-        return packed.decode()
-
-
-class _SlotCounter(Codec):
-    """Hands each tensor of one forward pass to its own slot."""
-
-    def __init__(self, codec: StatefulCodec) -> None:
-        self.codec = codec
-        self.name = codec.name
-        self.count = itertools.count()
-
-    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        return self.codec.slot(next(self.count)).encode(x, seed=seed, where=where)
-
-    def decode(self, packed: Packed) -> Tensor:
         return packed.decode()
 
 

@@ -186,9 +186,9 @@ def two_ranges(codec: Codec, steps: int) -> list[float]:
     small, large = normals((1000,), 1).float(), normals((1000,), 2).float() * 50
     errors = [0.0, 0.0]
     for _ in range(steps):
-        forward = codec.per_forward() if isinstance(codec, StatefulCodec) else codec
         for i, x in enumerate((small, large)):
-            error = forward.encode(x, seed=0).decode() - x
+            slot = codec.slot(i) if isinstance(codec, StatefulCodec) else codec
+            error = slot.encode(x, seed=0).decode() - x
             errors[i] = float(error.norm() / x.norm())
     return errors
 
