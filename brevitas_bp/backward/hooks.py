@@ -66,6 +66,9 @@ class ForwardPass:
         """Pack hook."""
         location = self.location
         parameter = self.parameters.contains(x, location.arguments)
+        if parameter and not self.listeners:
+            # Most saved tensors of a small step are parameters: nothing to decide or to share.
+            return _KEEP.encode(x, where=self._where(location.op, location.qualified_module))
         codec = None if parameter else self.codec_of(location.module)
         saved = SavedTensor(
             x, location.op, location.qualified_module, codec, location.arguments)
@@ -96,7 +99,7 @@ class ForwardPass:
 
     def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
         x = saved.tensor
-        where = f"{saved.op or 'a custom function'} in {saved.module or 'the wrapped module'}"
+        where = self._where(saved.op, saved.module)
         if codec is _KEEP:
             return _KEEP.encode(x, where=where)
         if isinstance(codec, StatefulCodec):
@@ -110,6 +113,10 @@ class ForwardPass:
         packed = codec.encode(x, seed=self.next_seed(), where=where)
         # Codes, padding and metadata must be smaller than what they replace.
         return packed if packed.nbytes < layout.nbytes else _KEEP.encode(x, where=where)
+
+    @staticmethod
+    def _where(op: str | None, module: str) -> str:
+        return f"{op or 'a custom function'} in {module or 'the wrapped module'}"
 
     def __enter__(self) -> "ForwardPass":
         self._located = located(self.location)
@@ -140,8 +147,8 @@ def unpack(packed: Packed) -> Tensor:
             wrong shape is broadcast.
     """
     x, layout = packed.decode(), packed.layout
-    got, expected = ((t.dtype, tuple(t.shape), t.device) for t in (x, layout))
-    if got != expected:
+    if x.shape != layout.shape or x.dtype != layout.dtype or x.device != layout.device:
+        got, expected = ((t.dtype, tuple(t.shape), t.device) for t in (x, layout))
         raise CorruptPayloadError(
             f"brevitas_bp: the codec {packed.codec.name!r} decoded {got}, but {expected} was saved by "
             f"{packed.where or 'an operation'}; its decode must undo its encode")

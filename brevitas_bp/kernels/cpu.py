@@ -330,9 +330,10 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
         size, n, layout.mixed, layout.multiplier, layout.shift, widths, tops, lowests, rule, bf16,
         spec.integer_zero_point, spec.stochastic, _U(k0), _U(k1), payload.numpy(), scales.numpy(),
         offsets.numpy())
+    flat = flat.detach()
     for first, last in _converted(flat.dtype, n, size):
-        x = flat[first * size:last * size].detach().to(torch.float32).numpy()
-        _run(_encode, (x, first), first, last, size, shared)
+        part = flat if last - first == n else flat[first * size:last * size]
+        _run(_encode, (part.to(torch.float32).numpy(), first), first, last, size, shared)
     if bf16:
         scales, offsets = scales.to(torch.bfloat16), offsets.to(torch.bfloat16)
     return Encoded(payload, scales, offsets if spec.affine else None)
@@ -356,7 +357,7 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
         size, n, layout.mixed, layout.multiplier, layout.shift, widths, lowests,
         encoded.payload.numpy(), scales.numpy(), offsets.numpy(), _largest(out.dtype))
     for first, last in _converted(out.dtype, n, size):
-        part = out[first * size:last * size]
+        part = out if last - first == n else out[first * size:last * size]
         values = part if out.dtype == torch.float32 else torch.empty(part.numel())
         _run(_decode, (values.numpy(), first), first, last, size, shared)
         if values is not part:
