@@ -148,9 +148,8 @@ class ModuleCodec(Codec):
         if len(self.widths) == 1:
             return [(slice(None), self.widths[0], self.lowest[0])]
         return [
-            (layout.buckets(start, stop, device), self.widths[i], self.lowest[i])
-            for i, start, stop in ((1, 0, layout.mixed), (0, layout.mixed, layout.n))
-            if start < stop]
+            (layout.buckets(start, stop, device), self.widths[which], self.lowest[which])
+            for start, stop, which in layout.runs()]
 
 
 def codec_name(widths: tuple[int, ...], stochastic: bool | None) -> str:

@@ -1,5 +1,6 @@
 """Brevitas' own quantizers: integer and minifloat codes, packed."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,30 @@ def is_stateful(quantizer: nn.Module) -> bool:
     return any(hasattr(m, name) for m in quantizer.modules() for name in names)
 
 
-class StockIntCodec(Codec):
+class StockCodec(Codec):
+    """What stock codecs share: sound input, codes packed flat, a scale that is NaN for bad values."""
+
+    bit_width: int
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Quantizes and packs a float tensor."""
+        if x.numel() == 0:
+            return Keep().encode(x, where=where)
+        base, poison = _finite_input(x)
+        with torch.no_grad(), seeded(seed):
+            codes, scale, *rest = self._quantize(base)
+        tensors = (_pack_flat(codes, self.bit_width), scale.detach() + poison, *rest)
+        return Packed(self, tensors, TensorLayout.of(x), tuple(codes.shape), where)
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return layout.numel * self.bit_width // 8
+
+    @abstractmethod
+    def _quantize(self, x: Tensor) -> tuple[Tensor, ...]:
+        """uint8 codes and scale of a contiguous float32 or float64 tensor, and what else is stored."""
+
+
+class StockIntCodec(StockCodec):
     """Integer quantizers (per tensor, per channel, per group, fixed point, MX): ``to_int`` codes.
 
     Scale and zero point are stored as they were, so a statistic that moves later changes nothing.
@@ -69,23 +93,14 @@ class StockIntCodec(Codec):
         self.group_dim = _group_dim(quantizer.int_quant.input_view_impl)
         self.name = f"{self.bit_width}-bit stock"
 
-    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Quantizes and packs a float tensor."""
-        if x.numel() == 0:
-            return Keep().encode(x, where=where)
-        layout = TensorLayout.of(x)
-        base, poison = _finite_input(x)
+    def _quantize(self, x: Tensor) -> tuple[Tensor, ...]:
         quantizer = self.quantizer
-        with torch.no_grad(), seeded(seed):
-            width = quantizer.msb_clamp_bit_width_impl()
-            scale = quantizer.scaling_impl(base, quantizer.int_scaling_impl(width))
-            zero_point = quantizer.zero_point_impl(base, scale, width)
-            codes = quantizer.int_quant.to_int(scale, zero_point, width, base)
-        scale = scale.detach() + poison
+        width = quantizer.msb_clamp_bit_width_impl()
+        scale = quantizer.scaling_impl(x, quantizer.int_scaling_impl(width))
+        zero_point = quantizer.zero_point_impl(x, scale, width)
+        codes = quantizer.int_quant.to_int(scale, zero_point, width, x)
         stored = torch.nan_to_num(codes - self.lowest).to(torch.uint8)
-        return Packed(
-            self, (_pack_flat(stored, self.bit_width), scale, zero_point.detach().clone()), layout,
-            tuple(codes.shape), where)
+        return stored, scale, zero_point.detach().clone()
 
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and dequantizes: ``(q - zero_point) * scale``."""
@@ -94,11 +109,8 @@ class StockIntCodec(Codec):
         values = (codes.to(scale.dtype) + self.lowest - zero_point) * scale
         return _restore(values, scale, self.group_dim, packed.layout)
 
-    def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        return layout.numel * self.bit_width // 8
 
-
-class StockFloatCodec(Codec):
+class StockFloatCodec(StockCodec):
     """Minifloat quantizers (FP8 in all flavours, MXFP): sign, exponent and mantissa bits.
 
     The code of a value ``v`` (after the scale) is exact: Brevitas has rounded ``v`` to the format.
@@ -117,26 +129,17 @@ class StockFloatCodec(Codec):
         self.group_dim = _group_dim(quantizer.input_view_impl)
         self.name = f"e{self.exponent_bits}m{self.mantissa_bits} stock"
 
-    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Quantizes and packs a float tensor."""
-        if x.numel() == 0:
-            return Keep().encode(x, where=where)
-        layout = TensorLayout.of(x)
-        base, poison = _finite_input(x)
+    def _quantize(self, x: Tensor) -> tuple[Tensor, ...]:
         quantizer = self.quantizer
-        with torch.no_grad(), seeded(seed):
-            threshold = None
-            mantissa = quantizer.compute_max_mantissa(quantizer.mantissa_bit_width_impl())
-            exponent, bias = quantizer.exponent_bit_width_impl(), quantizer.exponent_bias_impl()
-            if quantizer.float_scaling_impl is not None:
-                threshold = quantizer.float_scaling_impl(exponent, mantissa, bias)
-            scale = quantizer.scaling_impl(base, threshold)
-            values, scale = quantizer.quantize(base, scale)
-            values = quantizer.float_clamp_impl(values, exponent, mantissa, bias)[0]
-        codes = self._to_codes(torch.nan_to_num(values))
-        return Packed(
-            self, (_pack_flat(codes, self.bit_width), scale.detach() + poison), layout,
-            tuple(values.shape), where)
+        threshold = None
+        mantissa = quantizer.compute_max_mantissa(quantizer.mantissa_bit_width_impl())
+        exponent, bias = quantizer.exponent_bit_width_impl(), quantizer.exponent_bias_impl()
+        if quantizer.float_scaling_impl is not None:
+            threshold = quantizer.float_scaling_impl(exponent, mantissa, bias)
+        scale = quantizer.scaling_impl(x, threshold)
+        values, scale = quantizer.quantize(x, scale)
+        values = quantizer.float_clamp_impl(values, exponent, mantissa, bias)[0]
+        return self._to_codes(torch.nan_to_num(values)), scale
 
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and scales."""
@@ -144,9 +147,6 @@ class StockFloatCodec(Codec):
         codes = _unpack_flat(payload, self.bit_width, packed.facts)
         values = self._from_codes(codes, scale.dtype) * scale
         return _restore(values, scale, self.group_dim, packed.layout)
-
-    def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        return layout.numel * self.bit_width // 8
 
     def _to_codes(self, values: Tensor) -> Tensor:
         magnitude, exponent = torch.frexp(values.abs())

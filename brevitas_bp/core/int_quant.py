@@ -69,7 +69,9 @@ class BucketIntQuant(nn.Module):
 
     def min_int(self, bit_width: Tensor) -> Tensor:
         """Lowest code."""
-        top = self.int_scaling_impl(bit_width)
+        return self._lowest(self.int_scaling_impl(bit_width))
+
+    def _lowest(self, top: Tensor) -> Tensor:
         return -top if self.signed else torch.zeros_like(top)
 
     def quantize(self, x: Tensor, scale: Tensor, offset: Tensor, bit_width: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class BucketIntQuant(nn.Module):
         u = (x - offset) * reciprocal(scale)
         codes = self.float_to_int_impl(u)
         top = self.int_scaling_impl(bit_width).to(x.dtype)
-        return torch.clamp(codes, -top if self.signed else torch.zeros_like(top), top)
+        return torch.clamp(codes, self._lowest(top), top)
 
     def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """Codes as floats [N, B] -> values [N, B]."""

@@ -245,6 +245,16 @@ def _unpack(packed: Any, width: Any, codes: Any) -> None:
 
 
 @_jit
+def _locate(
+        bucket: Any, size: Any, n: Any, mixed: Any, multiplier: Any, shift: Any, widths: Any) -> Any:
+    """Which width a bucket has (1: the mixed one) and where its bytes begin."""
+    slot = (multiplier * bucket + shift) % n
+    if slot < mixed:
+        return 1, slot * (size * widths[1] // 8)
+    return 0, mixed * (size * widths[1] // 8) + (slot - mixed) * (size * widths[0] // 8)
+
+
+@_jit
 def _encode(
         x: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
         shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any, integer: Any,
@@ -255,14 +265,9 @@ def _encode(
     one = np.empty(1, np.int32)
     scratch = np.empty(size if rule == 2 else 1, np.float64)
     for bucket in range(begin, end):
-        slot = (multiplier * bucket + shift) % n
-        kind = 1 if slot < mixed else 0
+        kind, position = _locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
         nbytes = size * width // 8
-        if kind == 1:
-            position = slot * nbytes
-        else:
-            position = mixed * (size * widths[1] // 8) + (slot - mixed) * nbytes
         start = (bucket - first) * size
         if start + size <= x.size:
             values = x[start:start + size]
@@ -293,14 +298,9 @@ def _decode(
     """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``."""
     codes = np.empty(size, np.uint8)
     for bucket in range(begin, end):
-        slot = (multiplier * bucket + shift) % n
-        kind = 1 if slot < mixed else 0
+        kind, position = _locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
         nbytes = size * width // 8
-        if kind == 1:
-            position = slot * nbytes
-        else:
-            position = mixed * (size * widths[1] // 8) + (slot - mixed) * nbytes
         _unpack(payload[position:position + nbytes], width, codes)
         scale, lo, lowest = scales[bucket], offsets[bucket], np.int32(lowests[kind])
         start = (bucket - first) * size

@@ -58,8 +58,16 @@ def derive(seed: int, *path: int) -> int:
 
 def noise_keys(seed: int, occurrence: int = 0) -> tuple[int, int]:
     """The two 32-bit keys of the rounding noise of one encode."""
-    key = derive(seed, ROUNDING, occurrence)
+    return _split(derive(seed, ROUNDING, occurrence))
+
+
+def _split(key: int) -> tuple[int, int]:
     return key & 0xFFFFFFFF, key >> 32
+
+
+def _indices(numel: int, device: torch.device | str) -> Tensor:
+    """Flat indices modulo 2**32, as the bits of int32."""
+    return torch.arange(numel, dtype=torch.int64, device=device).to(torch.int32)
 
 
 def unit_float(seed: int) -> float:
@@ -104,8 +112,7 @@ def uniform(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu
     numel = 1
     for size in shape:
         numel *= size
-    index = torch.arange(numel, dtype=torch.int64, device=device)
-    return uniform_(index.to(torch.int32), noise_keys(seed)).view(shape)
+    return uniform_(_indices(numel, device), noise_keys(seed)).view(shape)
 
 
 class _Ambient(threading.local):
@@ -146,9 +153,8 @@ def next_seed(stream: int) -> int:
 
 def noise_like_reference(x: Tensor) -> Tensor:
     """Noise shaped like ``x`` (flat index in row-major order), seeded by :func:`next_seed`."""
-    key = next_seed(ROUNDING)
-    index = torch.arange(x.numel(), dtype=torch.int64, device=x.device).to(torch.int32)
-    return uniform_(index, (key & 0xFFFFFFFF, key >> 32)).view(x.shape)
+    keys = _split(next_seed(ROUNDING))
+    return uniform_(_indices(x.numel(), x.device), keys).view(x.shape)
 
 
 # NOTE [ The noise is an operator ]

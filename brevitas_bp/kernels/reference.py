@@ -216,11 +216,7 @@ def draw_layout(n: int, spec: BucketQuantSpec, seed: int) -> WidthLayout:
 
 def regions(layout: WidthLayout, spec: BucketQuantSpec) -> list[tuple[int, int, int]]:
     """Runs of slots of one width: (first slot, stop, bit width), in the order of the payload."""
-    runs = [(layout.mixed, layout.n, spec.bit_width)]
-    if layout.mixed:
-        assert spec.mix_bit_width is not None
-        runs.insert(0, (0, layout.mixed, spec.mix_bit_width))
-    return [run for run in runs if run[0] < run[1]]
+    return [(start, stop, spec.bit_widths[which]) for start, stop, which in layout.runs()]
 
 
 def payload_nbytes(layout: WidthLayout, spec: BucketQuantSpec, size: int) -> int:

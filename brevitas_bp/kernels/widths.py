@@ -58,6 +58,15 @@ class WidthLayout:
         mixed = min(n, math.floor(probability * n + unit))
         return cls(n, mixed, multiplier, inverse, derive(seed, 1) % max(n, 1))
 
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Runs of slots of one width, in the order of the payload: (first slot, stop, which width).
+
+        >>> WidthLayout(5, 2).runs()
+        [(0, 2, 1), (2, 5, 0)]
+        """
+        runs = [(0, self.mixed, 1), (self.mixed, self.n, 0)]
+        return [run for run in runs if run[0] < run[1]]
+
     def slots(self, device: torch.device | str = "cpu") -> Tensor:
         """Slot of every bucket, int64 [n]."""
         buckets = torch.arange(self.n, dtype=torch.int64, device=device)

@@ -255,3 +255,19 @@ def net(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A network of :data:`NETS` and its inputs, always the same."""
     torch.manual_seed(5)
     return NETS[name]()
+
+
+class SeeSaved(torch.autograd.Function):
+    """Notes the tensor that backward gets to see."""
+
+    seen: Tensor
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (SeeSaved.seen,) = ctx.saved_tensors
+        return grad.expand(SeeSaved.seen.shape)

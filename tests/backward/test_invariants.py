@@ -27,6 +27,7 @@ from tests.backward.support import (
     NETS,
     Apply,
     HalfCodec,
+    SeeSaved,
     Spy,
     assert_same,
     naive_hooks,
@@ -124,22 +125,6 @@ def test_kept_tensor_that_is_modified_raises() -> None:
 
 
 # 7. Decode restores shape, dtype, device and strides (more: test_layouts.py).
-
-
-class SeeSaved(torch.autograd.Function):
-    """Notes the tensor that backward gets to see."""
-
-    seen: Tensor
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (SeeSaved.seen,) = ctx.saved_tensors
-        return grad.expand(SeeSaved.seen.shape)
 
 
 def test_decode_restores_the_layout() -> None:

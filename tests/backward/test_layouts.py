@@ -10,23 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from brevitas_bp import Codec, CorruptPayloadError, Packed, QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.quant import ShiftedUint8DynamicActPerBucketFloat as Nearest8
-from tests.backward.support import Apply, naive_hooks
-
-
-class SeeSaved(torch.autograd.Function):
-    """Notes the tensor that backward gets to see."""
-
-    seen: Tensor
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (SeeSaved.seen,) = ctx.saved_tensors
-        return grad.expand(SeeSaved.seen.shape)
+from tests.backward.support import Apply, SeeSaved, naive_hooks
 
 
 def _images() -> Tensor:
