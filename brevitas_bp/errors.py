@@ -25,6 +25,10 @@ class ModifiedInPlaceError(BrevitasBpError, RuntimeError):
     """A tensor that was kept for backward has been modified by an in-place operation."""
 
 
+class SecondDerivativeError(BrevitasBpError, RuntimeError):
+    """A second derivative through an operation of which only the first derivative was stored."""
+
+
 class CorruptPayloadError(BrevitasBpError, RuntimeError):
     """A packed payload whose bytes do not fit the facts stored beside them."""
 

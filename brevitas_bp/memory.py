@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from brevitas_bp.backward.hooks import ForwardPass
-from brevitas_bp.backward.parameters import storage_id
-from brevitas_bp.backward.policy import SavedTensor, keep_all
+from brevitas_bp.backward.explain import mib, table, unknown_note, unknown_operations
+from brevitas_bp.backward.hooks import PARAMETER, ForwardPass
+from brevitas_bp.backward.policy import keep_all
+from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.layout import TensorLayout
@@ -49,7 +50,7 @@ class SavedMemoryRow:
 class _Record:
     key: tuple[str, str, str]
     packed: weakref.ref[Packed]
-    extent: "_Extent"
+    extent: "_Extent | None"
     storage: StorageWeakRef | None
 
 
@@ -63,6 +64,7 @@ class SavedMemoryReport:
 
     def __init__(self) -> None:
         self._records: list[_Record] = []
+        self._seen: list[tuple[str, bool, int]] = []
         self._rows: list[SavedMemoryRow] | None = None
 
     @property
@@ -91,6 +93,11 @@ class SavedMemoryReport:
         return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
 
     @property
+    def unknown_operations(self) -> list[str]:
+        """Operations for which the policy has no rule, and whose tensors are exact therefore."""
+        return unknown_operations(self._seen)
+
+    @property
     def live_bytes(self) -> int:
         """Bytes still kept now: zero once backward has run or the graph is gone."""
         return sum(row.stored_bytes for row in self._count())
@@ -108,30 +115,28 @@ class SavedMemoryReport:
         for row in self.rows:
             lines.append((
                 row.module or "(root)", row.op, row.dtype, str(row.tensors),
-                _mib(row.exact_bytes), _mib(row.stored_bytes), f"{row.ratio:.2f}"))
+                mib(row.exact_bytes), mib(row.stored_bytes), f"{row.ratio:.2f}"))
         lines.append((
-            "total", "", "", str(self.tensors), _mib(self.exact_bytes), _mib(self.stored_bytes),
+            "total", "", "", str(self.tensors), mib(self.exact_bytes), mib(self.stored_bytes),
             f"{self.ratio:.2f}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = ["  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
-        rule = "-" * max(len(line) for line in text)
-        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+        return "\n".join([table(lines, left=3, total=True), *unknown_note(self.unknown_operations)])
 
-    def _record(self, saved: SavedTensor, packed: Packed, is_parameter: bool) -> None:
-        if is_parameter:
+    def _record(
+            self, saved: SavedTensor, packed: Packed, decision: Decision,
+            originals: Sequence[Tensor]) -> None:
+        if decision is PARAMETER:
             return
-        x = saved.tensor
-        try:
-            storage = x.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            storage = None
-        self._records.append(_Record(
-            (saved.module, saved.op or "custom function", str(x.dtype).removeprefix("torch.")),
-            weakref.ref(packed), _Extent.of(x),
-            # Held weakly, a storage's address names it and nothing else.
-            None if storage is None else StorageWeakRef(storage)))
+        op = saved.op or "custom function"
+        self._seen.append((op, decision.known, saved.tensor.numel() * saved.tensor.element_size()))
+        for x in originals:
+            self._records.append(_Record(
+                (saved.module, op, str(x.dtype).removeprefix("torch.")), weakref.ref(packed),
+                _Extent.of(x), _weak_storage(x)))
+        if not originals:
+            # Stored in place of what was told with another tensor of the same call.
+            dtype = str(saved.tensor.dtype).removeprefix("torch.")
+            self._records.append(_Record(
+                (saved.module, op, dtype), weakref.ref(packed), None, None))
 
     def _finish(self) -> None:
         self._rows = self._count()
@@ -148,7 +153,8 @@ class SavedMemoryReport:
             if id(packed) not in packed_seen:
                 packed_seen.add(id(packed))
                 row[0] += 1
-            row[1] += exact.add(record.extent)
+            if record.extent is not None:
+                row[1] += exact.add(record.extent)
             for tensor in packed.tensors:
                 row[2] += stored.add(_Extent.of(tensor))
         return [SavedMemoryRow(*key, *numbers) for key, numbers in counted.items() if any(numbers)]
@@ -243,5 +249,9 @@ def _number(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.3f}"
+def _weak_storage(x: Tensor) -> StorageWeakRef | None:
+    """Held weakly, a storage's address names it and nothing else."""
+    try:
+        return StorageWeakRef(x.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return None

@@ -3,16 +3,21 @@
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.ops import Location, current_location, located
-from brevitas_bp.backward.parameters import ParameterSet, storage_id
-from brevitas_bp.backward.policy import Policy, SavedTensor, can_encode
+from brevitas_bp.backward.explain import Explanation
+from brevitas_bp.backward.parameters import ParameterSet
+from brevitas_bp.backward.policy import PlainPolicy, Policy, can_encode, explained
+from brevitas_bp.backward.rewrites import Substitution
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.stock import StatefulCodec
@@ -20,8 +25,28 @@ from brevitas_bp.errors import CorruptPayloadError
 
 _KEEP = Keep()
 
-#: Called as ``listener(saved, packed, is_parameter)`` for every saved tensor.
-Listener = Callable[[SavedTensor, Packed, bool], None]
+_NOT_PLAIN = Decision(None, "not an ordinary tensor")
+
+
+class Listener(Protocol):
+    """Is told of every saved tensor."""
+
+    def __call__(
+            self, saved: SavedTensor, packed: Packed, decision: Decision,
+            originals: Sequence[Tensor]) -> None:
+        """Called when a tensor was packed.
+
+        Args:
+            saved: the tensor, and where.
+            packed: what is stored.
+            decision: what the policy said, or :data:`PARAMETER`.
+            originals: what plain autograd would have saved.
+        """
+        ...
+
+
+#: The decision for parameters and buffers: no policy is asked.
+PARAMETER = Decision(None, "parameter or buffer")
 
 
 class ForwardPass:
@@ -29,7 +54,8 @@ class ForwardPass:
 
     NOTE [ One encode per storage and version ]
     1. A tensor saved by several operations is encoded once: the key is its storage, offset, shape,
-       strides, dtype, version, lazy conjugation or negation, and the codec.
+       strides, dtype, version, lazy conjugation or negation, and the codec; and the call, where the
+       policy says that the rounding must not be shared.
     2. The storage is held by a weak reference. It keeps the address from being reused, not the memory.
     3. The payload is held weakly too: it lives exactly as long as the graph nodes that need it.
     4. The table lives as long as the forward pass.
@@ -41,6 +67,7 @@ class ForwardPass:
         next_seed: seed of the next encode.
         on_backward: keep floats and quantize when backward asks.
         listeners: told of every saved tensor.
+        explanation: told what was decided for every saved tensor.
     """
 
     def __init__(
@@ -50,44 +77,88 @@ class ForwardPass:
             policy: Policy,
             next_seed: Callable[[], int],
             on_backward: bool = False,
-            listeners: tuple[Listener, ...] = ()) -> None:
+            listeners: tuple[Listener, ...] = (),
+            explanation: Explanation | None = None) -> None:
         outer = current_location()
         self.location = Location(root, "" if outer is None else outer.qualified_module)
         self.parameters = ParameterSet(root)
         self.codec_of = codec_of
-        self.policy = policy
+        self.policy = explained(policy)
+        if not isinstance(self.policy, PlainPolicy):
+            self.location.transform = self._transform
         self.next_seed = next_seed
         self.on_backward = on_backward
         self.listeners = listeners
+        self.explanation = explanation
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._slots: defaultdict[StatefulCodec, itertools.count[int]] = defaultdict(itertools.count)
+        self._substitution: Substitution | None = None
 
     def pack(self, x: Tensor) -> Packed:
         """Pack hook."""
-        location = self.location
-        parameter = self.parameters.contains(x, location.arguments)
-        if parameter and not self.listeners:
-            # Most saved tensors of a small step are parameters: nothing to decide or to share.
-            return _KEEP.encode(x, where=self._where(location.op, location.qualified_module))
-        codec = None if parameter else self.codec_of(location.module)
-        saved = SavedTensor(
-            x, location.op, location.qualified_module, codec, location.arguments)
-        chosen = None
-        if not parameter and can_encode(x):
-            chosen = self.policy(saved)
-            if not (chosen is None or isinstance(chosen, Codec)):
-                raise TypeError(
-                    "brevitas_bp.QuantBackwardWrapper: policy must return a Codec or None, got "
-                    f"{chosen!r}; codec_from makes a codec of a quantizer")
-        packed = self._encode_once(saved, _KEEP if chosen is None else chosen)
+        location, substitution = self.location, self._substitution
+        role = None if substitution is None else next(substitution.roles, None)
+        call = location.call
+        if self.parameters.contains(x, call.arguments):
+            if not self.listeners:
+                # Most saved tensors of a small step are parameters: nothing to decide or to share.
+                return _KEEP.encode(x, where=_where(location.op, location.qualified_module))
+            saved, decision = self._saved(x, None, None), PARAMETER
+        else:
+            saved = self._saved(x, self.codec_of(location.module), role)
+            decision = self.policy.decide(saved) if can_encode(x) else _NOT_PLAIN
+        packed = self._encode_once(saved, decision)
+        if self.explanation is not None and decision is not PARAMETER:
+            self.explanation.add(saved, packed, decision)
         for listener in self.listeners:
-            listener(saved, packed, parameter)
+            listener(saved, packed, decision, self._originals(x))
         return packed
 
-    def _encode_once(self, saved: SavedTensor, codec: Codec) -> Packed:
+    @contextmanager
+    def saving(self, *roles: str) -> Iterator[Substitution]:
+        """Within the block, the tensors that are saved have these roles, in order."""
+        before = self._substitution
+        self._substitution = Substitution(roles, recorded=bool(self.listeners))
+        try:
+            yield self._substitution
+        finally:
+            self._substitution = before
+
+    def _transform(self, call: Call) -> Any:
+        """Runs a call so that it saves something else, where the policy says so."""
+        rewrite = self.policy.rewrite(call.function)
+        if rewrite is None or self.codec_of(self.location.module) is None or not self._is_innermost():
+            return NotImplemented
+        return rewrite(self, call)
+
+    def _is_innermost(self) -> bool:
+        """Whether what is saved now comes to this pass, not to hooks that others set inside of it.
+
+        Checkpointing sets hooks that drop what is saved, and counts whether the second run saves the
+        same: there the operations must be themselves.
+        """
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] == self.pack
+
+    def _saved(self, x: Tensor, codec: Codec | None, role: str | None) -> SavedTensor:
+        location = self.location
+        return SavedTensor(
+            x, location.op, location.qualified_module, codec, location.call, location.module_type,
+            role)
+
+    def _originals(self, x: Tensor) -> Sequence[Tensor]:
+        """What plain autograd would have saved; told with the first of the tensors saved instead."""
+        if self._substitution is None:
+            return (x,)
+        originals, self._substitution.originals = self._substitution.originals, []
+        return originals
+
+    def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
         x = saved.tensor
+        codec = _KEEP if decision.codec is None else decision.codec
         key = (storage_id(x), x.storage_offset(), x.shape, x.stride(), x.dtype, version_of(x),
-               x.is_conj(), x.is_neg(), id(codec)) if can_encode(x) else None
+               x.is_conj(), x.is_neg(), id(codec),
+               -1 if decision.shared else saved.call.number) if can_encode(x) else None
         if key in self._encoded:
             packed = self._encoded[key][1]()
             if packed is not None:
@@ -99,9 +170,9 @@ class ForwardPass:
 
     def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
         x = saved.tensor
-        where = self._where(saved.op, saved.module)
-        if codec is _KEEP:
-            return _KEEP.encode(x, where=where)
+        where = _where(saved.op, saved.module)
+        if not codec.compresses:
+            return codec.encode(x, seed=0, where=where)
         if isinstance(codec, StatefulCodec):
             codec = codec.slot(next(self._slots[codec]))
         layout = TensorLayout.of(x)
@@ -113,10 +184,6 @@ class ForwardPass:
         packed = codec.encode(x, seed=self.next_seed(), where=where)
         # Codes, padding and metadata must be smaller than what they replace.
         return packed if packed.nbytes < layout.nbytes else _KEEP.encode(x, where=where)
-
-    @staticmethod
-    def _where(op: str | None, module: str) -> str:
-        return f"{op or 'a custom function'} in {module or 'the wrapped module'}"
 
     def __enter__(self) -> "ForwardPass":
         self._located = located(self.location)
@@ -137,6 +204,10 @@ class ForwardPass:
             self._hooks.__exit__(*exception)
         finally:
             self._located.__exit__(*exception)
+
+
+def _where(op: str | None, module: str) -> str:
+    return f"{op or 'a custom function'} in {module or 'the wrapped module'}"
 
 
 def unpack(packed: Packed) -> Tensor:

@@ -3,12 +3,15 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+
+from brevitas_bp.backward.saved import NO_CALL, Call
 
 
 class Location:
@@ -23,14 +26,20 @@ class Location:
         self.names = {id(module): name for name, module in root.named_modules(
             remove_duplicate=True)}
         self.prefix = prefix
-        self.modules: list[str] = [""]
-        self.function: Callable[..., Any] | None = None
-        self.arguments: tuple[Any, ...] = ()
+        self.modules: list[tuple[str, type | None]] = [("", type(root))]
+        self.call = NO_CALL
+        self.calls = 0
+        self.transform: Callable[[Call], Any] | None = None
 
     @property
     def module(self) -> str:
         """Name of the innermost module that runs, relative to the root."""
-        return self.modules[-1]
+        return self.modules[-1][0]
+
+    @property
+    def module_type(self) -> type | None:
+        """Class of the innermost module that runs."""
+        return self.modules[-1][1]
 
     @property
     def qualified_module(self) -> str:
@@ -40,8 +49,7 @@ class Location:
     @property
     def op(self) -> str | None:
         """Name of the function that runs, or None outside torch functions."""
-        return None if self.function is None else getattr(
-            self.function, "__name__", str(self.function))
+        return None if self.call is NO_CALL else self.call.name
 
 
 class _Running(threading.local):
@@ -60,7 +68,7 @@ def current_location() -> Location | None:
 
 
 class _OpMode(TorchFunctionMode):
-    """Notes which function is running."""
+    """Notes which function is running, and lets the pass run another in its place."""
 
     def __init__(self, location: Location) -> None:
         super().__init__()
@@ -69,19 +77,50 @@ class _OpMode(TorchFunctionMode):
     def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         location = self.location
-        before = location.function, location.arguments
-        kwargs = kwargs or {}
-        location.function, location.arguments = func, (*args, *kwargs.values())
+        before = location.call
+        location.calls += 1
+        call = location.call = Call(func, args, kwargs or {}, location.calls)
         try:
-            return func(*args, **kwargs)
+            if location.transform is not None:
+                output = location.transform(call)
+                if output is not NotImplemented:
+                    return output
+            return func(*args, **call.kwargs)
         finally:
-            location.function, location.arguments = before
+            location.call = before
+
+
+def seen_through(call: Call, location: Location) -> Any:
+    """Runs a Python function of torch so that the functions it calls are noted one by one.
+
+    While a mode runs, torch's own Python functions hand themselves to it before they do anything, which
+    would never end. A copy of the function that finds no override starts at its body.
+    """
+    with _OpMode(location):
+        return _without_override_check(call.function)(*call.args, **call.kwargs)
+
+
+def _without_override_check(function: Any) -> Any:
+    checks = {
+        name: _finds_none for name in function.__code__.co_names
+        if name.startswith("has_torch_function")}
+    # Made anew each time: what the module's names stand for may change.
+    copy = FunctionType(
+        function.__code__, {**function.__globals__, **checks}, function.__name__,
+        function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _finds_none(*arguments: Any) -> bool:
+    return False
 
 
 def _enter_module(module: nn.Module, args: Any) -> None:
     location = current_location()
     if location is not None:
-        location.modules.append(location.names.get(id(module), location.module))
+        name = location.names.get(id(module), location.module)
+        location.modules.append((name, type(module)))
 
 
 def _leave_module(module: nn.Module, args: Any, output: Any) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from brevitas_bp.backward.saved import own_shape, storage_id
 from brevitas_bp.codec.base import is_plain
-from brevitas_bp.codec.layout import TensorLayout
 
 # Backward nodes of operations whose output is the parameter itself in another shape or dtype.
 _DISGUISES = frozenset({
@@ -71,9 +71,9 @@ class ParameterSet:
         """
         if not self._frozen or x.requires_grad or not (is_plain(x) and x.is_floating_point()):
             return False
-        shape = _own_shape(x)
+        shape = own_shape(x)
         return any(
-            storage_id(a) in self._frozen and a.dtype != x.dtype and _is_piece(shape, _own_shape(a))
+            storage_id(a) in self._frozen and a.dtype != x.dtype and _is_piece(shape, own_shape(a))
             for a in _tensors(arguments) if is_plain(a))
 
 
@@ -86,20 +86,7 @@ def _tensors(arguments: Any) -> Iterator[Tensor]:
             yield from _tensors(argument)
 
 
-def _own_shape(x: Tensor) -> list[int]:
-    """Sizes that hold values, sorted: the same for a transposed or expanded tensor."""
-    return sorted(size for size in TensorLayout.base(x).shape if size != 1)
-
-
 def _is_piece(shape: list[int], whole: list[int]) -> bool:
     """Whether ``shape`` can be all of ``whole`` or a chunk of it along one dimension."""
     return len(shape) == len(whole) and sum(a != b for a, b in zip(shape, whole)) <= 1 and all(
         a <= b for a, b in zip(shape, whole))
-
-
-def storage_id(x: Tensor) -> int:
-    """Identity of the storage of ``x``, valid while something holds the storage."""
-    try:
-        return x.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return id(x)

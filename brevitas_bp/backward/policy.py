@@ -1,52 +1,207 @@
-"""What happens to each saved tensor: functions from facts to a codec."""
+"""Which saved tensors are stored how: facts in, decision out."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec import BitMask, Codec, NarrowInt, PositiveMask
+from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
+from brevitas_bp.backward.operations import FLOAT_DTYPES, rule_of
+from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite
+from brevitas_bp.backward.saved import (
+    ATTENTION_INPUT,
+    ATTENTION_VALUE,
+    DERIVATIVE,
+    NO_CALL,
+    Decision,
+    SavedTensor,
+)
+from brevitas_bp.codec import BitMask, Codec, Copy, NarrowInt, codec_from
 from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.quantized import LoweredCodec
+from brevitas_bp.codec.regions import relu
+from brevitas_bp.errors import UnknownNameError, nearest
+from brevitas_bp.kernels.spec import check_bit_width
+from brevitas_bp.quant import (
+    ShiftedUint4DynamicActPerBucketFloat,
+    ShiftedUint4DynamicActPerBucketFloatStochastic,
+)
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _POOLING = "max_pool"
 _RELU = frozenset({"relu", "relu_"})
+_WHERE = "brevitas_bp.backward.OpAware"
 
 _BIT_MASK = BitMask()
+_COPY = Copy()
 _NARROW_INT = NarrowInt()
-_POSITIVE_MASK = PositiveMask()
+
+Policy = Callable[[SavedTensor], Codec | None]
+
+
+@runtime_checkable
+class ExplainedPolicy(Protocol):
+    """A policy that gives reasons and may rewrite operations."""
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        """Codec and reason for a saved tensor."""
+        ...
+
+    def rewrite(self, function: Any) -> Rewrite | None:
+        """How a function is to be run so that it saves something else."""
+        ...
+
+
+class PlainPolicy:
+    """Any policy, with its own name as the reason."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.reason = f"policy {getattr(policy, '__name__', type(policy).__name__)}"
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        codec = self.policy(saved)
+        if not (codec is None or isinstance(codec, Codec)):
+            raise TypeError(
+                "brevitas_bp.QuantBackwardWrapper: policy must return a Codec or None, got "
+                f"{codec!r}; codec_from makes a codec of a quantizer")
+        return Decision(codec, self.reason)
+
+    def rewrite(self, function: Any) -> Rewrite | None:
+        return None
+
+
+def explained(policy: Policy) -> ExplainedPolicy:
+    """``policy`` as one that gives reasons."""
+    return policy if isinstance(policy, ExplainedPolicy) else PlainPolicy(policy)
 
 
 @dataclass(frozen=True)
-class SavedTensor:
-    """A tensor that autograd is about to save, and where.
+class OpAware:
+    """The default policy: it knows the operation, and what backward does with what is saved.
 
-    Attributes:
-        tensor: the tensor; not to be kept or modified.
-        op: name of the torch function that saves it, or None (for instance a custom Function).
-        module: qualified name of the innermost module that runs.
-        codec: the codec configured for that module; None where it is to be kept exact.
-        arguments: values passed to the function.
+    Quantized is what backward is linear in: inputs of convolutions and linear layers, factors of
+    products, inputs of norms, derivatives of smooth activations (saved instead of their inputs), the
+    value of attention. Exact in 1 to 8 bits: masks of piecewise linear activations, dropout masks,
+    indices. Not kept: tensors of which backward reads the shape only. All else is kept as it is.
+
+    Args:
+        derivative_quant: quantizer of derivatives; None takes the configured one (min-max, same
+            bucket size, metadata and rounding) with at least ``derivative_bits`` bits.
+        derivative_bits: see above. Four bits: a derivative multiplies every gradient that passes.
+        few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
+            2023), stored instead of a rounded derivative: smaller, without noise, and biased. None: off.
+        attention: "replay" keeps query and key exact, quantizes the value and runs attention again in
+            backward; "exact" keeps what autograd keeps; a quantizer stores query, key, value and output
+            with it: smaller than "exact" and no second run, but biased.
+
+    Raises:
+        ValueError: an argument out of range.
+        UnsupportedQuantizerError: a quantizer has no codes to store.
     """
 
-    tensor: Tensor
-    op: str | None
-    module: str
-    codec: Codec | None
-    arguments: tuple[Any, ...] = ()
+    derivative_quant: Any = None
+    derivative_bits: int = 4
+    few_bit: int | None = None
+    attention: Literal["replay", "exact"] | Any = "replay"
 
-    @property
-    def is_norm_statistic(self) -> bool:
-        """Whether a norm saves its mean or inverse deviation: a tensor smaller than its input."""
-        if self.op is None or "norm" not in self.op or not self.arguments:
-            return False
-        normalized = self.arguments[0]
-        return isinstance(normalized, Tensor) and self.tensor.numel() < normalized.numel()
+    def __post_init__(self) -> None:
+        check_bit_width(_WHERE, self.derivative_bits)
+        if self.few_bit is not None:
+            check_bit_width(_WHERE, self.few_bit)
+            if self.derivative_quant is not None:
+                raise ValueError(
+                    f"{_WHERE}: few_bit stores no derivatives, so derivative_quant would do nothing; "
+                    "pass one of the two")
+        if isinstance(self.attention, str) and self.attention not in ("replay", "exact"):
+            raise UnknownNameError(
+                f"{_WHERE}: attention must be 'replay', 'exact' or a quantizer, got "
+                f"{self.attention!r}{nearest(self.attention, ['replay', 'exact'])}")
+        # Codecs are built once: hooks share an encoding by the identity of its codec.
+        object.__setattr__(self, "_derivative", _codec_of(self.derivative_quant))
+        object.__setattr__(
+            self, "_attention",
+            None if isinstance(self.attention, str) else _codec_of(self.attention))
+
+    def __call__(self, saved: SavedTensor) -> Codec | None:
+        return self.decide(saved).codec
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        """Codec and reason for a saved tensor."""
+        codec, x = saved.codec, saved.tensor
+        if codec is None:
+            return _CONFIGURED_EXACT
+        if saved.role is not None:
+            return self._decide_role(saved, saved.role, codec)
+        if x.dtype == torch.bool:
+            return _MASK
+        rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
+        if rule is None:
+            return _UNKNOWN if x.is_floating_point() else _INTEGERS
+        if self._attention is not None and isinstance(rule.rewrite, ReplayAttention):
+            return self._decide_attention(saved)
+        return rule.decide(saved)
+
+    def rewrite(self, function: Any) -> Rewrite | None:
+        """How a function is to be run so that it saves something else."""
+        rule = rule_of(function)
+        if rule is None or rule.rewrite is None:
+            return None
+        if isinstance(rule.rewrite, ReplayAttention) and self.attention != "replay":
+            return None
+        return rule.rewrite
+
+    def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
+        if role == DERIVATIVE:
+            return Decision(
+                self._derivative or derivative_codec(codec, self.derivative_bits),
+                "derivative: backward is linear in it")
+        if role == ATTENTION_VALUE:
+            return Decision(codec, "value: backward is linear in it", shared=False)
+        if role == ATTENTION_INPUT:
+            whole = saved.tensor.untyped_storage().nbytes()
+            apart = whole > saved.tensor.numel() * saved.tensor.element_size()
+            # A view would keep the value alive that lies in the same memory.
+            return Decision(_COPY if apart else None, "query and key: weights must be exact")
+        return Decision(None, "needed to run again")
+
+    def _decide_attention(self, saved: SavedTensor) -> Decision:
+        query = saved.call.argument(0, "query")
+        values = saved.tensor.dim() == query.dim() and saved.tensor.shape[-1] == query.shape[-1]
+        if not values or saved.tensor.dtype not in FLOAT_DTYPES:
+            return Decision(None, "attention: log-sum-exp, weights and masks are exact")
+        return Decision(self._attention, "attention: biased, as asked for")
 
 
-Policy = Callable[[SavedTensor], Codec | None]
+_CONFIGURED_EXACT = Decision(None, "configured exact")
+_MASK = Decision(_BIT_MASK, "mask, 1 bit")
+_UNKNOWN = Decision(None, "unknown operation", known=False)
+_INTEGERS = Decision(None, "integers")
+
+
+@functools.lru_cache(maxsize=64)
+def derivative_codec(configured: Codec, bits: int) -> Codec:
+    """The codec of derivatives beside a configured one: min-max, with ``bits`` bits or more.
+
+    >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
+    >>> derivative_codec(codec_from(ShiftedUint2DynamicActPerBucketFloat), 4).name
+    '4-bit nearest'
+    """
+    if not isinstance(configured, LoweredCodec):
+        return codec_from(ShiftedUint4DynamicActPerBucketFloatStochastic, bit_width=bits)
+    spec = configured.spec
+    config = (
+        ShiftedUint4DynamicActPerBucketFloatStochastic if spec.stochastic
+        else ShiftedUint4DynamicActPerBucketFloat)
+    return codec_from(
+        config, bit_width=max(bits, *spec.bit_widths), metadata_dtype=spec.metadata_dtype,
+        **({} if spec.bucket_size is None else {"bucket_size": spec.bucket_size}))
+
+
+def _codec_of(quantizer: Any) -> Codec | None:
+    return quantizer if quantizer is None or isinstance(quantizer, Codec) else codec_from(quantizer)
 
 
 def quantize_all(saved: SavedTensor) -> Codec | None:
@@ -69,7 +224,7 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
 def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:
     """As :func:`quantize_all`, but of a ReLU's output its exact sign is stored, in 1 bit."""
     if saved.op in _RELU and saved.tensor.dtype in FLOAT_DTYPES:
-        return None if saved.codec is None else _POSITIVE_MASK
+        return None if saved.codec is None else relu()
     return quantize_all(saved)
 
 
@@ -79,7 +234,8 @@ def keep_all(saved: SavedTensor) -> Codec | None:
 
 
 POLICIES: dict[str, Policy] = {
-    "all": quantize_all, "all_but_relu": quantize_all_but_relu, "exact": keep_all}
+    "op_aware": OpAware(), "all": quantize_all, "all_but_relu": quantize_all_but_relu,
+    "exact": keep_all}
 
 
 def can_encode(x: Tensor) -> bool:

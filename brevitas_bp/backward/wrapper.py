@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, Listener
 from brevitas_bp.backward.policy import POLICIES, Policy
 from brevitas_bp.codec import Codec, codec_from
@@ -36,9 +37,10 @@ class QuantBackwardWrapper(nn.Module):
             every tensor exact.
         overrides: glob over qualified module names -> quantizer or None (exact); the first pattern
             that matches a module or one that contains it wins.
-        policy: which tensors are quantized: "all" (every float tensor but the statistics of norms),
-            "all_but_relu" (of a ReLU's output the exact sign is stored, 1 bit), "exact" (none), or a
-            callable ``SavedTensor -> Codec | None``.
+        policy: how each saved tensor is stored: "op_aware" (quantized where that leaves the gradient
+            unbiased, exact elsewhere; :class:`~brevitas_bp.backward.OpAware` has settings), "all" (every
+            float tensor but the statistics of norms), "all_but_relu" (of a ReLU's output the exact sign
+            is stored, 1 bit), "exact" (all kept), or a callable ``SavedTensor -> Codec | None``.
         storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
             backward starts (for ablations; saves nothing).
         seed: of the private noise stream; None derives it from ``torch.initial_seed()``, the
@@ -68,7 +70,7 @@ class QuantBackwardWrapper(nn.Module):
             act_quant: Any = ShiftedUint2DynamicActPerBucketFloatStochastic,
             *,
             overrides: Mapping[str, Any] | None = None,
-            policy: str | Policy = "all",
+            policy: str | Policy = "op_aware",
             storage: Storage = "save_quantized",
             seed: int | None = None,
             **act_quant_overrides: Any) -> None:
@@ -90,6 +92,7 @@ class QuantBackwardWrapper(nn.Module):
         self._noise: SeedStream | None = None if seed is None else SeedStream(_ranked(seed))
         self._index = next(_created)
         self._listeners: list[Listener] = []
+        self._explanation: Explanation | None = None
         self.module = module
         self.register_load_state_dict_post_hook(_name_keys_as_given)
 
@@ -99,6 +102,18 @@ class QuantBackwardWrapper(nn.Module):
             return self.module(*args, **kwargs)
         with self._forward_pass():
             return self.module(*args, **kwargs)
+
+    def explain(self) -> Explanation:
+        """What was decided in the last forward pass for each call site, and why; ``print`` it.
+
+        Raises:
+            RuntimeError: no forward pass with gradients has run yet.
+        """
+        if self._explanation is None:
+            raise RuntimeError(
+                f"{_WHERE}.explain: decisions are made while the module runs, and it has not run with "
+                "gradients enabled yet; run one forward pass first")
+        return self._explanation
 
     def noise_state(self) -> dict[str, int]:
         """State of the private noise stream, for a checkpoint that resumes bit for bit."""
@@ -119,9 +134,11 @@ class QuantBackwardWrapper(nn.Module):
                     yield quantizer
 
     def _forward_pass(self) -> ForwardPass:
+        self._explanation = Explanation()
         return ForwardPass(
             self.module, self._configured, self._policy, self._stream().next,
-            on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners))
+            on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
+            explanation=self._explanation)
 
     def _configured(self, name: str) -> Codec | None:
         """The codec of a module: the first override that matches it or a module around it."""

@@ -47,6 +47,8 @@ class Codec(ABC):
 
     #: Shown in reports.
     name: str = "codec"
+    #: Whether there is a point in encoding only if the result is smaller.
+    compresses: bool = True
 
     @abstractmethod
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
@@ -71,6 +73,7 @@ class Keep(Codec):
     """
 
     name = "exact"
+    compresses = False
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Keeps ``x`` (not a copy)."""
@@ -101,6 +104,22 @@ class Keep(Codec):
 def version_of(x: Tensor) -> int | None:
     """The version counter; None for inference tensors, which have none."""
     return None if x.is_inference() else x._version
+
+
+class Copy(Codec):
+    """Keeps an exact copy of its own, so that the memory of which the tensor is a part can go."""
+
+    name = "exact copy"
+    compresses = False
+
+    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
+        """Copies ``x``."""
+        layout = TensorLayout.of(x)
+        return Packed(self, (layout.flatten(x.detach()).clone(),), layout, None, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """The copy."""
+        return packed.layout.restore_flat(packed.tensors[0])
 
 
 class QuantizeOnBackward(Codec):

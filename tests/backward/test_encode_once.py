@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from brevitas_bp import Packed, QuantBackwardWrapper, track_saved_memory
+from brevitas_bp.backward.hooks import PARAMETER
 from tests.backward.support import Apply, HalfCodec, assert_same, run
 
 
@@ -140,7 +141,8 @@ def test_same_tensor_under_two_codecs_has_both_payloads() -> None:
     packed: list[Packed] = []
     model = QuantBackwardWrapper(
         nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), policy="all_but_relu", seed=0)
-    model._listeners.append(lambda saved, p, parameter: None if parameter else packed.append(p))
+    model._listeners.append(
+        lambda saved, p, decision, originals: None if decision is PARAMETER else packed.append(p))
     x = torch.randn(2, 4, 16, 16)
     output = model(x.requires_grad_())
     mask, codes = (p.decode() for p in packed)

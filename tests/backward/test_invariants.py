@@ -172,7 +172,7 @@ def test_lowered_and_general_path_store_the_same_bytes_through_the_wrapper() -> 
     for codec in (lowered, general):
         packed: list[Packed] = []
         model = QuantBackwardWrapper(copy.deepcopy(module), codec, seed=7)
-        model._listeners.append(lambda saved, p, is_parameter, to=packed: to.append(p))
+        model._listeners.append(lambda saved, p, decision, originals, to=packed: to.append(p))
         torch.manual_seed(0)
         output = model(*inputs)
         payloads.append([t.clone() for p in packed for t in p.tensors])

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp import Packed, QuantBackwardWrapper, SavedTensor, track_saved_memory
+from brevitas_bp.backward.hooks import PARAMETER
+from brevitas_bp.backward.saved import Decision
 from tests.backward.support import NETS, Apply, identity_hooks, net
 
 
@@ -21,11 +24,13 @@ class Watch:
         self.inputs: set[int] = set()
         model._listeners.append(self._note)
 
-    def _note(self, saved: SavedTensor, packed: Packed, is_parameter: bool) -> None:
-        if not is_parameter:
+    def _note(
+            self, saved: SavedTensor, packed: Packed, decision: Decision,
+            originals: Sequence[Tensor]) -> None:
+        if decision is not PARAMETER:
             self.payloads.append(weakref.ref(packed))
-            self.storages += [StorageWeakRef(t.untyped_storage()) for t in packed.tensors]
-            self.storages.append(StorageWeakRef(saved.tensor.untyped_storage()))
+            tensors = [*packed.tensors, saved.tensor, *originals]
+            self.storages += [StorageWeakRef(t.untyped_storage()) for t in tensors]
 
     def alive(self) -> int:
         gc.collect()

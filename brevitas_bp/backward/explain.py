@@ -1,0 +1,104 @@
+"""What was decided for each call site, and why."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.codec import Packed
+from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.layout import TensorLayout
+
+
+@dataclass
+class ExplainedSite:
+    """Tensors that one operation of one module saved and that were treated alike.
+
+    Attributes:
+        module: qualified name; empty for the root.
+        op: the torch function that saved them.
+        stored: name of the codec.
+        reason: why.
+        known: whether the policy knows the operation.
+        tensors: how many.
+        given_bytes: their bytes as they came. Where an operation was rewritten that is what is saved in
+            place of the original.
+        stored_bytes: bytes of what is kept; an encoding that several sites share counts at each.
+    """
+
+    module: str
+    op: str
+    stored: str
+    reason: str
+    known: bool
+    tensors: int = 0
+    given_bytes: int = 0
+    stored_bytes: int = 0
+
+
+@dataclass
+class Explanation:
+    """Every decision of one forward pass. Parameters and buffers are not in it: they are kept."""
+
+    sites: dict[tuple[str, str, str, str], ExplainedSite] = field(default_factory=dict)
+
+    def add(self, saved: SavedTensor, packed: Packed, decision: Decision) -> None:
+        """Notes one saved tensor."""
+        op = saved.op or "custom function"
+        reason = decision.reason
+        if decision.codec is not None and packed.codec.name == "exact":
+            reason = "encoded it would not be smaller"
+        key = (saved.module, op, packed.codec.name, reason)
+        site = self.sites.get(key)
+        if site is None:
+            site = self.sites[key] = ExplainedSite(
+                saved.module, op, packed.codec.name, reason, decision.known)
+        site.tensors += 1
+        # Expanded dimensions hold one value each, and were never in memory.
+        x = saved.tensor
+        given = TensorLayout.base(x).numel() if is_plain(x) else x.numel()
+        site.given_bytes += given * x.element_size()
+        site.stored_bytes += packed.nbytes
+
+    @property
+    def unknown(self) -> list[str]:
+        """Operations that the policy does not know; what they save is exact."""
+        return unknown_operations((s.op, s.known, s.given_bytes) for s in self.sites.values())
+
+    def __str__(self) -> str:
+        lines = [("module", "op", "stored as", "why", "tensors", "given MiB", "stored MiB")]
+        lines += [
+            (s.module or "(root)", s.op, s.stored, s.reason, str(s.tensors), mib(s.given_bytes),
+             mib(s.stored_bytes)) for s in self.sites.values()]
+        text = table(lines, left=4)
+        return "\n".join([text, *unknown_note(self.unknown)])
+
+
+def unknown_operations(seen: Iterable[tuple[str, bool, int]]) -> list[str]:
+    """Names of the operations that are not known, by the bytes that they save, most first."""
+    by_name: dict[str, int] = {}
+    for op, known, nbytes in seen:
+        if not known:
+            by_name[op] = by_name.get(op, 0) + nbytes
+    return sorted(by_name, key=lambda name: -by_name[name])
+
+
+def unknown_note(names: list[str]) -> list[str]:
+    """One line that names what was left exact, if anything was."""
+    return [] if not names else [
+        f"kept exact, for want of a rule: {', '.join(names)} (see brevitas_bp.backward.register_op)"]
+
+
+def table(lines: Sequence[tuple[str, ...]], left: int, total: bool = False) -> str:
+    """Aligned columns under a rule; ``left`` of them flush left; with ``total`` the last line apart."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(
+        cell.ljust(width) if i < left else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    rule = "-" * max(len(line) for line in text)
+    body = [*text[1:-1], rule, text[-1]] if total else text[1:]
+    return "\n".join([text[0], rule, *body])
+
+
+def mib(nbytes: int) -> str:
+    """Bytes as MiB."""
+    return f"{nbytes / 2**20:.3f}"

@@ -1,0 +1,217 @@
+"""The rule of each operation of torch."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.backward.operations import (
+    OpRule,
+    composite,
+    elementwise,
+    exact,
+    linear,
+    lossless,
+    normalization,
+    product,
+    register_op,
+    weighted,
+)
+from brevitas_bp.backward.rewrites import ReplayAttention
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor
+
+_aten = torch.ops.aten
+
+
+def _one(x: Tensor) -> Tensor:
+    """A gradient of ones, one value in memory."""
+    return torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
+
+
+def _silu(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return _aten.silu_backward(_one(x), x)
+
+
+def _gelu(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return _aten.gelu_backward(_one(x), x, approximate=call.argument(1, "approximate", "none"))
+
+
+def _mish(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return _aten.mish_backward(_one(x), x)
+
+
+def _hardswish(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return _aten.hardswish_backward(_one(x), x)
+
+
+def _softplus(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return _aten.softplus_backward(
+        _one(x), x, call.argument(1, "beta", 1), call.argument(2, "threshold", 20))
+
+
+def _log_sigmoid(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return torch.sigmoid(-x)
+
+
+def _sigmoid(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return _aten.sigmoid_backward(_one(y), y)
+
+
+def _tanh(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return _aten.tanh_backward(_one(y), y)
+
+
+def _glu(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return _aten.glu_backward(_one(y), x, _glu_dim(call))
+
+
+def _glu_dim(call: Call) -> int:
+    return call.argument(1, "dim", -1)
+
+
+def _erf(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    return (-x * x).exp_().mul_(2 / math.sqrt(math.pi))
+
+
+def _power(saved: SavedTensor) -> Decision:
+    """``x ** 2`` is a product; other exponents are not linear in ``x``."""
+    exponent = saved.call.argument(1, "exponent")
+    if saved.position == 0 and isinstance(exponent, (int, float)) and exponent == 2:
+        return product().decide(saved)
+    return Decision(None, "not linear in what is saved")
+
+
+def _einsum(saved: SavedTensor) -> Decision:
+    """Up to two operands a product; of more, intermediate products would be rounded as well."""
+    operands = [a for a in saved.arguments[1:] if isinstance(a, Tensor)]
+    listed = [a for a in saved.arguments[1:] if isinstance(a, (list, tuple))]
+    if len(operands) + sum(map(len, listed)) <= 2:
+        return product().decide(saved)
+    return Decision(None, "a product of more than two tensors")
+
+
+def _threshold(saved: SavedTensor) -> Codec | None:
+    return threshold_region(saved.call.argument(1, "threshold"))
+
+
+def _hardtanh(saved: SavedTensor) -> Codec | None:
+    call = saved.call
+    return hardtanh_region(call.argument(1, "min_val", -1.0), call.argument(2, "max_val", 1.0))
+
+
+def _shrink(saved: SavedTensor) -> Codec | None:
+    return shrink_region(saved.call.argument(1, "lambd", 0.5))
+
+
+def _clamp(saved: SavedTensor) -> Codec | None:
+    low, high = saved.call.argument(1, "min"), saved.call.argument(2, "max")
+    return clamp_region(low, high) if _is_number(low) and _is_number(high) else None
+
+
+def _clamp_min(saved: SavedTensor) -> Codec | None:
+    low = saved.call.argument(1, "min")
+    return clamp_region(low, None) if _is_number(low) else None
+
+
+def _clamp_max(saved: SavedTensor) -> Codec | None:
+    high = saved.call.argument(1, "max")
+    return clamp_region(None, high) if _is_number(high) else None
+
+
+def _is_number(bound: Any) -> bool:
+    return bound is None or isinstance(bound, (int, float))
+
+
+def _rrelu(saved: SavedTensor) -> Decision:
+    """Training multiplies with the noise, evaluation with a slope where the input is negative."""
+    call = saved.call
+    lower, upper = call.argument(1, "lower", 1 / 8), call.argument(2, "upper", 1 / 3)
+    noisy = call.argument(3, "training", False) and upper - lower > 1e-6
+    is_noise = saved.position is None
+    if is_noise != bool(noisy):
+        return Decision(shape_only(), "not read by backward")
+    if is_noise:
+        return Decision(derivative_codec(saved.codec, 4), "slopes: backward is linear in them")
+    return Decision(positive_region(), "mask: gradient exact")
+
+
+def _prelu(saved: SavedTensor) -> Decision:
+    if saved.position != 0 or isinstance(saved.codec, StatefulCodec) or saved.codec is None:
+        return Decision(None, "slopes")
+    return Decision(sign_exact(saved.codec), "sign exact; the slope's gradient is linear in the rest")
+
+
+def _dropout(saved: SavedTensor) -> Codec | None:
+    # A mask is computed, and of the input's dtype; nothing else is saved.
+    p = saved.call.argument(1, "p", 0.5)
+    return dropout_mask(float(p)) if saved.position is None and 0 < p < 1 else None
+
+
+def _alpha_dropout(saved: SavedTensor) -> Codec | None:
+    p = saved.call.argument(1, "p", 0.5)
+    return alpha_dropout_mask(float(p)) if saved.position is None and 0 < p < 1 else None
+
+
+def _index(saved: SavedTensor) -> Codec | None:
+    """Indices into a dimension are below the largest size of any float argument."""
+    if saved.tensor.dtype != torch.int64:
+        return None
+    sizes = [
+        max(a.shape, default=0) for a in saved.arguments
+        if isinstance(a, Tensor) and a.is_floating_point()]
+    return narrow_to(max(sizes)) if sizes else None
+
+
+def _register(rule: OpRule, names: str) -> None:
+    for name in names.split():
+        register_op(name, rule)
+
+
+_register(weighted(), """
+    linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc
+    convolution _convolution""")
+_register(product(), """
+    mul multiply rmul imul square matmul rmatmul imatmul mm bmm mv dot vdot inner outer ger tensordot
+    addmm addmv addbmm baddbmm addr addcmul""")
+_register(OpRule(_power), "pow ipow float_power")
+_register(OpRule(_einsum), "einsum")
+_register(linear(0), "div divide true_divide truediv itruediv idiv var std var_mean std_mean")
+_register(normalization(), """
+    batch_norm native_batch_norm _native_batch_norm_legit layer_norm native_layer_norm group_norm
+    native_group_norm instance_norm rms_norm""")
+register_op(torch.nn.SyncBatchNorm, normalization())
+
+register_op("silu", elementwise(_silu))
+register_op("gelu", elementwise(_gelu))
+register_op("mish", elementwise(_mish))
+register_op("hardswish", elementwise(_hardswish))
+register_op("softplus", elementwise(_softplus))
+register_op("log_sigmoid", elementwise(_log_sigmoid))
+register_op("sigmoid", elementwise(_sigmoid, of_output=True))
+register_op("tanh", elementwise(_tanh, of_output=True))
+register_op("glu", elementwise(_glu, halves=_glu_dim))
+register_op("erf", elementwise(_erf))
+_register(elementwise(), "elu selu celu softsign tanhshrink sin cos atan arctan erfc")
+
+register_op("scaled_dot_product_attention", OpRule(
+    exact("attention: the weights follow from what is saved").decide, ReplayAttention()))
+_register(composite(), "multi_head_attention_forward")
+
+_register(exact(), """
+    softmax log_softmax softmin gumbel_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal
+    rdiv rtruediv rpow prod cumprod cumsum logsumexp logcumsumexp norm vector_norm matrix_norm
+    linalg_norm linalg_vector_norm linalg_matrix_norm normalize cosine_similarity pairwise_distance
+    cdist pdist maximum minimum fmax fmin hypot atan2 lerp addcdiv bilinear local_response_norm
+    renorm sinh cosh tan asin acos lgamma digamma erfinv logit logaddexp xlogy sinc remainder fmod""")
+_register(exact("a loss"), """
+    cross_entropy cross_entropy_loss nll_loss nll_loss2d nll_loss_nd binary_cross_entropy
+    binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+    gaussian_nll_loss poisson_nll_loss cosine_embedding_loss hinge_embedding_loss
+    margin_ranking_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
+    multilabel_soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss ctc_loss""")
+_register(exact("a recurrent layer: gates and states"), """
+    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell quantized_lstm""")
+_register(exact("grid positions"), "grid_sample grid_sampler affine_grid affine_grid_generator")
+
+__all__ = ["lossless"]

@@ -1,0 +1,221 @@
+"""Operations and how what they save is stored: the rules, and the registry that users may add to.
+
+Stochastic rounding leaves a gradient unbiased exactly where backward is linear in what was rounded, and
+where no two roundings of one tensor are multiplied. Each rule says which saved tensors of its operation
+are such; everything else is exact.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
+from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.codec import NarrowInt
+from brevitas_bp.codec.base import Codec
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NARROW_INT = NarrowInt()
+
+# A factor that is broadcast to this many times its size is kept: few bytes, and each of its roundings
+# would reach many gradients.
+_BROADCAST = 16
+
+Decide = Callable[[SavedTensor], Decision]
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """How what one operation saves is stored.
+
+    Attributes:
+        decide: saved tensor -> :class:`Decision`; asked for tensors of numbers only, and only where a
+            quantizer is configured.
+        rewrite: runs the operation so that it saves something else; None runs it as it is.
+    """
+
+    decide: Decide
+    rewrite: Rewrite | None = None
+
+
+def exact(reason: str = "not linear in what is saved") -> OpRule:
+    """Everything is kept as it is."""
+    decision = Decision(None, reason)
+    return OpRule(lambda saved: decision)
+
+
+def linear(*positions: int) -> OpRule:
+    """Backward is linear in what is saved, and multiplies no two saved tensors with each other.
+
+    Args:
+        positions: of the arguments of which that is true; none means all that is saved.
+    """
+    def decide(saved: SavedTensor) -> Decision:
+        if positions and saved.position not in positions:
+            return Decision(None, "backward is not linear in it")
+        return Decision(saved.codec, "backward is linear in it")
+
+    return OpRule(_floats(decide))
+
+
+def weighted(weight: int = 1) -> OpRule:
+    """A layer ``f(input, weight)``: the input is quantized, the weight exact.
+
+    So the gradient of the input stays exact, and roundings do not add up from layer to layer.
+    """
+    def decide(saved: SavedTensor) -> Decision:
+        if saved.is_argument(weight):
+            return Decision(None, "weight: keeps the gradient of the input exact")
+        return Decision(saved.codec, "input: the gradient of the weight is linear in it")
+
+    return OpRule(_floats(decide))
+
+
+def product() -> OpRule:
+    """A product of two tensors, of elements or of matrices; each gradient is linear in the other.
+
+    Both may depend on one input, so a tensor that a product saves shares its rounding with no other
+    operation; a factor that is broadcast is kept exact.
+    """
+    def decide(saved: SavedTensor) -> Decision:
+        tensors = [a for a in _flat(saved.arguments) if isinstance(a, Tensor)]
+        size = saved.tensor.numel()
+        if size * _BROADCAST <= max((a.numel() for a in tensors), default=0):
+            return Decision(None, "broadcast factor: few bytes, many gradients")
+        weights = any(isinstance(a, nn.Parameter) for a in tensors)
+        return Decision(saved.codec, "factor: the other's gradient is linear in it", shared=weights)
+
+    return OpRule(_floats(decide))
+
+
+def normalization() -> OpRule:
+    """A norm: the input is quantized, mean and inverse deviation are exact.
+
+    The gradient of the scale is unbiased. That of the input has a relative bias of order 1/M with M
+    elements in a statistic: the normalized input enters it twice.
+    """
+    def decide(saved: SavedTensor) -> Decision:
+        arguments = saved.arguments
+        whole = arguments[0].numel() if arguments and isinstance(arguments[0], Tensor) else None
+        size = saved.tensor.numel()
+        statistic = size < whole if whole is not None else saved.tensor.dim() < 2
+        if statistic:
+            return Decision(None, "statistic of a norm")
+        return Decision(saved.codec, "input of a norm: bias of order 1/M")
+
+    return OpRule(_floats(decide))
+
+
+def lossless(
+        choose: Callable[[SavedTensor], Codec | None], reason: str,
+        rewrite: Rewrite | None = None) -> OpRule:
+    """A codec that gives backward all it needs: the gradient stays exact."""
+    def decide(saved: SavedTensor) -> Decision:
+        codec = choose(saved)
+        return Decision(codec, "kept exact" if codec is None else reason)
+
+    return OpRule(decide, rewrite)
+
+
+def elementwise(
+        formula: Callable[..., Tensor] | None = None, **options: Any) -> OpRule:
+    """A smooth elementwise function: its derivative is saved, and backward is linear in that.
+
+    Args:
+        formula: ``(x, y, call) -> dy/dx``; None lets autograd compute it, which is slower.
+        **options: of :class:`~brevitas_bp.backward.rewrites.SaveDerivative`.
+    """
+    return OpRule(
+        exact("not linear in what is saved, and not rewritten here").decide,
+        SaveDerivative(formula, **options))
+
+
+def composite() -> OpRule:
+    """A Python function of torch that calls others: each of them is treated by its own rule."""
+    return OpRule(
+        exact("saved by a composite function itself").decide, look_through)
+
+
+def _floats(decide: Decide) -> Decide:
+    other = Decision(None, "not a floating-point tensor")
+    return lambda saved: decide(saved) if saved.tensor.dtype in FLOAT_DTYPES else other
+
+
+def _flat(arguments: Any) -> list[Any]:
+    """Arguments, those in lists and tuples included."""
+    flat: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            flat.extend(_flat(argument))
+        else:
+            flat.append(argument)
+    return flat
+
+
+_by_name: dict[str, OpRule] = {}
+_by_object: dict[Any, OpRule] = {}
+# Function -> rule, as found: asked for every function that runs.
+_found: dict[Any, OpRule | None] = {}
+
+
+def register_op(operation: str | Callable[..., Any], rule: OpRule) -> None:
+    """Says how what an operation saves is stored, for the op-aware policy.
+
+    Args:
+        operation: a function that ``TorchFunctionMode`` sees (any function of torch, or one of your own
+            that calls ``torch.overrides.handle_torch_function``); the name of a function of torch, in
+            all its forms ("mul" is ``torch.mul``, ``Tensor.mul``, ``Tensor.mul_``, ``*`` and ``*=``); or
+            a module class, for what custom autograd Functions save while it runs.
+        rule: made by :func:`linear`, :func:`weighted`, :func:`product`, :func:`normalization`,
+            :func:`elementwise`, :func:`lossless`, :func:`composite` or :func:`exact`.
+
+    Raises:
+        TypeError: ``rule`` is not an :class:`OpRule`, or ``operation`` is neither name nor callable.
+
+    Example:
+        >>> register_op("dist", exact("a distance"))
+    """
+    where = "brevitas_bp.backward.register_op"
+    if not isinstance(rule, OpRule):
+        raise TypeError(
+            f"{where}: rule must be an OpRule, got {rule!r}; call one of the functions in "
+            "brevitas_bp.backward.operations, for instance linear()")
+    if isinstance(operation, str):
+        _by_name[operation.strip("_")] = rule
+    elif callable(operation):
+        _by_object[operation] = rule
+    else:
+        raise TypeError(
+            f"{where}: operation must be a function, a name or a module class, got {operation!r}")
+    _found.clear()
+
+
+def rule_of(operation: Any) -> OpRule | None:
+    """The rule of a function or module class; None where there is none."""
+    try:
+        return _found[operation]
+    except KeyError:
+        rule = _found[operation] = _find(operation)
+        return rule
+    except TypeError:
+        return None
+
+
+def _find(operation: Any) -> OpRule | None:
+    if operation in _by_object:
+        return _by_object[operation]
+    if isinstance(operation, type):
+        return next((_by_object[base] for base in operation.__mro__ if base in _by_object), None)
+    name = getattr(operation, "__name__", None)
+    return _by_name.get(name.strip("_")) if name and _is_of_torch(operation) else None
+
+
+def _is_of_torch(function: Any) -> bool:
+    """Whether a function is torch's: another of the same name may save something else."""
+    # Methods of Tensor have no module.
+    module = getattr(function, "__module__", None) or getattr(
+        getattr(function, "__objclass__", None), "__module__", None) or "torch"
+    return module.partition(".")[0] == "torch"

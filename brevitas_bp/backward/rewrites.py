@@ -1,0 +1,281 @@
+"""Operations that run as always but save something else, so that rounding keeps the gradient unbiased.
+
+NOTE [ Rewritten operations ]
+1. The forward is computed by the very function that was called: same bits, same random numbers.
+2. What is saved instead enters backward linearly: the derivative of an elementwise function, the value of
+   attention. Stochastic rounding of it leaves the expected gradient as it is.
+3. What is saved instead is a number, no longer a function of the input: with ``create_graph=True`` the
+   second derivative would lack a term, so backward raises :class:`SecondDerivativeError`.
+4. Rewriting happens only where our own hooks would store the tensor: not without gradients, not for
+   tensors of other classes, and not inside ``torch.utils.checkpoint``, which counts what is saved.
+5. Nothing that outlives the call holds a tensor, but through ``save_for_backward``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from brevitas_bp.backward.ops import Location, seen_through
+from brevitas_bp.backward.saved import (
+    ATTENTION_INPUT,
+    ATTENTION_VALUE,
+    DERIVATIVE,
+    REPLAYED,
+    Call,
+)
+from brevitas_bp.codec.base import is_plain
+from brevitas_bp.errors import SecondDerivativeError
+
+_ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
+
+
+class Passing(Protocol):
+    """What a rewrite may ask of the forward pass."""
+
+    location: Location
+
+    def saving(self, *roles: str) -> AbstractContextManager["Substitution"]:
+        """Within the block, the tensors that are saved have these roles, in order."""
+        ...
+
+
+class Substitution:
+    """The roles of what a rewritten call saves, and for the report what plain autograd would save.
+
+    Args:
+        roles: of the tensors, in the order in which they are saved.
+        recorded: whether a report wants the originals.
+    """
+
+    __slots__ = ("originals", "recorded", "roles")
+
+    def __init__(self, roles: tuple[str, ...], recorded: bool) -> None:
+        self.roles = iter(roles)
+        self.recorded = recorded
+        self.originals: list[Tensor] = []
+
+    def note(self, saved: Tensor) -> Tensor:
+        """Pack hook that notes an original."""
+        self.originals.append(saved.detach())
+        return saved
+
+
+#: (pass, call) -> output, or NotImplemented to run the function as it is.
+Rewrite = Callable[[Passing, Call], Any]
+
+
+def look_through(passing: Passing, call: Call) -> Any:
+    """Runs a composite function of torch so that each function inside is treated by its own rule."""
+    return seen_through(call, passing.location)
+
+
+@dataclass(frozen=True)
+class SaveDerivative:
+    """Rewrites an elementwise function of its first argument: its derivative is saved.
+
+    Args:
+        formula: ``(x, y, call) -> dy/dx``, shaped like ``x``; None lets autograd compute it, for any
+            function.
+        of_output: ``formula`` reads only ``y``.
+        halves: ``call -> dim`` where the function halves a dimension and ``dy/dx`` holds both halves.
+    """
+
+    formula: Callable[[Tensor, Tensor, Call], Tensor] | None = None
+    of_output: bool = False
+    halves: Callable[[Call], int] | None = None
+
+    def __call__(self, passing: Passing, call: Call) -> Any:
+        x = call.argument(0, "input")
+        if "out" in call.kwargs or not (
+                isinstance(x, Tensor) and x.requires_grad and is_plain(x) and x.numel() > 0
+                and x.is_floating_point() and torch.is_grad_enabled()):
+            return NotImplemented
+        inplace = is_inplace(call)
+        if inplace and (x.is_leaf or x._is_view()):
+            return NotImplemented
+        with passing.saving(DERIVATIVE) as substitution:
+            return _SaveDerivative.apply(x, call, self, inplace, substitution)
+
+    def differentiate(
+            self, x: Tensor, call: Call, inplace: bool,
+            substitution: Substitution) -> tuple[Tensor, Tensor]:
+        """Output and derivative; autograd runs where it must, or where a report asks what it saves."""
+        if self.formula is not None and not substitution.recorded:
+            before = x.clone() if inplace and not self.of_output else x
+            y = call.function(*call.args, **call.kwargs)
+            return y, self.formula(*_computing(before, y), call)
+        with torch.enable_grad(), saved_tensors_hooks(substitution.note, lambda saved: saved):
+            leaf = (x.clone() if inplace else x.detach()).requires_grad_()
+            # An in-place function may not write to a leaf.
+            first = leaf.clone() if inplace else leaf
+            args, kwargs = (first, *call.args[1:]), call.kwargs
+            if not call.args:
+                args, kwargs = (), {**call.kwargs, "input": first}
+            y = call.function(*args, **kwargs)
+            if self.formula is None:
+                (derivative,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        y = y.detach()
+        if self.formula is not None:
+            derivative = self.formula(*_computing(leaf.detach(), y), call)
+        return x.copy_(y) if inplace else y, derivative
+
+
+class _SaveDerivative(torch.autograd.Function):
+
+    @staticmethod
+    def forward(
+            ctx: Any, x: Tensor, call: Call, rule: SaveDerivative, inplace: bool,
+            substitution: Substitution) -> Tensor:
+        y, derivative = rule.differentiate(x, call, inplace, substitution)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(derivative)
+        ctx.function, ctx.dim = call.name, None if rule.halves is None else rule.halves(call)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _refuse_second_derivative(ctx.function)
+        (derivative,), grad = ctx.saved_tensors, grads[0]
+        if ctx.dim is not None:
+            grad = torch.cat((grad, grad), ctx.dim)
+        return (derivative * grad).to(grad.dtype), None, None, None, None
+
+
+def _computing(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 where they are shorter: the derivative is rounded once, by the codec."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return x.to(dtype), y.to(dtype)
+
+
+def is_inplace(call: Call) -> bool:
+    """Whether an activation function was told to overwrite its input."""
+    name = call.name
+    return (
+        (name.endswith("_") and not name.endswith("__")) or call.kwargs.get("inplace") is True
+        or any(argument is True for argument in call.args[1:]))
+
+
+@dataclass(frozen=True)
+class ReplayAttention:
+    """Rewrites scaled dot-product attention: backward runs it again, from query, key and value.
+
+    Given the attention weights the gradient is linear in the value, and the weights follow from query
+    and key. So these two are kept as they are and the value is quantized, and neither the output nor its
+    log-sum-exp nor the weights are kept. Random numbers, autocast and the choice of kernels are those
+    of the forward pass.
+    """
+
+    def __call__(self, passing: Passing, call: Call) -> Any:
+        given = [call.argument(i, name) for i, name in enumerate(_ATTENTION_TENSORS)]
+        tensors = [t for t in given if t is not None]
+        if not torch.is_grad_enabled() or not all(is_plain(t) for t in tensors) or not any(
+                t.requires_grad for t in tensors):
+            return NotImplemented
+        roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, REPLAYED][:len(tensors)]
+        with passing.saving(*roles, REPLAYED) as substitution:
+            return _ReplayAttention.apply(_Replay(call), substitution, *given)
+
+
+class _Replay:
+    """Runs attention, and again later under the same circumstances."""
+
+    def __init__(self, call: Call) -> None:
+        self.function = call.function
+        self.rest = call.args[len(_ATTENTION_TENSORS):]
+        self.options = {k: v for k, v in call.kwargs.items() if k not in _ATTENTION_TENSORS}
+        self.device: str = call.argument(0, "query").device.type
+        self.autocast = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
+        self.backends = _attention_backends()
+
+    def run(self, given: Sequence[Tensor | None]) -> Tensor:
+        return self.function(*given, *self.rest, **self.options)
+
+    def generator_state(self) -> Tensor | None:
+        """State of the generator that dropout draws from, if there is dropout."""
+        dropout = self.rest[0] if self.rest else self.options.get("dropout_p", 0.0)
+        return _generator(self.device).get_rng_state() if dropout > 0 else None
+
+    def again(self, given: Sequence[Tensor | None], generator_state: Tensor | None) -> Tensor:
+        dtype, enabled = self.autocast
+        with torch.autocast(self.device, dtype=dtype, enabled=enabled), _only(
+                self.backends), _drawing_from(_generator(self.device), generator_state):
+            return self.run(given)
+
+
+class _ReplayAttention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(
+            ctx: Any, replay: _Replay, substitution: Substitution,
+            *given: Tensor | None) -> Tensor:
+        ctx.replay = replay
+        ctx.save_for_backward(*given, replay.generator_state())
+        if not substitution.recorded:
+            return replay.run(given)
+        with torch.enable_grad(), saved_tensors_hooks(substitution.note, lambda saved: saved):
+            return replay.run(_leaves(given, ctx.needs_input_grad[2:])).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _refuse_second_derivative("scaled_dot_product_attention")
+        *saved, generator_state = ctx.saved_tensors
+        given = _leaves(saved, ctx.needs_input_grad[2:])
+        with torch.enable_grad():
+            output = ctx.replay.again(given, generator_state)
+        wanted = [t for t in given if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(output, wanted, grads[0]))
+        return None, None, *(
+            next(found) if t is not None and t.requires_grad else None for t in given)
+
+
+def _leaves(given: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        None if t is None else t.detach().requires_grad_(need) for t, need in zip(given, needed)]
+
+
+def _refuse_second_derivative(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise SecondDerivativeError(
+            f"brevitas_bp: backward of {name} was asked for with create_graph=True, but what was saved "
+            "for it gives first derivatives only; wrap with policy='exact', or give the modules that "
+            "are differentiated twice an override of None")
+
+
+def _attention_backends() -> list[SDPBackend]:
+    """The kernels that attention may choose from now."""
+    cuda = torch.backends.cuda
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled()}
+    return [backend for backend, on in enabled.items() if on]
+
+
+def _only(backends: list[SDPBackend]) -> AbstractContextManager[Any]:
+    return nullcontext() if backends == _attention_backends() else sdpa_kernel(backends)
+
+
+def _generator(device: str) -> Any:
+    return torch if device == "cpu" else torch.get_device_module(device)
+
+
+@contextmanager
+def _drawing_from(generator: Any, state: Tensor | None) -> Iterator[None]:
+    """Draws from ``state`` within the block; afterwards the generator is where it was."""
+    if state is None:
+        yield
+        return
+    before = generator.get_rng_state()
+    generator.set_rng_state(state)
+    try:
+        yield
+    finally:
+        generator.set_rng_state(before)

@@ -1,0 +1,136 @@
+"""What a pack hook knows about a tensor, and what is decided for it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from brevitas_bp.codec import Codec
+from brevitas_bp.codec.layout import TensorLayout
+
+#: Roles of what a rewritten operation saves; see :mod:`brevitas_bp.backward.rewrites`.
+DERIVATIVE = "derivative"
+ATTENTION_INPUT = "attention input"
+ATTENTION_VALUE = "attention value"
+REPLAYED = "replayed"
+
+
+class Call:
+    """One call of a torch function: the function, its arguments, and a number within the pass."""
+
+    __slots__ = ("args", "function", "kwargs", "number")
+
+    def __init__(
+            self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+            number: int) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.number = number
+
+    @property
+    def name(self) -> str:
+        """The function's own name."""
+        return getattr(self.function, "__name__", None) or str(self.function)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Values of positional arguments, then of keywords."""
+        return (*self.args, *self.kwargs.values()) if self.kwargs else self.args
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument that may be passed by position or by name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+
+#: Outside of any torch function, for instance in a custom autograd Function.
+NO_CALL = Call(None, (), {}, -1)
+
+
+@dataclass(eq=False, slots=True)
+class SavedTensor:
+    """A tensor that autograd is about to save, and where.
+
+    Attributes:
+        tensor: the tensor; not to be kept or modified.
+        op: name of the torch function that saves it, or None (for instance a custom Function).
+        module: qualified name of the innermost module that runs.
+        codec: the codec configured for that module; None where it is to be kept exact.
+        call: the running call of the function.
+        module_type: class of that module.
+        role: what the tensor is to an operation that was rewritten; None otherwise.
+    """
+
+    tensor: Tensor
+    op: str | None
+    module: str
+    codec: Codec | None
+    call: Call = NO_CALL
+    module_type: type | None = None
+    role: str | None = None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Values passed to the function."""
+        return self.call.arguments
+
+    @property
+    def position(self) -> int | None:
+        """Index of the first argument that shares the tensor's memory; None for what was computed."""
+        storage = storage_id(self.tensor)
+        for position, argument in enumerate(self.call.arguments):
+            if isinstance(argument, Tensor) and storage_id(argument) == storage:
+                return position
+        return None
+
+    def is_argument(self, position: int) -> bool:
+        """Whether the tensor is this argument, or, where memory does not tell, has its shape.
+
+        Autocast hands a function copies of its arguments.
+        """
+        found = self.position
+        if found is not None:
+            return found == position
+        arguments = self.call.arguments
+        return position < len(arguments) and isinstance(arguments[position], Tensor) and (
+            own_shape(self.tensor) == own_shape(arguments[position]))
+
+    @property
+    def is_norm_statistic(self) -> bool:
+        """Whether a norm saves its mean or inverse deviation: a tensor smaller than its input."""
+        if self.op is None or "norm" not in self.op or not self.arguments:
+            return False
+        normalized = self.arguments[0]
+        return isinstance(normalized, Tensor) and self.tensor.numel() < normalized.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a saved tensor is stored, and why.
+
+    Attributes:
+        codec: stores it; None keeps it as it is.
+        reason: shown by ``QuantBackwardWrapper.explain``.
+        shared: whether all operations that save the tensor may share one encoding. Not where backward
+            multiplies it with what comes through the same tensor elsewhere: a product of two roundings
+            is unbiased only if they are independent.
+        known: whether the policy knows the operation.
+    """
+
+    codec: Codec | None
+    reason: str
+    shared: bool = True
+    known: bool = True
+
+
+def storage_id(x: Tensor) -> int:
+    """Identity of the storage of ``x``, valid while something holds the storage."""
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(x)
+
+
+def own_shape(x: Tensor) -> list[int]:
+    """Sizes that hold values, sorted: the same for a transposed or expanded tensor."""
+    return sorted(size for size in TensorLayout.base(x).shape if size != 1)
