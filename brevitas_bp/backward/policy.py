@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec import BitMask, Codec, NarrowInt, PositiveMask
+from brevitas_bp.codec import BitMask, Codec, NarrowInt
 from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.regions import relu_region
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _POOLING = "max_pool"
@@ -16,7 +17,6 @@ _RELU = frozenset({"relu", "relu_"})
 
 _BIT_MASK = BitMask()
 _NARROW_INT = NarrowInt()
-_POSITIVE_MASK = PositiveMask()
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
 def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:
     """As :func:`quantize_all`, but of a ReLU's output its exact sign is stored, in 1 bit."""
     if saved.op in _RELU and saved.tensor.dtype in FLOAT_DTYPES:
-        return None if saved.codec is None else _POSITIVE_MASK
+        return None if saved.codec is None else relu_region()
     return quantize_all(saved)
 
 

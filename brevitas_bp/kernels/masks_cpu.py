@@ -22,8 +22,9 @@ _jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False
 
 
 @_jit
-def _pack_block(x: Any, lo: Any, hi: Any, sign: Any, largest: Any, limit: Any, infinity: Any, shift: Any,
-                out: Any) -> Any:
+def _pack_block(
+        x: Any, lo: Any, hi: Any, sign: Any, largest: Any, limit: Any, infinity: Any, shift: Any,
+        out: Any) -> Any:
     """Sets bit ``shift`` of ``out``; whether NaN was seen."""
     seen = np.uint8(0)
     for j in range(x.size):
@@ -131,24 +132,14 @@ def pack_interval(
         lo = order_of(-0.0 if interval.lo == 0 else interval.lo, dtype)
         hi = order_of(0.0 if interval.hi == 0 else interval.hi, dtype)
     limit = infinity if interval.nan else largest
-    packed, seen = _pack(flat, (lo, hi, dtype.itemsize * 8 - 1, largest, limit, infinity))
-    return packed, watch_nan and bool(seen.any())
-
-
-def pack_bits(flat: Tensor) -> Tensor:
-    """See :func:`brevitas_bp.kernels.masks.pack_bits`."""
-    return _pack(flat, (1, 127, 7, 127, 127, 127))[0]
-
-
-def _pack(flat: Tensor, constants: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
     packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8)
     blocks = -(-packed.numel() // _BLOCK)
     seen = np.zeros(blocks, np.uint8)
-    bits = flat.detach().view(INTEGERS[flat.dtype.itemsize]).numpy()
+    bits = flat.detach().view(INTEGERS[dtype.itemsize]).numpy()
     # An array of the same type: numba would promote Python integers to 64 bits.
-    shared = bits, np.array(constants, bits.dtype), packed.numpy(), seen
-    _run(_pack_mask, (), 0, blocks, 8 * _BLOCK, shared)
-    return packed, seen
+    constants = np.array((lo, hi, dtype.itemsize * 8 - 1, largest, limit, infinity), bits.dtype)
+    _run(_pack_mask, (), 0, blocks, 8 * _BLOCK, (bits, constants, packed.numpy(), seen))
+    return packed, watch_nan and bool(seen.any())
 
 
 def unpack_select(
