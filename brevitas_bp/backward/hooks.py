@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from brevitas_bp.backward.ops import Location, current_location, located
 from brevitas_bp.backward.explain import Explanation
+from brevitas_bp.backward.ops import Location, current_location, located
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy, Policy, can_encode, explained
 from brevitas_bp.backward.rewrites import Substitution

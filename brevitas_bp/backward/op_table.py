@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brevitas_bp.backward.derivative_codec import derivative_codec
 from brevitas_bp.backward.operations import (
     OpRule,
     composite,
@@ -20,6 +21,25 @@ from brevitas_bp.backward.operations import (
 )
 from brevitas_bp.backward.rewrites import ReplayAttention
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
+from brevitas_bp.codec import Codec
+from brevitas_bp.codec.lossless import narrow_to
+from brevitas_bp.codec.pooling import adaptive_max_pool_index, max_pool_index, plane_index
+from brevitas_bp.codec.regions import (
+    alpha_dropout_mask,
+    clamp_region,
+    dropout_mask,
+    hardsigmoid_region,
+    hardtanh_region,
+    positive_region,
+    relu6_region,
+    relu_region,
+    shrink_region,
+    sign,
+    threshold_region,
+)
+from brevitas_bp.codec.shape_only import shape_only
+from brevitas_bp.codec.signed import sign_exact
+from brevitas_bp.codec.stock import StatefulCodec
 
 _aten = torch.ops.aten
 
@@ -163,6 +183,34 @@ def _index(saved: SavedTensor) -> Codec | None:
     return narrow_to(max(sizes)) if sizes else None
 
 
+def _pool(saved: SavedTensor) -> Codec | None:
+    """The input for its shape, the indices by their place in the window."""
+    if saved.tensor.is_floating_point():
+        return shape_only()
+    call = saved.call
+    x, dims = call.argument(0, "input"), _dims(call)
+    if "adaptive" in call.name:
+        return adaptive_max_pool_index(x.shape, dims)
+    if "fractional" in call.name:
+        return plane_index(x.shape, dims)
+    return max_pool_index(
+        x.shape, dims, call.argument(1, "kernel_size"), call.argument(2, "stride"),
+        call.argument(3, "padding", 0), call.argument(4, "dilation", 1))
+
+
+def _dims(call: Call) -> int:
+    return next(dims for dims in (1, 2, 3) if f"{dims}d" in call.name)
+
+
+def _shape(saved: SavedTensor) -> Codec | None:
+    """An argument, for its shape."""
+    return shape_only() if saved.position == 0 and saved.tensor.is_floating_point() else None
+
+
+def _gather(saved: SavedTensor) -> Codec | None:
+    return shape_only() if saved.tensor.is_floating_point() else _index(saved)
+
+
 def _register(rule: OpRule, names: str) -> None:
     for name in names.split():
         register_op(name, rule)
@@ -210,8 +258,44 @@ _register(exact("a loss"), """
     gaussian_nll_loss poisson_nll_loss cosine_embedding_loss hinge_embedding_loss
     margin_ranking_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
     multilabel_soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss ctc_loss""")
+# What they save is bool, integer or nothing.
+_register(exact("no floating-point tensor is expected"), """
+    where masked_fill masked_scatter masked_select max min amax amin topk sort msort argsort
+    kthvalue median nanmedian mode unique cat stack sum mean add sub rsub neg
+    contiguous to float half bfloat16 double clone roll flip permute transpose reshape view""")
 _register(exact("a recurrent layer: gates and states"), """
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell quantized_lstm""")
 _register(exact("grid positions"), "grid_sample grid_sampler affine_grid affine_grid_generator")
 
-__all__ = ["lossless"]
+_MASK = "mask: gradient exact"
+_register(lossless(lambda saved: relu_region(), _MASK), "relu")
+_register(lossless(lambda saved: relu6_region(), _MASK), "relu6")
+_register(lossless(_hardtanh, _MASK), "hardtanh")
+_register(lossless(lambda saved: hardsigmoid_region(), _MASK), "hardsigmoid")
+_register(lossless(lambda saved: positive_region(), _MASK), "leaky_relu")
+_register(lossless(_threshold, _MASK), "threshold")
+_register(lossless(_shrink, _MASK), "hardshrink softshrink")
+_register(lossless(_clamp, _MASK), "clamp clip")
+_register(lossless(_clamp_min, _MASK), "clamp_min")
+_register(lossless(_clamp_max, _MASK), "clamp_max")
+_register(lossless(lambda saved: sign(), "sign: gradient exact"), "abs absolute")
+_register(OpRule(_rrelu), "rrelu")
+_register(OpRule(_prelu), "prelu")
+_register(lossless(_dropout, "dropout mask"), """
+    dropout dropout1d dropout2d dropout3d feature_dropout""")
+_register(lossless(_alpha_dropout, "dropout mask"), "alpha_dropout feature_alpha_dropout")
+_register(lossless(_pool, "shape of the input, index in the window"), """
+    max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+    max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    fractional_max_pool2d fractional_max_pool3d fractional_max_pool2d_with_indices
+    fractional_max_pool3d_with_indices adaptive_max_pool1d_with_indices
+    adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices""")
+_register(lossless(_shape, "only its shape is read"), """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d pad
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d interpolate""")
+_register(lossless(_gather, "index, and the shape of the input"), "gather take_along_dim")
+_register(lossless(_index, "index"), """
+    embedding index_select getitem setitem index index_add index_copy scatter scatter_add""")
+# Offsets and flat positions are not bounded by the size of a dimension.
+_register(exact("integers of several kinds"), "embedding_bag take put index_put")

@@ -1,6 +1,5 @@
 """Which saved tensors are stored how: facts in, decision out."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
+from brevitas_bp.backward.derivative_codec import derivative_codec
 from brevitas_bp.backward.operations import FLOAT_DTYPES, rule_of
 from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite
 from brevitas_bp.backward.saved import (
@@ -21,14 +21,9 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.codec import BitMask, Codec, Copy, NarrowInt, codec_from
 from brevitas_bp.codec.base import is_plain
-from brevitas_bp.codec.quantized import LoweredCodec
-from brevitas_bp.codec.regions import relu
+from brevitas_bp.codec.regions import relu_region
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.kernels.spec import check_bit_width
-from brevitas_bp.quant import (
-    ShiftedUint4DynamicActPerBucketFloat,
-    ShiftedUint4DynamicActPerBucketFloatStochastic,
-)
 
 _POOLING = "max_pool"
 _RELU = frozenset({"relu", "relu_"})
@@ -181,25 +176,6 @@ _UNKNOWN = Decision(None, "unknown operation", known=False)
 _INTEGERS = Decision(None, "integers")
 
 
-@functools.lru_cache(maxsize=64)
-def derivative_codec(configured: Codec, bits: int) -> Codec:
-    """The codec of derivatives beside a configured one: min-max, with ``bits`` bits or more.
-
-    >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
-    >>> derivative_codec(codec_from(ShiftedUint2DynamicActPerBucketFloat), 4).name
-    '4-bit nearest'
-    """
-    if not isinstance(configured, LoweredCodec):
-        return codec_from(ShiftedUint4DynamicActPerBucketFloatStochastic, bit_width=bits)
-    spec = configured.spec
-    config = (
-        ShiftedUint4DynamicActPerBucketFloatStochastic if spec.stochastic
-        else ShiftedUint4DynamicActPerBucketFloat)
-    return codec_from(
-        config, bit_width=max(bits, *spec.bit_widths), metadata_dtype=spec.metadata_dtype,
-        **({} if spec.bucket_size is None else {"bucket_size": spec.bucket_size}))
-
-
 def _codec_of(quantizer: Any) -> Codec | None:
     return quantizer if quantizer is None or isinstance(quantizer, Codec) else codec_from(quantizer)
 
@@ -224,7 +200,7 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
 def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:
     """As :func:`quantize_all`, but of a ReLU's output its exact sign is stored, in 1 bit."""
     if saved.op in _RELU and saved.tensor.dtype in FLOAT_DTYPES:
-        return None if saved.codec is None else relu()
+        return None if saved.codec is None else relu_region()
     return quantize_all(saved)
 
 

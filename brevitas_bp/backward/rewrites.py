@@ -2,8 +2,8 @@
 
 NOTE [ Rewritten operations ]
 1. The forward is computed by the very function that was called: same bits, same random numbers.
-2. What is saved instead enters backward linearly: the derivative of an elementwise function, the value of
-   attention. Stochastic rounding of it leaves the expected gradient as it is.
+2. What is saved instead enters backward linearly: the derivative of an elementwise function, the value
+   of attention. Stochastic rounding of it leaves the expected gradient as it is.
 3. What is saved instead is a number, no longer a function of the input: with ``create_graph=True`` the
    second derivative would lack a term, so backward raises :class:`SecondDerivativeError`.
 4. Rewriting happens only where our own hooks would store the tensor: not without gradients, not for

@@ -1,7 +1,7 @@
 """Tensor -> :class:`Packed` -> tensor. Exact and lossy codecs are one type."""
 
 from brevitas_bp.codec.base import Codec, Copy, Keep, Packed
-from brevitas_bp.codec.lossless import BitMask, NarrowInt, PositiveMask
+from brevitas_bp.codec.lossless import BitMask, NarrowInt
 from brevitas_bp.codec.quantized import codec_from
 
-__all__ = ["BitMask", "Codec", "Copy", "Keep", "NarrowInt", "Packed", "PositiveMask", "codec_from"]
+__all__ = ["BitMask", "Codec", "Copy", "Keep", "NarrowInt", "Packed", "codec_from"]

@@ -1,12 +1,15 @@
 """Codecs that give back the very same values in fewer bytes."""
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.kernels.packing import pack, unpack
-from brevitas_bp.kernels.reference import to_buckets
+from brevitas_bp.kernels import dispatch
+from brevitas_bp.kernels.masks import mask_nbytes, pack_bits
 
 
 class BitMask(Codec):
@@ -17,60 +20,79 @@ class BitMask(Codec):
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Packs a bool tensor."""
         layout = TensorLayout.of(x)
-        return Packed(self, (_pack_bits(layout.flatten(x)),), layout, None, where)
+        return Packed(self, (pack_bits(layout.flatten(x)),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
         """The bool tensor."""
-        bits = unpack_bits(packed.tensors[0], packed.layout.numel)
-        return packed.layout.restore_flat(bits.to(packed.layout.dtype))
+        layout = packed.layout
+        return layout.restore_flat(
+            dispatch.unpack_select(packed.tensors[0], layout.numel, 0, 1, layout.dtype))
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        return -(-layout.numel // 8)
+        return mask_nbytes(layout.numel)
 
 
-class PositiveMask(BitMask):
-    """The mask ``not x <= 0`` of a float tensor, decoded as 0 and 1.
-
-    All that ReLU's backward asks of its saved output, so the gradient stays exact; it lets the
-    gradient through at NaN, as autograd does.
-    """
-
-    name = "positive mask"
-
-    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Packs ``not x <= 0``."""
-        layout = TensorLayout.of(x)
-        return Packed(self, (_pack_bits(~(layout.flatten(x) <= 0)),), layout, None, where)
-
-
+@dataclass(frozen=True)
 class NarrowInt(Codec):
-    """Integer tensors in the narrowest integer dtype that holds their range.
+    """Integer tensors in a narrower integer dtype.
 
-    Reads the range, which would synchronise a device: for CPU tensors.
+    Without ``dtype``, the narrowest that holds the range of the values, which is read: that would
+    synchronise a device. :func:`narrow_to` knows the dtype from the shapes instead.
+
+    Attributes:
+        dtype: stored.
+        name: shown in reports.
     """
 
-    name = "narrowed"
+    dtype: torch.dtype | None = None
+    name: str = "narrowed"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Casts to uint8, int16 or int32 where the values allow."""
+        """Casts to the stored dtype, if it is narrower."""
         layout = TensorLayout.of(x)
         flat = layout.flatten(x)
-        lo, hi = (int(v) for v in flat.aminmax()) if flat.numel() else (0, 0)
-        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-            info = torch.iinfo(dtype)
-            if info.min <= lo and hi <= info.max and info.bits < torch.iinfo(x.dtype).bits:
-                return Packed(self, (flat.to(dtype),), layout, None, where)
-        return Packed(self, (flat.clone(),), layout, None, where)
+        dtype = _range_dtype(flat) if self.dtype is None else self.dtype
+        narrower = dtype.itemsize < x.dtype.itemsize
+        return Packed(self, (flat.to(dtype) if narrower else flat.clone(),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
         """The integers in their own dtype."""
         return packed.layout.restore_flat(packed.tensors[0].to(packed.layout.dtype))
 
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        narrowest = torch.uint8 if self.dtype is None else self.dtype
+        return layout.numel * min(narrowest.itemsize, layout.dtype.itemsize)
 
-def _pack_bits(flat: Tensor) -> Tensor:
-    return pack(to_buckets(flat.to(torch.uint8), None), 1).view(-1)
+
+@lru_cache(maxsize=256)
+def narrow_to(limit: int, *, signed: bool = True) -> NarrowInt:
+    """Integers known to lie in ``[-limit, limit)``, or in ``[0, limit)`` if not ``signed``.
+
+    For the int64 indices of ``index_select``, ``gather``, ``scatter``, ``embedding`` (not signed: torch
+    has refused negative ones) and of indexing, where ``limit`` is the size of the indexed dimension.
+    Targets of ``nll_loss`` need ``max(classes, -ignore_index)``.
+
+    >>> narrow_to(256).dtype, narrow_to(256, signed=False).dtype
+    (torch.int16, torch.uint8)
+    """
+    low = -limit if signed else 0
+    return NarrowInt(_narrowest(low, limit - 1) or torch.int64)
+
+
+def _range_dtype(flat: Tensor) -> torch.dtype:
+    lo, hi = (int(v) for v in flat.aminmax()) if flat.numel() else (0, 0)
+    return _narrowest(lo, hi) or flat.dtype
+
+
+def _narrowest(lo: int, hi: int) -> torch.dtype | None:
+    """The narrowest dtype of values in ``lo .. hi``; None where only int64 is."""
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        info = torch.iinfo(dtype)
+        if info.min <= lo and hi <= info.max:
+            return dtype
+    return None
 
 
 def unpack_bits(packed: Tensor, numel: int) -> Tensor:
     """Bits of a packed mask as uint8 [numel]."""
-    return unpack(packed.view(1, -1), 1, packed.numel() * 8).view(-1)[:numel]
+    return dispatch.unpack_select(packed, numel, 0, 1, torch.uint8)

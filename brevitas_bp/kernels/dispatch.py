@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import reference
+from brevitas_bp.kernels import masks, reference
+from brevitas_bp.kernels.masks import Interval, Windows
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
@@ -46,3 +47,40 @@ def decode(
     """See :func:`brevitas_bp.kernels.reference.decode`."""
     form = backend(encoded.payload.device, dtype, spec)
     return form.decode(encoded, spec, seed, numel, dtype)
+
+
+@lru_cache(maxsize=1)
+def _cpu_mask_kernels() -> ModuleType:
+    """The compiled forms of masks; the reference without numba."""
+    if _cpu_kernels() is None:
+        return masks
+    from brevitas_bp.kernels import masks_cpu
+
+    return masks_cpu
+
+
+def mask_backend(device: torch.device) -> ModuleType:
+    """The module whose functions, those of :mod:`brevitas_bp.kernels.masks`, serve a device."""
+    return _cpu_mask_kernels() if device.type == "cpu" else masks
+
+
+def pack_interval(
+        flat: Tensor, interval: Interval, *, watch_nan: bool = False) -> tuple[Tensor, bool]:
+    """See :func:`brevitas_bp.kernels.masks.pack_interval`."""
+    return mask_backend(flat.device).pack_interval(flat, interval, watch_nan=watch_nan)
+
+
+def unpack_select(
+        packed: Tensor, numel: int, outside: float, inside: float, dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.unpack_select`."""
+    return mask_backend(packed.device).unpack_select(packed, numel, outside, inside, dtype)
+
+
+def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.window_codes`."""
+    return mask_backend(index.device).window_codes(index, windows, dtype)
+
+
+def window_indices(codes: Tensor, windows: Windows) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.window_indices`."""
+    return mask_backend(codes.device).window_indices(codes, windows)

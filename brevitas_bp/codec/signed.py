@@ -1,0 +1,58 @@
+"""The sign exactly, the negative part through another codec."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import final
+
+from torch import Tensor
+
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.regions import positive_region
+from brevitas_bp.kernels.masks import mask_nbytes
+
+
+@final
+@dataclass(frozen=True)
+class SignExact(Codec):
+    """For ``prelu``, of its input: 1 bit for ``x > 0``, and ``min(x, 0)`` through ``inner``.
+
+    Backward is ``grad_x = grad where x > 0 else w * grad`` and ``grad_w = sum(grad * min(x, 0))``:
+    with the sign exact, the gradient of the input is that of plain autograd, bit for bit, and that of
+    the weight is linear in what ``inner`` stores, so unbiased if ``inner`` is. (What ``inner`` decodes
+    above 0 is cut to 0: no more than the rounding of its metadata, where the range comes from the data.)
+
+    Decoded is 1 where ``x > 0``, else the negative part; NaN stays NaN as far as ``inner`` keeps it.
+
+    Attributes:
+        inner: stores the negative part, zero where ``x > 0``.
+    """
+
+    inner: Codec
+    name: str = "sign and negative part"
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Packs the sign, and ``min(x, 0)``."""
+        # detach: codecs run while autograd is recording.
+        base = TensorLayout.base(x.detach())
+        sign = positive_region().encode(base)
+        negative = self.inner.encode(base.clamp(max=0), seed=seed, where=where)
+        return Packed(
+            self, (*sign.tensors, *negative.tensors), TensorLayout.of(x), (sign, negative), where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """1 or the negative part."""
+        sign, negative = packed.facts
+        # clamp copies: the inner codec may give back what it keeps.
+        x = negative.decode().clamp(max=0)
+        return packed.layout.restore(x.masked_fill_(sign.decode() > 0, 1))
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        inner = self.inner.stored_nbytes(layout)
+        return None if inner is None else inner + mask_nbytes(layout.numel)
+
+
+@lru_cache(maxsize=256)
+def sign_exact(inner: Codec) -> SignExact:
+    """:class:`SignExact`, the same object for the same inner codec."""
+    return SignExact(inner)

@@ -1,0 +1,179 @@
+"""Fast forms of :mod:`brevitas_bp.kernels.masks` for CPU tensors: one pass, compiled by numba.
+
+Floats are read as integers of their width, whose order is that of the floats once negative ones are
+mirrored: one form serves all dtypes, half precision without conversion. So a subnormal number is never
+taken for zero, not even after ``torch.set_flush_denormal(True)``.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from brevitas_bp.kernels.cpu import _run
+from brevitas_bp.kernels.masks import INTEGERS, Interval, Windows, mask_nbytes, order_of
+
+# Bytes of a mask that a thread writes before it goes on: they stay in the first cache.
+_BLOCK = 4096
+
+_jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+
+@_jit
+def _pack_block(
+        x: Any, lo: Any, hi: Any, sign: Any, largest: Any, limit: Any, infinity: Any, shift: Any,
+        out: Any) -> Any:
+    """Sets bit ``shift`` of ``out``; whether NaN was seen."""
+    seen = np.uint8(0)
+    for j in range(x.size):
+        bits = x[j]
+        order = bits ^ ((bits >> sign) & largest)
+        magnitude = bits & largest
+        inside = ((order >= lo) & (order <= hi)) | (magnitude > limit)
+        seen |= np.uint8(magnitude > infinity)
+        out[j] |= np.uint8(np.uint8(inside) << shift)
+    return seen
+
+
+@_jit
+def _pack_mask(
+        begin: Any, end: Any, x: Any, constants: Any, packed: Any, seen: Any) -> None:
+    """Blocks ``begin .. end - 1`` of a mask."""
+    n = packed.size
+    lo, hi, sign = constants[0], constants[1], constants[2]
+    largest, limit, infinity = constants[3], constants[4], constants[5]
+    last = np.zeros(1, np.uint8)
+    _pack_block(x[x.size - 1:], lo, hi, sign, largest, limit, infinity, np.uint8(0), last)
+    for block in range(begin, end):
+        first = block * _BLOCK
+        size = min(_BLOCK, n - first)
+        out = packed[first:first + size]
+        out[:] = 0
+        for i in range(8):
+            shift = np.uint8(i)
+            start = i * n + first
+            valid = max(0, min(size, x.size - start))
+            if valid:
+                seen[block] |= _pack_block(
+                    x[start:start + valid], lo, hi, sign, largest, limit, infinity, shift, out)
+            for j in range(valid, size):
+                out[j] |= np.uint8(last[0] << shift)
+
+
+@_jit
+def _select_block(packed: Any, shift: Any, zero: Any, one: Any, out: Any) -> None:
+    for j in range(out.size):
+        out[j] = one if np.uint8(packed[j] >> shift) & np.uint8(1) else zero
+
+
+@_jit
+def _unpack_mask(begin: Any, end: Any, packed: Any, values: Any, out: Any) -> None:
+    """Blocks ``begin .. end - 1`` of a mask."""
+    n = packed.size
+    for block in range(begin, end):
+        first = block * _BLOCK
+        size = min(_BLOCK, n - first)
+        for i in range(8):
+            start = i * n + first
+            valid = max(0, min(size, out.size - start))
+            if valid:
+                _select_block(
+                    packed[first:first + size], np.uint8(i), values[0], values[1],
+                    out[start:start + valid])
+
+
+@_jit
+def _codes(
+        begin: Any, end: Any, index: Any, sizes: Any, kernel: Any, dilation: Any, d0: Any, h0: Any,
+        w0: Any, codes: Any) -> None:
+    """Planes ``begin .. end - 1`` of indices [outer, D, H, W, inner]."""
+    height, width = np.int64(sizes[1]), np.int64(sizes[2])
+    inner = index.shape[4]
+    for plane in range(begin, end):
+        outer, i = plane // d0.size, plane % d0.size
+        for j in range(h0.size):
+            for k in range(w0.size):
+                for c in range(inner):
+                    at = index[outer, i, j, k, c]
+                    row = at // width
+                    d = row // height
+                    w = (at - row * width - w0[k]) // dilation[2]
+                    h = (row - d * height - h0[j]) // dilation[1]
+                    d = (d - d0[i]) // dilation[0]
+                    codes[outer, i, j, k, c] = (d * kernel[1] + h) * kernel[2] + w
+
+
+@_jit
+def _indices(
+        begin: Any, end: Any, codes: Any, table: Any, sizes: Any, d0: Any, h0: Any, w0: Any,
+        index: Any) -> None:
+    """Planes ``begin .. end - 1``; ``table``: distance of each position from the window's start."""
+    height, width = np.int64(sizes[1]), np.int64(sizes[2])
+    inner = index.shape[4]
+    for plane in range(begin, end):
+        outer, i = plane // d0.size, plane % d0.size
+        for j in range(h0.size):
+            for k in range(w0.size):
+                start = (d0[i] * height + h0[j]) * width + w0[k]
+                for c in range(inner):
+                    index[outer, i, j, k, c] = start + table[codes[outer, i, j, k, c]]
+
+
+def pack_interval(
+        flat: Tensor, interval: Interval, *, watch_nan: bool = False) -> tuple[Tensor, bool]:
+    """See :func:`brevitas_bp.kernels.masks.pack_interval`."""
+    dtype = flat.dtype
+    largest = torch.iinfo(INTEGERS[dtype.itemsize]).max
+    infinity = order_of(float("inf"), dtype)
+    lo, hi = 1, 0
+    if interval.lo <= interval.hi:
+        lo = order_of(-0.0 if interval.lo == 0 else interval.lo, dtype)
+        hi = order_of(0.0 if interval.hi == 0 else interval.hi, dtype)
+    limit = infinity if interval.nan else largest
+    packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8)
+    blocks = -(-packed.numel() // _BLOCK)
+    seen = np.zeros(blocks, np.uint8)
+    bits = flat.detach().view(INTEGERS[dtype.itemsize]).numpy()
+    # An array of the same type: numba would promote Python integers to 64 bits.
+    constants = np.array((lo, hi, dtype.itemsize * 8 - 1, largest, limit, infinity), bits.dtype)
+    _run(_pack_mask, (), 0, blocks, 8 * _BLOCK, (bits, constants, packed.numpy(), seen))
+    return packed, watch_nan and bool(seen.any())
+
+
+def unpack_select(
+        packed: Tensor, numel: int, outside: float, inside: float, dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.unpack_select`."""
+    out = torch.empty(numel, dtype=dtype)
+    integer = INTEGERS[dtype.itemsize]
+    values = torch.tensor([outside, inside], dtype=dtype).view(integer).numpy()
+    blocks = -(-packed.numel() // _BLOCK)
+    _run(_unpack_mask, (), 0, blocks, 8 * _BLOCK, (packed.numpy(), values, out.view(integer).numpy()))
+    return out
+
+
+def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.window_codes`."""
+    codes = torch.empty(index.shape, dtype=dtype)
+    planes = index.shape[0] * index.shape[1]
+    shared = (
+        index.detach().numpy(), windows.sizes, windows.kernel, windows.dilation, *_starts(windows),
+        codes.numpy())
+    _run(_codes, (), 0, planes, index[0, 0].numel(), shared)
+    return codes
+
+
+def window_indices(codes: Tensor, windows: Windows) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.window_indices`."""
+    index = torch.empty(codes.shape, dtype=torch.int64)
+    d, h, w = np.indices(windows.kernel).reshape(3, -1) * np.array(windows.dilation)[:, None]
+    table = (d * windows.sizes[1] + h) * windows.sizes[2] + w
+    planes = codes.shape[0] * codes.shape[1]
+    shared = codes.numpy(), table, windows.sizes, *_starts(windows), index.numpy()
+    _run(_indices, (), 0, planes, codes[0, 0].numel(), shared)
+    return index
+
+
+def _starts(windows: Windows) -> tuple[np.ndarray, ...]:
+    return tuple(np.array(s, np.int64) for s in windows.starts)
