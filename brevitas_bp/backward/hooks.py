@@ -24,6 +24,7 @@ from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
 
 _KEEP = Keep()
+_top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
 
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
 
@@ -137,7 +138,7 @@ class ForwardPass:
         Checkpointing sets hooks that drop what is saved, and counts whether the second run saves the
         same: there the operations must be themselves.
         """
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        top: Any = _top_hooks(True)
         return top is not None and top[0] == self.pack
 
     def _saved(self, x: Tensor, codec: Codec | None, role: str | None) -> SavedTensor:

@@ -1,7 +1,7 @@
 """Which saved tensors are stored how: facts in, decision out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -101,6 +101,8 @@ class OpAware:
     derivative_bits: int = 4
     few_bit: int | None = None
     attention: Literal["replay", "exact"] | Any = "replay"
+    _derivative: Codec | None = field(init=False, repr=False, compare=False, default=None)
+    _attention: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         check_bit_width(_WHERE, self.derivative_bits)

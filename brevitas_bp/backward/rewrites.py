@@ -117,12 +117,12 @@ class SaveDerivative:
             args, kwargs = (first, *call.args[1:]), call.kwargs
             if not call.args:
                 args, kwargs = (), {**call.kwargs, "input": first}
-            y = call.function(*args, **kwargs)
+            result = call.function(*args, **kwargs)
+            y = result.detach()
             if self.formula is None:
-                (derivative,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
-        y = y.detach()
-        if self.formula is not None:
-            derivative = self.formula(*_computing(leaf.detach(), y), call)
+                (derivative,) = torch.autograd.grad(result, leaf, torch.ones_like(result))
+            else:
+                derivative = self.formula(*_computing(leaf.detach(), y), call)
         return x.copy_(y) if inplace else y, derivative
 
 

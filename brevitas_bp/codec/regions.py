@@ -259,7 +259,9 @@ class ScaledMask(Codec):
 @lru_cache(maxsize=256)
 def _scaled_one(codec: ScaledMask, dtype: torch.dtype, device: torch.device) -> float:
     one = torch.ones(1, dtype=dtype, device=device)
-    return float(one.mul_(codec.factor) if codec.divisor is None else one.div_(codec.divisor))
+    if codec.divisor is not None:
+        return float(one.div_(codec.divisor))
+    return float(one.mul_(1.0 if codec.factor is None else codec.factor))
 
 
 @lru_cache(maxsize=256)
