@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,19 +124,18 @@ def fit_few_bit_table(
     """
     derivative, own_breaks, own_name = _resolve(function, parameters)
     _check(bits, interval, cells, even)
-    lo, hi = (0.0, interval[1]) if even else interval
+    lo, hi = (0.0, float(interval[1])) if even else interval
     inner = [b for b in (*breaks, *own_breaks) if lo < b < hi]
-    integrals = _Integrals(derivative, weight, lo, hi, inner)
-    if even and not torch.allclose(
-            derivative(-integrals.nodes), derivative(integrals.nodes), rtol=1e-9, atol=1e-12):
-        raise ValueError(
-            f"{_WHERE}: even=True indexes |x|, but the derivative of {own_name} is not even; "
-            "leave it out")
-    borders = _solve(integrals, 2**bits, cells, inner)
-    levels = integrals.levels(borders)
-    if check_tails:
-        _check_tails(derivative, integrals, borders, levels, interval, own_name)
-    error = integrals.error(borders) * (2 if even else 1)
+    # A few small float64 tensors, wherever the user's own are made by default.
+    with torch.device("cpu"):
+        integrals = _Integrals(derivative, weight, lo, hi, inner)
+        if even:
+            _check_even(integrals, own_name)
+        borders = _solve(integrals, 2**bits, cells, inner)
+        levels = integrals.levels(borders)
+        if check_tails:
+            _check_tails(integrals, borders, levels, even, own_name)
+        error = integrals.error(borders) * (2 if even else 1)
     return FewBitTable(
         name or own_name, tuple(borders.tolist()), tuple(levels.tolist()), even, error)
 
@@ -143,13 +143,16 @@ def fit_few_bit_table(
 @lru_cache(maxsize=256)
 def few_bit_table(
         name: str, bits: int, *, interval: tuple[float, float] = (-10.0, 10.0), even: bool = False,
-        **parameters: float) -> FewBitTable:
-    """:func:`fit_few_bit_table` of a named function, solved at first use (a few hundredths of a second).
+        **settings: Any) -> FewBitTable:
+    """:func:`fit_few_bit_table` of a named function, solved at first use and kept.
+
+    Takes a few hundredths of a second up to 4 bits, half a second at 8. ``settings`` are the others of
+    that function, and parameters of the named one.
 
     >>> few_bit_table("silu", 3) is few_bit_table("silu", 3)
     True
     """
-    return fit_few_bit_table(name, bits, interval=interval, even=even, **parameters)
+    return fit_few_bit_table(name, bits, interval=interval, even=even, **settings)
 
 
 def optimal_cuts(prefix: Tensor, intervals: int) -> list[int]:
@@ -338,23 +341,30 @@ def _check(bits: int, interval: tuple[float, float], cells: int, even: bool) -> 
             f"{_WHERE}: cells must be in {2**bits}..{_FINE} for {bits} bits, got {cells}")
 
 
-def _check_tails(
-        derivative: Function, integrals: _Integrals, borders: Tensor, levels: Tensor,
-        interval: tuple[float, float], name: str) -> None:
-    """Beyond the interval the derivative must stay as near to the outermost level as within it."""
+def _check_even(integrals: _Integrals, name: str) -> None:
     nodes = integrals.nodes
-    values = derivative(nodes)
-    span = interval[1] - interval[0]
-    away = nodes.new_tensor([0.25, 0.5, 1.0, 2.0, 5.0, 20.0]) * span
-    sides = [(interval[1] + away, levels[-1], values[nodes >= borders[-1]])]
-    if interval[0] == nodes[0]:
-        sides.append((interval[0] - away, levels[0], values[nodes <= borders[0]]))
+    functions = [integrals.derivative, integrals.weight or torch.ones_like]
+    if not all(torch.allclose(f(-nodes), f(nodes), rtol=1e-9, atol=1e-12) for f in functions):
+        raise ValueError(
+            f"{_WHERE}: even=True indexes |x|, but the derivative of {name}, or the weight, is not "
+            "even; leave it out")
+
+
+def _check_tails(
+        integrals: _Integrals, borders: Tensor, levels: Tensor, even: bool, name: str) -> None:
+    """Beyond the interval the derivative must stay as near to the outermost level as within it."""
+    nodes, lo, hi = integrals.nodes, integrals.nodes[0], integrals.nodes[-1]
+    values = integrals.derivative(nodes)
+    away = nodes.new_tensor([0.25, 0.5, 1.0, 2.0, 5.0, 20.0]) * (hi - lo)
+    sides = [(hi + away, levels[-1], values[nodes >= borders[-1]])]
+    if not even:
+        sides.append((lo - away, levels[0], values[nodes <= borders[0]]))
     slack = 0.02 * (values.max() - values.min())
     for points, level, inside in sides:
         allowed = (inside - level).abs().max() + slack
-        worst = (derivative(points) - level).abs().max()
+        worst = (integrals.derivative(points) - level).abs().max()
         if not worst <= allowed:
             raise ValueError(
-                f"{_WHERE}: beyond {interval} the outermost levels continue, but the derivative of "
-                f"{name} is up to {float(worst):.3g} away from {float(level):.3g} there; widen "
-                "interval, or pass check_tails=False if no input can lie beyond it")
+                f"{_WHERE}: beyond {float(lo):g}..{float(hi):g} the outermost levels continue, but "
+                f"the derivative of {name} is up to {float(worst):.3g} away from {float(level):.3g} "
+                "there; widen interval, or pass check_tails=False if no input can lie beyond it")

@@ -16,7 +16,7 @@ _SELU_SCALE = 1.0507009873554805
 
 
 class Derivative(NamedTuple):
-    """A derivative: ``derivative(x, **parameters)``, and ``breaks(**parameters)``, its jumps and kinks."""
+    """``derivative(x, **parameters)``, and ``breaks(**parameters)``: where it jumps or has a kink."""
 
     derivative: Callable[..., Tensor]
     breaks: Callable[..., tuple[float, ...]] = lambda **_: ()

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import reference
+from brevitas_bp.kernels import few_bit, reference
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
@@ -46,3 +46,27 @@ def decode(
     """See :func:`brevitas_bp.kernels.reference.decode`."""
     form = backend(encoded.payload.device, dtype, spec)
     return form.decode(encoded, spec, seed, numel, dtype)
+
+
+def few_bit_backend(device: torch.device) -> ModuleType:
+    """The module whose ``encode`` and ``decode`` serve few-bit tables there."""
+    if device.type == "cpu" and _cpu_kernels() is not None:
+        from brevitas_bp.kernels import few_bit_cpu
+
+        return few_bit_cpu
+    return few_bit
+
+
+def encode_few_bit(
+        flat: Tensor, borders: tuple[float, ...], bit_width: int,
+        folded: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`brevitas_bp.kernels.few_bit.encode`."""
+    return few_bit_backend(flat.device).encode(flat, borders, bit_width, folded)
+
+
+def decode_few_bit(
+        payload: Tensor, flags: Tensor, levels: tuple[float, ...], bit_width: int, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.kernels.few_bit.decode`."""
+    form = few_bit_backend(payload.device)
+    return form.decode(payload, flags, levels, bit_width, numel, dtype)
