@@ -33,7 +33,14 @@ def few_bit_nbytes(numel: int, bit_width: int) -> tuple[int, int]:
 def encode(
         flat: Tensor, borders: tuple[float, ...], bit_width: int,
         folded: bool) -> tuple[Tensor, Tensor]:
-    """Indices of a flat float tensor [numel], packed, and the NaN flags of its blocks."""
+    """Indices of a flat float tensor [numel], packed, and the NaN flags of its blocks.
+
+    Args:
+        flat: float16, bfloat16, float32 or float64, of any stride.
+        borders: ascending, at most ``2**bit_width - 1``.
+        bit_width: 1..8.
+        folded: compare the magnitude.
+    """
     inner = compute_dtype(flat.dtype)
     edges = torch.tensor(borders, dtype=inner, device=flat.device)
     nbytes, blocks = few_bit_nbytes(flat.numel(), bit_width)
@@ -42,7 +49,7 @@ def encode(
     payload = flat.new_empty(nbytes, dtype=torch.uint8)
     flags = flat.new_empty(blocks, dtype=torch.uint8)
     for start in range(0, flat.numel(), _CHUNK):
-        x = flat[start:start + _CHUNK].to(inner)
+        x = flat[start:start + _CHUNK].to(inner).contiguous()
         nan = x.isnan()
         # bucketize would put NaN into the top interval.
         codes = torch.bucketize(x.abs() if folded else x, edges, out_int32=True)

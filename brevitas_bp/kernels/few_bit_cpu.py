@@ -15,7 +15,7 @@ from brevitas_bp.kernels.cpu import _jit, _pack, _run, _unpack
 from brevitas_bp.kernels.few_bit import BLOCK, few_bit_nbytes
 from brevitas_bp.kernels.reference import compute_dtype
 
-# Blocks converted at once where the input is a 16-bit float.
+# Blocks copied at once where the input is a 16-bit float, or has gaps.
 _CHUNK = 64
 # Integers as wide as a float: levels are copied as bit patterns, and numba knows no bfloat16.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -83,10 +83,10 @@ def encode(
     payload, flags = (torch.empty(n, dtype=torch.uint8) for n in (nbytes, blocks))
     shared = (_borders(borders, inner), bit_width, folded, payload.numpy(), flags.numpy())
     flat = flat.detach()
-    step = blocks if flat.dtype == inner else _CHUNK
+    step = blocks if flat.dtype == inner and flat.is_contiguous() else _CHUNK
     for first in range(0, blocks, max(step, 1)):
         last = min(first + step, blocks)
-        part = flat[first * BLOCK:last * BLOCK].to(inner).numpy()
+        part = flat[first * BLOCK:last * BLOCK].to(inner).contiguous().numpy()
         _run(_encode, (part, first), first, last, BLOCK, shared)
     return payload, flags
 
