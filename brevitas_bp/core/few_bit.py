@@ -7,8 +7,9 @@ with one level each, so that an interval's index is all that has to be saved of 
 
 whose conditions are ``y_i = int f' w / int w`` over the interval and ``f'(c_i) = (y_{i-1} + y_i) / 2``.
 Dynamic programming on a grid finds the basin of the global optimum, and the same program on ever finer
-windows around each border refines it until both conditions hold. Other grids find the same tables up to 6
-bits; at 7 and 8, where grid cells are few for so many intervals, errors within 0.5 % of each other.
+windows around each border refines it until both conditions hold. Other grids find the same tables up to
+6 bits; at 7 and 8 a grid cell is no longer small beside an interval, and errors may be 0.2 % above the
+optimum.
 
 Source: Novikov et al., "Few-bit backward: quantized gradients of activation functions for memory
 footprint reduction", 2022. Its published tables were fitted by descent, and several are local optima.

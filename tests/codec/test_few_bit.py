@@ -148,7 +148,8 @@ def test_bucketize_alone_would_hide_a_nan() -> None:
 
 @each_dtype
 def test_infinities_get_the_outermost_levels(dtype: torch.dtype) -> None:
-    x = torch.tensor([-torch.inf, torch.inf, torch.finfo(dtype).min, torch.finfo(dtype).max], dtype=dtype)
+    info = torch.finfo(dtype)
+    x = torch.tensor([-torch.inf, torch.inf, info.min, info.max], dtype=dtype)
     for bits in WIDTHS:
         plain, folded = table_of(bits), table_of(bits, even=True)
         ends = torch.tensor([plain.levels[0], plain.levels[-1]], dtype=torch.float64).to(dtype)

@@ -231,13 +231,13 @@ def test_a_weight_that_vanishes_leaves_finite_levels() -> None:
     ids=["of x^2", "of sin", "of exp", "changes at 11"])
 def test_a_derivative_that_does_not_settle_is_refused(
         derivative: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(ValueError, match="beyond -10..10 the outermost levels continue"):
+    with pytest.raises(ValueError, match=r"beyond -10\.\.10 the outermost levels continue"):
         fit_few_bit_table(derivative, 3)
     assert fit_few_bit_table(derivative, 3, check_tails=False).bits == 3
 
 
 def test_a_narrow_interval_is_refused_where_its_ends_say_nothing_of_the_rest() -> None:
-    with pytest.raises(ValueError, match="the derivative of gelu is up to .* widen interval"):
+    with pytest.raises(ValueError, match=r"the derivative of gelu is up to .* widen interval"):
         fit_few_bit_table("gelu", 3, interval=(-1, 1))
 
 
