@@ -1,6 +1,7 @@
 """The rule of each operation of torch."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -230,17 +231,39 @@ _register(normalization(), """
     native_group_norm instance_norm rms_norm""")
 register_op(torch.nn.SyncBatchNorm, normalization())
 
-register_op("silu", elementwise(_silu))
-register_op("gelu", elementwise(_gelu))
-register_op("mish", elementwise(_mish))
-register_op("hardswish", elementwise(_hardswish))
-register_op("softplus", elementwise(_softplus))
-register_op("log_sigmoid", elementwise(_log_sigmoid))
-register_op("sigmoid", elementwise(_sigmoid, of_output=True))
-register_op("tanh", elementwise(_tanh, of_output=True))
+
+
+def _named(name: str, *, even: bool = False) -> Callable[[Call], dict[str, Any]]:
+    return lambda call: {"name": name, "even": even}
+
+
+def _gelu_table(call: Call) -> dict[str, Any]:
+    return {"name": "gelu_tanh" if call.argument(1, "approximate", "none") == "tanh" else "gelu"}
+
+
+def _alpha_table(call: Call) -> dict[str, Any]:
+    return {"name": call.name.strip("_"), "alpha": float(call.argument(1, "alpha", 1.0))}
+
+
+def _softplus_table(call: Call) -> dict[str, Any]:
+    return {"name": "softplus", "beta": float(call.argument(1, "beta", 1.0))}
+
+
+register_op("silu", elementwise(_silu, few_bit=_named("silu")))
+register_op("gelu", elementwise(_gelu, few_bit=_gelu_table))
+register_op("mish", elementwise(_mish, few_bit=_named("mish")))
+register_op("hardswish", elementwise(_hardswish, few_bit=_named("hardswish")))
+register_op("softplus", elementwise(_softplus, few_bit=_softplus_table))
+register_op("log_sigmoid", elementwise(_log_sigmoid, few_bit=_named("logsigmoid")))
+register_op("sigmoid", elementwise(
+    _sigmoid, few_bit=_named("sigmoid", even=True), of_output=True))
+register_op("tanh", elementwise(_tanh, few_bit=_named("tanh", even=True), of_output=True))
+register_op("softsign", elementwise(few_bit=_named("softsign", even=True)))
+register_op("selu", elementwise(few_bit=_named("selu")))
+_register(elementwise(few_bit=_alpha_table), "elu celu")
 register_op("glu", elementwise(_glu, halves=_glu_dim))
 register_op("erf", elementwise(_erf))
-_register(elementwise(), "elu selu celu softsign tanhshrink sin cos atan arctan erfc")
+_register(elementwise(), "tanhshrink sin cos atan arctan erfc")
 
 register_op("scaled_dot_product_attention", OpRule(
     exact("attention: the weights follow from what is saved").decide, ReplayAttention()))

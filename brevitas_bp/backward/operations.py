@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
-from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import NarrowInt
 from brevitas_bp.codec.base import Codec
 
@@ -35,10 +35,13 @@ class OpRule:
         decide: saved tensor -> :class:`Decision`; asked for tensors of numbers only, and only where a
             quantizer is configured.
         rewrite: runs the operation so that it saves something else; None runs it as it is.
+        few_bit: call -> arguments of :func:`~brevitas_bp.core.few_bit.few_bit_table` but for the bits;
+            None where there is no such table.
     """
 
     decide: Decide
     rewrite: Rewrite | None = None
+    few_bit: Callable[[Call], dict[str, Any]] | None = None
 
 
 def exact(reason: str = "not linear in what is saved") -> OpRule:
@@ -121,16 +124,18 @@ def lossless(
 
 
 def elementwise(
-        formula: Callable[..., Tensor] | None = None, **options: Any) -> OpRule:
+        formula: Callable[..., Tensor] | None = None, *,
+        few_bit: Callable[[Call], dict[str, Any]] | None = None, **options: Any) -> OpRule:
     """A smooth elementwise function: its derivative is saved, and backward is linear in that.
 
     Args:
         formula: ``(x, y, call) -> dy/dx``; None lets autograd compute it, which is slower.
+        few_bit: see :class:`OpRule`.
         **options: of :class:`~brevitas_bp.backward.rewrites.SaveDerivative`.
     """
     return OpRule(
         exact("not linear in what is saved, and not rewritten here").decide,
-        SaveDerivative(formula, **options))
+        SaveDerivative(formula, **options), few_bit)
 
 
 def composite() -> OpRule:

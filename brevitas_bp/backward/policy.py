@@ -1,7 +1,8 @@
 """Which saved tensors are stored how: facts in, decision out."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -10,18 +11,20 @@ from torch import Tensor
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
 from brevitas_bp.backward.derivative_codec import derivative_codec
 from brevitas_bp.backward.operations import FLOAT_DTYPES, rule_of
-from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite
+from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite, SaveDerivative
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
     DERIVATIVE,
+    FEW_BIT_INPUT,
     NO_CALL,
     Decision,
     SavedTensor,
 )
-from brevitas_bp.codec import BitMask, Codec, Copy, NarrowInt, codec_from
+from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
 from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.regions import relu_region
+from brevitas_bp.core.few_bit import few_bit_table
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.kernels.spec import check_bit_width
 
@@ -148,6 +151,8 @@ class OpAware:
             return None
         if isinstance(rule.rewrite, ReplayAttention) and self.attention != "replay":
             return None
+        if self.few_bit is not None and rule.few_bit is not None:
+            return _from_input(rule.rewrite)
         return rule.rewrite
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
@@ -155,6 +160,12 @@ class OpAware:
             return Decision(
                 self._derivative or derivative_codec(codec, self.derivative_bits),
                 "derivative: backward is linear in it")
+        if role == FEW_BIT_INPUT:
+            rule = rule_of(saved.call.function)
+            assert rule is not None and rule.few_bit is not None and self.few_bit is not None
+            return Decision(
+                _few_bit_codec(self.few_bit, **rule.few_bit(saved.call)),
+                "interval of the input: the derivative, piecewise constant and biased")
         if role == ATTENTION_VALUE:
             return Decision(codec, "value: backward is linear in it", shared=False)
         if role == ATTENTION_INPUT:
@@ -176,6 +187,16 @@ _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)
 _INTEGERS = Decision(None, "integers")
+
+
+@functools.lru_cache(maxsize=256)
+def _few_bit_codec(bits: int, name: str, **settings: Any) -> Codec:
+    return FewBitCodec(few_bit_table(name, bits, **settings))
+
+
+@functools.lru_cache(maxsize=256)
+def _from_input(rewrite: SaveDerivative) -> SaveDerivative:
+    return replace(rewrite, from_input=True)
 
 
 def _codec_of(quantizer: Any) -> Codec | None:

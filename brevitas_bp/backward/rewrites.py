@@ -26,6 +26,7 @@ from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
     DERIVATIVE,
+    FEW_BIT_INPUT,
     REPLAYED,
     Call,
 )
@@ -84,11 +85,13 @@ class SaveDerivative:
             function.
         of_output: ``formula`` reads only ``y``.
         halves: ``call -> dim`` where the function halves a dimension and ``dy/dx`` holds both halves.
+        from_input: the input is handed to the codec, which decodes it to a derivative.
     """
 
     formula: Callable[[Tensor, Tensor, Call], Tensor] | None = None
     of_output: bool = False
     halves: Callable[[Call], int] | None = None
+    from_input: bool = False
 
     def __call__(self, passing: Passing, call: Call) -> Any:
         x = call.argument(0, "input")
@@ -99,17 +102,18 @@ class SaveDerivative:
         inplace = is_inplace(call)
         if inplace and (x.is_leaf or x._is_view()):
             return NotImplemented
-        with passing.saving(DERIVATIVE) as substitution:
+        role = FEW_BIT_INPUT if self.from_input else DERIVATIVE
+        with passing.saving(role) as substitution:
             return _SaveDerivative.apply(x, call, self, inplace, substitution)
 
     def differentiate(
             self, x: Tensor, call: Call, inplace: bool,
             substitution: Substitution) -> tuple[Tensor, Tensor]:
-        """Output and derivative; autograd runs where it must, or where a report asks what it saves."""
-        if self.formula is not None and not substitution.recorded:
-            before = x.clone() if inplace and not self.of_output else x
+        """Output and derivative (or input); autograd runs where it must, or where a report asks."""
+        if (self.formula is not None or self.from_input) and not substitution.recorded:
+            before = x.clone() if inplace and (self.from_input or not self.of_output) else x
             y = call.function(*call.args, **call.kwargs)
-            return y, self.formula(*_computing(before, y), call)
+            return y, self._derivative(before, y, call)
         with torch.enable_grad(), saved_tensors_hooks(substitution.note, lambda saved: saved):
             leaf = (x.clone() if inplace else x.detach()).requires_grad_()
             # An in-place function may not write to a leaf.
@@ -119,11 +123,19 @@ class SaveDerivative:
                 args, kwargs = (), {**call.kwargs, "input": first}
             result = call.function(*args, **kwargs)
             y = result.detach()
-            if self.formula is None:
+            if self.formula is None and not self.from_input:
                 (derivative,) = torch.autograd.grad(result, leaf, torch.ones_like(result))
             else:
-                derivative = self.formula(*_computing(leaf.detach(), y), call)
+                derivative = self._derivative(leaf.detach(), y, call)
         return x.copy_(y) if inplace else y, derivative
+
+    def _derivative(self, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        if self.from_input:
+            return x.detach()
+        assert self.formula is not None
+        # In float32 where they are shorter: the derivative is rounded once, by the codec.
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        return self.formula(x.to(dtype), y.to(dtype), call)
 
 
 class _SaveDerivative(torch.autograd.Function):
@@ -146,12 +158,6 @@ class _SaveDerivative(torch.autograd.Function):
         if ctx.dim is not None:
             grad = torch.cat((grad, grad), ctx.dim)
         return (derivative * grad).to(grad.dtype), None, None, None, None
-
-
-def _computing(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32 where they are shorter: the derivative is rounded once, by the codec."""
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    return x.to(dtype), y.to(dtype)
 
 
 def is_inplace(call: Call) -> bool:

@@ -10,6 +10,7 @@ from brevitas_bp.codec.layout import TensorLayout
 
 #: Roles of what a rewritten operation saves; see :mod:`brevitas_bp.backward.rewrites`.
 DERIVATIVE = "derivative"
+FEW_BIT_INPUT = "input of a few-bit table"
 ATTENTION_INPUT = "attention input"
 ATTENTION_VALUE = "attention value"
 REPLAYED = "replayed"

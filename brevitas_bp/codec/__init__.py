@@ -1,7 +1,9 @@
 """Tensor -> :class:`Packed` -> tensor. Exact and lossy codecs are one type."""
 
 from brevitas_bp.codec.base import Codec, Copy, Keep, Packed
+from brevitas_bp.codec.few_bit import FewBitCodec
 from brevitas_bp.codec.lossless import BitMask, NarrowInt
 from brevitas_bp.codec.quantized import codec_from
 
-__all__ = ["BitMask", "Codec", "Copy", "Keep", "NarrowInt", "Packed", "codec_from"]
+__all__ = [
+    "BitMask", "Codec", "Copy", "FewBitCodec", "Keep", "NarrowInt", "Packed", "codec_from"]

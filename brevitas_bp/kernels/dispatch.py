@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import masks, reference
+from brevitas_bp.kernels import few_bit, masks, reference
 from brevitas_bp.kernels.masks import Interval, Windows
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
@@ -84,3 +84,27 @@ def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
 def window_indices(codes: Tensor, windows: Windows) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.window_indices`."""
     return mask_backend(codes.device).window_indices(codes, windows)
+
+
+def few_bit_backend(device: torch.device) -> ModuleType:
+    """The module whose ``encode`` and ``decode`` serve few-bit tables there."""
+    if device.type == "cpu" and _cpu_kernels() is not None:
+        from brevitas_bp.kernels import few_bit_cpu
+
+        return few_bit_cpu
+    return few_bit
+
+
+def encode_few_bit(
+        flat: Tensor, borders: tuple[float, ...], bit_width: int,
+        folded: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`brevitas_bp.kernels.few_bit.encode`."""
+    return few_bit_backend(flat.device).encode(flat, borders, bit_width, folded)
+
+
+def decode_few_bit(
+        payload: Tensor, flags: Tensor, levels: tuple[float, ...], bit_width: int, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.kernels.few_bit.decode`."""
+    form = few_bit_backend(payload.device)
+    return form.decode(payload, flags, levels, bit_width, numel, dtype)

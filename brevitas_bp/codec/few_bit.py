@@ -1,0 +1,72 @@
+"""Stores which interval of a few-bit table each element lies in, and restores derivatives."""
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.core.few_bit import FewBitTable
+from brevitas_bp.errors import CorruptPayloadError
+from brevitas_bp.kernels import dispatch
+from brevitas_bp.kernels.few_bit import few_bit_nbytes
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class FewBitCodec(Codec):
+    """Takes an activation's *input*, gives back its *derivative*: a constant level per interval.
+
+    ``b`` bits an element, and one byte per 4096 elements that marks NaN: a block that holds a NaN
+    decodes to NaN, so that a loss scaler still sees it. Infinities get the outermost levels. Nothing is
+    random: the gradient has the fixed, biased error that the table minimises.
+
+    Source: Novikov et al., "Few-bit backward: quantized gradients of activation functions for memory
+    footprint reduction", 2022.
+
+    Args:
+        table: from :func:`~brevitas_bp.core.few_bit.few_bit_table` or
+            :func:`~brevitas_bp.core.few_bit.fit_few_bit_table`.
+
+    >>> from brevitas_bp.core.few_bit import few_bit_table
+    >>> codec = FewBitCodec(few_bit_table("relu", 1))
+    >>> codec.name, codec.encode(torch.tensor([-2.0, 0.0, 3.0])).decode().tolist()
+    ('1-bit few-bit relu', [0.0, 0.0, 1.0])
+    """
+
+    def __init__(self, table: FewBitTable) -> None:
+        self.table = table
+        self.name = f"{table.bits}-bit few-bit {table.name}"
+
+    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
+        """Packs the interval indices of ``x``; ``seed`` is not used.
+
+        Raises:
+            TypeError: not a real float tensor of 16, 32 or 64 bits.
+        """
+        if x.dtype not in FLOATS:
+            raise TypeError(
+                f"brevitas_bp.codec.FewBitCodec: expected a tensor of {FLOATS}, got {x.dtype}"
+                f"{' saved by ' + where if where else ''}")
+        layout = TensorLayout.of(x)
+        stored = dispatch.encode_few_bit(
+            layout.flatten(x), self.table.borders, self.table.bits, self.table.even)
+        return Packed(self, stored, layout, None, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """The derivatives, in the dtype and layout of the input.
+
+        Raises:
+            CorruptPayloadError: sizes that do not belong together.
+        """
+        payload, flags = packed.tensors
+        layout, bits = packed.layout, self.table.bits
+        if (payload.numel(), flags.numel()) != few_bit_nbytes(layout.numel, bits):
+            raise CorruptPayloadError(
+                f"brevitas_bp.codec.FewBitCodec: {layout.numel} elements of {bits} bits take "
+                f"{few_bit_nbytes(layout.numel, bits)} bytes of codes and flags, got "
+                f"{(payload.numel(), flags.numel())}")
+        return layout.restore_flat(dispatch.decode_few_bit(
+            payload, flags, self.table.levels, bits, layout.numel, layout.dtype))
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return sum(few_bit_nbytes(layout.numel, self.table.bits))
