@@ -162,9 +162,10 @@ def test_gradient_is_bit_equal_over_several_threads_and_chunks(name: str) -> Non
 
 NAIVE = codec_from(ShiftedUint2DynamicActPerBucketFloat)
 #: Nothing is left to get wrong: one answer for all finite values.
-CONSTANT = {"threshold inf", "threshold -inf", "hardtanh(-inf, inf)", "hardtanh(.3, .3)",
-            "hardshrink(-1)", "hardshrink(0)", "clamp, borders crossed", "clamp, border NaN", "clamp, infinite",
-            "clamp above all", "clamp of no width"}
+CONSTANT = {
+    "threshold inf", "threshold -inf", "hardtanh(-inf, inf)", "hardtanh(.3, .3)", "hardshrink(-1)",
+    "hardshrink(0)", "clamp, borders crossed", "clamp, border NaN", "clamp, infinite",
+    "clamp above all", "clamp of no width"}
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - CONSTANT))
@@ -197,13 +198,13 @@ def test_every_field_matters(wrong: Region, op: Op, border: float) -> None:
 
 
 @each_case
-def test_one_bit_an_element_and_one_object(name: str) -> None:
+def test_one_bit_an_element(name: str) -> None:
     case = CASES[name]
     x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(2))
     packed = case.codec.encode(x, seed=0)
     planes = 2 if case.codec is sign() else 1
     assert packed.nbytes == planes * 14 == case.codec.stored_nbytes(packed.layout)
-    assert hash(case.codec) == hash(case.codec) and same_bits(packed.decode(), packed.decode())
+    assert same_bits(packed.decode(), packed.decode())
 
 
 def test_nan_costs_a_second_bit_only_where_kernels_disagree_on_it() -> None:
