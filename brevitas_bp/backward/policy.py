@@ -91,9 +91,10 @@ class OpAware:
         derivative_bits: see above. Four bits: a derivative multiplies every gradient that passes.
         few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
             2023), stored instead of a rounded derivative: smaller, without noise, and biased. None: off.
-        attention: "replay" keeps query and key exact, quantizes the value and runs attention again in
-            backward; "exact" keeps what autograd keeps; a quantizer stores query, key, value and output
-            with it: smaller than "exact" and no second run, but biased.
+        attention: "replay" keeps query and key, quantizes the value and runs attention again in
+            backward; "exact" keeps what autograd keeps.
+        attention_quant: quantizer of query and key; None keeps them exact. Attention is run again from
+            the rounded ones, so its weights are slightly off and the gradient slightly biased.
 
     Raises:
         ValueError: an argument out of range.
@@ -103,7 +104,8 @@ class OpAware:
     derivative_quant: Any = None
     derivative_bits: int = 4
     few_bit: int | None = None
-    attention: Literal["replay", "exact"] | Any = "replay"
+    attention: Literal["replay", "exact"] = "replay"
+    attention_quant: Any = None
     _derivative: Codec | None = field(init=False, repr=False, compare=False, default=None)
     _attention: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -115,15 +117,17 @@ class OpAware:
                 raise ValueError(
                     f"{_WHERE}: few_bit stores no derivatives, so derivative_quant would do nothing; "
                     "pass one of the two")
-        if isinstance(self.attention, str) and self.attention not in ("replay", "exact"):
+        if self.attention not in ("replay", "exact"):
             raise UnknownNameError(
-                f"{_WHERE}: attention must be 'replay', 'exact' or a quantizer, got "
-                f"{self.attention!r}{nearest(self.attention, ['replay', 'exact'])}")
+                f"{_WHERE}: attention must be 'replay' or 'exact', got {self.attention!r}"
+                f"{nearest(str(self.attention), ['replay', 'exact'])}")
+        if self.attention == "exact" and self.attention_quant is not None:
+            raise ValueError(
+                f"{_WHERE}: attention='exact' keeps query and key, so attention_quant would do nothing; "
+                "use it with attention='replay'")
         # Codecs are built once: hooks share an encoding by the identity of its codec.
         object.__setattr__(self, "_derivative", _codec_of(self.derivative_quant))
-        object.__setattr__(
-            self, "_attention",
-            None if isinstance(self.attention, str) else _codec_of(self.attention))
+        object.__setattr__(self, "_attention", _codec_of(self.attention_quant))
 
     def __call__(self, saved: SavedTensor) -> Codec | None:
         return self.decide(saved).codec
@@ -140,8 +144,6 @@ class OpAware:
         rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
         if rule is None:
             return _UNKNOWN if x.is_floating_point() else _INTEGERS
-        if self._attention is not None and isinstance(rule.rewrite, ReplayAttention):
-            return self._decide_attention(saved)
         return rule.decide(saved)
 
     def rewrite(self, function: Any) -> Rewrite | None:
@@ -169,18 +171,13 @@ class OpAware:
         if role == ATTENTION_VALUE:
             return Decision(codec, "value: backward is linear in it", shared=False)
         if role == ATTENTION_INPUT:
+            if self._attention is not None:
+                return Decision(self._attention, "query and key: biased, as asked for", shared=False)
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # A view would keep the value alive that lies in the same memory.
             return Decision(_COPY if apart else None, "query and key: weights must be exact")
         return Decision(None, "needed to run again")
-
-    def _decide_attention(self, saved: SavedTensor) -> Decision:
-        query = saved.call.argument(0, "query")
-        values = saved.tensor.dim() == query.dim() and saved.tensor.shape[-1] == query.shape[-1]
-        if not values or saved.tensor.dtype not in FLOAT_DTYPES:
-            return Decision(None, "attention: log-sum-exp, weights and masks are exact")
-        return Decision(self._attention, "attention: biased, as asked for")
 
 
 _CONFIGURED_EXACT = Decision(None, "configured exact")

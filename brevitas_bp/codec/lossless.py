@@ -91,8 +91,3 @@ def _narrowest(lo: int, hi: int) -> torch.dtype | None:
         if info.min <= lo and hi <= info.max:
             return dtype
     return None
-
-
-def unpack_bits(packed: Tensor, numel: int) -> Tensor:
-    """Bits of a packed mask as uint8 [numel]."""
-    return dispatch.unpack_select(packed, numel, 0, 1, torch.uint8)

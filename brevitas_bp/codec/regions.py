@@ -37,8 +37,8 @@ class Region(Codec):
 
     Attributes:
         name: shown in reports.
-        lo: lower border.
-        hi: upper border; a region may be empty.
+        lo: lower border; None: there is none, and -inf is inside.
+        hi: upper border, the same. A region may be empty.
         closed: the borders belong to the region.
         nan: NaN counts as inside.
         keep_nan: CPU kernels take NaN for inside or outside depending on where it lies in memory (vector
@@ -48,8 +48,8 @@ class Region(Codec):
     """
 
     name: str
-    lo: float = -_INF
-    hi: float = _INF
+    lo: float | None = None
+    hi: float | None = None
     closed: bool = False
     nan: bool = False
     keep_nan: bool = False
@@ -95,12 +95,11 @@ def interval_of(region: Region, dtype: torch.dtype) -> Interval:
 
 
 def _inner(
-        bound: float, dtype: torch.dtype, arithmetic: torch.dtype, step: int,
+        bound: float | None, dtype: torch.dtype, arithmetic: torch.dtype, step: int,
         closed: bool) -> float | None:
     """The value of ``dtype`` nearest to ``bound`` on the side of ``step``; None where there is none."""
-    if bound == -step * _INF:
-        # No border at all: infinity itself is inside.
-        return bound
+    if bound is None:
+        return -step * _INF
     border = float(torch.tensor(bound, dtype=arithmetic))
     value = float(torch.tensor(border, dtype=dtype))
     if border != border or (value == step * _INF and not closed):
@@ -177,9 +176,7 @@ def shrink_region(lambd: float = 0.5) -> Region:
 @lru_cache(maxsize=256)
 def clamp_region(min: float | None = None, max: float | None = None) -> Region:
     """For ``clamp`` with numbers, of its input: ``grad where min <= x <= max else 0``."""
-    return Region(
-        "clamp mask", lo=-_INF if min is None else min, hi=_INF if max is None else max, closed=True,
-        bounds="dtype")
+    return Region("clamp mask", lo=min, hi=max, closed=True, bounds="dtype")
 
 
 @final
@@ -260,8 +257,10 @@ class ScaledMask(Codec):
 def _scaled_one(codec: ScaledMask, dtype: torch.dtype, device: torch.device) -> float:
     one = torch.ones(1, dtype=dtype, device=device)
     if codec.divisor is not None:
-        return float(one.div_(codec.divisor))
-    return float(one.mul_(1.0 if codec.factor is None else codec.factor))
+        one.div_(codec.divisor)
+    if codec.factor is not None:
+        one.mul_(codec.factor)
+    return float(one)
 
 
 @lru_cache(maxsize=256)

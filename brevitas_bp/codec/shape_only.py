@@ -37,7 +37,7 @@ class ShapeOnly(Codec):
     ================================================ =============================================
 
     The 1-d poolings save tensors with a dimension of 1 before the last. Nothing is saved by other
-    interpolation and padding, pixel_shuffle, unfold, fold, expand, repeat, roll, flip, cat, sums, means.
+    interpolation and padding, pixel_shuffle, unfold, fold, expand, repeat, roll, flip, cat, sum, mean.
     """
 
     name: str = "shape only"

@@ -9,6 +9,7 @@ end repeat the last element's.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -171,7 +172,9 @@ def window_indices(codes: Tensor, windows: Windows) -> Tensor:
     return index
 
 
+@lru_cache(maxsize=256)
 def _starts(windows: Windows, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    # Cached: a copy from the host would make it wait for the device each time.
     d, h, w = (torch.tensor(s, dtype=torch.int64, device=device) for s in windows.starts)
     return d.view(-1, 1, 1, 1), h.view(-1, 1, 1), w.view(-1, 1)
 

@@ -23,29 +23,32 @@ _jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False
 
 @_jit
 def _pack_block(
-        x: Any, lo: Any, hi: Any, sign: Any, largest: Any, limit: Any, infinity: Any, shift: Any,
-        out: Any) -> Any:
-    """Sets bit ``shift`` of ``out``; whether NaN was seen."""
-    seen = np.uint8(0)
+        x: Any, lo: Any, hi: Any, sign: Any, largest: Any, limit: Any, shift: Any, out: Any) -> None:
+    """Sets bit ``shift`` of ``out``."""
     for j in range(x.size):
         bits = x[j]
         order = bits ^ ((bits >> sign) & largest)
-        magnitude = bits & largest
-        inside = ((order >= lo) & (order <= hi)) | (magnitude > limit)
-        seen |= np.uint8(magnitude > infinity)
+        inside = ((order >= lo) & (order <= hi)) | ((bits & largest) > limit)
         out[j] |= np.uint8(np.uint8(inside) << shift)
+
+
+@_jit
+def _has_nan(x: Any, largest: Any, infinity: Any) -> Any:
+    seen = np.uint8(0)
+    for j in range(x.size):
+        seen |= np.uint8((x[j] & largest) > infinity)
     return seen
 
 
 @_jit
 def _pack_mask(
-        begin: Any, end: Any, x: Any, constants: Any, packed: Any, seen: Any) -> None:
+        begin: Any, end: Any, x: Any, constants: Any, watch: Any, packed: Any, seen: Any) -> None:
     """Blocks ``begin .. end - 1`` of a mask."""
     n = packed.size
     lo, hi, sign = constants[0], constants[1], constants[2]
     largest, limit, infinity = constants[3], constants[4], constants[5]
     last = np.zeros(1, np.uint8)
-    _pack_block(x[x.size - 1:], lo, hi, sign, largest, limit, infinity, np.uint8(0), last)
+    _pack_block(x[x.size - 1:], lo, hi, sign, largest, limit, np.uint8(0), last)
     for block in range(begin, end):
         first = block * _BLOCK
         size = min(_BLOCK, n - first)
@@ -56,8 +59,10 @@ def _pack_mask(
             start = i * n + first
             valid = max(0, min(size, x.size - start))
             if valid:
-                seen[block] |= _pack_block(
-                    x[start:start + valid], lo, hi, sign, largest, limit, infinity, shift, out)
+                part = x[start:start + valid]
+                _pack_block(part, lo, hi, sign, largest, limit, shift, out)
+                if watch:
+                    seen[block] |= _has_nan(part, largest, infinity)
             for j in range(valid, size):
                 out[j] |= np.uint8(last[0] << shift)
 
@@ -138,8 +143,9 @@ def pack_interval(
     bits = flat.detach().view(INTEGERS[dtype.itemsize]).numpy()
     # An array of the same type: numba would promote Python integers to 64 bits.
     constants = np.array((lo, hi, dtype.itemsize * 8 - 1, largest, limit, infinity), bits.dtype)
-    _run(_pack_mask, (), 0, blocks, 8 * _BLOCK, (bits, constants, packed.numpy(), seen))
-    return packed, watch_nan and bool(seen.any())
+    shared = bits, constants, watch_nan, packed.numpy(), seen
+    _run(_pack_mask, (), 0, blocks, 8 * _BLOCK, shared)
+    return packed, bool(seen.any())
 
 
 def unpack_select(

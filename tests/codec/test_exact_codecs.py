@@ -6,12 +6,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from brevitas_bp import ModifiedInPlaceError, codec_from
 from brevitas_bp.codec import BitMask, Keep, NarrowInt
 from brevitas_bp.codec.base import QuantizeOnBackward
+from brevitas_bp.codec.lossless import narrow_to
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+from tests.codec.support import Op, run
 from tests.strategies import LAYOUTS, normals
+from tests.support import same_bits
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
@@ -60,6 +64,53 @@ def test_integers_take_the_narrowest_dtype(
 def test_integers_keep_their_layout(layout: Callable[[Tensor], Tensor]) -> None:
     x = layout((normals((2, 3, 4, 5)) * 100).long())
     assert torch.equal(NarrowInt().encode(x).decode(), x)
+
+
+LIMITS: list[tuple[int, bool, torch.dtype]] = [
+    (1, True, torch.int8), (128, True, torch.int8), (129, True, torch.int16),
+    (2**15, True, torch.int16), (2**15 + 1, True, torch.int32), (2**31, True, torch.int32),
+    (2**31 + 1, True, torch.int64), (1, False, torch.uint8), (256, False, torch.uint8),
+    (257, False, torch.int16), (2**31, False, torch.int32), (2**31 + 1, False, torch.int64)]
+
+
+@pytest.mark.parametrize(("limit", "signed", "stored"), LIMITS)
+def test_a_limit_gives_the_narrowest_dtype(limit: int, signed: bool, stored: torch.dtype) -> None:
+    codec = narrow_to(limit, signed=signed)
+    x = torch.tensor([-limit if signed else 0, 0, limit - 1])
+    packed = codec.encode(x)
+    assert packed.tensors[0].dtype == stored and torch.equal(packed.decode(), x)
+    assert packed.nbytes == codec.stored_nbytes(packed.layout)
+    assert codec is narrow_to(limit, signed=signed)
+
+
+def test_a_limit_does_not_widen() -> None:
+    x = torch.tensor([1, 2], dtype=torch.int16)
+    packed = narrow_to(2**20).encode(x)
+    assert packed.tensors[0].dtype == torch.int16 and torch.equal(packed.decode(), x)
+
+
+def indices(*shape: int) -> Tensor:
+    return torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(1))
+
+
+INDEXED: dict[str, tuple[Op, int, bool]] = {
+    "index_select": (lambda x: x.index_select(0, indices(20)), 0, False),
+    "gather": (lambda x: x.gather(0, indices(5, 7)), 0, False),
+    "take_along_dim": (lambda x: x.take_along_dim(indices(5, 7), 0), 0, False),
+    "scatter": (lambda x: x.scatter(0, indices(5, 7), 0.0), 0, False),
+    "embedding": (lambda x: F.embedding(indices(4, 6), x), 0, False),
+    "indexing": (lambda x: x[indices(20) - 9], 0, True),
+    "nll_loss": (lambda x: F.nll_loss(x, indices(9) % 7), 1, False)}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_gradients_with_narrowed_indices_are_bit_equal(name: str) -> None:
+    op, stored, signed = INDEXED[name]
+    x = normals((9, 7))
+    plain, narrow = run(op, x), run(op, x, {stored: narrow_to(9, signed=signed)})
+    assert plain.saved[stored].dtype == torch.int64
+    assert same_bits(narrow.grad, plain.grad)
+    assert narrow.packed[0].nbytes == plain.saved[stored].numel()
 
 
 @pytest.mark.parametrize("codec", [BitMask(), NarrowInt()])
