@@ -78,17 +78,17 @@ _FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @triton.jit
-def _float(bits: Any) -> Any:
+def _float(bits: tl.tensor) -> tl.tensor:
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _bits(x: Any) -> Any:
+def _bits(x: tl.tensor) -> tl.tensor:
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _load(pointer: Any, mask: Any, other: Any, form: tl.constexpr) -> Any:
+def _load(pointer: tl.tensor, mask: tl.tensor, other: tl.tensor, form: tl.constexpr) -> tl.tensor:
     """Loads floats of a format as float32; bfloat16 is the upper half of one."""
     if form == _BF16:
         half = tl.load(pointer.to(tl.pointer_type(tl.int16), bitcast=True), mask)
@@ -101,7 +101,7 @@ def _load(pointer: Any, mask: Any, other: Any, form: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _store(pointer: Any, x: Any, mask: Any, form: tl.constexpr) -> None:
+def _store(pointer: tl.tensor, x: tl.tensor, mask: tl.tensor, form: tl.constexpr) -> None:
     """Stores float32 in a format, to nearest; there is one bit pattern for NaN."""
     nan = x != x
     if form == _F16:
@@ -122,8 +122,8 @@ def _store(pointer: Any, x: Any, mask: Any, form: tl.constexpr) -> None:
 
 @triton.jit
 def _load_slices(
-        x: Any, inside: Any, lane: Any, limit: Any, fill: Any, form: tl.constexpr,
-        slice_size: tl.constexpr, padded: tl.constexpr, tail: tl.constexpr) -> Any:
+        x: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, fill: tl.tensor, form: tl.constexpr,
+        slice_size: tl.constexpr, padded: tl.constexpr, tail: tl.constexpr) -> tl.tensor:
     """The eight slices of all buckets; ``fill`` behind the end of the tensor."""
     out = ()
     for s in tl.static_range(_SLICES):
@@ -139,19 +139,19 @@ def _load_slices(
 
 
 @triton.jit
-def _key(x: Any) -> Any:
+def _key(x: tl.tensor) -> tl.tensor:
     """Bits of a float, ordered as integers; NaN above infinity."""
     bits = tl.where(x != x, _NAN_BITS, _bits(x))
     return bits ^ ((bits >> 31) & _MAGNITUDE)
 
 
 @triton.jit
-def _from_key(key: Any) -> Any:
+def _from_key(key: tl.tensor) -> tl.tensor:
     return _float(key ^ ((key >> 31) & _MAGNITUDE))
 
 
 @triton.jit
-def _round_down_bf16(x: Any) -> Any:
+def _round_down_bf16(x: tl.tensor) -> tl.tensor:
     """See ``reference.round_down``."""
     bits = _bits(x)
     truncated = bits & -65536
@@ -160,18 +160,27 @@ def _round_down_bf16(x: Any) -> Any:
 
 
 @triton.jit
-def _round_half_even(x: Any) -> Any:
+def _round_half_even(x: tl.tensor) -> tl.tensor:
     """To nearest, ties to even, at any magnitude."""
-    floor = tl.floor(x)
-    rest = x - floor
-    odd = floor - 2.0 * tl.floor(floor * 0.5) == 1.0
-    return tl.where((rest > 0.5) | ((rest == 0.5) & odd), floor + 1.0, floor)
+    size = tl.abs(x)
+    rounded = tl.where(size < 2.0**23, (size + 2.0**23) - 2.0**23, size)
+    return tl.where(x < 0, -rounded, rounded)
+
+
+@triton.jit
+def _add_upper_half(
+        total: tl.tensor, lane: tl.tensor, left: tl.constexpr, buckets: tl.constexpr,
+        lanes: tl.constexpr) -> tl.tensor:
+    """Adds the upper half of the first ``left`` columns to the lower, which is the longer."""
+    partner = lane + (left + 1) // 2
+    index = tl.broadcast_to(tl.minimum(partner, lanes - 1), [buckets, lanes])
+    return total + tl.where(partner < left, tl.gather(total, index, axis=1), 0.0)
 
 
 @triton.jit
 def _norm(
-        xs: Any, lane: Any, buckets: tl.constexpr, slice_size: tl.constexpr,
-        lanes: tl.constexpr, levels: tl.constexpr) -> Any:
+        xs: tl.tuple, lane: tl.tensor, buckets: tl.constexpr, slice_size: tl.constexpr,
+        lanes: tl.constexpr, levels: tl.constexpr) -> tl.tensor:
     """See ``reference.l2_norm``: the same binary tree."""
     squares = ()
     for s in tl.static_range(_SLICES):
@@ -187,21 +196,18 @@ def _norm(
         total = tl.reshape(total, [buckets])
     else:
         for level in tl.static_range(levels):
-            # ceil(slice_size / 2**level) sums are left, and the upper half is added to the lower.
-            left: tl.constexpr = (slice_size + (1 << level) - 1) >> level
-            half: tl.constexpr = (left + 1) >> 1
-            partner = tl.broadcast_to(tl.minimum(lane + half, lanes - 1), [buckets, lanes])
-            rest = tl.gather(total, partner, axis=1)
-            total = total + tl.where(lane + half < left, rest, 0.0)
+            # ceil(slice_size / 2**level) sums are left.
+            total = _add_upper_half(
+                total, lane, (slice_size + (1 << level) - 1) >> level, buckets, lanes)
         total = tl.sum(tl.where(lane == 0, total, 0.0), axis=1)
     return tl.sqrt(total).to(tl.float32)
 
 
 @triton.jit
 def _metadata(
-        xs: Any, lane: Any, top: Any, buckets: tl.constexpr, slice_size: tl.constexpr,
+        xs: tl.tuple, lane: tl.tensor, top: tl.tensor, buckets: tl.constexpr, slice_size: tl.constexpr,
         lanes: tl.constexpr, levels: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
-        bf16: tl.constexpr) -> Any:
+        bf16: tl.constexpr) -> tl.tensor:
     """Scale, its reciprocal, offset, and whether a bucket holds NaN or Inf, each [buckets]."""
     if rule == _MIN_MAX:
         low, high = xs[0], xs[0]
@@ -241,7 +247,7 @@ def _metadata(
 
 
 @triton.jit
-def _noise(index: Any, k0: Any, k1: Any) -> Any:
+def _noise(index: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
     """See ``random.uniform_``; ``index`` is uint32."""
     h = index + k0
     h = (h ^ (h >> _S0)) * _M0
@@ -254,8 +260,8 @@ def _noise(index: Any, k0: Any, k1: Any) -> Any:
 
 @triton.jit
 def _locate(
-        bucket: Any, n: Any, mixed: Any, multiplier: Any, shift: Any, size: tl.constexpr,
-        width: tl.constexpr, mix_width: tl.constexpr) -> Any:
+        bucket: tl.tensor, n: tl.tensor, mixed: tl.tensor, multiplier: tl.tensor, shift: tl.tensor, size: tl.constexpr,
+        width: tl.constexpr, mix_width: tl.constexpr) -> tl.tensor:
     """Which buckets have the second width, and where the bytes of each begin."""
     nbytes: tl.constexpr = size * width // 8
     if mix_width == 0:
@@ -269,31 +275,36 @@ def _locate(
     return is_mixed, start
 
 
-# Planes of 8, 4, 2 and 1 bits, the widest first: plane number p has 8 >> p bits, and before it come
-# the bits of the width above those.
+# Planes of 8, 4, 2 and 1 bits, the widest first. The bits of the width above those of a plane come
+# before it, in the code and (times the size of a slice) in the bytes.
+
+
+@triton.jit
+def _pack_plane(
+        codes: tl.tuple, pointer: tl.tensor, broken: tl.tensor, mask: tl.tensor,
+        bits: tl.constexpr, first: tl.constexpr, slice_size: tl.constexpr) -> None:
+    for t in tl.static_range(bits):
+        byte = (codes[t] >> first) & ((1 << bits) - 1)
+        for i in tl.static_range(1, 8 // bits):
+            byte = byte | (((codes[t + i * bits] >> first) & ((1 << bits) - 1)) << (bits * i))
+        byte = tl.where(broken, 0, byte).to(tl.uint8)
+        tl.store(pointer + (first + t) * slice_size, byte, mask)
 
 
 @triton.jit
 def _pack(
-        codes: Any, pointer: Any, broken: Any, mask: Any, width: tl.constexpr,
-        slice_size: tl.constexpr) -> None:
+        codes: tl.tuple, pointer: tl.tensor, broken: tl.tensor, mask: tl.tensor,
+        width: tl.constexpr, slice_size: tl.constexpr) -> None:
     """Stores the planes of all buckets; ``pointer`` is at byte ``lane`` of each."""
     for p in tl.static_range(4):
-        bits: tl.constexpr = 8 >> p
-        if width & bits:
-            first: tl.constexpr = width & -(2 * bits)
-            for t in tl.static_range(bits):
-                byte = (codes[t] >> first) & ((1 << bits) - 1)
-                for i in tl.static_range(1, 8 // bits):
-                    part = (codes[t + i * bits] >> first) & ((1 << bits) - 1)
-                    byte = byte | (part << (bits * i))
-                byte = tl.where(broken, 0, byte).to(tl.uint8)
-                tl.store(pointer + (first + t) * slice_size, byte, mask)
+        if width & (8 >> p):
+            _pack_plane(
+                codes, pointer, broken, mask, 8 >> p, width & -(16 >> p), slice_size)
 
 
 @triton.jit
 def _load_planes(
-        pointer: Any, mask: Any, width: tl.constexpr, slice_size: tl.constexpr) -> Any:
+        pointer: tl.tensor, mask: tl.tensor, width: tl.constexpr, slice_size: tl.constexpr) -> tl.tensor:
     """The ``width`` rows of ``slice_size`` bytes of each bucket, as integers."""
     out = ()
     for t in tl.static_range(width):
@@ -302,21 +313,25 @@ def _load_planes(
 
 
 @triton.jit
-def _unpack(rows: Any, s: tl.constexpr, width: tl.constexpr) -> Any:
+def _unpack_plane(
+        rows: tl.tuple, s: tl.constexpr, bits: tl.constexpr, first: tl.constexpr) -> tl.tensor:
+    part = rows[first + s % bits] >> (bits * (s // bits))
+    return (part & ((1 << bits) - 1)) << first
+
+
+@triton.jit
+def _unpack(rows: tl.tuple, s: tl.constexpr, width: tl.constexpr) -> tl.tensor:
     """Codes of slice ``s``."""
     code = tl.zeros_like(rows[0])
     for p in tl.static_range(4):
-        bits: tl.constexpr = 8 >> p
-        if width & bits:
-            first: tl.constexpr = width & -(2 * bits)
-            part = (rows[first + s % bits] >> (bits * (s // bits))) & ((1 << bits) - 1)
-            code = code | (part << first)
+        if width & (8 >> p):
+            code = code | _unpack_plane(rows, s, 8 >> p, width & -(16 >> p))
     return code
 
 
 @triton.jit(do_not_specialize=["numel", "n", "mixed", "multiplier", "shift", "k0", "k1"])
 def _encode_kernel(
-        x: Any, payload: Any, scales: Any, offsets: Any, numel: tl.int64, n: tl.int64,
+        x: tl.tensor, payload: tl.tensor, scales: tl.tensor, offsets: tl.tensor, numel: tl.int64, n: tl.int64,
         mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, k0: tl.int32, k1: tl.int32,
         size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr, levels: tl.constexpr,
         width: tl.constexpr, mix_width: tl.constexpr, top: tl.constexpr, mix_top: tl.constexpr,
@@ -385,8 +400,8 @@ def _encode_kernel(
 
 @triton.jit
 def _decode_slices(
-        out: Any, rows: Any, mix_rows: Any, lowest: Any, scale: Any, lo: Any, inside: Any,
-        lane: Any, limit: Any, largest: tl.constexpr, width: tl.constexpr,
+        out: tl.tensor, rows: tl.tuple, mix_rows: tl.tuple, lowest: tl.tensor, scale: tl.tensor, lo: tl.tensor, inside: tl.tensor,
+        lane: tl.tensor, limit: tl.tensor, largest: tl.constexpr, width: tl.constexpr,
         mix_width: tl.constexpr, form: tl.constexpr, slice_size: tl.constexpr,
         padded: tl.constexpr, tail: tl.constexpr) -> None:
     for s in tl.static_range(_SLICES):
@@ -395,7 +410,7 @@ def _decode_slices(
             # The rows of the other width are zero.
             code = code | _unpack(mix_rows, s, mix_width)
         y = (code + lowest).to(tl.float32) * scale + lo
-        y = tl.where(y != y, y, tl.minimum(tl.maximum(y, -largest), largest))
+        y = tl.clamp(y, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
         offset = inside + s * slice_size
         if tail:
             _store(out + offset, y, (offset < limit) & (lane < slice_size), form)
@@ -407,7 +422,7 @@ def _decode_slices(
 
 @triton.jit(do_not_specialize=["numel", "n", "mixed", "multiplier", "shift"])
 def _decode_kernel(
-        out: Any, payload: Any, scales: Any, offsets: Any, numel: tl.int64, n: tl.int64,
+        out: tl.tensor, payload: tl.tensor, scales: tl.tensor, offsets: tl.tensor, numel: tl.int64, n: tl.int64,
         mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, size: tl.constexpr,
         buckets: tl.constexpr, lanes: tl.constexpr, width: tl.constexpr,
         mix_width: tl.constexpr, lowest: tl.constexpr, mix_lowest: tl.constexpr,
