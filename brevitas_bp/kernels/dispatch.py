@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,14 @@ def _gpu_kernels() -> ModuleType | None:
     try:
         if torch.version.hip is not None:
             raise RuntimeError("they are written for NVIDIA devices")
-        from triton.runtime import driver
+        import triton
 
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+            raise RuntimeError(f"they need Triton 3.6, and {triton.__version__} is installed")
         # Triton compiles a small C extension here, which needs a compiler and Python's headers.
-        driver.active.get_current_target()
+        target: Any = triton.runtime.driver.active.get_current_target()
+        if target.arch < 80:
+            raise RuntimeError(f"they need compute capability 8.0, and this device has {target.arch}")
         from brevitas_bp.kernels import gpu
     except Exception as error:
         warnings.warn(
