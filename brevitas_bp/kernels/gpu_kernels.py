@@ -14,6 +14,7 @@ the rows of bytes (as many as a slice has elements) that a width needs.
 #    ``PropagateNan.ALL``, and are reduced as sortable integers; elsewhere a NaN's result is replaced.
 # 4. Arithmetic makes NaNs of other bits on a device. Stored ones are written as integer constants.
 # 5. The interpreter rounds to bfloat16 wrongly, so that conversion is integer arithmetic.
+# 6. ``tl.floor`` flushes subnormal numbers on a device. Rounding is done by additions.
 
 # Triton's own types are not those that a checker infers from Python.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
@@ -46,8 +47,9 @@ _S3 = tl.constexpr(HASH_LAST_SHIFT)
 _TO_NOISE = tl.constexpr(32 - NOISE_BITS)
 _STEP = tl.constexpr(NOISE_STEP)
 _SLICES = tl.constexpr(8)
-_MIN_MAX, _MAX, _L2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_F32, _F16, _BF16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Rules (1 is max) and formats (0 is float32), numbered as in gpu.py.
+_MIN_MAX, _L2 = tl.constexpr(0), tl.constexpr(2)
+_F16, _BF16 = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit

@@ -62,6 +62,47 @@ def test_interpreted_bucket_sizes(interpreted: Interpreted, size: int, rule: str
     check(interpreted, normals((2100,)).float(), BucketQuantSpec(7, size, rule, code_range))
 
 
+def norms_on_the_edge(size: int) -> Tensor:
+    """Buckets [20000, size] whose norms lie within a few spacings of float64 of a float32 tie.
+
+    Two elements make the tie: ``(k + 1/2)**2 = k**2 + odd**2 / 4`` with ``k = (odd**2 - 1) / 4``, times
+    ``2**-23``. The others are less than a float64 spacing each, and some of them are lost, depending on
+    the order of the sum.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, odd = 20_000, 5801
+    present = torch.rand((n, size), generator=generator) < torch.rand((n, 1), generator=generator) / 2
+    x = present * (0.6 * 2.0**-26)
+    places = torch.rand((n, size), generator=generator).argsort()[:, :2]
+    tie = torch.tensor([(odd**2 - 1) / 4 * 2.0**-23, odd * 2.0**-24])
+    return x.scatter_(1, places, tie.expand(n, 2).contiguous())
+
+
+def swapped_norm(x: Tensor) -> Tensor:
+    """``reference.l2_norm`` with its first two halvings in the wrong order."""
+    eighths = x.view(x.shape[0], 8, -1)
+    order = [0, 1, 4, 5, 2, 3, 6, 7]
+    return reference.l2_norm(eighths[:, order].reshape(x.shape))
+
+
+def shuffled_norm(x: Tensor) -> Tensor:
+    """``reference.l2_norm`` with other partners within an eighth."""
+    eighths = x.view(x.shape[0], 8, -1)
+    parts = torch.cat([eighths[..., ::2], eighths[..., 1::2]], -1)
+    return reference.l2_norm(parts.reshape(x.shape))
+
+
+@pytest.mark.parametrize("size", [40, 64])
+def test_interpreted_norms_are_summed_in_order(interpreted: Interpreted, size: int) -> None:
+    x = norms_on_the_edge(size)
+    expected = reference.l2_norm(x)
+    for other in (swapped_norm, shuffled_norm):
+        # Positive control: random data would not tell one order from another.
+        telling = x[(other(x) != expected).view(-1)][:50]
+        assert len(telling) >= 5
+        check(interpreted, telling.view(-1), BucketQuantSpec(2, size, "l2", "narrow"))
+
+
 @given(float_tensors(DTYPES, tuple(VALUES)), specs(), seeds)
 def test_interpreted_bytes_of_any_tensor(
         interpreted: Interpreted, x: Tensor, spec: BucketQuantSpec, seed: int) -> None:
@@ -236,6 +277,13 @@ def test_device_bytes_of_all_values(dtype: torch.dtype) -> None:
 def test_device_bucket_sizes(size: int, rule: str) -> None:
     code_range = "unsigned" if rule == "min_max" else "narrow"
     check(OnDevice(), normals((200_000,)).float(), BucketQuantSpec(7, size, rule, code_range))
+
+
+@gpu_test
+@pytest.mark.parametrize("size", [40, 64])
+def test_device_norms_are_summed_in_order(size: int) -> None:
+    x = norms_on_the_edge(size).view(-1)
+    check(OnDevice(), x, BucketQuantSpec(2, size, "l2", "narrow"))
 
 
 @gpu_test
