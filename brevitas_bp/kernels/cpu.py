@@ -31,6 +31,7 @@ from brevitas_bp.kernels.reference import (
     bucket_shape,
     draw_layout,
     payload_nbytes,
+    to_metadata,
 )
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 
@@ -335,7 +336,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
         part = flat if last - first == n else flat[first * size:last * size]
         _run(_encode, (part.to(torch.float32).numpy(), first), first, last, size, shared)
     if bf16:
-        scales, offsets = scales.to(torch.bfloat16), offsets.to(torch.bfloat16)
+        scales, offsets = (to_metadata(t, torch.bfloat16) for t in (scales, offsets))
     return Encoded(payload, scales, offsets if spec.affine else None)
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,38 @@ def _cpu_kernels() -> ModuleType | None:
     return cpu
 
 
+@lru_cache(maxsize=1)
+def _gpu_kernels() -> ModuleType | None:
+    """The Triton kernels, imported at first use; None, with one hint, where they cannot run."""
+    try:
+        if torch.version.hip is not None:
+            raise RuntimeError("they are written for NVIDIA devices")
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+            raise RuntimeError(f"they need Triton 3.6, and {triton.__version__} is installed")
+        # Triton compiles a small C extension here, which needs a compiler and Python's headers.
+        target: Any = triton.runtime.driver.active.get_current_target()
+        if target.arch < 80:
+            raise RuntimeError(f"they need compute capability 8.0, and this device has {target.arch}")
+        from brevitas_bp.kernels import gpu
+    except Exception as error:
+        warnings.warn(
+            "brevitas_bp: the Triton kernels cannot run, so CUDA tensors go through the slower torch "
+            "reference (same bytes); pip install brevitas-bp[gpu], on a machine with a C compiler. "
+            f"The reason: {error!r}", stacklevel=2)
+        return None
+    return gpu
+
+
 def backend(device: torch.device, dtype: torch.dtype, spec: BucketQuantSpec) -> ModuleType:
     """The module whose ``encode`` and ``decode`` serve such tensors."""
     if device.type == "cpu":
         kernels = _cpu_kernels()
+        if kernels is not None and kernels.supports(dtype, spec):
+            return kernels
+    elif device.type == "cuda":
+        kernels = _gpu_kernels()
         if kernels is not None and kernels.supports(dtype, spec):
             return kernels
     return reference

@@ -182,7 +182,9 @@ def to_bytes(codes: Tensor, lowest: int, scale: Tensor) -> Tensor:
 
 def to_metadata(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale or offset as stored: one bit pattern for NaN, whichever operation made it."""
-    return torch.where(values.isnan(), torch.nan, values).to(dtype)
+    # After the conversion: vector and scalar conversions to bfloat16 disagree about NaN.
+    stored = values.to(dtype)
+    return torch.where(stored.isnan(), torch.nan, stored)
 
 
 def bucket_shape(numel: int, bucket_size: int | None) -> tuple[int, int]:

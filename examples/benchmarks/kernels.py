@@ -1,9 +1,12 @@
 """Encode and decode against memcpy, the torch reference and other libraries, in one run.
 
     python examples/benchmarks/kernels.py [--mib 64] [--threads 2] [--out runs/bench/kernels.json]
+    python examples/benchmarks/kernels.py --device cuda [--mib 1024] [--dtype bfloat16]
 
 Ratios of one run are what counts: "x memcpy" divides by a copy of the same tensor into an existing
-buffer. Other libraries (bitsandbytes, torchao) are measured where they are installed.
+buffer. Other libraries (bitsandbytes, torchao) are measured where they are installed. On a CUDA device
+times come from events, and the rate (bytes read and written by the second) of each kernel is held
+against that of a copy on the device that moves as many bytes.
 """
 
 import argparse
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import best_of, show
+from timing import best_of, best_on_device, show
 from torch import Tensor
 
 from brevitas_bp.kernels import dispatch, reference
@@ -55,14 +58,51 @@ def others(x: Tensor) -> dict[str, Callable[[], Any]]:
     return found
 
 
+def on_cuda(numel: int, dtype: torch.dtype, out: Path) -> None:
+    """Rates of the kernels that serve CUDA tensors, and of the reference."""
+    x = torch.randn(numel, device="cuda").to(dtype)
+    decoded = torch.empty_like(x)
+    rows = []
+    cases = [(name, spec, dispatch.backend(x.device, dtype, spec)) for name, spec in SPECS.items()]
+    cases.append(("torch reference, 2-bit stochastic, 256", BucketQuantSpec(2, 256), reference))
+    for name, spec, form in cases:
+        encoded = form.encode(x, spec, 1)
+        stored = sum(t.nbytes for t in encoded.tensors)
+        moved = x.nbytes + stored
+        source, target = torch.empty((2, moved // 2), dtype=torch.uint8, device="cuda")
+
+        def decode(spec: Any = spec, encoded: Any = encoded, form: Any = form) -> Any:
+            if hasattr(form, "decode_into"):
+                return form.decode_into(decoded, encoded, spec, 1)
+            return form.decode(encoded, spec, 1, numel, dtype)
+
+        copy = best_on_device(lambda a=target, b=source: a.copy_(b))
+        there = best_on_device(lambda form=form, spec=spec: form.encode(x, spec, 1))
+        back = best_on_device(decode)
+        rows.append({
+            "what": name, "kernels": form.__name__.rpartition(".")[2],
+            "copy GB/s": moved / copy / 1e9, "encode GB/s": moved / there / 1e9,
+            "encode / copy": copy / there, "decode GB/s": moved / back / 1e9,
+            "decode / copy": copy / back, "bytes ratio": x.nbytes / stored})
+    show(f"{x.nbytes / 2**20:.0f} MiB of {str(dtype).removeprefix('torch.')} on CUDA", rows, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--mib", type=int, default=64, help="size of the float32 tensor")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+                        help="of the tensor on a CUDA device")
+    parser.add_argument("--mib", type=int, help="size of the tensor; 64, or 1024 on a CUDA device")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels.json"))
     options = parser.parse_args()
+    if options.device == "cuda":
+        dtype: torch.dtype = getattr(torch, options.dtype)
+        on_cuda((options.mib or 1024) * 2**20 // dtype.itemsize, dtype, options.out)
+        return
     torch.set_num_threads(options.threads)
-    x = torch.randn(options.mib << 18)
+    mib = options.mib or 64
+    x = torch.randn(mib << 18)
     buffer = torch.empty_like(x)
     copy = best_of(lambda: buffer.copy_(x))
 
@@ -96,7 +136,7 @@ def main() -> None:
     rows.append(row("thesis listing (floats to floats)", best_of(lambda: thesis_listing(x)), None,
                     1.0))
     rows += [row(name, best_of(run), None, None) for name, run in others(x).items()]
-    show(f"{options.mib} MiB of float32, {options.threads} threads", rows, options.out)
+    show(f"{mib} MiB of float32, {options.threads} threads", rows, options.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Fast forms for CUDA tensors, compiled by Triton: one launch each way, one read of the input.
+
+They give the bytes of :mod:`brevitas_bp.kernels.reference`. A program handles a few buckets, each as
+eight slices of ``B / 8`` elements: every byte of every plane is made of codes at one place of different
+slices, so that packing stays within a thread and each slice is a contiguous vector load.
+
+Nothing synchronises: sizes follow from the spec and the seed, and a bucket finds its width and its
+bytes by the arithmetic of :mod:`brevitas_bp.kernels.widths`.
+
+Not here, but in the reference: float64, and buckets of a whole tensor or of more than
+``LARGEST_BUCKET`` elements.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.kernels import gpu_kernels
+from brevitas_bp.kernels.random import noise_keys
+from brevitas_bp.kernels.reference import (
+    Encoded,
+    bucket_shape,
+    draw_layout,
+    payload_nbytes,
+)
+from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
+
+LARGEST_BUCKET = 1 << 16
+# Elements of each slice that a thread holds: 16 bytes of float32.
+_PER_THREAD = 4
+# The numbers that the kernels know rules and float formats by.
+_RULES = {"min_max": 0, "max": 1, "l2": 2}
+_FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# The hash of the noise wraps around: that is no error, also where kernels are debugged.
+_LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
+
+_encode_kernel: Any = gpu_kernels.encode_kernel
+_decode_kernel: Any = gpu_kernels.decode_kernel
+
+
+def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
+    """Whether these kernels cover a tensor of this dtype."""
+    return flat_dtype in _FORMATS and spec.bucket_size is not None and (
+        spec.bucket_size <= LARGEST_BUCKET)
+
+
+def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+    """See :func:`brevitas_bp.kernels.reference.encode`."""
+    n, size = bucket_shape(flat.numel(), spec.bucket_size)
+    layout = draw_layout(n, spec, seed)
+    payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
+    scales = flat.new_empty(n, dtype=spec.metadata_dtype)
+    offsets = flat.new_empty(n, dtype=spec.metadata_dtype) if spec.affine else None
+    if n:
+        widths = _widths(spec, layout.mixed > 0)
+        keys = noise_keys(seed) if spec.stochastic else (0, 0)
+        shape = _shape(size)
+        with _on(flat.device):
+            _encode_kernel[(-(-n // shape["buckets"]),)](
+                flat, payload, scales, scales if offsets is None else offsets, flat.numel(), n,
+                layout.mixed, layout.multiplier, layout.shift, _int32(keys[0]), _int32(keys[1]),
+                **shape, **_encode_options(spec, widths, flat.dtype))
+    return Encoded(payload, scales, offsets)
+
+
+def decode(
+        encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.kernels.reference.decode`."""
+    return decode_into(encoded.payload.new_empty(numel, dtype=dtype), encoded, spec, seed)
+
+
+def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
+    """Decodes into ``out``, a flat contiguous tensor, and returns it."""
+    n, size = bucket_shape(out.numel(), spec.bucket_size)
+    layout = draw_layout(n, spec, seed)
+    if n:
+        widths = _widths(spec, layout.mixed > 0)
+        shape = dict(_shape(size))
+        del shape["levels"]
+        offsets = encoded.scale if encoded.offset is None else encoded.offset
+        with _on(out.device):
+            _decode_kernel[(-(-n // shape["buckets"]),)](
+                out, encoded.payload, encoded.scale, offsets, out.numel(), n, layout.mixed,
+                layout.multiplier, layout.shift, **shape, **_decode_options(spec, widths, out.dtype))
+    return out
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device; the interpreter has none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _int32(key: int) -> int:
+    """The bits of a 32-bit key as a signed integer: the type of a kernel argument is fixed."""
+    return key - (1 << 32) if key >= 1 << 31 else key
+
+
+def _widths(spec: BucketQuantSpec, any_mixed: bool) -> tuple[int, int]:
+    """Widths that a kernel writes: (of base buckets, of mixed ones or 0 where there is one width)."""
+    if spec.mix_bit_width is None:
+        return spec.bit_width, 0
+    if spec.mix_per == "tensor":
+        return spec.mix_bit_width if any_mixed else spec.bit_width, 0
+    return spec.bit_width, spec.mix_bit_width
+
+
+@lru_cache(maxsize=256)
+def _shape(size: int) -> dict[str, int]:
+    """Constants that follow from the bucket size: the tile of a program, and its warps.
+
+    A thread holds ``_PER_THREAD`` elements of each slice, so that loads and stores of all dtypes
+    agree on who holds what and nothing travels through shared memory.
+    """
+    lanes = 1 << (size // 8 - 1).bit_length()
+    num_warps = min(max(4, lanes // (32 * _PER_THREAD)), 32)
+    return {
+        "size": size, "buckets": max(1, num_warps * 32 * _PER_THREAD // lanes), "lanes": lanes,
+        "levels": lanes.bit_length() - 1, "num_warps": num_warps}
+
+
+@lru_cache(maxsize=256)
+def _encode_options(
+        spec: BucketQuantSpec, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    width, mix_width = widths
+    return {
+        "width": width, "mix_width": mix_width, "top": top_code(spec.code_range, width),
+        "mix_top": top_code(spec.code_range, mix_width or width), "signed": not spec.affine,
+        "rule": _RULES[spec.scale_rule], "integer": spec.integer_zero_point,
+        "stochastic": spec.stochastic, "form": _FORMATS[dtype],
+        "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}
+
+
+@lru_cache(maxsize=256)
+def _decode_options(
+        spec: BucketQuantSpec, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    width, mix_width = widths
+    return {
+        "width": width, "mix_width": mix_width, "lowest": lowest_code(spec.code_range, width),
+        "mix_lowest": lowest_code(spec.code_range, mix_width or width), "affine": spec.affine,
+        "largest": torch.finfo(dtype).max, "form": _FORMATS[dtype],
+        "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}

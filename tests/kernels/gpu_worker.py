@@ -1,0 +1,169 @@
+"""Runs the Triton kernels without a device, in a process of its own (see test_gpu.py).
+
+Triton reads TRITON_INTERPRET when it is first imported, and Brevitas imports it: a test session
+cannot change its mind.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.kernels.reference import Encoded
+from brevitas_bp.kernels.spec import BucketQuantSpec
+
+
+class Worker:
+    """One process with an environment of its own, that runs functions one after another."""
+
+    def __init__(self, **environment: str) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        with patch.dict(os.environ, environment):
+            self._pool.submit(os.getpid).result()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of ``function``, which is picklable by name."""
+        return self._pool.submit(function, *arguments).result()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pool.shutdown()
+
+
+# Tensors travel as numpy arrays: torch would put each into shared memory.
+Array = tuple[Any, torch.dtype]
+
+
+def to_array(x: Tensor) -> Array:
+    return x.view(torch.uint8).numpy(), x.dtype
+
+
+def from_array(array: Array) -> Tensor:
+    return torch.from_numpy(array[0]).view(array[1])
+
+
+def from_arrays(arrays: list[Array]) -> Encoded:
+    tensors = [from_array(array) for array in arrays]
+    return Encoded(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
+
+
+class Interpreted:
+    """The kernels in Triton's interpreter: CPU tensors, numpy arithmetic."""
+
+    def __init__(self) -> None:
+        self._worker = Worker(TRITON_INTERPRET="1")
+
+    def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+        return from_arrays(self._worker.run(_encode, to_array(flat.contiguous()), spec, seed))
+
+    def decode(
+            self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+            dtype: torch.dtype) -> Tensor:
+        arrays = [to_array(t) for t in encoded.tensors]
+        return from_array(self._worker.run(_decode, arrays, spec, seed, numel, dtype))
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+def _interpreted_kernels() -> Any:
+    from triton.runtime import interpreter
+
+    from brevitas_bp.kernels import gpu
+
+    # numpy warns of the overflows that the kernels handle. The launch options switch the check for
+    # integer overflow off, but the interpreter has options of its own.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    builder: Any = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    return gpu
+
+
+def _encode(flat: Array, spec: BucketQuantSpec, seed: int) -> list[Array]:
+    encoded = _interpreted_kernels().encode(from_array(flat), spec, seed)
+    return [to_array(t) for t in encoded.tensors]
+
+
+def _decode(
+        arrays: list[Array], spec: BucketQuantSpec, seed: int, numel: int,
+        dtype: torch.dtype) -> Array:
+    gpu = _interpreted_kernels()
+    return to_array(gpu.decode(from_arrays(arrays), spec, seed, numel, dtype))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel was compiled to.
+
+    Attributes:
+        name: of the kernel.
+        ptx: the assembly.
+        key: identifies the kernel among those compiled from one function.
+    """
+
+    name: str
+    ptx: str
+    key: str
+
+    def operations(self, pattern: str) -> set[str]:
+        """Mnemonics of the assembly that match a regular expression."""
+        return set(re.findall(rf"^\s*(?:@!?%p\d+ )?({pattern}\S*)\s", self.ptx, re.MULTILINE))
+
+
+class _NoDevice:
+    """Stands for Triton's driver: compiles for a device that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return self._capability
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+class _CompileOnly:
+    """Stands for a kernel: a launch compiles it, with the arguments of the launch, and records it."""
+
+    def __init__(self, kernel: Any, found: list[Compiled], **options: Any) -> None:
+        self._kernel, self._found, self._options = kernel, found, options
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            options.update(self._options)
+            compiled = self._kernel.warmup(*arguments, grid=grid, **options)
+            self._found.append(Compiled(self._kernel.__name__, compiled.asm["ptx"], compiled.hash))
+
+        return launch
+
+
+def compile_kernels(
+        capability: int, dtype: torch.dtype, spec: BucketQuantSpec,
+        calls: list[tuple[int, int]], **options: Any) -> list[Compiled]:
+    """What encode and decode are compiled to for calls (number of elements, seed)."""
+    from triton.runtime import driver
+
+    from brevitas_bp.kernels import gpu
+
+    driver.set_active(_NoDevice(capability))  # pyright: ignore[reportArgumentType]
+    found: list[Compiled] = []
+    with patch.object(gpu, "_encode_kernel", _CompileOnly(gpu._encode_kernel, found, **options)), \
+            patch.object(gpu, "_decode_kernel", _CompileOnly(gpu._decode_kernel, found, **options)):
+        for numel, seed in calls:
+            encoded = gpu.encode(torch.empty(numel, dtype=dtype), spec, seed)
+            gpu.decode(encoded, spec, seed, numel, dtype)
+    return found

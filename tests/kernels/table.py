@@ -1,0 +1,80 @@
+"""The table of cases that every fast form of the kernels is held against the reference with."""
+
+from itertools import product
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.kernels import reference
+from brevitas_bp.kernels.reference import Encoded
+from brevitas_bp.kernels.spec import BucketQuantSpec
+from tests.strategies import RULES
+from tests.support import same_bits
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SPECS = [
+    BucketQuantSpec(width, size, rule, code_range, stochastic, metadata_dtype=metadata)
+    for width, (rule, code_range), size, stochastic, metadata in product(
+        range(1, 9), RULES, (24, 256), (False, True), (torch.float32, torch.bfloat16))
+    if width > 1 or code_range == "unsigned"]
+SPECS += [BucketQuantSpec(2, 256, integer_zero_point=True)]
+SPECS += [
+    BucketQuantSpec(base, 24, mix_bit_width=mix, mix_prob=p, mix_per=per)
+    for base, mix in ((2, 4), (4, 2), (3, 6), (4, 8)) for p in (0.0, 0.3, 1.0)
+    for per in ("bucket", "tensor")]
+
+
+class Form(Protocol):
+    """A module of kernels, or something that stands for one."""
+
+    def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded: ...
+
+    def decode(
+        self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+        dtype: torch.dtype) -> Tensor: ...
+
+
+def samples(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Flat tensors of all kinds of values."""
+    generator = torch.Generator().manual_seed(0)
+    largest = torch.finfo(dtype).max
+    normal = torch.randn(1000, generator=generator)
+    broken = torch.randn(2000, generator=generator)
+    broken[[5, 700, 1500]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    data = {
+        "one": normal[:1], "seven": normal[:7], "normal": normal, "whole": normal.repeat(5)[:4608],
+        "shifted": normal + 100, "constant": torch.full((700,), 3.7), "zero": torch.zeros(300),
+        "signed zeros": torch.tensor([-0.0, 0.0] * 100), "subnormal": normal * 1e-38,
+        "broken": broken}
+    out = {name: x.to(dtype) for name, x in data.items()}
+    out["huge"] = (normal * largest).clamp(-largest, largest).to(dtype)
+    return out
+
+
+def joined(dtype: torch.dtype, numel: int) -> Tensor:
+    """All kinds of values in one tensor, in equal parts."""
+    parts = [x for x in samples(dtype).values() if x.numel() >= 200]
+    broken = samples(dtype)["broken"][[4, 5, 6, 700, 701, 1500]]
+    size = -(-numel // (len(parts) + 1))
+    # What is broken comes last, one kind in a bucket of its own at most sizes.
+    filled = [part.repeat(-(-size // part.numel()))[:size] for part in [*parts, parts[0].clone()]]
+    filled[-1][torch.linspace(0, size - 1, 6).long()] = broken
+    return torch.cat(filled)[:numel]
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two stored tensors are the same, those bits of a NaN included."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
+        a.view(torch.uint8), b.view(torch.uint8))
+
+
+def check(form: Form, x: Tensor, spec: BucketQuantSpec, seed: int = 3) -> None:
+    """Asserts that ``form`` stores the reference's bytes and decodes them to the same values."""
+    expected, got = reference.encode(x, spec, seed), form.encode(x, spec, seed)
+    assert len(expected.tensors) == len(got.tensors)
+    for name, a, b in zip(("payload", "scale", "offset"), expected.tensors, got.tensors):
+        assert same_bytes(a, b), (name, spec)
+    values = [
+        one.decode(expected, spec, seed, x.numel(), x.dtype) for one in (reference, form)]
+    assert same_bits(*values), ("values", spec)

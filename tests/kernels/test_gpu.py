@@ -1,0 +1,388 @@
+"""The Triton kernels give the reference's bytes: interpreted, compiled without a device, on one."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from brevitas_bp import codec_from, quant
+from brevitas_bp.kernels import dispatch, reference
+from brevitas_bp.kernels.reference import Encoded
+from brevitas_bp.kernels.spec import BucketQuantSpec
+from tests.kernels.gpu_worker import Compiled, Interpreted, Worker, compile_kernels
+from tests.kernels.table import DTYPES, SPECS, check, joined, same_bytes, samples
+from tests.strategies import VALUES, dtype_name, float_tensors, normals, seeds, specs
+from tests.support import same_bits
+
+pytest.importorskip("triton")
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+MIXED = BucketQuantSpec(3, 24, mix_bit_width=6, mix_prob=0.3)
+
+
+# In the interpreter.
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Interpreted]:
+    worker = Interpreted()
+    yield worker
+    worker.close()
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_interpreted_bytes_equal_the_reference(interpreted: Interpreted, part: int) -> None:
+    # The interpreter is slow, and dtypes differ only in conversions: each spec runs with one.
+    x = joined(DTYPES[part], 2311)
+    for spec in SPECS[part::3]:
+        check(interpreted, x, spec)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["one", "seven", "whole", "broken"])
+def test_interpreted_lengths(interpreted: Interpreted, name: str, dtype: torch.dtype) -> None:
+    # "whole" fills programs to the last element, the others are tails.
+    check(interpreted, samples(dtype)[name], BucketQuantSpec(5, 256))
+
+
+@pytest.mark.parametrize("numel", [3071, 3072, 3073, 7000])
+@pytest.mark.parametrize("spec", [BucketQuantSpec(4, 24, "l2", "narrow"), MIXED], ids=["l2", "mix"])
+def test_interpreted_tensors_of_several_programs(
+        interpreted: Interpreted, spec: BucketQuantSpec, numel: int) -> None:
+    check(interpreted, joined(torch.float32, numel), spec)
+
+
+@pytest.mark.parametrize("size", [8, 16, 40, 104, 192, 1000, 1024, 8192, 16384, 65528, 65536])
+@pytest.mark.parametrize("rule", ["min_max", "max", "l2"])
+def test_interpreted_bucket_sizes(interpreted: Interpreted, size: int, rule: str) -> None:
+    code_range = "unsigned" if rule == "min_max" else "narrow"
+    # Not all values: the norms of a tensor with large and broken ones would be equal by chance.
+    check(interpreted, normals((2100,)).float(), BucketQuantSpec(7, size, rule, code_range))
+
+
+def norms_on_the_edge(size: int) -> Tensor:
+    """Buckets [20000, size] whose norms lie within a few spacings of float64 of a float32 tie.
+
+    Two elements make the tie: ``(k + 1/2)**2 = k**2 + odd**2 / 4`` with ``k = (odd**2 - 1) / 4``, times
+    ``2**-23``. The others are less than a float64 spacing each, and some of them are lost, depending on
+    the order of the sum.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, odd = 20_000, 5801
+    present = torch.rand((n, size), generator=generator) < torch.rand((n, 1), generator=generator) / 2
+    x = present * (0.6 * 2.0**-26)
+    places = torch.rand((n, size), generator=generator).argsort()[:, :2]
+    tie = torch.tensor([(odd**2 - 1) / 4 * 2.0**-23, odd * 2.0**-24])
+    return x.scatter_(1, places, tie.expand(n, 2).contiguous())
+
+
+def swapped_norm(x: Tensor) -> Tensor:
+    """``reference.l2_norm`` with its first two halvings in the wrong order."""
+    eighths = x.view(x.shape[0], 8, -1)
+    order = [0, 1, 4, 5, 2, 3, 6, 7]
+    return reference.l2_norm(eighths[:, order].reshape(x.shape))
+
+
+def shuffled_norm(x: Tensor) -> Tensor:
+    """``reference.l2_norm`` with other partners within an eighth."""
+    eighths = x.view(x.shape[0], 8, -1)
+    parts = torch.cat([eighths[..., ::2], eighths[..., 1::2]], -1)
+    return reference.l2_norm(parts.reshape(x.shape))
+
+
+@pytest.mark.parametrize("size", [40, 64])
+def test_interpreted_norms_are_summed_in_order(interpreted: Interpreted, size: int) -> None:
+    x = norms_on_the_edge(size)
+    expected = reference.l2_norm(x)
+    for other in (swapped_norm, shuffled_norm):
+        # Positive control: random data would not tell one order from another.
+        telling = x[(other(x) != expected).view(-1)][:50]
+        assert len(telling) >= 5
+        check(interpreted, telling.view(-1), BucketQuantSpec(2, size, "l2", "narrow"))
+
+
+@given(float_tensors(DTYPES, tuple(VALUES)), specs(), seeds)
+def test_interpreted_bytes_of_any_tensor(
+        interpreted: Interpreted, x: Tensor, spec: BucketQuantSpec, seed: int) -> None:
+    if spec.bucket_size is not None:
+        check(interpreted, x.reshape(-1)[:5000].contiguous(), spec, seed)
+
+
+def test_another_seed_gives_other_bytes(interpreted: Interpreted) -> None:
+    # Positive control.
+    x, spec = normals((300,)).float(), BucketQuantSpec(2, 24)
+    expected, got = reference.encode(x, spec, 1), interpreted.encode(x, spec, 2)
+    assert same_bytes(expected.scale, got.scale)
+    assert not same_bytes(expected.payload, got.payload)
+
+
+def test_empty_tensors_launch_nothing(interpreted: Interpreted) -> None:
+    check(interpreted, torch.empty(0), MIXED)
+
+
+# Compiled for devices that are not there: what the interpreter cannot see.
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    worker = Worker(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    yield worker
+    worker.close()
+
+
+COMPILED = {
+    "2 bits": (torch.float32, BucketQuantSpec(2, 256)),
+    "bfloat16": (torch.bfloat16, BucketQuantSpec(3, 512, metadata_dtype=torch.bfloat16)),
+    "integer zero point": (torch.float16, BucketQuantSpec(4, 64, integer_zero_point=True)),
+    "nearest": (torch.float32, BucketQuantSpec(8, 1024, "max", "narrow", False)),
+    "two widths": (torch.float32, BucketQuantSpec(2, 256, mix_bit_width=4, mix_prob=0.5)),
+    "norm": (torch.float32, BucketQuantSpec(4, 256, "l2", "narrow")),
+    "norm of an odd size": (torch.bfloat16, BucketQuantSpec(4, 40, "l2", "narrow")),
+    "smallest": (torch.float32, BucketQuantSpec(1, 8)),
+    "largest": (torch.float32, BucketQuantSpec(2, 1 << 16))}
+
+
+def inexact(kernel: Compiled) -> set[str]:
+    """Operations that do not give the reference's bits."""
+    return kernel.operations(r"fma\.") | kernel.operations(r"(?:div|rcp|sqrt)\.(?!rn)") | (
+        kernel.operations(r"\w+\.(?:\w+\.)*ftz"))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_arithmetic_is_exact(compiler: Worker, name: str) -> None:
+    kernels = compiler.run(compile_kernels, 90, *COMPILED[name], [(5000, 1)])
+    assert [kernel.name for kernel in kernels] == ["encode_kernel", "decode_kernel"]
+    assert [inexact(kernel) for kernel in kernels] == [set(), set()]
+    assert kernels[0].operations(r"div\.rn\.f32")
+    # Without it a NaN would be left out of a range; numpy's maximum cannot tell.
+    assert kernels[0].operations(r"max\.NaN\.f32")
+
+
+@pytest.mark.parametrize("capability", [80, 86, 100])
+def test_kernels_compile_for_other_devices(compiler: Worker, capability: int) -> None:
+    kernels = compiler.run(compile_kernels, capability, *COMPILED["bfloat16"], [(5000, 1)])
+    assert [inexact(kernel) for kernel in kernels] == [set(), set()]
+
+
+def test_fused_arithmetic_would_be_seen(compiler: Worker) -> None:
+    # Positive control.
+    kernels = compiler.run(fused)
+    assert any(inexact(kernel) for kernel in kernels)
+
+
+def fused() -> list[Compiled]:
+    """Kernels compiled as Triton does by default; runs in the worker."""
+    return compile_kernels(90, *COMPILED["2 bits"], [(5000, 1)], enable_fp_fusion=True)
+
+
+def test_memory_is_accessed_by_vectors(compiler: Worker) -> None:
+    encode, decode = compiler.run(compile_kernels, 90, *COMPILED["2 bits"], [(1 << 16, 1)])
+    assert any(".v4" in name for name in encode.operations(r"ld\.global"))
+    assert any(".v4" in name for name in decode.operations(r"st\.global"))
+    # Four bytes of packed codes at once.
+    assert not encode.operations(r"st\.global\S*b8")
+    assert not decode.operations(r"ld\.global\S*b8")
+
+
+def test_lengths_and_seeds_share_one_kernel(compiler: Worker) -> None:
+    calls = [(1, 0), (16, 1), (1000, 2), (4096, 3), (100_000, 2**64 - 1)]
+    kernels = compiler.run(compile_kernels, 90, torch.float32, MIXED, calls)
+    assert len(kernels) == 2 * len(calls)
+    assert len({kernel.key for kernel in kernels}) == 2
+
+
+# Which kernels serve a tensor.
+
+
+def test_double_and_whole_tensors_go_to_the_reference() -> None:
+    from brevitas_bp.kernels import gpu
+
+    assert not gpu.supports(torch.float64, BucketQuantSpec())
+    assert not gpu.supports(torch.float32, BucketQuantSpec(bucket_size=None))
+    assert not gpu.supports(torch.float32, BucketQuantSpec(bucket_size=(1 << 16) + 8))
+    assert gpu.supports(torch.bfloat16, BucketQuantSpec())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_there_is_one_hint() -> None:
+    dispatch._gpu_kernels.cache_clear()
+    device = torch.device("cuda")
+    with pytest.warns(UserWarning, match="Triton kernels cannot run"):
+        assert dispatch.backend(device, torch.float32, BucketQuantSpec()) is reference
+    assert dispatch.backend(device, torch.float32, BucketQuantSpec()) is reference
+
+
+# On a device.
+
+
+class OnDevice:
+    """The kernels on a CUDA device, CPU tensors in and out."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        self._device = device
+
+    def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+        return moved(kernels().encode(flat.to(self._device), spec, seed), "cpu")
+
+    def decode(
+            self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+            dtype: torch.dtype) -> Tensor:
+        return kernels().decode(moved(encoded, self._device), spec, seed, numel, dtype).cpu()
+
+
+def kernels() -> dispatch.ModuleType:
+    """The kernels that CUDA tensors go to."""
+    form = dispatch.backend(torch.device("cuda"), torch.float32, BucketQuantSpec())
+    assert form.__name__ == "brevitas_bp.kernels.gpu"
+    return form
+
+
+def moved(encoded: Encoded, device: str) -> Encoded:
+    offset = None if encoded.offset is None else encoded.offset.to(device)
+    return Encoded(encoded.payload.to(device), encoded.scale.to(device), offset)
+
+
+def gpu_test(function: object) -> object:
+    """Marks a test that needs a device."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(skip(function))
+
+
+@gpu_test
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(3))
+def test_device_bytes_equal_the_reference(part: int) -> None:
+    # Compiling takes most of the time: each spec runs with one of the dtypes.
+    dtype = DTYPES[part]
+    x, tail = joined(dtype, 20_000), samples(dtype)["seven"]
+    for spec in SPECS[part::3]:
+        check(OnDevice(), x, spec)
+        check(OnDevice(), tail, spec)
+
+
+@gpu_test
+@each_dtype
+def test_device_bytes_of_all_values(dtype: torch.dtype) -> None:
+    for x in samples(dtype).values():
+        for spec in (BucketQuantSpec(5, 256), MIXED, BucketQuantSpec(4, 24, "l2", "narrow")):
+            check(OnDevice(), x, spec)
+
+
+@gpu_test
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [8, 40, 104, 192, 1000, 1024, 8192, 16384, 65528, 65536])
+@pytest.mark.parametrize("rule", ["min_max", "max", "l2"])
+def test_device_bucket_sizes(size: int, rule: str) -> None:
+    code_range = "unsigned" if rule == "min_max" else "narrow"
+    check(OnDevice(), normals((200_000,)).float(), BucketQuantSpec(7, size, rule, code_range))
+
+
+@gpu_test
+@pytest.mark.parametrize("size", [40, 64])
+def test_device_norms_are_summed_in_order(size: int) -> None:
+    x = norms_on_the_edge(size).view(-1)
+    check(OnDevice(), x, BucketQuantSpec(2, size, "l2", "narrow"))
+
+
+@gpu_test
+def test_every_half_float_decodes_and_encodes_alike() -> None:
+    every = torch.arange(1 << 16).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = every.view(dtype)
+        check(OnDevice(), x, BucketQuantSpec(8, 8))
+        # Negative numbers are shuffled among the positive, so that ranges are wide.
+        order = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0))
+        check(OnDevice(), x[order], BucketQuantSpec(8, 8))
+
+
+@gpu_test
+def test_a_view_at_an_odd_offset() -> None:
+    x = normals((10_001,)).float().cuda()
+    got = kernels().encode(x[1:], BucketQuantSpec(), 3)
+    expected = reference.encode(x[1:].cpu(), BucketQuantSpec(), 3)
+    assert all(map(same_bytes, expected.tensors, moved(got, "cpu").tensors))
+
+
+@gpu_test
+@pytest.mark.slow
+def test_tensors_of_more_than_2_31_elements() -> None:
+    numel = (1 << 31) + 5000
+    if torch.cuda.mem_get_info()[0] < 16 * numel:
+        pytest.skip("needs 32 GiB of device memory")
+    spec = BucketQuantSpec(8, 256)
+    x = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    x[-10_000:] = torch.randn(10_000, device="cuda")
+    expected, got = reference.encode(x, spec, 3), kernels().encode(x, spec, 3)
+    assert torch.equal(expected.payload, got.payload)
+    assert torch.equal(expected.scale, got.scale)
+    decoded = kernels().decode(got, spec, 3, numel, x.dtype)
+    assert torch.equal(decoded[-10_240:], reference.decode(got, spec, 3, numel, x.dtype)[-10_240:])
+
+
+@gpu_test
+def test_nothing_synchronises() -> None:
+    x = normals((10_000,)).float().cuda()
+    for spec in (BucketQuantSpec(), MIXED):
+        kernels().decode(kernels().encode(x, spec, 3), spec, 3, x.numel(), x.dtype)
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            encoded = kernels().encode(x, spec, 4)
+            kernels().decode(encoded, spec, 4, x.numel(), x.dtype)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@gpu_test
+def test_kernels_run_on_the_current_stream() -> None:
+    x = normals((1 << 20,)).float().cuda()
+    spec = BucketQuantSpec()
+    expected = reference.encode(2 * x.cpu(), spec, 3)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # A kernel on another stream would overtake the delay and read what is not there yet.
+        torch.cuda._sleep(100_000_000)
+        got = kernels().encode(2 * x, spec, 3)
+        decoded = kernels().decode(got, spec, 3, x.numel(), x.dtype)
+    stream.synchronize()
+    assert all(map(same_bytes, expected.tensors, moved(got, "cpu").tensors))
+    assert same_bits(reference.decode(expected, spec, 3, x.numel(), x.dtype), decoded.cpu())
+
+
+@gpu_test
+def test_kernels_run_on_the_device_of_the_tensor() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    with torch.cuda.device(0):
+        check(OnDevice("cuda:1"), joined(torch.float32, 5000), MIXED)
+
+
+@gpu_test
+def test_kernels_can_be_captured_in_a_graph() -> None:
+    x = normals((10_000,)).float().cuda()
+    # The first call of a kernel loads it, which a capture does not allow.
+    kernels().decode(kernels().encode(x, MIXED, 3), MIXED, 3, x.numel(), x.dtype)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = kernels().encode(x, MIXED, 3)
+        decoded = kernels().decode(got, MIXED, 3, x.numel(), x.dtype)
+    fresh = normals((10_000,), 1).float()
+    x.copy_(fresh)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = reference.encode(fresh, MIXED, 3)
+    assert all(map(same_bytes, expected.tensors, moved(got, "cpu").tensors))
+    assert same_bits(reference.decode(expected, MIXED, 3, x.numel(), x.dtype), decoded.cpu())
+
+
+@gpu_test
+def test_the_codec_uses_them() -> None:
+    x = normals((3, 5, 7, 11)).float()
+    codec = codec_from(quant.ShiftedUint2Mix4DynamicActPerBucketFloatStochastic)
+    here, there = (codec.encode(t, seed=3) for t in (x, x.cuda()))
+    assert all(same_bytes(a, b.cpu()) for a, b in zip(here.tensors, there.tensors))
+    assert same_bits(here.decode(), there.decode().cpu())
