@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brevitas_bp.backward.derivative_codec import derivative_codec
 from brevitas_bp.backward.operations import (
     OpRule,
     composite,
@@ -153,7 +152,7 @@ def _rrelu(saved: SavedTensor) -> Decision:
     if is_noise != bool(noisy):
         return Decision(shape_only(), "not read by backward")
     if is_noise:
-        return Decision(derivative_codec(saved.codec, 4), "slopes: backward is linear in them")
+        return Decision(saved.codec, "slopes: backward is linear in them", reaches="all")
     return Decision(positive_region(), "mask: gradient exact")
 
 

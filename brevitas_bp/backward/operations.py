@@ -59,7 +59,7 @@ def linear(*positions: int) -> OpRule:
     def decide(saved: SavedTensor) -> Decision:
         if positions and saved.position not in positions:
             return Decision(None, "backward is not linear in it")
-        return Decision(saved.codec, "backward is linear in it")
+        return Decision(saved.codec, "backward is linear in it", reaches="all")
 
     return OpRule(_floats(decide))
 
@@ -89,7 +89,9 @@ def product() -> OpRule:
         if size * _BROADCAST <= max((a.numel() for a in tensors), default=0):
             return Decision(None, "broadcast factor: few bytes, many gradients")
         weights = any(isinstance(a, nn.Parameter) for a in tensors)
-        return Decision(saved.codec, "factor: the other's gradient is linear in it", shared=weights)
+        reason = "factor: the other's gradient is linear in it"
+        # Beside a parameter it only reaches the parameter's gradient.
+        return Decision(saved.codec, reason, weights, reaches="weight" if weights else "all")
 
     return OpRule(_floats(decide))
 
@@ -107,7 +109,7 @@ def normalization() -> OpRule:
         statistic = size < whole if whole is not None else saved.tensor.dim() < 2
         if statistic:
             return Decision(None, "statistic of a norm")
-        return Decision(saved.codec, "input of a norm: bias of order 1/M")
+        return Decision(saved.codec, "input of a norm: bias of order 1/M", reaches="norm")
 
     return OpRule(_floats(decide))
 

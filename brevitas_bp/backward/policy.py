@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
-from brevitas_bp.backward.derivative_codec import derivative_codec
 from brevitas_bp.backward.operations import FLOAT_DTYPES, rule_of
 from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite, SaveDerivative
 from brevitas_bp.backward.saved import (
@@ -21,6 +20,7 @@ from brevitas_bp.backward.saved import (
     Decision,
     SavedTensor,
 )
+from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
 from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.regions import relu_region
@@ -86,9 +86,13 @@ class OpAware:
     indices. Not kept: tensors of which backward reads the shape only. All else is kept as it is.
 
     Args:
-        derivative_quant: quantizer of derivatives; None takes the configured one (min-max, same
-            bucket size, metadata and rounding) with at least ``derivative_bits`` bits.
-        derivative_bits: see above. Four bits: a derivative multiplies every gradient that passes.
+        multiplier_bits: least width of what multiplies the gradient that passes: derivatives, factors
+            of products of activations, the value of attention. A rounding there reaches the gradients
+            of all layers further up, while one of a layer's input reaches that of its own weight.
+        norm_bits: least width of the inputs of norms; None: as configured. Roundings there reach all
+            layers further up with a weight of order 1 / sqrt(M): worth more bits where few elements
+            share a statistic, as in small batches.
+        multiplier_quant: quantizer in place of the configured one with ``multiplier_bits``.
         few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
             2023), stored instead of a rounded derivative: smaller, without noise, and biased. None: off.
         attention: "replay" keeps query and key, quantizes the value and runs attention again in
@@ -101,22 +105,19 @@ class OpAware:
         UnsupportedQuantizerError: a quantizer has no codes to store.
     """
 
-    derivative_quant: Any = None
-    derivative_bits: int = 4
+    multiplier_bits: int = 4
+    norm_bits: int | None = None
+    multiplier_quant: Any = None
     few_bit: int | None = None
     attention: Literal["replay", "exact"] = "replay"
     attention_quant: Any = None
-    _derivative: Codec | None = field(init=False, repr=False, compare=False, default=None)
+    _multiplier: Codec | None = field(init=False, repr=False, compare=False, default=None)
     _attention: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        check_bit_width(_WHERE, self.derivative_bits)
-        if self.few_bit is not None:
-            check_bit_width(_WHERE, self.few_bit)
-            if self.derivative_quant is not None:
-                raise ValueError(
-                    f"{_WHERE}: few_bit stores no derivatives, so derivative_quant would do nothing; "
-                    "pass one of the two")
+        for bits in (self.multiplier_bits, self.norm_bits, self.few_bit):
+            if bits is not None:
+                check_bit_width(_WHERE, bits)
         if self.attention not in ("replay", "exact"):
             raise UnknownNameError(
                 f"{_WHERE}: attention must be 'replay' or 'exact', got {self.attention!r}"
@@ -126,7 +127,7 @@ class OpAware:
                 f"{_WHERE}: attention='exact' keeps query and key, so attention_quant would do nothing; "
                 "use it with attention='replay'")
         # Codecs are built once: hooks share an encoding by the identity of its codec.
-        object.__setattr__(self, "_derivative", _codec_of(self.derivative_quant))
+        object.__setattr__(self, "_multiplier", _codec_of(self.multiplier_quant))
         object.__setattr__(self, "_attention", _codec_of(self.attention_quant))
 
     def __call__(self, saved: SavedTensor) -> Codec | None:
@@ -144,7 +145,7 @@ class OpAware:
         rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
         if rule is None:
             return _UNKNOWN if x.is_floating_point() else _INTEGERS
-        return rule.decide(saved)
+        return self._widened(rule.decide(saved), codec)
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """How a function is to be run so that it saves something else."""
@@ -157,11 +158,19 @@ class OpAware:
             return _from_input(rule.rewrite)
         return rule.rewrite
 
+    def _widened(self, decision: Decision, codec: Codec) -> Decision:
+        """A decision for the configured codec, with the width that the tensor's reach asks for."""
+        if decision.codec is not codec or decision.reaches == "weight":
+            return decision
+        if decision.reaches == "all":
+            return decision._replace(
+                codec=self._multiplier or at_least(codec, self.multiplier_bits))
+        return decision if self.norm_bits is None else decision._replace(
+            codec=at_least(codec, self.norm_bits))
+
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
         if role == DERIVATIVE:
-            return Decision(
-                self._derivative or derivative_codec(codec, self.derivative_bits),
-                "derivative: backward is linear in it")
+            return self._widened(_DERIVATIVE._replace(codec=codec), codec)
         if role == FEW_BIT_INPUT:
             rule = rule_of(saved.call.function)
             assert rule is not None and rule.few_bit is not None and self.few_bit is not None
@@ -169,7 +178,7 @@ class OpAware:
                 _few_bit_codec(self.few_bit, **rule.few_bit(saved.call)),
                 "interval of the input: the derivative, piecewise constant and biased")
         if role == ATTENTION_VALUE:
-            return Decision(codec, "value: backward is linear in it", shared=False)
+            return self._widened(_VALUE._replace(codec=codec), codec)
         if role == ATTENTION_INPUT:
             if self._attention is not None:
                 return Decision(self._attention, "query and key: biased, as asked for", shared=False)
@@ -180,6 +189,8 @@ class OpAware:
         return Decision(None, "needed to run again")
 
 
+_DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
+_VALUE = Decision(None, "value: backward is linear in it", shared=False, reaches="all")
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)

@@ -1,7 +1,7 @@
 """What a pack hook knows about a tensor, and what is decided for it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -105,8 +105,7 @@ class SavedTensor:
         return isinstance(normalized, Tensor) and self.tensor.numel() < normalized.numel()
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """How a saved tensor is stored, and why.
 
     Attributes:
@@ -116,12 +115,16 @@ class Decision:
             multiplies it with what comes through the same tensor elsewhere: a product of two roundings
             is unbiased only if they are independent.
         known: whether the policy knows the operation.
+        reaches: how far a rounding of it goes, which decides its width: "weight", into one weight's
+            gradient only; "norm", weakly into all gradients further up; "all", as a factor into all of
+            them.
     """
 
     codec: Codec | None
     reason: str
     shared: bool = True
     known: bool = True
+    reaches: Literal["weight", "norm", "all"] = "weight"
 
 
 def storage_id(x: Tensor) -> int:

@@ -162,7 +162,7 @@ def test_rewritten_functions_in_other_dtypes(name: str, dtype: torch.dtype) -> N
     x = torch.randn(32, 128, dtype=dtype)
     module = Apply(ELEMENTWISE[name])
     plain = run(module, x)
-    ours = wrapped_run(module, x, policy=OpAware(derivative_bits=8))
+    ours = wrapped_run(module, x, policy=OpAware(multiplier_bits=8))
     assert torch.equal(ours.output, plain.output)
     assert ours.grads["input 0"].dtype == dtype
     # One step of 255, of derivatives that span less than 4 (glu), and a rounding of the result.
