@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor, own_shape
 from brevitas_bp.codec import NarrowInt
 from brevitas_bp.codec.base import Codec
 
@@ -70,11 +70,22 @@ def weighted(weight: int = 1) -> OpRule:
     So the gradient of the input stays exact, and roundings do not add up from layer to layer.
     """
     def decide(saved: SavedTensor) -> Decision:
-        if saved.is_argument(weight):
+        if _is_weight(saved, weight):
             return Decision(None, "weight: keeps the gradient of the input exact")
         return Decision(saved.codec, "input: the gradient of the weight is linear in it")
 
     return OpRule(_floats(decide))
+
+
+def _is_weight(saved: SavedTensor, weight: int) -> bool:
+    """By its memory, or where autocast handed over a copy, by its shape if that tells."""
+    position = saved.position
+    if position is not None:
+        return position == weight
+    tensors = [a for a in saved.arguments[:weight + 1] if isinstance(a, Tensor)]
+    return (
+        len(tensors) > weight and own_shape(saved.tensor) == own_shape(tensors[weight])
+        and saved.tensor.numel() != tensors[0].numel())
 
 
 def product() -> OpRule:

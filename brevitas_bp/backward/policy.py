@@ -142,6 +142,8 @@ class OpAware:
             return self._decide_role(saved, saved.role, codec)
         if x.dtype == torch.bool:
             return _MASK
+        if x.dtype not in FLOAT_DTYPES and x.dtype != torch.int64:
+            return _OTHER_DTYPE
         rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
         if rule is None:
             return _UNKNOWN if x.is_floating_point() else _INTEGERS
@@ -195,6 +197,7 @@ _VALUE = Decision(None, "value: backward is linear in it", shared=False)
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)
+_OTHER_DTYPE = Decision(None, "neither real numbers of 16 to 64 bits nor indices")
 _INTEGERS = Decision(None, "integers")
 
 

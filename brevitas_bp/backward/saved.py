@@ -84,18 +84,6 @@ class SavedTensor:
                 return position
         return None
 
-    def is_argument(self, position: int) -> bool:
-        """Whether the tensor is this argument, or, where memory does not tell, has its shape.
-
-        Autocast hands a function copies of its arguments.
-        """
-        found = self.position
-        if found is not None:
-            return found == position
-        arguments = self.call.arguments
-        return position < len(arguments) and isinstance(arguments[position], Tensor) and (
-            own_shape(self.tensor) == own_shape(arguments[position]))
-
     @property
     def is_norm_statistic(self) -> bool:
         """Whether a norm saves its mean or inverse deviation: a tensor smaller than its input."""
