@@ -16,6 +16,7 @@ from brevitas_bp.backward.operations import (
     lossless,
     normalization,
     product,
+    quotient,
     register_op,
     weighted,
 )
@@ -224,7 +225,8 @@ _register(product(), """
     addmm addmv addbmm baddbmm addr addcmul""")
 _register(OpRule(_power), "pow ipow float_power")
 _register(OpRule(_einsum), "einsum")
-_register(linear(0), "div divide true_divide truediv itruediv idiv var std var_mean std_mean")
+_register(quotient(), "div divide true_divide truediv itruediv idiv")
+_register(linear(0), "var std var_mean std_mean")
 _register(normalization(), """
     batch_norm native_batch_norm _native_batch_norm_legit layer_norm native_layer_norm group_norm
     native_group_norm instance_norm rms_norm""")

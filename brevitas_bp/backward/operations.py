@@ -7,13 +7,13 @@ are such; everything else is exact.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor, own_shape
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor, own_shape, tensors_in
 from brevitas_bp.codec import NarrowInt
 from brevitas_bp.codec.base import Codec
 
@@ -23,6 +23,9 @@ _NARROW_INT = NarrowInt()
 # A factor that is broadcast to this many times its size is kept: few bytes, and each of its roundings
 # would reach many gradients.
 _BROADCAST = 16
+
+# Roundings that are summed into one gradient, from which on they need no more bits.
+_AVERAGED = 256
 
 Decide = Callable[[SavedTensor], Decision]
 
@@ -95,16 +98,36 @@ def product() -> OpRule:
     operation; a factor that is broadcast is kept exact.
     """
     def decide(saved: SavedTensor) -> Decision:
-        tensors = [a for a in _flat(saved.arguments) if isinstance(a, Tensor)]
+        tensors = list(tensors_in(saved.arguments))
         size = saved.tensor.numel()
         if size * _BROADCAST <= max((a.numel() for a in tensors), default=0):
             return Decision(None, "broadcast factor: few bytes, many gradients")
         weights = any(isinstance(a, nn.Parameter) for a in tensors)
         reason = "factor: the other's gradient is linear in it"
-        # Beside a parameter it only reaches the parameter's gradient.
-        return Decision(saved.codec, reason, weights, reaches="weight" if weights else "all")
+        return Decision(saved.codec, reason, weights, reaches=_reach(tensors, size))
 
     return OpRule(_floats(decide))
+
+
+def quotient() -> OpRule:
+    """A quotient ``a / b``: linear in ``a``, not in ``b``."""
+    def decide(saved: SavedTensor) -> Decision:
+        if saved.position != 0:
+            return Decision(None, "divisor: backward is not linear in it")
+        tensors = [a for a in saved.arguments if isinstance(a, Tensor)]
+        return Decision(
+            saved.codec, "dividend: the divisor's gradient is linear in it",
+            reaches=_reach(tensors, saved.tensor.numel()))
+
+    return OpRule(_floats(decide))
+
+
+def _reach(tensors: list[Tensor], size: int) -> Literal["weight", "all"]:
+    """How far a factor's rounding goes: beside a parameter, or a factor in whose gradient many of them
+    are summed, no further than that one.
+    """  # noqa: D205
+    few = any(isinstance(t, nn.Parameter) or t.numel() * _AVERAGED <= size for t in tensors)
+    return "weight" if few else "all"
 
 
 def normalization() -> OpRule:
@@ -160,17 +183,6 @@ def composite() -> OpRule:
 def _floats(decide: Decide) -> Decide:
     other = Decision(None, "not a floating-point tensor")
     return lambda saved: decide(saved) if saved.tensor.dtype in FLOAT_DTYPES else other
-
-
-def _flat(arguments: Any) -> list[Any]:
-    """Arguments, those in lists and tuples included."""
-    flat: list[Any] = []
-    for argument in arguments:
-        if isinstance(argument, (list, tuple)):
-            flat.extend(_flat(argument))
-        else:
-            flat.append(argument)
-    return flat
 
 
 _by_name: dict[str, OpRule] = {}

@@ -1,12 +1,11 @@
 """Recognises parameters and buffers among saved tensors, in whatever disguise."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from brevitas_bp.backward.saved import own_shape, storage_id
+from brevitas_bp.backward.saved import own_shape, storage_id, tensors_in
 from brevitas_bp.codec.base import is_plain
 
 # Backward nodes of operations whose output is the parameter itself in another shape or dtype.
@@ -74,16 +73,7 @@ class ParameterSet:
         shape = own_shape(x)
         return any(
             storage_id(a) in self._frozen and a.dtype != x.dtype and _is_piece(shape, own_shape(a))
-            for a in _tensors(arguments) if is_plain(a))
-
-
-def _tensors(arguments: Any) -> Iterator[Tensor]:
-    """The tensors among arguments, those in lists included (recurrent layers pass such)."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            yield argument
-        elif isinstance(argument, (list, tuple)):
-            yield from _tensors(argument)
+            for a in tensors_in(arguments) if is_plain(a))
 
 
 def _is_piece(shape: list[int], whole: list[int]) -> bool:

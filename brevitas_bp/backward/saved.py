@@ -1,5 +1,6 @@
 """What a pack hook knows about a tensor, and what is decided for it."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -77,10 +78,17 @@ class SavedTensor:
 
     @property
     def position(self) -> int | None:
-        """Index of the first argument that shares the tensor's memory; None for what was computed."""
+        """Index of the first argument that shares the tensor's memory; None for what was computed.
+
+        Brevitas' quant tensors are tuples of tensors.
+        """
         storage = storage_id(self.tensor)
         for position, argument in enumerate(self.call.arguments):
-            if isinstance(argument, Tensor) and storage_id(argument) == storage:
+            if isinstance(argument, Tensor):
+                if storage_id(argument) == storage:
+                    return position
+            elif isinstance(argument, (tuple, list)) and any(
+                    storage_id(t) == storage for t in tensors_in(argument)):
                 return position
         return None
 
@@ -121,6 +129,15 @@ def storage_id(x: Tensor) -> int:
         return x.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(x)
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, those in lists and tuples included."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from tensors_in(argument)
 
 
 def own_shape(x: Tensor) -> list[int]:

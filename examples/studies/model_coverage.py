@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "efficientnet_v2"))
 from vision import import_torchvision
 
 #: Pixels that a model needs; 64 otherwise.
-SIZES = {"inception_v3": 160, "vit": 224, "maxvit": 224, "alexnet": 80}
+SIZES = {"inception_v3": 299, "vit": 224, "maxvit": 224, "alexnet": 80}
 
 
 @dataclass(frozen=True)
