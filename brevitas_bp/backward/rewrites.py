@@ -62,9 +62,9 @@ class Substitution:
         self.originals: list[Tensor] = []
 
     def note(self, saved: Tensor) -> Tensor:
-        """Pack hook that notes an original."""
+        """Pack hook that notes an original; detached, or an output that saves itself never goes."""
         self.originals.append(saved.detach())
-        return saved
+        return saved.detach()
 
 
 #: (pass, call) -> output, or NotImplemented to run the function as it is.

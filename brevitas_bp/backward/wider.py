@@ -3,6 +3,7 @@
 import functools
 
 from brevitas_bp.codec import Codec, codec_from
+from brevitas_bp.codec.lowering import is_stochastic
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
 from brevitas_bp.quant import (
     ShiftedUint4DynamicActPerBucketFloat,
@@ -14,23 +15,24 @@ from brevitas_bp.quant import (
 def at_least(configured: Codec, bits: int) -> Codec:
     """``configured`` itself if it has ``bits`` bits, else a min-max codec that has.
 
-    Bucket size, metadata and rounding are those of the configured one, where it is a bucket quantizer of
-    known parts. Codecs that are no bucket quantizers (FP8, per channel, your own) stay as they are.
+    Bucket size, metadata and rounding are those of the configured one. Codecs that are no bucket
+    quantizers (FP8, per channel, your own) stay as they are.
 
     >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
     >>> at_least(codec_from(ShiftedUint2DynamicActPerBucketFloat), 4).name
     '4-bit nearest'
     """
-    widths = configured.spec.bit_widths if isinstance(configured, LoweredCodec) else (
-        configured.widths if isinstance(configured, ModuleCodec) else None)
-    if widths is None or min(widths) >= bits:
+    if not isinstance(configured, (LoweredCodec, ModuleCodec)):
         return configured
-    if not isinstance(configured, LoweredCodec):
-        return codec_from(ShiftedUint4DynamicActPerBucketFloatStochastic, bit_width=bits)
-    spec = configured.spec
+    quantizer = configured.quantizer
+    if min(quantizer.bit_widths) >= bits:
+        return configured
+    # A rounding of the user's own has no name here: stochastic is unbiased.
     config = (
-        ShiftedUint4DynamicActPerBucketFloatStochastic if spec.stochastic
-        else ShiftedUint4DynamicActPerBucketFloat)
+        ShiftedUint4DynamicActPerBucketFloat
+        if is_stochastic(quantizer.int_quant.float_to_int_impl) is False
+        else ShiftedUint4DynamicActPerBucketFloatStochastic)
+    bucket_size = getattr(quantizer.input_view_impl, "bucket_size", None)
     return codec_from(
-        config, bit_width=bits, metadata_dtype=spec.metadata_dtype,
-        **({} if spec.bucket_size is None else {"bucket_size": spec.bucket_size}))
+        config, bit_width=bits, metadata_dtype=quantizer.metadata_dtype,
+        **({} if bucket_size is None else {"bucket_size": bucket_size}))

@@ -36,7 +36,7 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
     if type(int_quant) is not BucketIntQuant or type(view) is not OverBucketView:
         return None
     rule, code_range = _scale_rule(quantizer), _code_range(quantizer)
-    stochastic = _stochastic(int_quant.float_to_int_impl)
+    stochastic = is_stochastic(int_quant.float_to_int_impl)
     if rule is None or code_range is None or stochastic is None:
         return None
     if view.bucket_pad_zero != (rule == "l2") or (code_range == "unsigned") != (rule == "min_max"):
@@ -94,7 +94,8 @@ def _code_range(quantizer: BucketRescalingIntQuant) -> CodeRange | None:
     return "unsigned" if not scaling.narrow_range else None
 
 
-def _stochastic(rounding: Any) -> bool | None:
+def is_stochastic(rounding: Any) -> bool | None:
+    """Whether a known rounding is stochastic; None for one that is not known."""
     if type(rounding) is StochasticRound and not rounding.deterministic_inference:
         return True
     return False if type(rounding) is RoundSte else None

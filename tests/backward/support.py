@@ -11,7 +11,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from brevitas_bp import Codec, Packed, QuantBackwardWrapper, SavedTensor
+from brevitas_bp.backward import OpAware
+from brevitas_bp.backward.rewrites import Rewrite
+from brevitas_bp.backward.saved import Decision
 from brevitas_bp.codec.layout import TensorLayout
+
+#: Whatever the library promises holds where every float is rounded, and where operations are rewritten.
+QUANTIZING = ["all", "op_aware"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,23 @@ class Spy:
     def places(self) -> list[tuple[str, str | None]]:
         """(module, op) of every question."""
         return [(saved.module, saved.op) for saved in self.asked]
+
+
+class OpAwareSpy(Spy):
+    """Notes what the default policy is asked, answers as it does, and rewrites what it rewrites."""
+
+    policy = OpAware()
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        self.asked.append(saved)
+        return self.policy.decide(saved)
+
+    def rewrite(self, function: Any) -> Rewrite | None:
+        return self.policy.rewrite(function)
+
+
+#: Spies of :data:`QUANTIZING`.
+SPIES: dict[str, type[Spy]] = {"all": Spy, "op_aware": OpAwareSpy}
 
 
 class Apply(nn.Module):

@@ -136,11 +136,12 @@ def test_payload_of_a_freed_graph_is_not_reused() -> None:
     assert torch.equal(x.grad, 2 * x)  # pyright: ignore[reportArgumentType]
 
 
-def test_same_tensor_under_two_codecs_has_both_payloads() -> None:
+@pytest.mark.parametrize("policy", ["all_but_relu", "op_aware"])
+def test_same_tensor_under_two_codecs_has_both_payloads(policy: str) -> None:
     # H6: a ReLU's output that also feeds a convolution is kept as mask and as codes.
     packed: list[Packed] = []
     model = QuantBackwardWrapper(
-        nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), policy="all_but_relu", seed=0)
+        nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), policy=policy, seed=0)
     model._listeners.append(
         lambda saved, p, decision, originals: None if decision is PARAMETER else packed.append(p))
     x = torch.randn(2, 4, 16, 16)

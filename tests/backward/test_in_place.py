@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from brevitas_bp import ModifiedInPlaceError, QuantBackwardWrapper
 from brevitas_bp.quant import ShiftedUint8DynamicActPerBucketFloat as Nearest8
-from tests.backward.support import Apply, identity_hooks
+from tests.backward.support import QUANTIZING, Apply, identity_hooks
 
 #: Runs forward, modifies something, and returns the loss to go backward from.
 Scenario = Callable[[nn.Module], Tensor]
@@ -60,19 +60,21 @@ def test_modification_before_backward_raises(name: str) -> None:
         scenario(QuantBackwardWrapper(build(), policy="exact")).backward()
 
 
-def test_optimizer_step_before_backward_raises_with_everything_quantized() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_optimizer_step_before_backward_raises_with_activations_quantized(policy: str) -> None:
     build, scenario, _ = SCENARIOS["optimizer.step"]
     with pytest.raises(ModifiedInPlaceError):
-        scenario(QuantBackwardWrapper(build(), policy="all")).backward()
+        scenario(QuantBackwardWrapper(build(), policy=policy)).backward()
 
 
-def test_packed_tensor_may_be_modified() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_packed_tensor_may_be_modified(policy: str) -> None:
     x = torch.randn(64, 64)
     grads = []
     for modified in (False, True):
         leaf = x.clone().requires_grad_()
         kept = leaf * 1
-        loss = QuantBackwardWrapper(Apply(torch.square), Nearest8, policy="all")(kept).sum()
+        loss = QuantBackwardWrapper(Apply(torch.square), Nearest8, policy=policy)(kept).sum()
         if modified:
             kept.zero_()
         loss.backward()
@@ -80,9 +82,11 @@ def test_packed_tensor_may_be_modified() -> None:
     assert torch.equal(*grads)
 
 
-def test_float_kept_for_quantization_in_backward_is_watched() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_float_kept_for_quantization_in_backward_is_watched(policy: str) -> None:
     kept = torch.randn(64, 64, requires_grad=True) * 1
-    model = QuantBackwardWrapper(Apply(torch.square), Nearest8, storage="quantize_on_backward")
+    model = QuantBackwardWrapper(
+        Apply(torch.square), Nearest8, policy=policy, storage="quantize_on_backward")
     loss = model(kept).sum()
     kept.zero_()
     with pytest.raises(ModifiedInPlaceError, match="saved by square"):

@@ -25,10 +25,11 @@ from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic
 from tests.backward.support import (
     NETS,
+    QUANTIZING,
+    SPIES,
     Apply,
     HalfCodec,
     SeeSaved,
-    Spy,
     assert_same,
     naive_hooks,
     net,
@@ -36,7 +37,7 @@ from tests.backward.support import (
     wrapped_run,
 )
 
-POLICIES = ["all", "all_but_relu", "exact"]
+POLICIES = [*QUANTIZING, "all_but_relu", "exact"]
 
 
 # 1. Wrapping changes no bit of the forward.
@@ -76,10 +77,11 @@ def test_naive_hooks_do_change_these_gradients(name: str) -> None:
 # 3. Parameters and buffers are never quantized (the disguises: test_parameters.py).
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("name", NETS)
-def test_no_policy_is_asked_about_a_parameter_or_buffer(name: str) -> None:
+def test_no_policy_is_asked_about_a_parameter_or_buffer(name: str, policy: str) -> None:
     module, inputs = net(name)
-    spy = Spy()
+    spy = SPIES[policy]()
     model = QuantBackwardWrapper(module, policy=spy)
     model(*inputs)
     own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
@@ -129,7 +131,7 @@ def test_kept_tensor_that_is_modified_raises() -> None:
 
 def test_decode_restores_the_layout() -> None:
     x = torch.randn(4, 6, 8, 10, dtype=torch.float64).permute(0, 2, 3, 1).requires_grad_()
-    QuantBackwardWrapper(Apply(SeeSaved.apply))(x).backward()
+    QuantBackwardWrapper(Apply(SeeSaved.apply), policy="all")(x).backward()
     seen = SeeSaved.seen
     assert not torch.equal(seen, x)  # really quantized
     assert (seen.shape, seen.dtype, seen.device, seen.stride()) == (
@@ -151,9 +153,11 @@ def test_wrapper_adds_no_parameters_and_no_keys() -> None:
 # 9. No global state (more: test_isolation.py).
 
 
-def test_nothing_is_left_installed_after_forward() -> None:
-    module, inputs = net("conv")
-    QuantBackwardWrapper(module)(*inputs)
+@pytest.mark.parametrize("policy", QUANTIZING)
+@pytest.mark.parametrize("name", NETS)
+def test_nothing_is_left_installed_after_forward(name: str, policy: str) -> None:
+    module, inputs = net(name)
+    QuantBackwardWrapper(module, policy=policy)(*inputs)
     assert not torch_module._global_forward_pre_hooks
     assert not torch_module._global_forward_hooks
     assert not _get_current_function_mode_stack()
@@ -163,7 +167,8 @@ def test_nothing_is_left_installed_after_forward() -> None:
 # 10. The same seed gives the same bytes on the general path (backends: tests/kernels).
 
 
-def test_lowered_and_general_path_store_the_same_bytes_through_the_wrapper() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_lowered_and_general_path_store_the_same_bytes_through_the_wrapper(policy: str) -> None:
     module, inputs = net("conv")
     lowered = codec_from(Stochastic, bucket_size=64)
     assert type(lowered) is LoweredCodec
@@ -171,7 +176,7 @@ def test_lowered_and_general_path_store_the_same_bytes_through_the_wrapper() -> 
     payloads = []
     for codec in (lowered, general):
         packed: list[Packed] = []
-        model = QuantBackwardWrapper(copy.deepcopy(module), codec, seed=7)
+        model = QuantBackwardWrapper(copy.deepcopy(module), codec, seed=7, policy=policy)
         model._listeners.append(lambda saved, p, decision, originals, to=packed: to.append(p))
         torch.manual_seed(0)
         output = model(*inputs)
@@ -184,9 +189,10 @@ def test_lowered_and_general_path_store_the_same_bytes_through_the_wrapper() -> 
 # 11. eval() does not change rounding; no_grad spends nothing (more: test_noise.py).
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_grad_nothing_is_packed(context: Any) -> None:
-    spy = Spy()
+def test_without_grad_nothing_is_packed(context: Any, policy: str) -> None:
+    spy = SPIES[policy]()
     model = QuantBackwardWrapper(nn.Sequential(nn.Linear(64, 64), nn.Tanh()), policy=spy, seed=3)
     x = torch.randn(32, 64, requires_grad=True)
     with context():

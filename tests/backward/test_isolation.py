@@ -15,7 +15,17 @@ from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.backward.ops import current_location
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat as Nearest2
 from brevitas_bp.quant import ShiftedUint8DynamicActPerBucketFloat as Nearest8
-from tests.backward.support import Apply, HalfCodec, Spy, assert_same, identity_hooks, net, run
+from tests.backward.support import (
+    QUANTIZING,
+    SPIES,
+    Apply,
+    HalfCodec,
+    Spy,
+    assert_same,
+    identity_hooks,
+    net,
+    run,
+)
 
 
 def installed() -> list[object]:
@@ -74,11 +84,12 @@ def test_entering_hooks_by_hand_leaves_them_installed() -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("tracked", [False, True])
-def test_exception_in_forward_leaves_nothing(depth: int, tracked: bool) -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_exception_in_forward_leaves_nothing(depth: int, tracked: bool, policy: str) -> None:
     module: nn.Module = Failing()
     for _ in range(depth):
         module = nn.Sequential(nn.Tanh(), module)
-    model = QuantBackwardWrapper(module)
+    model = QuantBackwardWrapper(module, policy=policy)
     x = torch.ones(3, 64, requires_grad=True)
     with pytest.raises(ArithmeticError):
         if tracked:
@@ -98,8 +109,9 @@ def test_exception_of_the_codec_leaves_nothing() -> None:
         model(torch.ones(3, requires_grad=True))
 
 
-def test_module_names_are_right_after_a_caught_exception() -> None:
-    spy = Spy()
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_module_names_are_right_after_a_caught_exception(policy: str) -> None:
+    spy = SPIES[policy]()
     QuantBackwardWrapper(Forgiving(), policy=spy)(torch.randn(8, 8, requires_grad=True))
     assert spy.places == [
         ("part.0", "tanh"), ("part.1", "sin"), ("", "exp"), ("rest.0", "tanh"), ("", "cos")]
@@ -120,27 +132,30 @@ def test_naive_outer_hook_does_not_see_what_an_inner_one_takes() -> None:
     assert not seen
 
 
-def test_inner_wrapper_wins_for_its_part() -> None:
-    inner, outer = Spy(), Spy()
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_inner_wrapper_wins_for_its_part(policy: str) -> None:
+    inner, outer = SPIES[policy](), SPIES[policy]()
     nested(inner, outer)(torch.randn(64, 64, requires_grad=True))
     assert inner.places == [("0.1.0", "sigmoid")]
     assert outer.places == [("0.0", "tanh"), ("1", "tanh")]
 
 
-def test_wrapper_of_a_wrapper_leaves_everything_to_the_inner_one() -> None:
-    inner, outer = Spy(), Spy()
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_wrapper_of_a_wrapper_leaves_everything_to_the_inner_one(policy: str) -> None:
+    inner, outer = SPIES[policy](), SPIES[policy]()
     model = QuantBackwardWrapper(QuantBackwardWrapper(nn.Tanh(), policy=inner), policy=outer)
     model(torch.randn(64, 64, requires_grad=True))
     assert (len(inner.asked), len(outer.asked)) == (1, 0)
 
 
-def test_user_hooks_inside_a_wrapped_module_win() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_user_hooks_inside_a_wrapped_module_win(policy: str) -> None:
     class Offloading(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             with torch.autograd.graph.save_on_cpu():
                 return x.tanh().sin()
 
-    spy = Spy()
+    spy = SPIES[policy]()
     module = nn.Sequential(Offloading(), nn.Sigmoid())
     x = torch.randn(64, 64)
     plain = run(module, x).grads
@@ -151,7 +166,8 @@ def test_user_hooks_inside_a_wrapped_module_win() -> None:
 # H17. torch.func.
 
 
-def test_torch_func_grad_is_refused_with_a_way_out() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_torch_func_grad_is_refused_with_a_way_out(policy: str) -> None:
     module, x = Apply(torch.square), torch.randn(64, 64)
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -159,30 +175,35 @@ def test_torch_func_grad_is_refused_with_a_way_out() -> None:
 
     with pytest.raises(RuntimeError, match="don't yet support saved tensor hooks"), identity_hooks():
         torch.func.grad(lambda x: module(x).sum())(x)  # the control
-    model = QuantBackwardWrapper(module)
+    model = QuantBackwardWrapper(module, policy=policy)
     with pytest.raises(RuntimeError, match=r"hooks are disabled here \(torch.func .* wrapper.module"):
         torch.func.grad(lambda x: loss(model, x))(x)
     assert not installed()
     torch.testing.assert_close(torch.func.grad(lambda x: loss(model.module, x))(x), 2 * x)
 
 
-def test_vmap_below_autograd_works() -> None:
-    module, x = nn.Linear(16, 16), torch.randn(3, 8, 16)
+@pytest.mark.parametrize("policy", ["op_aware", "exact"])
+def test_vmap_below_autograd_works(policy: str) -> None:
+    # Inside of a transform GELU's input is no ordinary tensor, so it is kept and not rewritten.
+    module, x = nn.Sequential(nn.Linear(16, 16), nn.GELU()), torch.randn(3, 8, 16)
     plain, wrapped = (
         run(Apply(torch.vmap(m)), x).grads["input 0"]
-        for m in (module, QuantBackwardWrapper(module, policy="exact")))
+        for m in (module, QuantBackwardWrapper(module, policy=policy)))
     assert torch.equal(plain, wrapped)
 
 
 # H27. Several models, several calls.
 
 
-def test_wrapped_models_do_not_notice_each_other() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_wrapped_models_do_not_notice_each_other(policy: str) -> None:
     modules = [net("conv"), net("encoder")]
     alone = [
-        run(QuantBackwardWrapper(copy.deepcopy(module), seed=3), *inputs, copied=False).grads
+        run(QuantBackwardWrapper(copy.deepcopy(module), policy=policy, seed=3), *inputs,
+            copied=False).grads
         for module, inputs in modules]
-    models = [QuantBackwardWrapper(copy.deepcopy(module), seed=3) for module, _ in modules]
+    models = [
+        QuantBackwardWrapper(copy.deepcopy(module), policy=policy, seed=3) for module, _ in modules]
     losses = []
     for model, (_, inputs) in zip(models, modules):
         torch.manual_seed(0)
@@ -194,8 +215,9 @@ def test_wrapped_models_do_not_notice_each_other() -> None:
         assert all(torch.equal(got[name], grads[name]) for name in got)  # pyright: ignore
 
 
-def test_model_may_run_another_wrapped_model() -> None:
-    spy = Spy()
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_model_may_run_another_wrapped_model(policy: str) -> None:
+    spy = SPIES[policy]()
     other = QuantBackwardWrapper(nn.Sequential(nn.Tanh()), policy=spy)
     model = QuantBackwardWrapper(Apply(lambda x: other(x).sin()), policy=spy)
     model(torch.randn(64, 64, requires_grad=True))
@@ -229,11 +251,12 @@ def test_each_call_of_a_shared_module_packs_its_own_tensors() -> None:
 # H28. Accumulation.
 
 
-def test_gradients_accumulate_over_several_forwards() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_gradients_accumulate_over_several_forwards(policy: str) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
     batches = [torch.randn(64, 64) for _ in range(2)]
-    model = QuantBackwardWrapper(module, Nearest2)
+    model = QuantBackwardWrapper(module, Nearest2, policy=policy)
     first, second = (model(x).sum() for x in batches)
     (first + second).backward()
     together = [p.grad for p in module.parameters()]
@@ -244,10 +267,11 @@ def test_gradients_accumulate_over_several_forwards() -> None:
     assert all(torch.equal(a, p.grad) for a, p in zip(together, module.parameters()))  # pyright: ignore
 
 
-def test_input_batch_is_stored_like_any_tensor() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_input_batch_is_stored_like_any_tensor(policy: str) -> None:
     # H29: a leaf without gradient. The user's own reference to it is not counted.
     x = torch.randn(64, 256)
-    model = QuantBackwardWrapper(nn.Linear(256, 4), bucket_size=256)
+    model = QuantBackwardWrapper(nn.Linear(256, 4), policy=policy, bucket_size=256)
     with track_saved_memory(model) as report:
         output = model(x)
     assert (report.exact_bytes, report.stored_bytes) == (64 * 256 * 4, 64 * (64 + 8))
@@ -257,10 +281,11 @@ def test_input_batch_is_stored_like_any_tensor() -> None:
 # H19. Threads.
 
 
-def test_threads_do_not_notice_each_other() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_threads_do_not_notice_each_other(policy: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 64)
-    spies = [Spy(), Spy()]
+    spies = [SPIES[policy](), SPIES[policy]()]
     modules = [
         nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)),
         nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()), nn.Linear(64, 8))]

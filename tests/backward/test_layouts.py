@@ -44,7 +44,7 @@ GAPS: dict[str, Tensor] = {
 
 def through_backward(x: Tensor, **options: Any) -> Tensor:
     leaf = x.detach().requires_grad_()
-    QuantBackwardWrapper(Apply(SeeSaved.apply), Nearest8, **options)(leaf).backward()
+    QuantBackwardWrapper(Apply(SeeSaved.apply), Nearest8, policy="all", **options)(leaf).backward()
     return SeeSaved.seen
 
 
@@ -83,7 +83,7 @@ def test_naive_hooks_lose_strides(name: str) -> None:
 @pytest.mark.parametrize("name", EXPANDED)
 def test_expanded_tensor_is_stored_at_its_base_size(name: str) -> None:
     x = EXPANDED[name]
-    model = QuantBackwardWrapper(Apply(SeeSaved.apply), Nearest8, bucket_size=8)
+    model = QuantBackwardWrapper(Apply(SeeSaved.apply), Nearest8, policy="all", bucket_size=8)
     with track_saved_memory(model) as report:
         output = model(x.detach().requires_grad_())
     base = x.untyped_storage().nbytes() // 4

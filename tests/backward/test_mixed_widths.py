@@ -1,6 +1,7 @@
 """Two bit widths through the wrapper, and a schedule that moves their mix."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from brevitas_bp import MixProbScheduler, QuantBackwardWrapper, track_saved_memo
 from brevitas_bp.core.bit_width import linear
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Uint2
 from brevitas_bp.quant import ShiftedUint2Mix4DynamicActPerBucketFloatStochastic as Uint2Mix4
-from tests.backward.support import Apply
+from tests.backward.support import QUANTIZING, Apply
 
 BUCKETS, SIZE = 40, 256
 
 
-def model(**options: float) -> QuantBackwardWrapper:
-    return QuantBackwardWrapper(Apply(torch.square), Uint2Mix4, bucket_size=SIZE, seed=3, **options)
+def model(**options: Any) -> QuantBackwardWrapper:
+    # Whose weight's gradient shows what was stored.
+    module = Apply(torch.mul, nn.Parameter(torch.ones(BUCKETS * SIZE)))
+    return QuantBackwardWrapper(module, Uint2Mix4, bucket_size=SIZE, seed=3, **options)
 
 
 def stored_bytes(wrapper: nn.Module) -> int:
@@ -31,14 +34,16 @@ def expected_bytes(mixed: int) -> int:
     return (BUCKETS - mixed) * SIZE // 4 + mixed * SIZE // 2 + BUCKETS * 8
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("mixed", [0, 10, 40])
-def test_bytes_follow_the_probability(mixed: int) -> None:
+def test_bytes_follow_the_probability(mixed: int, policy: str) -> None:
     # p * n is whole, so floor(p * n + U) is p * n for every U in [0, 1).
-    assert stored_bytes(model(mix_prob=mixed / BUCKETS)) == expected_bytes(mixed)
+    assert stored_bytes(model(mix_prob=mixed / BUCKETS, policy=policy)) == expected_bytes(mixed)
 
 
-def test_schedule_moves_the_wrapper() -> None:
-    wrapper = model()
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_schedule_moves_the_wrapper(policy: str) -> None:
+    wrapper = model(policy=policy)
     scheduler = MixProbScheduler(wrapper, linear(1.0, 0.0, 4))
     sizes = [stored_bytes(wrapper)]
     for _ in range(4):
@@ -73,11 +78,10 @@ def test_schedule_of_a_copy_leaves_the_original_alone() -> None:
 def test_payload_survives_a_change_of_the_probability() -> None:
     def gradient(moved: bool) -> Tensor:
         wrapper = model(mix_prob=0.5)
-        leaf = torch.linspace(-1, 1, BUCKETS * SIZE).requires_grad_()
-        loss = wrapper(leaf).sum()
+        loss = wrapper(torch.linspace(-1, 1, BUCKETS * SIZE)).sum()
         if moved:
             MixProbScheduler(wrapper, lambda step: 0.0)
-        return torch.autograd.grad(loss, leaf)[0]
+        return torch.autograd.grad(loss, list(wrapper.parameters()))[0]
 
     assert torch.equal(gradient(moved=True), gradient(moved=False))
 

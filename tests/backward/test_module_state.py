@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp.backward import OpAware
 from brevitas_bp.quant import ShiftedUint2Mix4DynamicActPerBucketFloatStochastic as Uint2Mix4
 from brevitas_bp.quant import ShiftedUint4DynamicActPerBucketFloat as Uint4
-from tests.backward.support import assert_same, net, run
+from tests.backward.support import QUANTIZING, assert_same, net, run
 
 
 def body() -> nn.Module:
@@ -140,9 +141,10 @@ def test_conversion_acts_on_the_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_converted_wrapper_trains(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_converted_wrapper_trains(dtype: torch.dtype, policy: str) -> None:
     module, inputs = net("conv")
-    model = QuantBackwardWrapper(module).to(dtype)
+    model = QuantBackwardWrapper(module, policy=policy).to(dtype)
     grads = run(model, inputs[0].to(dtype), copied=False).grads
     assert grads["0.weight"].dtype == dtype
     assert grads["0.weight"].isfinite().all()
@@ -186,10 +188,12 @@ def test_copies_of_user_hooks_on_modules_would_travel() -> None:
         pickle.dumps(module)
 
 
-def test_module_is_left_without_a_trace() -> None:
-    module, inputs = net("conv")
+@pytest.mark.parametrize("policy", QUANTIZING)
+@pytest.mark.parametrize("name", ["conv", "encoder"])
+def test_module_is_left_without_a_trace(name: str, policy: str) -> None:
+    module, inputs = net(name)
     untouched = copy.deepcopy(module)
-    model = QuantBackwardWrapper(module)
+    model = QuantBackwardWrapper(module, policy=policy)
     with track_saved_memory(model):
         model(*inputs).sum().backward()
     for after, before in zip(module.modules(), untouched.modules()):
@@ -212,6 +216,9 @@ def by_torch_save(model: Any) -> Any:
 COPIES = [copy.copy, copy.deepcopy, by_pickle, by_torch_save]
 MODELS: dict[str, Callable[[nn.Module], QuantBackwardWrapper]] = {
     "default": QuantBackwardWrapper,
+    "all": lambda module: QuantBackwardWrapper(module, policy="all"),
+    "policy with settings": lambda module: QuantBackwardWrapper(
+        module, policy=OpAware(multiplier_quant=Uint4, norm_bits=3)),
     "seeded": lambda module: QuantBackwardWrapper(module, seed=3, bucket_size=64),
     "mixed": lambda module: QuantBackwardWrapper(module, Uint2Mix4, policy="all_but_relu"),
     "overrides": lambda module: QuantBackwardWrapper(
@@ -247,17 +254,20 @@ def test_deepcopy_shares_nothing() -> None:
     assert other._codec is not model._codec
 
 
-def test_deepcopy_inside_a_tracked_block_is_not_tracked() -> None:
-    model = QuantBackwardWrapper(nn.Tanh())
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_deepcopy_inside_a_tracked_block_is_not_tracked(policy: str) -> None:
+    model = QuantBackwardWrapper(nn.Tanh(), policy=policy)
     with track_saved_memory(model) as report:
         output = copy.deepcopy(model)(torch.randn(8, 8, requires_grad=True))
     assert report.tensors == 0
     assert output.requires_grad
 
 
-def test_pickled_wrapper_continues_its_noise() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_pickled_wrapper_continues_its_noise(policy: str) -> None:
     x = torch.randn(64, 64)
-    model = QuantBackwardWrapper(nn.Linear(64, 8), seed=5)
+    module = nn.Sequential(nn.Linear(64, 8), nn.Tanh())
+    model = QuantBackwardWrapper(module, policy=policy, seed=5)
     run(model, x, copied=False)
     other = by_pickle(model)
     model.zero_grad()

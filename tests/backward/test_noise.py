@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,22 +13,39 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from brevitas_bp import QuantBackwardWrapper
-from tests.backward.support import Apply, net, run
+from tests.backward.support import QUANTIZING, Apply, net, run
 
 X = torch.linspace(-1, 1, 64 * 64).sin().view(64, 64)
 
 
-def squared() -> nn.Module:
-    """A module whose input gradient shows what was stored of its input."""
-    return Apply(torch.square)
+@dataclass(frozen=True)
+class Case:
+    """A function whose input gradient shows what was stored, and how it is stored."""
+
+    policy: str
+    function: Callable[[Tensor], Tensor]
+
+    def wrapped(self, **options: Any) -> QuantBackwardWrapper:
+        return QuantBackwardWrapper(Apply(self.function), policy=self.policy, **options)
+
+
+#: The input, and under the default policy the derivative of a function that is rewritten.
+CASES = {
+    "all": Case("all", torch.square), "op_aware": Case("op_aware", torch.square),
+    "rewritten": Case("op_aware", torch.tanh)}
+
+
+@pytest.fixture(params=CASES.values(), ids=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
 
 
 def stored(model: nn.Module) -> Tensor:
-    """What the next forward of ``model`` stores."""
+    """What the next forward of ``model`` stores, as the gradient shows it."""
     x = X.clone().requires_grad_()
     model(x).sum().backward()
     assert x.grad is not None
-    return x.grad / 2
+    return x.grad
 
 
 def stochastic_pack(x: Tensor) -> Tensor:
@@ -51,7 +70,7 @@ def test_naive_noise_shifts_the_dropout_of_the_user() -> None:
     # Ours: test_invariants.test_forward_is_bit_identical.
 
 
-def test_every_encode_has_noise_of_its_own() -> None:
+def test_every_encode_has_noise_of_its_own(case: Case) -> None:
     def stored_twice(model: nn.Module) -> tuple[Tensor, Tensor]:
         leaves = [X.clone().requires_grad_() for _ in range(2)]
         model(*leaves).sum().backward()
@@ -60,45 +79,47 @@ def test_every_encode_has_noise_of_its_own() -> None:
         assert second is not None
         return first, second
 
-    module = Apply(lambda x, y: x.square() + y.square())
+    module = Apply(lambda x, y: case.function(x) + case.function(y))
     with saved_tensors_hooks(fixed_pack, lambda x: x):
         assert torch.equal(*stored_twice(module))  # the control: two layers, one noise
-    assert not torch.equal(*stored_twice(QuantBackwardWrapper(module)))
+    assert not torch.equal(*stored_twice(QuantBackwardWrapper(module, policy=case.policy)))
 
 
-def test_every_forward_has_noise_of_its_own() -> None:
-    model = QuantBackwardWrapper(squared(), seed=0)
+def test_every_forward_has_noise_of_its_own(case: Case) -> None:
+    model = case.wrapped(seed=0)
     draws = [stored(model) for _ in range(4)]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
 
 
 @pytest.mark.parametrize("other", [
-    lambda model: QuantBackwardWrapper(squared()), copy.deepcopy,
-    lambda model: copy.deepcopy(copy.deepcopy(model))])
+    lambda model, case: case.wrapped(), lambda model, case: copy.deepcopy(model),
+    lambda model, case: copy.deepcopy(copy.deepcopy(model))])
 @pytest.mark.parametrize("started", [False, True])
-def test_two_wrappers_draw_different_noise(other: Any, started: bool) -> None:
-    model = QuantBackwardWrapper(squared())
+def test_two_wrappers_draw_different_noise(other: Any, started: bool, case: Case) -> None:
+    model = case.wrapped()
     if started:
         stored(model)
-    assert not torch.equal(stored(other(model)), stored(model))
+    assert not torch.equal(stored(other(model, case)), stored(model))
 
 
-def test_copy_of_a_seeded_wrapper_draws_other_noise() -> None:
-    model = QuantBackwardWrapper(squared(), seed=4)
+def test_copy_of_a_seeded_wrapper_draws_other_noise(case: Case) -> None:
+    model = case.wrapped(seed=4)
     assert not torch.equal(stored(copy.deepcopy(model)), stored(model))
 
 
-def test_same_seed_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_same_seed_gives_the_same_gradients(policy: str) -> None:
     module, inputs = net("conv")
     first, second, other = (
-        run(QuantBackwardWrapper(copy.deepcopy(module), seed=seed), *inputs, copied=False).grads
+        run(QuantBackwardWrapper(copy.deepcopy(module), policy=policy, seed=seed), *inputs,
+            copied=False).grads
         for seed in (11, 11, 12))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
-def test_noise_follows_the_seed_of_torch() -> None:
-    model = QuantBackwardWrapper(squared())
+def test_noise_follows_the_seed_of_torch(case: Case) -> None:
+    model = case.wrapped()
     again, other = (copy.copy(model) for _ in range(2))  # shallow: the same place in the program
     draws = []
     for wrapper, seed in ((model, 1), (again, 1), (other, 2)):
@@ -109,53 +130,54 @@ def test_noise_follows_the_seed_of_torch() -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 5])
-def test_ranks_draw_different_noise(seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = QuantBackwardWrapper(squared(), seed=None)
+def test_ranks_draw_different_noise(
+        seed: int | None, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = case.wrapped(seed=None)
     draws = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        wrapper = copy.copy(model) if seed is None else QuantBackwardWrapper(squared(), seed=seed)
+        wrapper = copy.copy(model) if seed is None else case.wrapped(seed=seed)
         torch.manual_seed(0)
         draws.append(stored(wrapper))
     assert not torch.equal(*draws)
 
 
-def test_noise_state_resumes_bit_for_bit() -> None:
-    model = QuantBackwardWrapper(squared())
+def test_noise_state_resumes_bit_for_bit(case: Case) -> None:
+    model = case.wrapped()
     stored(model)
     state = copy.deepcopy(model.noise_state())
     expected = [stored(model) for _ in range(3)]
-    resumed = QuantBackwardWrapper(squared(), seed=99)
+    resumed = case.wrapped(seed=99)
     resumed.set_noise_state(state)
     assert all(torch.equal(stored(resumed), draw) for draw in expected)
     assert resumed.noise_state() == model.noise_state()
 
 
-def test_reading_the_noise_state_moves_nothing() -> None:
-    model, twin = (QuantBackwardWrapper(squared(), seed=1) for _ in range(2))
+def test_reading_the_noise_state_moves_nothing(case: Case) -> None:
+    model, twin = (case.wrapped(seed=1) for _ in range(2))
     assert model.noise_state() == model.noise_state()
     assert torch.equal(stored(model), stored(twin))
 
 
 def test_noise_state_of_something_else_is_refused() -> None:
-    model = QuantBackwardWrapper(squared(), seed=1)
+    model = CASES["op_aware"].wrapped(seed=1)
     with pytest.raises(ValueError, match=r"expected the keys 'base' and 'position'.*\['seed'\]"):
         model.set_noise_state({"seed": 3})
 
 
-def test_eval_keeps_the_rounding_stochastic() -> None:
+def test_eval_keeps_the_rounding_stochastic(case: Case) -> None:
     stock = StochasticRoundSte().eval()
     assert torch.equal(stock(4 * X), (4 * X).round())  # the control: nearest in eval
-    model = QuantBackwardWrapper(squared(), seed=2).eval()
+    model = case.wrapped(seed=2).eval()
     assert not torch.equal(stored(model), stored(model))
-    trained = QuantBackwardWrapper(squared(), seed=2).train()
-    evaluated = QuantBackwardWrapper(squared(), seed=2).eval()
+    trained, evaluated = case.wrapped(seed=2).train(), case.wrapped(seed=2).eval()
     assert torch.equal(stored(trained), stored(evaluated))
 
 
-def test_no_grad_calls_the_module_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = QuantBackwardWrapper(squared())
+def test_no_grad_calls_the_module_and_nothing_else(
+        case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = case.wrapped()
     monkeypatch.setattr(model, "_forward_pass", lambda: pytest.fail("hook work without grad"))
     with torch.no_grad():
-        assert torch.equal(model(X), X.square())
+        assert torch.equal(model(X), case.function(X))

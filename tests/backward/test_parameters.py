@@ -16,7 +16,15 @@ from torch.nn import functional as F
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.codec.layout import TensorLayout
-from tests.backward.support import Apply, Spy, naive_pack, naive_unpack, run, wrapped_run
+from tests.backward.support import (
+    QUANTIZING,
+    SPIES,
+    Apply,
+    naive_pack,
+    naive_unpack,
+    run,
+    wrapped_run,
+)
 
 
 def parameter(*shape: int, requires_grad: bool = True) -> nn.Parameter:
@@ -95,33 +103,36 @@ def quantizes_a_parameter(module: nn.Module, x: Tensor) -> bool:
         return not torch.equal(run(module, x).grads["input 0"], plain)
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("name", DISGUISES)
-def test_disguised_parameter_is_kept(name: str) -> None:
+def test_disguised_parameter_is_kept(name: str, policy: str) -> None:
     torch.manual_seed(0)
     module, x = DISGUISES[name](), torch.randn(4, 32, 32)
     shown_as_it_is = {"convolution", "transposed convolution"}
     assert quantizes_a_parameter(module, x) == (name not in shown_as_it_is)  # the control
-    plain, wrapped = run(module, x), wrapped_run(module, x)
+    plain, wrapped = run(module, x), wrapped_run(module, x, policy=policy)
     assert torch.equal(wrapped.grads["input 0"], plain.grads["input 0"])
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("name", CASTS)
-def test_autocast_copy_is_kept(name: str) -> None:
+def test_autocast_copy_is_kept(name: str, policy: str) -> None:
     torch.manual_seed(0)
     module, x = CASTS[name](), torch.randn(4, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         if name != "frozen, bfloat16":
             assert quantizes_a_parameter(module, x)  # the control
-        plain, wrapped = run(module, x), wrapped_run(module, x)
+        plain, wrapped = run(module, x), wrapped_run(module, x, policy=policy)
     assert torch.equal(wrapped.grads["input 0"], plain.grads["input 0"])
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_attention_keeps_its_weights(frozen: bool, autocast: bool) -> None:
+def test_attention_keeps_its_weights(frozen: bool, autocast: bool, policy: str) -> None:
     module = nn.MultiheadAttention(32, 4, batch_first=True).requires_grad_(not frozen)
     x, memory = (torch.randn(5, 7, 32, requires_grad=True) for _ in range(2))
-    spy = Spy()
+    spy = SPIES[policy]()
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         QuantBackwardWrapper(module, policy=spy)(x, memory, memory)
     # Activations hold 5 images of 7 tokens; no weight has a multiple of 35 elements.
@@ -129,10 +140,12 @@ def test_attention_keeps_its_weights(frozen: bool, autocast: bool) -> None:
     assert all(TensorLayout.base(saved.tensor).numel() % 35 == 0 for saved in spy.asked)
 
 
-def test_input_with_the_shape_of_the_weight_is_no_parameter() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_input_with_the_shape_of_the_weight_is_no_parameter(policy: str) -> None:
     x = torch.randn(64, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        model = QuantBackwardWrapper(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)))
+        model = QuantBackwardWrapper(
+            nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)), policy=policy)
         with track_saved_memory(model) as report:
             output = model(x)
     # bfloat16 copies of the input and of the batch norm's input, and its two statistics.
@@ -140,7 +153,8 @@ def test_input_with_the_shape_of_the_weight_is_no_parameter() -> None:
     assert output.requires_grad
 
 
-def test_weight_of_another_module_passed_as_an_argument_is_kept() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_weight_of_another_module_passed_as_an_argument_is_kept(policy: str) -> None:
     decoder, embedding = Apply(F.linear), nn.Embedding(32, 32)
     x = torch.randn(4, 32, 32)
 
@@ -154,15 +168,16 @@ def test_weight_of_another_module_passed_as_an_argument_is_kept() -> None:
     plain = grad_of_input(decoder)
     with saved_tensors_hooks(skips_parameters, naive_unpack):
         assert not torch.equal(grad_of_input(decoder), plain)  # the control
-    spy = Spy()
+    spy = SPIES[policy]()
     model = QuantBackwardWrapper(decoder, policy=spy)
     assert torch.equal(grad_of_input(model), plain)
     assert [saved.tensor.shape for saved in spy.asked] == [(128, 32)]
 
 
-def test_replaced_parameters_are_found_at_the_next_forward() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_replaced_parameters_are_found_at_the_next_forward(policy: str) -> None:
     module = nn.Linear(32, 32)
-    model = QuantBackwardWrapper(module)
+    model = QuantBackwardWrapper(module, policy=policy)
     x = torch.randn(4, 32, 32)
     for _ in range(2):
         module.weight = parameter(32, 32)
@@ -170,17 +185,19 @@ def test_replaced_parameters_are_found_at_the_next_forward() -> None:
             run(model, x, copied=False).grads["input 0"], run(module, x).grads["input 0"])
 
 
-def test_lazy_parameters_are_found_once_they_exist() -> None:
-    model = QuantBackwardWrapper(nn.Sequential(nn.LazyLinear(32), nn.LazyBatchNorm1d()))
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_lazy_parameters_are_found_once_they_exist(policy: str) -> None:
+    spy = SPIES[policy]()
+    model = QuantBackwardWrapper(
+        nn.Sequential(nn.LazyLinear(32), nn.LazyBatchNorm1d()), policy=spy)
     x = torch.randn(64, 32)
-    spy = Spy()
-    model._policy = spy
     grads = run(model, x, copied=False).grads
     assert grads.keys() == {"0.weight", "0.bias", "1.weight", "1.bias", "input 0"}
     assert {saved.tensor.shape for saved in spy.asked} == {(64, 32), (32,)}  # (32,): statistics
 
 
-def test_functional_call_keeps_the_given_parameters() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_functional_call_keeps_the_given_parameters(policy: str) -> None:
     module, x = nn.Linear(32, 32), torch.randn(4, 32, 32, requires_grad=True)
     weight = torch.randn(32, 32, requires_grad=True)
 
@@ -189,4 +206,5 @@ def test_functional_call_keeps_the_given_parameters() -> None:
         return torch.autograd.grad(output.sin().sum(), x)[0]
 
     expected = grad_of_input(module, "weight")
-    assert torch.equal(grad_of_input(QuantBackwardWrapper(module), "module.weight"), expected)
+    model = QuantBackwardWrapper(module, policy=policy)
+    assert torch.equal(grad_of_input(model, "module.weight"), expected)

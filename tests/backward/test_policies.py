@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brevitas_bp import Codec, QuantBackwardWrapper, SavedTensor, codec_from, track_saved_memory
-from brevitas_bp.backward.policy import quantize_all
+from brevitas_bp.backward.policy import POLICIES
 from brevitas_bp.quant import (
     ShiftedUint1DynamicActPerBucketFloat,
     ShiftedUint2DynamicActPerBucketFloat,
     ShiftedUint8DynamicActPerBucketFloat,
 )
-from tests.backward.support import Apply, Spy, assert_same, net, run, wrapped_run
+from tests.backward.support import QUANTIZING, Apply, Spy, assert_same, net, run, wrapped_run
 
 RELUS: dict[str, nn.Module] = {
     "nn.ReLU": nn.ReLU(),
@@ -24,6 +24,8 @@ RELUS: dict[str, nn.Module] = {
     "Tensor.relu": Apply(lambda x: x.relu()),
     "Tensor.relu_": Apply(lambda x: (x * 1).relu_()),
 }
+#: Policies that store the sign of a ReLU's output.
+MASKING = ["all_but_relu", "op_aware"]
 
 
 def lost(grad: Tensor, plain: Tensor) -> float:
@@ -39,20 +41,23 @@ def test_quantized_relu_loses_its_mask(quantizer: type, least: float) -> None:
     # 0.35 and 0.71.
     torch.manual_seed(0)
     x = torch.randn(64, 256)
-    plain, wrapped = run(nn.ReLU(), x), wrapped_run(nn.ReLU(), x, act_quant=quantizer)
+    plain = run(nn.ReLU(), x)
+    wrapped = wrapped_run(nn.ReLU(), x, act_quant=quantizer, policy="all")
     assert lost(wrapped.grads["input 0"], plain.grads["input 0"]) > least
 
 
+@pytest.mark.parametrize("policy", MASKING)
 @pytest.mark.parametrize("name", RELUS)
-def test_all_but_relu_keeps_the_mask(name: str) -> None:
+def test_mask_of_a_relu_is_kept(name: str, policy: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 256)
-    plain, wrapped = run(RELUS[name], x), wrapped_run(RELUS[name], x, policy="all_but_relu")
+    plain, wrapped = run(RELUS[name], x), wrapped_run(RELUS[name], x, policy=policy)
     assert torch.equal(wrapped.grads["input 0"], plain.grads["input 0"])
 
 
-def test_mask_of_a_relu_takes_one_bit() -> None:
-    model = QuantBackwardWrapper(nn.ReLU(), policy="all_but_relu")
+@pytest.mark.parametrize("policy", MASKING)
+def test_mask_of_a_relu_takes_one_bit(policy: str) -> None:
+    model = QuantBackwardWrapper(nn.ReLU(), policy=policy)
     with track_saved_memory(model) as report:
         output = model(torch.randn(64, 256, requires_grad=True))
     assert report.stored_bytes == 64 * 256 // 8
@@ -67,9 +72,10 @@ def test_all_but_relu_quantizes_the_rest() -> None:
     assert not torch.equal(but_relu.grads["4.weight"], run(module, *inputs).grads["4.weight"])
 
 
-def test_relu_of_a_module_kept_exact_is_not_masked() -> None:
+@pytest.mark.parametrize("policy", MASKING)
+def test_relu_of_a_module_kept_exact_is_not_masked(policy: str) -> None:
     model = QuantBackwardWrapper(
-        nn.Sequential(nn.ReLU()), policy="all_but_relu", overrides={"0": None})
+        nn.Sequential(nn.ReLU()), policy=policy, overrides={"0": None})
     with track_saved_memory(model) as report:
         output = model(torch.randn(64, 256, requires_grad=True))
     assert report.ratio == 1
@@ -151,20 +157,23 @@ def test_policy_that_returns_something_else_is_refused() -> None:
         model(torch.randn(8, 8, requires_grad=True))
 
 
-def test_quantizer_none_is_the_exact_policy() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_quantizer_none_is_the_exact_policy(policy: str) -> None:
     module, inputs = net("encoder")
-    assert_same(wrapped_run(module, *inputs, act_quant=None).grads, run(module, *inputs).grads)
+    wrapped = wrapped_run(module, *inputs, act_quant=None, policy=policy)
+    assert_same(wrapped.grads, run(module, *inputs).grads)
 
 
+@pytest.mark.parametrize("name", QUANTIZING)
 @pytest.mark.parametrize("norm", [
     nn.BatchNorm2d(64), nn.GroupNorm(64, 64), nn.InstanceNorm2d(64), nn.LayerNorm([64, 8, 8])])
-def test_norm_statistics_stay_exact(norm: nn.Module) -> None:
+def test_norm_statistics_stay_exact(norm: nn.Module, name: str) -> None:
     # 64 channels of 4 bytes: 2-bit codes and metadata of one bucket (72 bytes) would be smaller.
     x = torch.randn(64, 64, 8, 8, requires_grad=True)
     decided: dict[int, bool] = {}
 
     def policy(saved: SavedTensor) -> Codec | None:
-        codec = quantize_all(saved)
+        codec = POLICIES[name](saved)
         decided[saved.tensor.numel()] = codec is not None
         return codec
 

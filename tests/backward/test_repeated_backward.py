@@ -10,14 +10,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from brevitas_bp import QuantBackwardWrapper
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
-from tests.backward.support import NETS, Apply, cotangent, net
+from tests.backward.support import NETS, QUANTIZING, Apply, cotangent, net
 
 
 @pytest.mark.parametrize("storage", ["save_quantized", "quantize_on_backward"])
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("name", NETS)
-def test_second_backward_repeats_the_first(name: str, storage: Any) -> None:
+def test_second_backward_repeats_the_first(name: str, policy: str, storage: Any) -> None:
     module, inputs = net(name)
-    model = QuantBackwardWrapper(copy.deepcopy(module), Stochastic2, seed=0, storage=storage)
+    model = QuantBackwardWrapper(
+        copy.deepcopy(module), Stochastic2, policy=policy, seed=0, storage=storage)
     output = model(*inputs)
     passes = []
     for _ in range(2):
@@ -73,8 +75,11 @@ def test_gradient_penalty_equals_plain_autograd_under_an_exact_policy(name: str)
     assert all(torch.equal(a, b) for a, b in zip(plain, wrapped))
 
 
-def test_double_backward_works_with_quantized_tensors() -> None:
+@pytest.mark.parametrize(("policy", "between"), [
+    ("all", nn.Tanh()), ("op_aware", Apply(torch.square)), ("op_aware", nn.LayerNorm(64))])
+def test_double_backward_works_with_quantized_tensors(policy: str, between: nn.Module) -> None:
+    # The default policy rewrites tanh, so that its second derivative is refused: test_rewrites.py.
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-    grads = penalty_grads(QuantBackwardWrapper(module), torch.randn(64, 64))
+    module = nn.Sequential(nn.Linear(64, 64), between, nn.Linear(64, 1))
+    grads = penalty_grads(QuantBackwardWrapper(module, policy=policy), torch.randn(64, 64))
     assert all(grad.isfinite().all() for grad in grads)

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from brevitas_bp import QuantBackwardWrapper
 from brevitas_bp.quant import StochasticRounding
-from tests.backward.support import Apply
+from tests.backward.support import QUANTIZING, Apply
 
 STOCK = [Int8ActPerTensorFloat, ShiftedUint8ActPerTensorFloat]
 SMALL, LARGE = torch.linspace(-1, 1, 4096).view(64, 64), torch.linspace(-50, 70, 4096).view(64, 64)
@@ -33,10 +33,13 @@ def stored(model: nn.Module) -> list[Tensor]:
     return [g / 2 for g in torch.autograd.grad(model(*leaves), leaves)]
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("quantizer", STOCK, ids=lambda q: q.__name__)
 @pytest.mark.parametrize("storage", ["save_quantized", "quantize_on_backward"])
-def test_each_saved_tensor_has_statistics_of_its_own(quantizer: Any, storage: Any) -> None:
-    model = QuantBackwardWrapper(Two(), quantizer, collect_stats_steps=3, storage=storage)
+def test_each_saved_tensor_has_statistics_of_its_own(
+        quantizer: Any, storage: Any, policy: str) -> None:
+    model = QuantBackwardWrapper(
+        Two(), quantizer, policy=policy, collect_stats_steps=3, storage=storage)
     for _ in range(5):  # collecting, then with the learned scale
         small, large = stored(model)
         for seen, x in ((small, SMALL), (large, LARGE)):
@@ -52,9 +55,11 @@ def test_one_shared_quantizer_mixes_up_the_ranges() -> None:
     assert (small - SMALL).abs().max() > 3 * bound(SMALL)  # the control: a scale made for LARGE
 
 
-def test_payload_is_not_changed_by_later_statistics() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_payload_is_not_changed_by_later_statistics(policy: str) -> None:
     def first_gradient(later: bool) -> Tensor:
-        model = QuantBackwardWrapper(Apply(torch.square), Int8ActPerTensorFloat, collect_stats_steps=5)
+        model = QuantBackwardWrapper(
+            Apply(torch.square), Int8ActPerTensorFloat, policy=policy, collect_stats_steps=5)
         leaf = SMALL.clone().requires_grad_()
         loss = model(leaf).sum()
         if later:
@@ -79,9 +84,11 @@ def test_live_scale_changes_what_a_naive_payload_decodes_to() -> None:
     assert (grad / 2 - SMALL).abs().max() > 10
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("storage", ["save_quantized", "quantize_on_backward"])
-def test_decoding_twice_collects_no_statistics_twice(storage: Any) -> None:
-    model = QuantBackwardWrapper(Two(), Int8ActPerTensorFloat, collect_stats_steps=5, storage=storage)
+def test_decoding_twice_collects_no_statistics_twice(storage: Any, policy: str) -> None:
+    model = QuantBackwardWrapper(
+        Two(), Int8ActPerTensorFloat, policy=policy, collect_stats_steps=5, storage=storage)
     stored(model)
     leaves = [(3 * x).requires_grad_() for x in (SMALL, LARGE)]
     loss = model(*leaves)
@@ -98,11 +105,13 @@ def test_decoding_twice_collects_no_statistics_twice(storage: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(collected, statistics()))
 
 
-def test_stock_quantizer_turned_stochastic_draws_from_the_wrapper() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_stock_quantizer_turned_stochastic_draws_from_the_wrapper(policy: str) -> None:
     class Mine(StochasticRounding, Int8ActPerTensorFloat):
         """A stock quantizer with noise."""
 
-    first, second, other = (QuantBackwardWrapper(Two(), Mine, seed=seed) for seed in (1, 1, 2))
+    first, second, other = (
+        QuantBackwardWrapper(Two(), Mine, policy=policy, seed=seed) for seed in (1, 1, 2))
     state = torch.get_rng_state()
     draws = [stored(model)[0] for model in (first, second, other)]
     assert torch.equal(torch.get_rng_state(), state)

@@ -15,7 +15,7 @@ from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloatStochastic,
     ShiftedUint2Mix4DynamicActPerBucketFloatStochastic,
 )
-from tests.backward.support import cotangent, run, wrapped_run
+from tests.backward.support import QUANTIZING, cotangent, run, wrapped_run
 
 Nearest2 = ShiftedUint2DynamicActPerBucketFloat
 Stochastic2 = ShiftedUint2DynamicActPerBucketFloatStochastic
@@ -91,12 +91,12 @@ def stack() -> tuple[LinearStack, Tensor]:
     return LinearStack(), torch.randn(4, 3, 11, 11)
 
 
-def z_scores(stack: tuple[LinearStack, Tensor], quantizer: type) -> Tensor:
+def z_scores(stack: tuple[LinearStack, Tensor], quantizer: type, policy: str) -> Tensor:
     """(mean - exact) / theoretical deviation of the mean, for every entry of every weight."""
     module, x = stack
     exact = run(module, x).grads
     variances = module.variances(x, levels=3)
-    model = QuantBackwardWrapper(module, quantizer, bucket_size=BUCKET, seed=0)
+    model = QuantBackwardWrapper(module, quantizer, policy=policy, bucket_size=BUCKET, seed=0)
     totals = {name: torch.zeros_like(v) for name, v in variances.items()}
     for _ in range(DRAWS):
         module.zero_grad()
@@ -109,41 +109,50 @@ def z_scores(stack: tuple[LinearStack, Tensor], quantizer: type) -> Tensor:
         for name, variance in variances.items()])
 
 
-def test_stochastic_rounding_is_unbiased_end_to_end(stack: tuple[LinearStack, Tensor]) -> None:
-    z = z_scores(stack, Stochastic2)
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_stochastic_rounding_is_unbiased_end_to_end(
+        stack: tuple[LinearStack, Tensor], policy: str) -> None:
+    z = z_scores(stack, Stochastic2, policy)
     assert z.abs().max() <= z_bound(z.numel())
 
 
-def test_nearest_rounding_is_biased_end_to_end(stack: tuple[LinearStack, Tensor]) -> None:
-    z = z_scores(stack, Nearest2)
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_nearest_rounding_is_biased_end_to_end(
+        stack: tuple[LinearStack, Tensor], policy: str) -> None:
+    z = z_scores(stack, Nearest2, policy)
     assert z.abs().max() > 2 * z_bound(z.numel())
 
 
-def test_mixed_widths_are_unbiased_end_to_end(stack: tuple[LinearStack, Tensor]) -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_mixed_widths_are_unbiased_end_to_end(
+        stack: tuple[LinearStack, Tensor], policy: str) -> None:
     # The 4-bit grid contains the 2-bit one (15 = 5 * 3), so no element varies more than at 2 bits.
-    z = z_scores(stack, Uint2Mix4)
+    z = z_scores(stack, Uint2Mix4, policy)
     assert z.abs().max() <= z_bound(z.numel())
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("quantizer", [Stochastic2, Nearest2, Uint2Mix4], ids=lambda q: q.__name__)
 def test_gradients_of_inputs_and_biases_are_exact(
-        stack: tuple[LinearStack, Tensor], quantizer: type) -> None:
+        stack: tuple[LinearStack, Tensor], quantizer: type, policy: str) -> None:
     module, x = stack
-    plain, wrapped = run(module, x).grads, wrapped_run(module, x, act_quant=quantizer).grads
+    plain = run(module, x).grads
+    wrapped = wrapped_run(module, x, act_quant=quantizer, policy=policy).grads
     for name in ("input 0", "first.bias", "affine.shift", "second.bias", "last.bias"):
         assert torch.equal(wrapped[name], plain[name])
     for name in ("first.weight", "affine.scale", "second.weight", "last.weight"):
         assert not torch.equal(wrapped[name], plain[name])
 
 
-def test_variance_of_a_linear_layer() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_variance_of_a_linear_layer(policy: str) -> None:
     # Sum of the variances of all entries = sum_n |delta_n|^2 sum_d Var(x~_nd).
     torch.manual_seed(0)
     module, x = nn.Linear(64, 16, bias=False), torch.randn(32, 64)
     delta = cotangent(module(x)).double()
     predicted = (delta.square().sum(1) * rounding_variance(x, 3, BUCKET).sum(1)).sum()
     exact = run(module, x).grads["weight"]
-    model = QuantBackwardWrapper(module, Stochastic2, bucket_size=BUCKET, seed=0)
+    model = QuantBackwardWrapper(module, Stochastic2, policy=policy, bucket_size=BUCKET, seed=0)
     squares = []
     for _ in range(DRAWS):
         module.zero_grad()

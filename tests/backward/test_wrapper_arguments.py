@@ -24,16 +24,21 @@ from brevitas_bp.quant import (
     ShiftedUint8DynamicActPerBucketFloat,
     StochasticRounding,
 )
-from tests.backward.support import assert_same, run
+from tests.backward.support import QUANTIZING, assert_same, run
 
 Uint4 = ShiftedUint4DynamicActPerBucketFloat
 Uint8 = ShiftedUint8DynamicActPerBucketFloat
 
 
+def layer() -> nn.Module:
+    """Saves its input only, with the configured codec under every policy."""
+    return nn.Linear(256, 256)
+
+
 def small_net() -> nn.Module:
     """Every module saves one activation of 64 x 256 values."""
     return nn.Sequential(
-        nn.Sequential(nn.Tanh(), nn.Sigmoid()), nn.ModuleDict({"tanh": nn.Tanh()})["tanh"], nn.Tanh())
+        nn.Sequential(layer(), layer()), nn.ModuleDict({"layer": layer()})["layer"], layer())
 
 
 def bits_by_module(model: nn.Module) -> dict[str, float]:
@@ -56,6 +61,7 @@ class Mine(StochasticRounding, PerBucketMinMax, ActQuantSolver):
     bucket_size = 512
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize(("quantizer", "settings", "bits"), [
     (ShiftedUint2DynamicActPerBucketFloatStochastic, {}, 2),
     (ShiftedUint2DynamicActPerBucketFloatStochastic, {"bit_width": 5}, 5),
@@ -63,8 +69,9 @@ class Mine(StochasticRounding, PerBucketMinMax, ActQuantSolver):
     (codec_from(Uint8), {}, 8),
     (QuantIdentity(act_quant=Uint4).act_quant, {}, 4),
     (None, {}, 32)])
-def test_quantizer_and_settings(quantizer: Any, settings: dict[str, Any], bits: float) -> None:
-    model = QuantBackwardWrapper(small_net(), quantizer, **settings)
+def test_quantizer_and_settings(
+        quantizer: Any, settings: dict[str, Any], bits: float, policy: str) -> None:
+    model = QuantBackwardWrapper(small_net(), quantizer, policy=policy, **settings)
     assert set(bits_by_module(model).values()) == {bits}
 
 
@@ -77,6 +84,7 @@ def test_default_is_two_bits_stochastic() -> None:
 # Overrides.
 
 
+@pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize(("overrides", "expected"), [
     ({"0.*": None}, {"0.0": 32, "0.1": 32, "1": 2, "2": 2}),
     ({"0": None}, {"0.0": 32, "0.1": 32, "1": 2, "2": 2}),  # a module stands for what it contains
@@ -85,26 +93,38 @@ def test_default_is_two_bits_stochastic() -> None:
     ({"0.0": Uint8, "0": Uint4}, {"0.0": 8, "0.1": 4, "1": 2, "2": 2}),
     ({"0": Uint4, "0.0": Uint8}, {"0.0": 4, "0.1": 4, "1": 2, "2": 2}),  # the first that matches
     ({"*": None}, {"0.0": 32, "0.1": 32, "1": 32, "2": 32})])
-def test_overrides(overrides: dict[str, Any], expected: dict[str, float]) -> None:
-    model = QuantBackwardWrapper(small_net(), overrides=overrides)
+def test_overrides(overrides: dict[str, Any], expected: dict[str, float], policy: str) -> None:
+    model = QuantBackwardWrapper(small_net(), overrides=overrides, policy=policy)
     assert bits_by_module(model) == expected
 
 
-def test_override_may_quantize_one_module_of_an_exact_model() -> None:
-    model = QuantBackwardWrapper(small_net(), None, overrides={"1": Uint4})
+@pytest.mark.parametrize(("override", "bits"), [
+    (Uint8, 8), (Uint4, 4), (ShiftedUint2DynamicActPerBucketFloatStochastic, 4), (None, 32)])
+def test_override_reaches_derivatives(override: Any, bits: float) -> None:
+    # Of four bits at least, where the module is not to be exact.
+    module = nn.Sequential(nn.Tanh(), layer())
+    model = QuantBackwardWrapper(module, overrides={"0": override})
+    assert bits_by_module(model) == {"0": bits, "1": 2}
+
+
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_override_may_quantize_one_module_of_an_exact_model(policy: str) -> None:
+    model = QuantBackwardWrapper(small_net(), None, overrides={"1": Uint4}, policy=policy)
     assert bits_by_module(model) == {"0.0": 32, "0.1": 32, "1": 4, "2": 32}
 
 
-def test_operation_outside_of_submodules_belongs_to_the_module_that_runs_it() -> None:
+@pytest.mark.parametrize("policy", QUANTIZING)
+def test_operation_outside_of_submodules_belongs_to_the_module_that_runs_it(policy: str) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Tanh())
+            self.scale = nn.Parameter(torch.ones(256))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.body(x).sin()
+            return self.body(x) * self.scale
 
-    model = QuantBackwardWrapper(Net(), overrides={"body": None})
+    model = QuantBackwardWrapper(Net(), overrides={"body": None}, policy=policy)
     assert bits_by_module(model) == {"body.0": 32, "": 2}
 
 
@@ -161,7 +181,7 @@ def test_pattern_without_a_match_names_the_nearest_module() -> None:
 
 
 def test_refused_arguments_leave_the_module_as_it_was() -> None:
-    module, x = small_net(), torch.randn(8, 8)
+    module, x = small_net(), torch.randn(8, 256)
     before = run(module, x)
     with pytest.raises(UnknownNameError):
         QuantBackwardWrapper(module, bucket_sise=256)
