@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -52,6 +53,11 @@ class Location:
         return None if self.call is NO_CALL else self.call.name
 
 
+def is_compiled(module_type: type | None) -> bool:
+    """Whether a module is what ``torch.compile`` returns."""
+    return module_type is not None and module_type.__name__ == "OptimizedModule"
+
+
 class _Running(threading.local):
     """The forward passes that this thread is inside of, innermost last."""
 
@@ -76,6 +82,9 @@ class _OpMode(TorchFunctionMode):
 
     def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            # Dynamo traces this very code: a compiled graph has no calls to note or rewrite.
+            return func(*args, **(kwargs or {}))
         location = self.location
         before = location.call
         location.calls += 1
@@ -165,7 +174,9 @@ _watch = _ModuleWatch()
 @contextmanager
 def located(location: Location) -> Iterator[Location]:
     """Keeps ``location`` up to date within the block, in this thread."""
-    with _watch, _OpMode(location):
+    # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
+    watch = nullcontext() if is_compiled(location.module_type) else _watch
+    with watch, _OpMode(location):
         _running.locations.append(location)
         try:
             yield location

@@ -1,6 +1,7 @@
 """Which saved tensors are stored how: facts in, decision out."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
 from brevitas_bp.backward.operations import FLOAT_DTYPES, rule_of
+from brevitas_bp.backward.ops import is_compiled
 from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite, SaveDerivative
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
@@ -19,6 +21,7 @@ from brevitas_bp.backward.saved import (
     NO_CALL,
     Decision,
     SavedTensor,
+    own_shape,
 )
 from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
@@ -144,6 +147,9 @@ class OpAware:
             return _MASK
         if x.dtype not in FLOAT_DTYPES and x.dtype != torch.int64:
             return _OTHER_DTYPE
+        if saved.call is NO_CALL and is_compiled(saved.module_type):
+            warnings.warn(_COMPILED_HINT, stacklevel=2)
+            return _COMPILED
         rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
         if rule is None:
             return _UNKNOWN if x.is_floating_point() else _INTEGERS
@@ -197,6 +203,10 @@ _VALUE = Decision(None, "value: backward is linear in it", shared=False)
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)
+_COMPILED = Decision(None, "compiled graph: its operations are not visible", known=False)
+_COMPILED_HINT = (
+    "brevitas_bp: a compiled graph saves tensors that belong to no operation any more, so the op-aware "
+    "policy keeps them exact; wrap compiled modules with policy='all'")
 _OTHER_DTYPE = Decision(None, "neither real numbers of 16 to 64 bits nor indices")
 _INTEGERS = Decision(None, "integers")
 
@@ -226,10 +236,17 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
     if x.dtype == torch.bool:
         return _BIT_MASK
     if x.dtype in FLOAT_DTYPES:
-        return None if saved.is_norm_statistic else saved.codec
+        statistic = saved.is_norm_statistic or (
+            is_compiled(saved.module_type) and _looks_like_statistic(x))
+        return None if statistic else saved.codec
     if x.dtype == torch.int64 and x.device.type == "cpu" and saved.op and _POOLING in saved.op:
         return _NARROW_INT
     return None
+
+
+def _looks_like_statistic(x: Tensor) -> bool:
+    """One value for each channel, or for each row: all that a compiled graph tells of a norm."""
+    return len(own_shape(x)) <= 1 or x.shape[-1] == 1
 
 
 def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:

@@ -1,4 +1,4 @@
-"""The same network, seed and data order with five ways to keep saved tensors.
+"""The same network, seed and data order with six ways to keep saved tensors.
 
     python examples/efficientnet_v2/demo.py                                  # digits, make demo
     python examples/efficientnet_v2/demo.py --dataset cifar10 --model efficientnet_v2_tiny \
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from checkpoint import refuse_other_config
 from cli import add_knobs, from_arguments, identity
@@ -40,18 +40,26 @@ from brevitas_bp.errors import nearest
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to keep saved tensors: its name in table and figure, its quantizer, its colour."""
+    """One way to keep saved tensors: its name in table and figure, quantizer, colour and policy."""
 
     label: str
     quant: str
     color: str
+    policy: Literal["op_aware", "all"] | None = None
 
 
 VARIANTS: Mapping[str, Variant] = {
     "fp32": Variant("FP32", "none", "#3f4650"),
-    # The deterministic baseline of the thesis: one symmetric scale for the whole tensor.
+    # The deterministic baseline of the thesis: one symmetric scale for the whole tensor, and every
+    # tensor rounded alike.
     "thesis-2bit": Variant(
-        "2-bit nearest, per tensor", "ThesisInt2DynamicActPerTensorFloat", "#b4413c"
+        "2-bit nearest, per tensor, all", "ThesisInt2DynamicActPerTensorFloat", "#b4413c", "all"
+    ),
+    "stochastic-2bit-all": Variant(
+        "2-bit stochastic, buckets, all",
+        "ShiftedUint2DynamicActPerBucketFloatStochastic",
+        "#8a5fb0",
+        "all",
     ),
     "nearest-2bit": Variant(
         "2-bit nearest, buckets", "ShiftedUint2DynamicActPerBucketFloat", "#d9902b"
@@ -80,8 +88,10 @@ class Plan:
         """The knobs of one run."""
         variant, out = VARIANTS[name], str(self.out / f"{name}-seed{seed}")
         knobs = replace(self.knobs, quant=variant.quant, seed=seed, out=out)
+        if variant.policy is not None:
+            knobs = replace(knobs, policy=variant.policy)
         if variant.quant == "none":  # these knobs belong to a quantizer
-            knobs = replace(knobs, policy="default", storage="save_quantized")
+            knobs = replace(knobs, policy="op_aware", storage="save_quantized")
         return knobs
 
 

@@ -63,7 +63,7 @@ def main() -> None:
         2: ShiftedUint2DynamicActPerBucketFloatStochastic,
         4: ShiftedUint4DynamicActPerBucketFloatStochastic}
     saved = {bits: saved_by_stage(measure(QuantBackwardWrapper(
-        model, config, metadata_dtype=torch.bfloat16), images), stages)
+        model, config, policy="all", metadata_dtype=torch.bfloat16), images), stages)
         for bits, config in configs.items()}
     table = Table(title=f"Thesis network, batch {options.batch}, MB of 2**20 bytes")
     for column in ("stage", "elements", "nominal fp32", "nominal 4 bit", "nominal 2 bit",

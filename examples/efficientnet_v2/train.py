@@ -72,8 +72,8 @@ class Knobs:
         "quantizer class (bare name or dotted path), or 'none' for float32",
     )
     quant_override: tuple[str, ...] = knob((), "keyword of the quantizer, repeatable")
-    policy: Literal["default", "all", "all_but_relu", "exact"] = knob(
-        "default", "which saved tensors to quantize"
+    policy: Literal["op_aware", "all", "all_but_relu", "exact"] = knob(
+        "op_aware", "which saved tensors to quantize, and how"
     )
     storage: Literal["save_quantized", "quantize_on_backward"] = knob(
         "save_quantized", "when to quantize; the second form saves no memory"
@@ -231,8 +231,7 @@ def _wrap(
     if quantizer is None:
         _refuse_idle(knobs)
         return model
-    if knobs.policy != "default":
-        overrides = {"policy": knobs.policy, **overrides}
+    overrides = {"policy": knobs.policy, **overrides}
     try:
         return QuantBackwardWrapper(
             model, quantizer, storage=knobs.storage, seed=knobs.seed, **overrides
