@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 
 from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.codec import Packed
-from brevitas_bp.codec.base import is_plain
-from brevitas_bp.codec.layout import TensorLayout
 
 
 @dataclass
@@ -53,11 +51,9 @@ class Explanation:
             site = self.sites[key] = ExplainedSite(
                 saved.module, op, packed.codec.name, reason, decision.known)
         site.tensors += 1
-        # Expanded dimensions hold one value each, and were never in memory.
-        x = saved.tensor
-        given = TensorLayout.base(x).numel() if is_plain(x) else x.numel()
-        site.given_bytes += given * x.element_size()
-        site.stored_bytes += packed.nbytes
+        stored = packed.nbytes
+        site.stored_bytes += stored
+        site.given_bytes += packed.layout.nbytes if packed.codec.compresses else stored
 
     @property
     def unknown(self) -> list[str]:

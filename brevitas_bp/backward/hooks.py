@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.explain import Explanation
-from brevitas_bp.backward.ops import Location, current_location, located
+from brevitas_bp.backward.ops import Location, Rewrites, current_location, located
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy, Policy, can_encode, explained
 from brevitas_bp.backward.rewrites import Substitution
@@ -26,6 +26,8 @@ from brevitas_bp.errors import CorruptPayloadError
 _KEEP = Keep()
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
 
+# Elements below which it is asked before encoding whether that can be worth it.
+_SMALL = 1024
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
 
 
@@ -86,7 +88,7 @@ class ForwardPass:
         self.codec_of = codec_of
         self.policy = explained(policy)
         if not isinstance(self.policy, PlainPolicy):
-            self.location.transform = self._transform
+            self.location.rewrites = Rewrites(self._rewrite_of)
         self.next_seed = next_seed
         self.on_backward = on_backward
         self.listeners = listeners
@@ -125,12 +127,18 @@ class ForwardPass:
         finally:
             self._substitution = before
 
-    def _transform(self, call: Call) -> Any:
-        """Runs a call so that it saves something else, where the policy says so."""
-        rewrite = self.policy.rewrite(call.function)
-        if rewrite is None or self.codec_of(self.location.module) is None or not self._is_innermost():
-            return NotImplemented
-        return rewrite(self, call)
+    def _rewrite_of(self, function: Any) -> Callable[[Call], Any] | None:
+        """How a function is run so that it saves something else, where the policy says so."""
+        rewrite = self.policy.rewrite(function)
+        if rewrite is None:
+            return None
+
+        def run(call: Call) -> Any:
+            if self.codec_of(self.location.module) is None or not self._is_innermost():
+                return NotImplemented
+            return rewrite(self, call)
+
+        return run
 
     def _is_innermost(self) -> bool:
         """Whether what is saved now comes to this pass, not to hooks that others set inside of it.
@@ -176,15 +184,16 @@ class ForwardPass:
             return codec.encode(x, seed=0, where=where)
         if isinstance(codec, StatefulCodec):
             codec = codec.slot(next(self._slots[codec]))
-        layout = TensorLayout.of(x)
-        least = codec.stored_nbytes(layout)
-        if least is not None and least >= layout.nbytes:
-            return _KEEP.encode(x, where=where)
+        # Codes, padding and metadata must be smaller than what they replace.
+        if x.numel() < _SMALL:
+            layout = TensorLayout.of(x)
+            least = codec.stored_nbytes(layout)
+            if least is not None and least >= layout.nbytes:
+                return _KEEP.encode(x, where=where)
         if self.on_backward:
             return QuantizeOnBackward(codec).encode(x, seed=self.next_seed(), where=where)
         packed = codec.encode(x, seed=self.next_seed(), where=where)
-        # Codes, padding and metadata must be smaller than what they replace.
-        return packed if packed.nbytes < layout.nbytes else _KEEP.encode(x, where=where)
+        return packed if packed.nbytes < packed.layout.nbytes else _KEEP.encode(x, where=where)
 
     def __enter__(self) -> "ForwardPass":
         self._located = located(self.location)
@@ -205,6 +214,9 @@ class ForwardPass:
             self._hooks.__exit__(*exception)
         finally:
             self._located.__exit__(*exception)
+            # These hold this pass, which would wait for the garbage collector.
+            self.location.rewrites = None
+            del self._hooks, self._located
 
 
 def _where(op: str | None, module: str) -> str:

@@ -3,11 +3,11 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import FunctionType
+from types import FunctionType, MethodWrapperType
 from typing import Any
 
-import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -30,7 +30,7 @@ class Location:
         self.modules: list[tuple[str, type | None]] = [("", type(root))]
         self.call = NO_CALL
         self.calls = 0
-        self.transform: Callable[[Call], Any] | None = None
+        self.rewrites: Rewrites | None = None
 
     @property
     def module(self) -> str:
@@ -82,21 +82,41 @@ class _OpMode(TorchFunctionMode):
 
     def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():
-            # Dynamo traces this very code: a compiled graph has no calls to note or rewrite.
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # Dynamo traces this very code: a compiled graph has no calls to note or rewrite. And attributes
+        # of tensors come here too, which save nothing.
+        if type(func) is MethodWrapperType or is_compiling():
+            return func(*args, **kwargs)
         location = self.location
         before = location.call
         location.calls += 1
-        call = location.call = Call(func, args, kwargs or {}, location.calls)
+        call = location.call = Call(func, args, kwargs, location.calls)
         try:
-            if location.transform is not None:
-                output = location.transform(call)
-                if output is not NotImplemented:
-                    return output
-            return func(*args, **call.kwargs)
+            if location.rewrites is not None:
+                rewrite = location.rewrites[func]
+                if rewrite is not None:
+                    output = rewrite(call)
+                    if output is not NotImplemented:
+                        return output
+            return func(*args, **kwargs)
         finally:
             location.call = before
+
+
+class Rewrites(dict[Any, Callable[[Call], Any] | None]):
+    """Function -> what is run in its place (it returns the output, or NotImplemented), looked up once.
+
+    Args:
+        find: looks it up.
+    """
+
+    def __init__(self, find: Callable[[Any], Callable[[Call], Any] | None]) -> None:
+        super().__init__()
+        self.find = find
+
+    def __missing__(self, function: Any) -> Callable[[Call], Any] | None:
+        self[function] = found = self.find(function)
+        return found
 
 
 def seen_through(call: Call, location: Location) -> Any:

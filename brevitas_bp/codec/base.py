@@ -1,7 +1,7 @@
 """The codec interface, what it returns, and the codec that keeps."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Packed:
         layout: of the decoded tensor.
         facts: static facts of the codec.
         where: op and module that saved the tensor, for messages.
+        nbytes: bytes of all stored tensors: codes, padding, metadata.
     """
 
     codec: "Codec"
@@ -28,11 +29,13 @@ class Packed:
     layout: TensorLayout
     facts: Any = None
     where: str = ""
+    nbytes: int = field(init=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors: codes, padding, metadata."""
-        return sum(t.numel() * t.element_size() for t in self.tensors)
+    def __post_init__(self) -> None:
+        nbytes = 0
+        for tensor in self.tensors:
+            nbytes += tensor.numel() * tensor.element_size()
+        object.__setattr__(self, "nbytes", nbytes)
 
     def decode(self) -> Tensor:
         """The tensor, with its original shape, strides, dtype and device."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -31,7 +31,6 @@ from brevitas_bp.kernels.reference import (
     bucket_shape,
     draw_layout,
     payload_nbytes,
-    to_metadata,
 )
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 
@@ -59,6 +58,7 @@ _SIGN_BITS = np.int32(31)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INF_BITS = np.int32(0x7F800000)
 _HALF_WORD = np.int32(-65536)
+_HALF_BITS, _HALF_MASK, _NAN_BITS = np.int32(16), np.int32(0xFFFF), np.int32(0x7FC00000)
 _B1, _B2, _B4 = np.uint8(1), np.uint8(3), np.uint8(15)
 _B2S, _B4S, _B6S = np.uint8(2), np.uint8(4), np.uint8(6)
 
@@ -256,11 +256,38 @@ def _locate(
 
 
 @_jit
+def _store(halves: Any, index: Any, value: Any, bf16: Any, one: Any) -> None:
+    """Writes a float32, or its upper half, which is all of a number rounded to bfloat16."""
+    one.view(np.float32)[0] = value
+    # NaN has one bit pattern, whichever operation made it.
+    bits = _NAN_BITS if np.isnan(value) else one[0]
+    upper = np.uint16((bits >> _HALF_BITS) & _HALF_MASK)
+    if bf16:
+        halves[index] = upper
+    else:
+        halves[2 * index] = np.uint16(bits & _HALF_MASK)
+        halves[2 * index + 1] = upper
+
+
+@_jit
+def _load(halves: Any, index: Any, bf16: Any, one: Any) -> Any:
+    """Reads what :func:`_store` wrote."""
+    if bf16:
+        one[0] = np.int32(np.int32(halves[index]) << _HALF_BITS)
+    else:
+        one[0] = np.int32(np.int32(halves[2 * index + 1]) << _HALF_BITS) | np.int32(halves[2 * index])
+    return one.view(np.float32)[0]
+
+
+@_jit
 def _encode(
         x: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
         shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any, integer: Any,
-        stochastic: Any, k0: Any, k1: Any, payload: Any, scales: Any, offsets: Any) -> None:
-    """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``."""
+        stochastic: Any, k0: Any, k1: Any, payload: Any, metadata: Any) -> None:
+    """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``.
+
+    ``metadata`` holds the scales, then for affine codes the offsets, in halves of a float32.
+    """
     codes = np.empty(size, np.uint8)
     padded = np.empty(size, np.float32)
     one = np.empty(1, np.int32)
@@ -278,8 +305,9 @@ def _encode(
             padded[valid:] = _F(0) if rule == 2 else x[x.size - 1]
             values = padded
         scale, lo = _metadata(values, rule, tops[kind], bf16, integer, one, scratch)
-        scales[bucket] = scale
-        offsets[bucket] = lo
+        _store(metadata, bucket, scale, bf16, one)
+        if rule == 0:
+            _store(metadata, n + bucket, lo, bf16, one)
         if np.isnan(scale):
             codes[:] = 0
         elif stochastic:
@@ -294,16 +322,19 @@ def _encode(
 @_jit
 def _decode(
         out: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
-        shift: Any, widths: Any, lowests: Any, payload: Any, scales: Any, offsets: Any,
+        shift: Any, widths: Any, lowests: Any, bf16: Any, payload: Any, scales: Any, offsets: Any,
         limit: Any) -> None:
     """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``."""
     codes = np.empty(size, np.uint8)
+    one = np.empty(1, np.int32)
     for bucket in range(begin, end):
         kind, position = _locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
         nbytes = size * width // 8
         _unpack(payload[position:position + nbytes], width, codes)
-        scale, lo, lowest = scales[bucket], offsets[bucket], np.int32(lowests[kind])
+        lowest = np.int32(lowests[kind])
+        scale = _load(scales, bucket, bf16, one)
+        lo = _load(offsets, bucket, bf16, one) if offsets.size else _F(0)
         start = (bucket - first) * size
         count = min(size, out.size - start)
         values = out[start:start + count]
@@ -323,21 +354,24 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.kernels.reference.encode`."""
     n, size = bucket_shape(flat.numel(), spec.bucket_size)
     layout = draw_layout(n, spec, seed)
-    payload = torch.empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
-    scales, offsets = torch.empty(n), torch.empty(n)
+    static = _static(spec)
+    width = spec.bit_width * size // 8
+    nbytes = n * width if layout.mixed == 0 else payload_nbytes(layout, spec, size)
+    payload = torch.empty(nbytes, dtype=torch.uint8)
+    halves = n if static.bf16 else 2 * n
+    metadata = torch.empty(halves * (1 + spec.affine), dtype=torch.int16)
     k0, k1 = noise_keys(seed) if spec.stochastic else (0, 0)
-    widths, tops, lowests, rule, bf16 = _static(spec)
     shared = (
-        size, n, layout.mixed, layout.multiplier, layout.shift, widths, tops, lowests, rule, bf16,
-        spec.integer_zero_point, spec.stochastic, _U(k0), _U(k1), payload.numpy(), scales.numpy(),
-        offsets.numpy())
+        size, n, layout.mixed, layout.multiplier, layout.shift, static.widths, static.tops,
+        static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic, _U(k0),
+        _U(k1), payload.numpy(), metadata.numpy().view(np.uint16))
     flat = flat.detach()
     for first, last in _converted(flat.dtype, n, size):
         part = flat if last - first == n else flat[first * size:last * size]
         _run(_encode, (part.to(torch.float32).numpy(), first), first, last, size, shared)
-    if bf16:
-        scales, offsets = (to_metadata(t, torch.bfloat16) for t in (scales, offsets))
-    return Encoded(payload, scales, offsets if spec.affine else None)
+    scales = metadata.view(torch.bfloat16 if static.bf16 else torch.float32)
+    return Encoded(payload, scales[:n], scales[n:]) if spec.affine else Encoded(
+        payload, scales, None)
 
 
 def decode(
@@ -351,12 +385,12 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
     n, size = bucket_shape(out.numel(), spec.bucket_size)
     layout = draw_layout(n, spec, seed)
-    scales = encoded.scale.to(torch.float32)
-    offsets = torch.zeros(n) if encoded.offset is None else encoded.offset.to(torch.float32)
-    widths, _, lowests, _, _ = _static(spec)
+    static = _static(spec)
+    scales = _halves(encoded.scale)
+    offsets = scales[:0] if encoded.offset is None else _halves(encoded.offset)
     shared = (
-        size, n, layout.mixed, layout.multiplier, layout.shift, widths, lowests,
-        encoded.payload.numpy(), scales.numpy(), offsets.numpy(), _largest(out.dtype))
+        size, n, layout.mixed, layout.multiplier, layout.shift, static.widths, static.lowests,
+        static.bf16, encoded.payload.numpy(), scales, offsets, _largest(out.dtype))
     for first, last in _converted(out.dtype, n, size):
         part = out if last - first == n else out[first * size:last * size]
         values = part if out.dtype == torch.float32 else torch.empty(part.numel())
@@ -366,14 +400,27 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
     return out
 
 
+def _halves(metadata: Tensor) -> Any:
+    return metadata.view(torch.int16).numpy().view(np.uint16)
+
+
+class _Static(NamedTuple):
+    """What the kernels take of a spec; widths and codes of (base, mixed) buckets."""
+
+    widths: tuple[int, int]
+    tops: tuple[int, int]
+    lowests: tuple[int, int]
+    rule: int
+    bf16: bool
+
+
 @lru_cache(maxsize=256)
-def _static(spec: BucketQuantSpec) -> tuple[Any, ...]:
-    """Widths, top and lowest codes of (base, mixed) buckets; number of the rule; bfloat16 metadata."""
-    widths = (spec.bit_width, spec.mix_bit_width or spec.bit_width)
-    return (
-        widths, tuple(top_code(spec.code_range, w) for w in widths),
-        tuple(lowest_code(spec.code_range, w) for w in widths), _RULES[spec.scale_rule],
-        spec.metadata_dtype == torch.bfloat16)
+def _static(spec: BucketQuantSpec) -> _Static:
+    base, mixed = spec.bit_width, spec.mix_bit_width or spec.bit_width
+    return _Static(
+        (base, mixed), (top_code(spec.code_range, base), top_code(spec.code_range, mixed)),
+        (lowest_code(spec.code_range, base), lowest_code(spec.code_range, mixed)),
+        _RULES[spec.scale_rule], spec.metadata_dtype == torch.bfloat16)
 
 
 @lru_cache(maxsize=8)
