@@ -18,7 +18,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python examples/benchmarks/kernels.py
-	$(BIN)/python examples/benchmarks/step_time.py
+	$(BIN)/python examples/benchmarks/step_time.py --model every
+	$(BIN)/python examples/benchmarks/memory.py
 
 # Configs are injectors, which pydoc cannot read: docs/quantizers.md lists them.
 DOCUMENTED := brevitas_bp brevitas_bp.backward brevitas_bp.backward.policy brevitas_bp.backward.wrapper \
