@@ -17,7 +17,7 @@ from brevitas_bp.backward.ops import Location, Rewrites, current_location, locat
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy, Policy, can_encode, explained
 from brevitas_bp.backward.rewrites import Substitution
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor, storage_id
+from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.stock import StatefulCodec
@@ -153,7 +153,7 @@ class ForwardPass:
         location = self.location
         return SavedTensor(
             x, location.op, location.qualified_module, codec, location.call, location.module_type,
-            role)
+            role, location.compiled and location.call is NO_CALL)
 
     def _originals(self, x: Tensor) -> Sequence[Tensor]:
         """What plain autograd would have saved; told with the first of the tensors saved instead."""

@@ -43,6 +43,7 @@ from brevitas_bp.codec.signed import sign_exact
 from brevitas_bp.codec.stock import StatefulCodec
 
 _aten = torch.ops.aten
+_MASK = "mask: gradient exact"
 
 
 def _one(x: Tensor) -> Tensor:
@@ -146,15 +147,11 @@ def _is_number(bound: Any) -> bool:
 
 def _rrelu(saved: SavedTensor) -> Decision:
     """Training multiplies with the noise, evaluation with a slope where the input is negative."""
-    call = saved.call
-    lower, upper = call.argument(1, "lower", 1 / 8), call.argument(2, "upper", 1 / 3)
-    noisy = call.argument(3, "training", False) and upper - lower > 1e-6
-    is_noise = saved.position is None
-    if is_noise != bool(noisy):
-        return Decision(shape_only(), "not read by backward")
-    if is_noise:
-        return Decision(saved.codec, "slopes: backward is linear in them", reaches="all")
-    return Decision(positive_region(), "mask: gradient exact")
+    training = saved.call.argument(3, "training", False)
+    if saved.position is None:
+        # The kernel writes it only after it was saved: what a hook sees is not yet the noise.
+        return Decision(None if training else shape_only(), "noise")
+    return Decision(positive_region(), _MASK)
 
 
 def _prelu(saved: SavedTensor) -> Decision:
@@ -221,8 +218,9 @@ _register(weighted(), """
     linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc
     convolution _convolution""")
 _register(product(), """
-    mul multiply rmul imul square matmul rmatmul imatmul mm bmm mv dot vdot inner outer ger tensordot
-    addmm addmv addbmm baddbmm addr addcmul""")
+    mul multiply rmul imul square matmul rmatmul imatmul mm bmm mv dot vdot inner outer ger
+    tensordot""")
+_register(product(summands=1), "addmm addmv addbmm baddbmm addr addcmul")
 _register(OpRule(_power), "pow ipow float_power")
 _register(OpRule(_einsum), "einsum")
 _register(quotient(), "div divide true_divide truediv itruediv idiv")
@@ -234,7 +232,7 @@ register_op(torch.nn.SyncBatchNorm, normalization())
 
 
 
-def _named(name: str, *, even: bool = False) -> Callable[[Call], dict[str, Any]]:
+def _named(name: str, *, even: bool = False) -> Callable[[Call], dict[str, Any] | None]:
     return lambda call: {"name": name, "even": even}
 
 
@@ -246,8 +244,11 @@ def _alpha_table(call: Call) -> dict[str, Any]:
     return {"name": call.name.strip("_"), "alpha": float(call.argument(1, "alpha", 1.0))}
 
 
-def _softplus_table(call: Call) -> dict[str, Any]:
-    return {"name": "softplus", "beta": float(call.argument(1, "beta", 1.0))}
+def _softplus_table(call: Call) -> dict[str, Any] | None:
+    beta, threshold = (float(call.argument(i, name, default)) for i, name, default in (
+        (1, "beta", 1.0), (2, "threshold", 20.0)))
+    # Below, the straight part begins where the curve still bends.
+    return {"name": "softplus", "beta": beta} if beta * threshold >= 15 else None
 
 
 register_op("silu", elementwise(_silu, few_bit=_named("silu")))
@@ -291,7 +292,6 @@ _register(exact("a recurrent layer: gates and states"), """
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell quantized_lstm""")
 _register(exact("grid positions"), "grid_sample grid_sampler affine_grid affine_grid_generator")
 
-_MASK = "mask: gradient exact"
 _register(lossless(lambda saved: relu_region(), _MASK), "relu")
 _register(lossless(lambda saved: relu6_region(), _MASK), "relu6")
 _register(lossless(_hardtanh, _MASK), "hardtanh")

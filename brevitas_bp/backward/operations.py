@@ -38,13 +38,13 @@ class OpRule:
         decide: saved tensor -> :class:`Decision`; asked for tensors of numbers only, and only where a
             quantizer is configured.
         rewrite: runs the operation so that it saves something else; None runs it as it is.
-        few_bit: call -> arguments of :func:`~brevitas_bp.core.few_bit.few_bit_table` but for the bits;
-            None where there is no such table.
+        few_bit: call -> arguments of :func:`~brevitas_bp.core.few_bit.few_bit_table` but for the bits,
+            or None for arguments without a table; None where there is no such table at all.
     """
 
     decide: Decide
     rewrite: Rewrite | None = None
-    few_bit: Callable[[Call], dict[str, Any]] | None = None
+    few_bit: Callable[[Call], dict[str, Any] | None] | None = None
 
 
 def exact(reason: str = "not linear in what is saved") -> OpRule:
@@ -91,20 +91,24 @@ def _is_weight(saved: SavedTensor, weight: int) -> bool:
         and saved.tensor.numel() != tensors[0].numel())
 
 
-def product() -> OpRule:
+def product(summands: int = 0) -> OpRule:
     """A product of two tensors, of elements or of matrices; each gradient is linear in the other.
 
     Both may depend on one input, so a tensor that a product saves shares its rounding with no other
     operation; a factor that is broadcast is kept exact.
+
+    Args:
+        summands: arguments before the factors, to which the product is added.
     """
     def decide(saved: SavedTensor) -> Decision:
-        tensors = list(tensors_in(saved.arguments))
+        tensors = list(tensors_in(saved.arguments[summands:]))
         size = saved.tensor.numel()
         if size * _BROADCAST <= max((a.numel() for a in tensors), default=0):
             return Decision(None, "broadcast factor: few bytes, many gradients")
-        weights = any(isinstance(a, nn.Parameter) for a in tensors)
-        reason = "factor: the other's gradient is linear in it"
-        return Decision(saved.codec, reason, weights, reaches=_reach(tensors, size))
+        beside_parameter = any(isinstance(a, nn.Parameter) for a in tensors)
+        return Decision(
+            saved.codec, "factor: the other's gradient is linear in it", shared=beside_parameter,
+            reaches=_reach(tensors, size))
 
     return OpRule(_floats(decide))
 
@@ -112,21 +116,20 @@ def product() -> OpRule:
 def quotient() -> OpRule:
     """A quotient ``a / b``: linear in ``a``, not in ``b``."""
     def decide(saved: SavedTensor) -> Decision:
-        if saved.position != 0:
+        dividend, divisor = (
+            saved.call.argument(i, name) for i, name in enumerate(("input", "other")))
+        if not saved.shows(dividend) or saved.shows(divisor):
             return Decision(None, "divisor: backward is not linear in it")
-        tensors = [a for a in saved.arguments if isinstance(a, Tensor)]
         return Decision(
             saved.codec, "dividend: the divisor's gradient is linear in it",
-            reaches=_reach(tensors, saved.tensor.numel()))
+            reaches=_reach(list(tensors_in((divisor,))), saved.tensor.numel()))
 
     return OpRule(_floats(decide))
 
 
-def _reach(tensors: list[Tensor], size: int) -> Literal["weight", "all"]:
-    """How far a factor's rounding goes: beside a parameter, or a factor in whose gradient many of them
-    are summed, no further than that one.
-    """  # noqa: D205
-    few = any(isinstance(t, nn.Parameter) or t.numel() * _AVERAGED <= size for t in tensors)
+def _reach(factors: list[Tensor], size: int) -> Literal["weight", "all"]:
+    """No further than a parameter beside it, or a factor in whose gradient many roundings are summed."""
+    few = any(isinstance(t, nn.Parameter) or t.numel() * _AVERAGED <= size for t in factors)
     return "weight" if few else "all"
 
 
@@ -137,11 +140,7 @@ def normalization() -> OpRule:
     elements in a statistic: the normalized input enters it twice.
     """
     def decide(saved: SavedTensor) -> Decision:
-        arguments = saved.arguments
-        whole = arguments[0].numel() if arguments and isinstance(arguments[0], Tensor) else None
-        size = saved.tensor.numel()
-        statistic = size < whole if whole is not None else saved.tensor.dim() < 2
-        if statistic:
+        if saved.is_norm_statistic:
             return Decision(None, "statistic of a norm")
         return Decision(saved.codec, "input of a norm: bias of order 1/M", reaches="norm")
 
@@ -161,7 +160,7 @@ def lossless(
 
 def elementwise(
         formula: Callable[..., Tensor] | None = None, *,
-        few_bit: Callable[[Call], dict[str, Any]] | None = None, **options: Any) -> OpRule:
+        few_bit: Callable[[Call], dict[str, Any] | None] | None = None, **options: Any) -> OpRule:
     """A smooth elementwise function: its derivative is saved, and backward is linear in that.
 
     Args:

@@ -24,8 +24,12 @@ class Location:
     """
 
     def __init__(self, root: nn.Module, prefix: str = "") -> None:
-        self.names = {id(module): name for name, module in root.named_modules(
-            remove_duplicate=True)}
+        self.names: dict[int, str] = {}
+        self.compiled = False
+        for name, module in root.named_modules():
+            self.names[id(module)] = name
+            self.compiled = self.compiled or is_compiled(module)
+        self.root_compiled = is_compiled(root)
         self.prefix = prefix
         self.modules: list[tuple[str, type | None]] = [("", type(root))]
         self.call = NO_CALL
@@ -53,9 +57,10 @@ class Location:
         return None if self.call is NO_CALL else self.call.name
 
 
-def is_compiled(module_type: type | None) -> bool:
-    """Whether a module is what ``torch.compile`` returns."""
-    return module_type is not None and module_type.__name__ == "OptimizedModule"
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made the module, or ``module.compile()`` changed it."""
+    return type(module).__name__ == "OptimizedModule" or (
+        getattr(module, "_compiled_call_impl", None) is not None)
 
 
 class _Running(threading.local):
@@ -195,7 +200,7 @@ _watch = _ModuleWatch()
 def located(location: Location) -> Iterator[Location]:
     """Keeps ``location`` up to date within the block, in this thread."""
     # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
-    watch = nullcontext() if is_compiled(location.module_type) else _watch
+    watch = nullcontext() if location.root_compiled else _watch
     with watch, _OpMode(location):
         _running.locations.append(location)
         try:

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
-from brevitas_bp.backward.operations import FLOAT_DTYPES, rule_of
-from brevitas_bp.backward.ops import is_compiled
-from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite, SaveDerivative
+from brevitas_bp.backward.operations import FLOAT_DTYPES, OpRule, rule_of
+from brevitas_bp.backward.rewrites import Passing, ReplayAttention, Rewrite, SaveDerivative
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
     DERIVATIVE,
     FEW_BIT_INPUT,
     NO_CALL,
+    Call,
     Decision,
     SavedTensor,
-    own_shape,
 )
 from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
@@ -147,7 +146,7 @@ class OpAware:
             return _MASK
         if x.dtype not in FLOAT_DTYPES and x.dtype != torch.int64:
             return _OTHER_DTYPE
-        if saved.call is NO_CALL and is_compiled(saved.module_type):
+        if saved.compiled:
             warnings.warn(_COMPILED_HINT, stacklevel=2)
             return _COMPILED
         rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
@@ -162,9 +161,9 @@ class OpAware:
             return None
         if isinstance(rule.rewrite, ReplayAttention) and self.attention != "replay":
             return None
-        if self.few_bit is not None and rule.few_bit is not None:
-            return _from_input(rule.rewrite)
-        return rule.rewrite
+        if self.few_bit is None or rule.few_bit is None:
+            return rule.rewrite
+        return functools.partial(_with_table, rule, self.few_bit)
 
     def _widened(self, decision: Decision, codec: Codec) -> Decision:
         """A decision for the configured codec, with the width that the tensor's reach asks for."""
@@ -181,9 +180,9 @@ class OpAware:
             return self._widened(_DERIVATIVE._replace(codec=codec), codec)
         if role == FEW_BIT_INPUT:
             rule = rule_of(saved.call.function)
-            assert rule is not None and rule.few_bit is not None and self.few_bit is not None
+            assert rule is not None and self.few_bit is not None
             return Decision(
-                _few_bit_codec(self.few_bit, **rule.few_bit(saved.call)),
+                _few_bit_codec(rule, saved.call, self.few_bit),
                 "interval of the input: the derivative, piecewise constant and biased")
         if role == ATTENTION_VALUE:
             return self._widened(_VALUE._replace(codec=codec), codec)
@@ -211,14 +210,27 @@ _OTHER_DTYPE = Decision(None, "neither real numbers of 16 to 64 bits nor indices
 _INTEGERS = Decision(None, "integers")
 
 
-@functools.lru_cache(maxsize=256)
-def _few_bit_codec(bits: int, name: str, **settings: Any) -> Codec:
-    return FewBitCodec(few_bit_table(name, bits, **settings))
+def _with_table(rule: OpRule, bits: int, passing: Passing, call: Call) -> Any:
+    """Runs a function so that its input is saved through a table, or its derivative without one."""
+    rewrite = rule.rewrite
+    assert isinstance(rewrite, SaveDerivative)
+    if _few_bit_codec(rule, call, bits) is not None:
+        rewrite = replace(rewrite, from_input=True)
+    return rewrite(passing, call)
+
+
+def _few_bit_codec(rule: OpRule, call: Call, bits: int) -> Codec | None:
+    settings = None if rule.few_bit is None else rule.few_bit(call)
+    return None if settings is None else _table_codec(bits, **settings)
 
 
 @functools.lru_cache(maxsize=256)
-def _from_input(rewrite: SaveDerivative) -> SaveDerivative:
-    return replace(rewrite, from_input=True)
+def _table_codec(bits: int, name: str, **settings: Any) -> Codec | None:
+    """The codec of a table; None for settings that no table fits, such as a large alpha."""
+    try:
+        return FewBitCodec(few_bit_table(name, bits, **settings))
+    except ValueError:
+        return None
 
 
 def _codec_of(quantizer: Any) -> Codec | None:
@@ -236,17 +248,13 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
     if x.dtype == torch.bool:
         return _BIT_MASK
     if x.dtype in FLOAT_DTYPES:
-        statistic = saved.is_norm_statistic or (
-            is_compiled(saved.module_type) and _looks_like_statistic(x))
-        return None if statistic else saved.codec
+        # The noise of rrelu is written only after it was saved.
+        late = saved.op is not None and saved.op.startswith("rrelu")
+        statistic = saved.is_norm_statistic and (saved.op is not None or saved.compiled)
+        return None if late or statistic else saved.codec
     if x.dtype == torch.int64 and x.device.type == "cpu" and saved.op and _POOLING in saved.op:
         return _NARROW_INT
     return None
-
-
-def _looks_like_statistic(x: Tensor) -> bool:
-    """One value for each channel, or for each row: all that a compiled graph tells of a norm."""
-    return len(own_shape(x)) <= 1 or x.shape[-1] == 1
 
 
 def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:

@@ -14,10 +14,12 @@ NOTE [ Rewritten operations ]
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -29,10 +31,15 @@ from brevitas_bp.backward.saved import (
     FEW_BIT_INPUT,
     REPLAYED,
     Call,
+    storage_id,
+    tensors_in,
 )
 from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.errors import SecondDerivativeError
 
+# Elements below which a derivative is not worth its overhead.
+_SMALLEST = 256
 _ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
 
@@ -67,12 +74,26 @@ class Substitution:
         return saved.detach()
 
 
+    def replace(self, stand_in: Tensor, original: Tensor) -> None:
+        """Takes ``original`` for what was noted in the memory of its stand-in."""
+        self.originals = [
+            original if storage_id(t) == storage_id(stand_in) else t for t in self.originals]
+
+
 #: (pass, call) -> output, or NotImplemented to run the function as it is.
 Rewrite = Callable[[Passing, Call], Any]
 
 
 def look_through(passing: Passing, call: Call) -> Any:
-    """Runs a composite function of torch so that each function inside is treated by its own rule."""
+    """Runs a composite function of torch so that each function inside is treated by its own rule.
+
+    Raises:
+        ValueError: the function is not written in Python.
+    """
+    if not isinstance(call.function, FunctionType):
+        raise ValueError(
+            f"brevitas_bp: {call.name} was registered as composite(), but it is not a Python function "
+            "that could be looked through; register it with another rule")
     return seen_through(call, passing.location)
 
 
@@ -96,11 +117,15 @@ class SaveDerivative:
     def __call__(self, passing: Passing, call: Call) -> Any:
         x = call.argument(0, "input")
         if "out" in call.kwargs or not (
-                isinstance(x, Tensor) and x.requires_grad and is_plain(x) and x.numel() > 0
+                isinstance(x, Tensor) and x.requires_grad and is_plain(x)
                 and x.is_floating_point() and torch.is_grad_enabled()):
             return NotImplemented
+        # Small or expanded, the derivative would take more than what it stands for.
+        if x.numel() < _SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
+            return NotImplemented
+        others = tensors_in((*call.args[1:], *(v for k, v in call.kwargs.items() if k != "input")))
         inplace = is_inplace(call)
-        if inplace and (x.is_leaf or x._is_view()):
+        if any(t.requires_grad for t in others) or (inplace and (x.is_leaf or x._is_view())):
             return NotImplemented
         role = FEW_BIT_INPUT if self.from_input else DERIVATIVE
         with passing.saving(role) as substitution:
@@ -123,6 +148,8 @@ class SaveDerivative:
                 args, kwargs = (), {**call.kwargs, "input": first}
             result = call.function(*args, **kwargs)
             y = result.detach()
+            if inplace:
+                substitution.replace(result, x)
             if self.formula is None and not self.from_input:
                 (derivative,) = torch.autograd.grad(result, leaf, torch.ones_like(result))
             else:
@@ -160,12 +187,23 @@ class _SaveDerivative(torch.autograd.Function):
         return (derivative * grad).to(grad.dtype), None, None, None, None
 
 
+# Where torch.nn.functional takes ``inplace``, which may be any value that counts as true.
+_INPLACE_AT = {"silu": 1, "mish": 1, "hardswish": 1, "selu": 1, "elu": 2, "celu": 2}
+
+
 def is_inplace(call: Call) -> bool:
     """Whether an activation function was told to overwrite its input."""
     name = call.name
-    return (
-        (name.endswith("_") and not name.endswith("__")) or call.kwargs.get("inplace") is True
-        or any(argument is True for argument in call.args[1:]))
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    position = _INPLACE_AT.get(name) if isinstance(call.function, FunctionType) else None
+    return bool(
+        call.kwargs.get("inplace") if position is None else call.argument(position, "inplace"))
+
+
+def in_forward_ad() -> bool:
+    """Whether forward-mode derivatives are being taken: a rewritten operation has none."""
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass(frozen=True)
@@ -181,12 +219,21 @@ class ReplayAttention:
     def __call__(self, passing: Passing, call: Call) -> Any:
         given = [call.argument(i, name) for i, name in enumerate(_ATTENTION_TENSORS)]
         tensors = [t for t in given if t is not None]
-        if not torch.is_grad_enabled() or not all(is_plain(t) for t in tensors) or not any(
-                t.requires_grad for t in tensors):
+        if not torch.is_grad_enabled() or in_forward_ad() or not all(
+                is_plain(t) for t in tensors) or not any(t.requires_grad for t in tensors):
             return NotImplemented
+        given = [None if t is None else _autocast(t) for t in given]
         roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, REPLAYED][:len(tensors)]
         with passing.saving(*roles, REPLAYED) as substitution:
             return _ReplayAttention.apply(_Replay(call), substitution, *given)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast will make of it anyway, so that this is kept and not the longer original."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class _Replay:

@@ -60,6 +60,7 @@ class SavedTensor:
         codec: the codec configured for that module; None where it is to be kept exact.
         call: the running call of the function.
         module_type: class of that module.
+        compiled: whether a compiled graph saves it, whose operations nobody sees.
         role: what the tensor is to an operation that was rewritten; None otherwise.
     """
 
@@ -70,35 +71,50 @@ class SavedTensor:
     call: Call = NO_CALL
     module_type: type | None = None
     role: str | None = None
+    compiled: bool = False
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """Values passed to the function."""
         return self.call.arguments
 
+    def shows(self, argument: Any) -> bool:
+        """Whether the tensor is this argument, perhaps seen in another shape."""
+        x = self.tensor
+        return isinstance(argument, Tensor) and storage_id(argument) == storage_id(x) and (
+            argument.storage_offset() == x.storage_offset() and argument.numel() == x.numel())
+
     @property
     def position(self) -> int | None:
-        """Index of the first argument that shares the tensor's memory; None for what was computed.
+        """Index of the argument that the tensor is, or else of the only one that shares its memory.
 
-        Brevitas' quant tensors are tuples of tensors.
+        None for what was computed, and where views of one tensor leave it open. Brevitas' quant tensors
+        are tuples of tensors.
         """
         storage = storage_id(self.tensor)
+        sharing = []
         for position, argument in enumerate(self.call.arguments):
-            if isinstance(argument, Tensor):
-                if storage_id(argument) == storage:
+            for tensor in tensors_in((argument,)):
+                if storage_id(tensor) != storage:
+                    continue
+                if self.shows(tensor):
                     return position
-            elif isinstance(argument, (tuple, list)) and any(
-                    storage_id(t) == storage for t in tensors_in(argument)):
-                return position
-        return None
+                sharing.append(position)
+        return sharing[0] if len(sharing) == 1 else None
 
     @property
     def is_norm_statistic(self) -> bool:
-        """Whether a norm saves its mean or inverse deviation: a tensor smaller than its input."""
+        """Whether a norm saves its mean or inverse deviation: one value for each channel or row.
+
+        Smaller than the input; or, where the input is not known, by shape.
+        """
+        if self.compiled or self.call is NO_CALL:
+            return len(own_shape(self.tensor)) <= 1 or self.tensor.shape[-1] == 1
         if self.op is None or "norm" not in self.op or not self.arguments:
             return False
         normalized = self.arguments[0]
-        return isinstance(normalized, Tensor) and self.tensor.numel() < normalized.numel()
+        return isinstance(normalized, Tensor) and (
+            self.tensor.numel() < normalized.numel() or normalized.shape[-1:] == (1,))
 
 
 class Decision(NamedTuple):

@@ -1,6 +1,6 @@
 """The configured codec with more bits."""
 
-import functools
+from weakref import WeakKeyDictionary
 
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.lowering import is_stochastic
@@ -10,8 +10,10 @@ from brevitas_bp.quant import (
     ShiftedUint4DynamicActPerBucketFloatStochastic,
 )
 
+# Hooks share an encoding by the identity of its codec, so each is made once.
+_made: WeakKeyDictionary[Codec, dict[int, Codec]] = WeakKeyDictionary()
 
-@functools.lru_cache(maxsize=256)
+
 def at_least(configured: Codec, bits: int) -> Codec:
     """``configured`` itself if it has ``bits`` bits, else a min-max codec that has.
 
@@ -24,9 +26,16 @@ def at_least(configured: Codec, bits: int) -> Codec:
     """
     if not isinstance(configured, (LoweredCodec, ModuleCodec)):
         return configured
-    quantizer = configured.quantizer
-    if min(quantizer.bit_widths) >= bits:
+    if min(configured.quantizer.bit_widths) >= bits:
         return configured
+    made = _made.setdefault(configured, {})
+    if bits not in made:
+        made[bits] = _with_bits(configured, bits)
+    return made[bits]
+
+
+def _with_bits(configured: LoweredCodec | ModuleCodec, bits: int) -> Codec:
+    quantizer = configured.quantizer
     # A rounding of the user's own has no name here: stochastic is unbiased.
     config = (
         ShiftedUint4DynamicActPerBucketFloat

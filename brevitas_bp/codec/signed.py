@@ -1,7 +1,6 @@
 """The sign exactly, the negative part through another codec."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import final
 
 from torch import Tensor
@@ -52,7 +51,6 @@ class SignExact(Codec):
         return None if inner is None else inner + mask_nbytes(layout.numel)
 
 
-@lru_cache(maxsize=256)
 def sign_exact(inner: Codec) -> SignExact:
-    """:class:`SignExact`, the same object for the same inner codec."""
+    """The codec of ``prelu``'s input beside an inner one."""
     return SignExact(inner)

@@ -42,7 +42,10 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "hardtanh keywords": lambda x: F.hardtanh(x, max_val=0.5),
     "hardtanh inplace": lambda x: F.hardtanh(x * 1, inplace=True), "hardsigmoid": F.hardsigmoid,
     "leaky_relu": F.leaky_relu, "leaky_relu_": lambda x: F.leaky_relu_(x * 1, 0.3),
-    "rrelu eval": lambda x: F.rrelu(x, 0.1, 0.4), "threshold": lambda x: F.threshold(x, 0.1, 20.0),
+    "rrelu eval": lambda x: F.rrelu(x, 0.1, 0.4), "rrelu": lambda x: F.rrelu(x, 0.1, 0.4, True),
+    "rrelu_": lambda x: F.rrelu_(x * 1, 0.1, 0.4, True),
+    "rrelu, one slope": lambda x: F.rrelu(x, 0.2, 0.2, True),
+    "threshold": lambda x: F.threshold(x, 0.1, 20.0),
     "hardshrink": lambda x: F.hardshrink(x, 0.5), "softshrink": lambda x: F.softshrink(x, 0.5),
     "clamp": lambda x: x.clamp(-0.5, 1.0), "clamp max": lambda x: torch.clamp(x, max=0.5),
     "clamp_min": lambda x: x.clamp_min(0.1), "abs": torch.abs,
@@ -64,7 +67,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "getitem": lambda x: x[torch.arange(8).repeat(400)],
 }
 #: Few bytes, so that "fewer bytes" is not to be seen at this size, or nothing saved at all.
-SAVES_LITTLE = {"dropout2d", "where", "masked_fill"}
+SAVES_LITTLE = {"dropout2d", "where", "masked_fill", "rrelu", "rrelu_", "rrelu, one slope"}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -404,7 +407,7 @@ def test_multi_head_attention_is_looked_through() -> None:
 
 @pytest.mark.parametrize("name", [
     "silu", "silu inplace", "gelu", "gelu tanh", "mish", "hardswish", "elu", "selu", "celu", "softplus",
-    "softplus beta", "tanh", "sigmoid", "F.logsigmoid", "softsign"])
+    "tanh", "sigmoid", "F.logsigmoid", "softsign"])
 def test_few_bit_gradients_are_those_of_the_table(name: str) -> None:
     x = torch.linspace(-4, 4, 4096)
     module = Apply(ELEMENTWISE[name])
@@ -423,8 +426,11 @@ def test_few_bit_gradients_are_those_of_the_table(name: str) -> None:
     assert error.square().mean() < 0.01
 
 
-def test_few_bit_leaves_other_operations_alone() -> None:
-    module, x = Apply(F.glu), torch.randn(64, 64)
+@pytest.mark.parametrize("function", [
+    F.glu, lambda x: F.softplus(x, 2.0, 3.0), lambda x: F.celu(x, 100.0)])
+def test_few_bit_leaves_operations_without_a_table_alone(
+        function: Callable[[Tensor], Tensor]) -> None:
+    module, x = Apply(function), torch.randn(64, 64)
     model = wrapped(module, policy=OpAware(few_bit=2))
     run(model, x, copied=False)
     (site,) = model.explain().sites.values()

@@ -1,6 +1,7 @@
 """The registry, rewriting among other hooks, ``explain`` and what stays exact. H3, H16 to H18."""
 
 import gc
+import warnings
 import weakref
 from typing import Any
 
@@ -365,3 +366,160 @@ def test_normalization_rule_without_arguments_goes_by_dimensions(registry: None)
     model = QuantBackwardWrapper(nn.Sequential(Norm()))
     model(torch.randn(64, 64, requires_grad=True))
     assert sites(model) == [("custom function", "2-bit stochastic")]
+
+
+# Arguments that look alike
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: F.silu(x * 1, inplace=1),  # pyright: ignore[reportArgumentType]
+    lambda x: F.elu(x * 1, 1.0, 1),  # pyright: ignore[reportArgumentType]
+    nn.Mish(1),  # pyright: ignore[reportArgumentType]
+    lambda x: F.softplus(x, True)])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_truth_of_inplace_is_what_counts(function: Any, tracked: bool) -> None:
+    module, x = Apply(lambda x: function(x * 1)), torch.randn(64, 64)
+    model = QuantBackwardWrapper(module, policy=OpAware(multiplier_bits=8), seed=0)
+    if tracked:
+        with track_saved_memory(model):
+            ours = run(model, x, copied=False)
+    else:
+        ours = run(model, x, copied=False)
+    plain = run(module, x)
+    assert torch.equal(ours.output, plain.output)
+    assert (ours.grads["input 0"] - plain.grads["input 0"]).abs().max() < 2.5 / 255
+
+
+@pytest.mark.parametrize("function", [
+    lambda a, b: a / b, lambda a, b: torch.div(other=b, input=a), lambda a, b: a.div(b)])
+def test_divisor_is_exact_even_as_a_view_beside_the_dividend(function: Any) -> None:
+    h = torch.rand(64, 128) + 0.5
+    module = Apply(lambda h: function(*(h * 1).chunk(2, dim=-1)))
+    model = QuantBackwardWrapper(module, seed=0)
+    ours, plain = run(model, h, copied=False).grads["input 0"], run(module, h).grads["input 0"]
+    # The dividend's gradient only needs the divisor.
+    assert torch.equal(ours[:, :64], plain[:, :64])
+    assert not torch.equal(ours[:, 64:], plain[:, 64:])
+
+
+def test_tensor_divided_by_itself_is_exact() -> None:
+    x = torch.rand(64, 64) + 0.5
+    module = Apply(lambda x: x / x)
+    assert_same(wrapped_run(module, x).grads, run(module, x).grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4,), (64,), (255,)])
+def test_small_activations_take_no_more_than_autograd(
+        dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    model = QuantBackwardWrapper(nn.SiLU())
+    with track_saved_memory(model) as report:
+        output = model(torch.randn(shape, dtype=dtype, requires_grad=True))
+    assert output.requires_grad
+    assert report.stored_bytes <= report.exact_bytes
+
+
+def test_expanded_activations_take_no_more_than_autograd() -> None:
+    model = QuantBackwardWrapper(Apply(lambda x: F.silu(x.expand(4096, 64))))
+    with track_saved_memory(model) as report:
+        output = model(torch.randn(64, requires_grad=True))
+    assert output.requires_grad
+    assert report.stored_bytes <= report.exact_bytes == 256
+
+
+def test_attention_under_autocast_keeps_what_autocast_makes() -> None:
+    model = QuantBackwardWrapper(Apply(lambda q: F.scaled_dot_product_attention(q, q * 2, q * 3)))
+    q = torch.randn(2, 2, 64, 32, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16), track_saved_memory(model) as report:
+        output = model(q)
+    plain = Apply(lambda q: F.scaled_dot_product_attention(q, q * 2, q * 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(output, plain(q))
+    # Query and key of 2 bytes an element, and the value.
+    assert report.stored_bytes < 2.2 * 2 * q.numel()
+    output.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: F.elu(x * 1, inplace=True), lambda x: (x * 1).tanh_(), lambda x: (x * 1).sigmoid_(),
+    lambda x: F.silu(x * 1, inplace=True), lambda x: F.selu(x * 1, inplace=True), torch.tanh, F.silu])
+def test_report_of_rewritten_operations_has_the_exact_bytes_of_plain_autograd(function: Any) -> None:
+    weight = nn.Parameter(torch.randn(64, 64))
+    module = Apply(lambda x, w: F.linear(function(x), w), weight)
+    x = torch.randn(64, 64, requires_grad=True)
+    found = []
+    for model in (module, QuantBackwardWrapper(module)):
+        with track_saved_memory(model) as report:
+            output = model(x)
+        found.append(report.exact_bytes)
+        assert output.requires_grad
+        del output
+    assert found[0] == found[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_derivatives_pass() -> None:
+    module = nn.Sequential(nn.Linear(64, 64), nn.SiLU())
+    x, tangent = torch.randn(64, 64), torch.randn(64, 64)
+    found = []
+    for model in (module, QuantBackwardWrapper(module)):
+        with torch.autograd.forward_ad.dual_level():
+            dual = model(torch.autograd.forward_ad.make_dual(x, tangent))
+            found.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
+    assert torch.equal(*found)
+
+
+def test_summand_of_a_product_is_no_factor() -> None:
+    bias = nn.Parameter(torch.randn(64))
+    model = QuantBackwardWrapper(Apply(lambda a, b, bias: torch.addmm(bias, a, b), bias))
+    model(*(torch.randn(64, 64, requires_grad=True) for _ in range(2)))
+    assert sites(model) == [("addmm", "4-bit stochastic")]
+
+
+def test_composite_is_for_python_functions(registry: None) -> None:
+    register_op("matmul", operations.composite())
+    model = QuantBackwardWrapper(Apply(lambda x: x @ x))
+    with pytest.raises(ValueError, match="matmul was registered as composite"):
+        model(torch.randn(64, 64, requires_grad=True))
+
+
+def test_functions_of_two_tensors_are_not_elementwise_in_one(registry: None) -> None:
+    register_op("xlogy", elementwise())
+    module = Apply(torch.xlogy)
+    a, b = torch.rand(64, 64) + 0.5, torch.rand(64, 64) + 0.5
+    assert_same(wrapped_run(module, a, b).grads, run(module, a, b).grads)
+
+
+def test_wider_codecs_go_with_their_wrapper() -> None:
+    model = QuantBackwardWrapper(nn.Tanh())
+    model(torch.randn(64, 64, requires_grad=True))
+    codec = weakref.ref(model._codec)
+    del model
+    gc.collect()
+    assert codec() is None
+
+
+def test_norm_of_one_element_keeps_its_deviation() -> None:
+    model = QuantBackwardWrapper(nn.LayerNorm(1))
+    model(torch.randn(64, 128, 1, requires_grad=True))
+    assert {site.stored for site in model.explain().sites.values()} == {"exact"}
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, lambda m: m.compile() or m])
+def test_compiled_modules_are_exact_and_say_so(compiled: Any) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 4))
+    x = torch.randn(32, 64)
+    plain = run(module, x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = QuantBackwardWrapper(compiled(module))
+        ours = run(model, x, copied=False)
+    assert any("policy='all'" in str(w.message) for w in caught)
+    for name, grad in plain.grads.items():
+        assert torch.allclose(ours.grads[name.replace("module.", "")] if name in ours.grads else
+                              ours.grads[f"_orig_mod.{name}"], grad, atol=1e-5)
+    torch._dynamo.reset()
