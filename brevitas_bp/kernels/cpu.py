@@ -36,8 +36,9 @@ from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 
 LARGEST_BUCKET = 1 << 16
 _RULES = {"min_max": 0, "max": 1, "l2": 2}
-# Elements below which a second thread costs more than it saves.
-_SPLIT = 1 << 16
+# Elements below which a second thread costs more than it saves: between torch's own parallel regions its
+# idle threads spin, and compete with ours.
+_SPLIT = 1 << 19
 # Elements converted at once where the input is not float32.
 _CHUNK = 1 << 20
 
@@ -256,27 +257,28 @@ def _locate(
 
 
 @_jit
-def _store(halves: Any, index: Any, value: Any, bf16: Any, one: Any) -> None:
-    """Writes a float32, or its upper half, which is all of a number rounded to bfloat16."""
-    one.view(np.float32)[0] = value
-    # NaN has one bit pattern, whichever operation made it.
-    bits = _NAN_BITS if np.isnan(value) else one[0]
-    upper = np.uint16((bits >> _HALF_BITS) & _HALF_MASK)
-    if bf16:
-        halves[index] = upper
-    else:
-        halves[2 * index] = np.uint16(bits & _HALF_MASK)
-        halves[2 * index + 1] = upper
+def _store(halves: Any, begin: Any, values: Any, bf16: Any) -> None:
+    """Writes float32 numbers, or their upper halves: all there is of those rounded to bfloat16."""
+    words = values.view(np.int32)
+    for i in range(words.size):
+        # NaN has one bit pattern, whichever operation made it.
+        word = _NAN_BITS if np.isnan(values[i]) else words[i]
+        upper = np.uint16((word >> _HALF_BITS) & _HALF_MASK)
+        if bf16:
+            halves[begin + i] = upper
+        else:
+            halves[2 * (begin + i)] = np.uint16(word & _HALF_MASK)
+            halves[2 * (begin + i) + 1] = upper
 
 
 @_jit
-def _load(halves: Any, index: Any, bf16: Any, one: Any) -> Any:
-    """Reads what :func:`_store` wrote."""
+def _load(halves: Any, index: Any, bf16: Any, one: Any, view: Any) -> Any:
+    """Reads what :func:`_store` wrote; ``one`` and ``view`` are the same four bytes."""
     if bf16:
         one[0] = np.int32(np.int32(halves[index]) << _HALF_BITS)
     else:
         one[0] = np.int32(np.int32(halves[2 * index + 1]) << _HALF_BITS) | np.int32(halves[2 * index])
-    return one.view(np.float32)[0]
+    return view[0]
 
 
 @_jit
@@ -292,6 +294,7 @@ def _encode(
     padded = np.empty(size, np.float32)
     one = np.empty(1, np.int32)
     scratch = np.empty(size if rule == 2 else 1, np.float64)
+    scales, offsets = np.empty(end - begin, np.float32), np.empty(end - begin, np.float32)
     for bucket in range(begin, end):
         kind, position = _locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
@@ -305,9 +308,8 @@ def _encode(
             padded[valid:] = _F(0) if rule == 2 else x[x.size - 1]
             values = padded
         scale, lo = _metadata(values, rule, tops[kind], bf16, integer, one, scratch)
-        _store(metadata, bucket, scale, bf16, one)
-        if rule == 0:
-            _store(metadata, n + bucket, lo, bf16, one)
+        scales[bucket - begin] = scale
+        offsets[bucket - begin] = lo
         if np.isnan(scale):
             codes[:] = 0
         elif stochastic:
@@ -317,6 +319,10 @@ def _encode(
         else:
             _round_nearest(values, codes, lo, _reciprocal(scale), lowests[kind], tops[kind])
         _pack(codes, width, payload[position:position + nbytes])
+    # Not within the loop, which the compiler then makes worse.
+    _store(metadata, begin, scales, bf16)
+    if rule == 0:
+        _store(metadata, n + begin, offsets, bf16)
 
 
 @_jit
@@ -327,14 +333,15 @@ def _decode(
     """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``."""
     codes = np.empty(size, np.uint8)
     one = np.empty(1, np.int32)
+    view = one.view(np.float32)
     for bucket in range(begin, end):
         kind, position = _locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
         nbytes = size * width // 8
         _unpack(payload[position:position + nbytes], width, codes)
         lowest = np.int32(lowests[kind])
-        scale = _load(scales, bucket, bf16, one)
-        lo = _load(offsets, bucket, bf16, one) if offsets.size else _F(0)
+        scale = _load(scales, bucket, bf16, one, view)
+        lo = _load(offsets, bucket, bf16, one, view) if offsets.size else _F(0)
         start = (bucket - first) * size
         count = min(size, out.size - start)
         values = out[start:start + count]

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/memory.py [--model efficientnet_v2_s] [--batch 64] [--limit 1024]
 
-Each variant runs in a process of its own. "growth" is the growth of the resident set from before the forward
-pass to the end of it, with the output alive (on CUDA: of the allocator's peak over the whole step). "fits" is
-the largest power-of-two batch whose whole step peaks below the limit, by doubling.
+Each variant runs in a process of its own. "growth" is that of the resident set from before the forward
+pass to its end, with the output alive; "step peak" that over the whole step (on CUDA the allocator's
+peak). "fits" is the largest power-of-two batch whose step peaks below the limit, found by doubling.
 """
 
 import argparse
