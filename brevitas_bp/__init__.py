@@ -5,7 +5,7 @@ Compose a quantizer from injector classes (:mod:`brevitas_bp.quant`), hand it to
 while the forward pass stays bit-identical.
 """
 
-from brevitas_bp.backward import QuantBackwardWrapper, SavedTensor
+from brevitas_bp.backward import OpAware, QuantBackwardWrapper, SavedTensor, register_op
 from brevitas_bp.codec import Codec, Packed, codec_from
 from brevitas_bp.core.bit_width import MixProbScheduler
 from brevitas_bp.core.rounding import StochasticRound
@@ -13,6 +13,7 @@ from brevitas_bp.errors import (
     BrevitasBpError,
     CorruptPayloadError,
     ModifiedInPlaceError,
+    SecondDerivativeError,
     UnknownNameError,
     UnsupportedQuantizerError,
 )
@@ -23,6 +24,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BrevitasBpError", "Codec", "CorruptPayloadError", "MixProbScheduler", "ModifiedInPlaceError",
-    "Packed", "QuantBackwardWrapper", "SavedMemoryReport", "SavedTensor", "StochasticRound",
-    "UnknownNameError", "UnsupportedQuantizerError", "__version__", "codec_from", "seeded",
-    "track_saved_memory"]
+    "OpAware", "Packed", "QuantBackwardWrapper", "SavedMemoryReport", "SavedTensor",
+    "SecondDerivativeError", "StochasticRound", "UnknownNameError", "UnsupportedQuantizerError",
+    "__version__", "codec_from", "register_op", "seeded", "track_saved_memory"]

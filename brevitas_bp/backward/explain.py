@@ -81,7 +81,7 @@ def unknown_operations(seen: Iterable[tuple[str, bool, int]]) -> list[str]:
 def unknown_note(names: list[str]) -> list[str]:
     """One line that names what was left exact, if anything was."""
     return [] if not names else [
-        f"kept exact, for want of a rule: {', '.join(names)} (see brevitas_bp.backward.register_op)"]
+        f"kept exact, for want of a rule: {', '.join(names)} (see brevitas_bp.register_op)"]
 
 
 def table(lines: Sequence[tuple[str, ...]], left: int, total: bool = False) -> str:
