@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from small_gpt import SmallGPT
+from tables import show_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -196,14 +196,7 @@ def show(results: list[Result], markdown: bool) -> None:
         cells.append([
             r.model, r.way, str(r.seeds), f"{r.ratio:.2f}", f"{median(r.signal):.3f}",
             f"{median(r.per_signal):.3f}", f"{median(r.bias):.4f}", f"{max(r.bias):.3f}", beaten])
-    if markdown:
-        for line in (titles, ["---"] * len(titles), *cells):
-            print("| " + " | ".join(line) + " |")
-        return
-    table = Table(*titles)
-    for line in cells:
-        table.add_row(*line)
-    Console(width=150).print(table)
+    show_table(titles, cells, markdown, width=150)
 
 
 def main() -> None:

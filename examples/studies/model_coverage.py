@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from tables import show_table
 from torch import Tensor, nn
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
@@ -129,14 +129,7 @@ def show(rows: list[Row], markdown: bool) -> None:
     cells = [[
         r.model, r.forward, r.gradients, f"{r.exact_mib:.1f}", f"{r.ratio:.2f}",
         ", ".join(r.unknown) or "-"] for r in rows]
-    if markdown:
-        for line in (titles, ["---"] * len(titles), *cells):
-            print("| " + " | ".join(line) + " |")
-        return
-    table = Table(*titles)
-    for line in cells:
-        table.add_row(*line)
-    Console(width=140).print(table)
+    show_table(titles, cells, markdown)
 
 
 def main() -> None:
