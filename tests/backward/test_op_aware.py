@@ -63,8 +63,9 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 3),
     "reflect": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
     "gather": lambda x: x.gather(3, torch.arange(16).expand(8, 4, 16, 16).flip(3)),
-    "index_select": lambda x: x.index_select(0, torch.arange(8).repeat(400).flip(0)),
-    "getitem": lambda x: x[torch.arange(8).repeat(400)],
+    # No index twice: threads add up in any order.
+    "index_select": lambda x: x.index_select(0, torch.arange(8).flip(0)),
+    "getitem": lambda x: x[torch.arange(8).flip(0)],
 }
 #: Few bytes, so that "fewer bytes" is not to be seen at this size, or nothing saved at all.
 SAVES_LITTLE = {"dropout2d", "where", "masked_fill", "rrelu", "rrelu_", "rrelu, one slope"}
