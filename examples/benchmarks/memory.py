@@ -1,6 +1,6 @@
 """Memory of a training step: bytes saved, growth of the process, and the largest batch that fits.
 
-    python examples/benchmarks/memory.py [--model efficientnet_v2_s] [--batch 64] [--limit 1024]
+    python examples/benchmarks/memory.py [--model efficientnet_v2_s] [--batch 64] [--limit 256]
 
 Each variant runs in a process of its own. "growth" is that of the resident set from before the forward
 pass to its end, with the output alive; "step peak" that over the whole step (on CUDA the allocator's
@@ -50,10 +50,6 @@ def worker(name: str, variant: str, batch: int, size: int) -> dict[str, Any]:
     model, inputs = wrap(task.model.to(device), variant), task.inputs.to(device)
     # Compiled kernels, gradients and scratch memory are there before anything is measured.
     step(model, inputs[:2])
-    with track_saved_memory(model) as report:
-        output = model(inputs[:2])
-    per_sample = report.stored_bytes / 2
-    del output
     before = resident()
     output = model(inputs)
     growth = resident() - before
@@ -61,7 +57,12 @@ def worker(name: str, variant: str, batch: int, size: int) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    return {"saved": per_sample * batch, "growth": growth, "peak": peak}
+    del output
+    with track_saved_memory(model) as report:
+        output = model(inputs)
+    saved = report.stored_bytes
+    del output
+    return {"saved": saved, "growth": growth, "peak": peak}
 
 
 def run(name: str, variant: str, batch: int, size: int) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--model", default="efficientnet_v2_s", choices=TASKS)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=32, help="pixels")
-    parser.add_argument("--limit", type=int, default=1024, help="MiB, for the largest batch")
+    parser.add_argument("--limit", type=int, default=256, help="MiB, for the largest batch")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/memory.json"))
     options = parser.parse_args()
     rows = []

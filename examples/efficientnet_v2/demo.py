@@ -10,12 +10,13 @@ same command goes on where it stopped, and never repeats a run that is finished.
 Expect on two CPU cores, in about a minute and a half (accuracies move by a point or two between
 machines and seeds; the per-tensor baseline by ten):
 
-    saved tensors              accuracy     exact    stored  ratio
-    FP32                         96.7 %  26.22 MB  26.22 MB   1.0x
-    2-bit nearest, per tensor    88.9 %  26.22 MB   1.65 MB  15.9x
-    2-bit nearest, buckets       96.4 %  26.22 MB   1.85 MB  14.2x
-    2-bit stochastic, buckets    96.1 %  26.22 MB   1.85 MB  14.2x
-    2/4-bit mix, buckets         96.1 %  26.22 MB   2.67 MB   9.8x
+    saved tensors                   accuracy     exact    stored  ratio
+    FP32                              96.7 %  26.22 MB  26.22 MB   1.0x
+    2-bit nearest, per tensor, all    88.9 %  26.22 MB   1.65 MB  15.9x
+    2-bit stochastic, buckets, all    96.1 %  26.22 MB   1.85 MB  14.2x
+    2-bit nearest, buckets            95.8 %  26.22 MB   2.46 MB  10.7x
+    2-bit stochastic, buckets         96.1 %  26.22 MB   2.46 MB  10.7x
+    2/4-bit mix, buckets              96.9 %  26.22 MB   3.00 MB   8.7x
 """
 
 from __future__ import annotations
