@@ -10,13 +10,13 @@ same command goes on where it stopped, and never repeats a run that is finished.
 Expect on two CPU cores, in about a minute and a half (accuracies move by a point or two between
 machines and seeds; the per-tensor baseline by ten):
 
-    saved tensors                   accuracy     exact    stored  ratio
-    FP32                              96.7 %  26.22 MB  26.22 MB   1.0x
-    2-bit nearest, per tensor, all    88.9 %  26.22 MB   1.65 MB  15.9x
-    2-bit stochastic, buckets, all    96.1 %  26.22 MB   1.85 MB  14.2x
-    2-bit nearest, buckets            95.8 %  26.22 MB   2.46 MB  10.7x
-    2-bit stochastic, buckets         96.1 %  26.22 MB   2.46 MB  10.7x
-    2/4-bit mix, buckets              96.9 %  26.22 MB   3.00 MB   8.7x
+    saved tensors         accuracy     exact    stored  ratio
+    FP32                    96.7 %  26.22 MB  26.22 MB   1.0x
+    2-bit per tensor, all   88.9 %  26.22 MB   1.65 MB  15.9x
+    2-bit stochastic, all   96.1 %  26.22 MB   1.85 MB  14.2x
+    2-bit nearest           95.8 %  26.22 MB   2.46 MB  10.7x
+    2-bit stochastic        96.1 %  26.22 MB   2.46 MB  10.7x
+    2/4-bit mix             96.9 %  26.22 MB   3.00 MB   8.7x
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ VARIANTS: Mapping[str, Variant] = {
     # The deterministic baseline of the thesis: one symmetric scale for the whole tensor, and every
     # tensor rounded alike.
     "thesis-2bit": Variant(
-        "2-bit nearest, per tensor, all", "ThesisInt2DynamicActPerTensorFloat", "#b4413c", "all"
+        "2-bit per tensor, all", "ThesisInt2DynamicActPerTensorFloat", "#b4413c", "all"
     ),
     "stochastic-2bit-all": Variant(
-        "2-bit stochastic, buckets, all",
+        "2-bit stochastic, all",
         "ShiftedUint2DynamicActPerBucketFloatStochastic",
         "#8a5fb0",
         "all",
     ),
     "nearest-2bit": Variant(
-        "2-bit nearest, buckets", "ShiftedUint2DynamicActPerBucketFloat", "#d9902b"
+        "2-bit nearest", "ShiftedUint2DynamicActPerBucketFloat", "#d9902b"
     ),
     "stochastic-2bit": Variant(
-        "2-bit stochastic, buckets", "ShiftedUint2DynamicActPerBucketFloatStochastic", "#2f6db5"
+        "2-bit stochastic", "ShiftedUint2DynamicActPerBucketFloatStochastic", "#2f6db5"
     ),
     "mix-2-4bit": Variant(
-        "2/4-bit mix, buckets", "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic", "#2a8f7b"
+        "2/4-bit mix", "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic", "#2a8f7b"
     ),
 }
 SET_HERE = ("quant", "quant_override", "seed", "out", "resume", "overwrite")
