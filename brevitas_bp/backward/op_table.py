@@ -96,6 +96,25 @@ def _erf(x: Tensor, y: Tensor, call: Call) -> Tensor:
     return (-x * x).exp_().mul_(2 / math.sqrt(math.pi))
 
 
+def _named(name: str, *, even: bool = False) -> Callable[[Call], dict[str, Any] | None]:
+    return lambda call: {"name": name, "even": even}
+
+
+def _gelu_table(call: Call) -> dict[str, Any]:
+    return {"name": "gelu_tanh" if call.argument(1, "approximate", "none") == "tanh" else "gelu"}
+
+
+def _alpha_table(call: Call) -> dict[str, Any]:
+    return {"name": call.name.strip("_"), "alpha": float(call.argument(1, "alpha", 1.0))}
+
+
+def _softplus_table(call: Call) -> dict[str, Any] | None:
+    beta, threshold = (float(call.argument(i, name, default)) for i, name, default in (
+        (1, "beta", 1.0), (2, "threshold", 20.0)))
+    # Below, the straight part begins where the curve still bends.
+    return {"name": "softplus", "beta": beta} if beta * threshold >= 15 else None
+
+
 def _power(saved: SavedTensor) -> Decision:
     """``x ** 2`` is a product; other exponents are not linear in ``x``."""
     exponent = saved.call.argument(1, "exponent")
@@ -229,27 +248,6 @@ _register(normalization(), """
     batch_norm native_batch_norm _native_batch_norm_legit layer_norm native_layer_norm group_norm
     native_group_norm instance_norm rms_norm""")
 register_op(torch.nn.SyncBatchNorm, normalization())
-
-
-
-def _named(name: str, *, even: bool = False) -> Callable[[Call], dict[str, Any] | None]:
-    return lambda call: {"name": name, "even": even}
-
-
-def _gelu_table(call: Call) -> dict[str, Any]:
-    return {"name": "gelu_tanh" if call.argument(1, "approximate", "none") == "tanh" else "gelu"}
-
-
-def _alpha_table(call: Call) -> dict[str, Any]:
-    return {"name": call.name.strip("_"), "alpha": float(call.argument(1, "alpha", 1.0))}
-
-
-def _softplus_table(call: Call) -> dict[str, Any] | None:
-    beta, threshold = (float(call.argument(i, name, default)) for i, name, default in (
-        (1, "beta", 1.0), (2, "threshold", 20.0)))
-    # Below, the straight part begins where the curve still bends.
-    return {"name": "softplus", "beta": beta} if beta * threshold >= 15 else None
-
 
 register_op("silu", elementwise(_silu, few_bit=_named("silu")))
 register_op("gelu", elementwise(_gelu, few_bit=_gelu_table))

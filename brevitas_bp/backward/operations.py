@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor, own_shape, tensors_in
-from brevitas_bp.codec import NarrowInt
 from brevitas_bp.codec.base import Codec
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NARROW_INT = NarrowInt()
 
 # A factor that is broadcast to this many times its size is kept: few bytes, and each of its roundings
 # would reach many gradients.

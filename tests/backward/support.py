@@ -294,3 +294,17 @@ class SeeSaved(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (SeeSaved.seen,) = ctx.saved_tensors
         return grad.expand(SeeSaved.seen.shape)
+
+
+class Square(torch.autograd.Function):
+    """A user's own operation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad

@@ -20,7 +20,7 @@ from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloat,
     ShiftedUint8DynamicActPerBucketFloatStochastic,
 )
-from tests.backward.support import Apply, assert_same, run, wrapped_run
+from tests.backward.support import Apply, Square, assert_same, run, wrapped_run
 
 
 @pytest.fixture
@@ -40,20 +40,6 @@ def own_swish(x: Tensor) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(own_swish, (x,), x)
     return x * torch.sigmoid(x)
-
-
-class Square(torch.autograd.Function):
-    """A user's own operation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * x * grad
 
 
 class SquareLayer(nn.Module):

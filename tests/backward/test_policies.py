@@ -1,6 +1,5 @@
 """Policies: the built-in ones, and a callable that knows op, module and codec. H6."""
 
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,16 @@ from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloat,
     ShiftedUint8DynamicActPerBucketFloat,
 )
-from tests.backward.support import QUANTIZING, Apply, Spy, assert_same, net, run, wrapped_run
+from tests.backward.support import (
+    QUANTIZING,
+    Apply,
+    Spy,
+    Square,
+    assert_same,
+    net,
+    run,
+    wrapped_run,
+)
 
 RELUS: dict[str, nn.Module] = {
     "nn.ReLU": nn.ReLU(),
@@ -108,30 +116,16 @@ def test_policy_is_told_op_module_and_codec() -> None:
     assert codecs[5] is None
 
 
-class Product(torch.autograd.Function):
-    """A user's own operation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * x * grad
-
-
 def test_custom_function_has_no_op_name_and_works() -> None:
     spy = Spy()
     x = torch.randn(64, 64)
     wrapped = wrapped_run(
-        nn.Sequential(Apply(Product.apply)), x, policy=spy,
+        nn.Sequential(Apply(Square.apply)), x, policy=spy,
         act_quant=ShiftedUint8DynamicActPerBucketFloat)
     assert spy.places == [("0", None)]
     # dy * 2 * x~ with |x~ - x| of half a step, |dy| <= 1, and a few float32 roundings.
     step = (x.max() - x.min()) / 255
-    plain = run(nn.Sequential(Apply(Product.apply)), x)
+    plain = run(nn.Sequential(Apply(Square.apply)), x)
     error = (wrapped.grads["input 0"] - plain.grads["input 0"]).abs().max()
     assert 0 < error <= step * 1.001
 
