@@ -78,19 +78,13 @@ def decode(
     return form.decode(encoded, spec, seed, numel, dtype)
 
 
-@lru_cache(maxsize=1)
-def _cpu_mask_kernels() -> ModuleType:
-    """The compiled forms of masks; the reference without numba."""
-    if _cpu_kernels() is None:
-        return masks
-    from brevitas_bp.kernels import masks_cpu
-
-    return masks_cpu
-
-
 def mask_backend(device: torch.device) -> ModuleType:
     """The module whose functions, those of :mod:`brevitas_bp.kernels.masks`, serve a device."""
-    return _cpu_mask_kernels() if device.type == "cpu" else masks
+    if device.type == "cpu" and _cpu_kernels() is not None:
+        from brevitas_bp.kernels import masks_cpu
+
+        return masks_cpu
+    return masks
 
 
 def pack_interval(

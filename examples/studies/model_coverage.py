@@ -99,17 +99,18 @@ def layers() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
     }
 
 
-def builders() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
+def builders(
+        batch: int, pixels: int | None) -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
     """Name -> builder of a model and its inputs."""
     torchvision = import_torchvision()
     models = import_torchvision("torchvision.models")
     found = layers()
     for name in models.list_models(module=torchvision.models):
-        size = next((s for key, s in SIZES.items() if name.startswith(key)), 64)
+        size = pixels or next((s for key, s in SIZES.items() if name.startswith(key)), 64)
 
         def build(name: str = name, size: int = size) -> tuple[nn.Module, tuple[Any, ...]]:
             options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-            return models.get_model(name, weights=None, **options), (torch.randn(2, 3, size, size),)
+            return models.get_model(name, weights=None, **options), (torch.randn(batch, 3, size, size),)
 
         found[name] = build
     return found
@@ -135,13 +136,15 @@ def show(rows: list[Row], markdown: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="part of the name")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--size", type=int, help="pixels; by default as small as the model allows")
     parser.add_argument("--out", type=Path, default=Path("runs/coverage.json"))
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = load(options.out)
-    todo = {
-        name: build for name, build in builders().items() if options.only in name}
+    found = builders(options.batch, options.size)
+    todo = {name: build for name, build in found.items() if options.only in name}
     for name, build in track(todo.items(), console=Console(stderr=True)):
         if name in rows:
             continue
