@@ -1,9 +1,11 @@
 """``QuantBackwardWrapper``: the shell around mechanism and policy."""
 
+import copy
 import fnmatch
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -43,8 +45,12 @@ class QuantBackwardWrapper(nn.Module):
             is stored, 1 bit), "exact" (all kept), or a callable ``SavedTensor -> Codec | None``.
         storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
             backward starts (for ablations; saves nothing).
-        seed: of the private noise stream; None derives it from ``torch.initial_seed()``, the
-            distributed rank and the number of wrappers created before.
+        seed: of the private noise stream; None derives it from ``torch.initial_seed()`` and the number
+            of wrappers created before.
+        rank: processes with different ranks draw different noise; None takes the rank of
+            ``torch.distributed``. Processes that hold copies of the same activations, as in tensor
+            parallelism, need the same rank (that of the data-parallel dimension), or the gradients of
+            their replicated parameters drift apart.
         **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
 
     Raises:
@@ -73,6 +79,7 @@ class QuantBackwardWrapper(nn.Module):
             policy: str | Policy = "op_aware",
             storage: Storage = "save_quantized",
             seed: int | None = None,
+            rank: int | None = None,
             **act_quant_overrides: Any) -> None:
         super().__init__()
         self._policy = _check_policy(policy)
@@ -83,13 +90,15 @@ class QuantBackwardWrapper(nn.Module):
             raise UnknownNameError(
                 f"{_WHERE}: storage must be 'save_quantized' or 'quantize_on_backward', got {storage!r}"
                 f"{nearest(str(storage), ['save_quantized', 'quantize_on_backward'])}")
-        if not (seed is None or isinstance(seed, int)):
-            raise TypeError(f"{_WHERE}: seed must be an integer or None, got {seed!r}")
+        for setting, number in (("seed", seed), ("rank", rank)):
+            if not (number is None or isinstance(number, int)):
+                raise TypeError(f"{_WHERE}: {setting} must be an integer or None, got {number!r}")
         self._storage = storage
         self._codec = _build_codec("act_quant", act_quant, act_quant_overrides)
         self._overrides = _check_overrides(module, {} if overrides is None else overrides)
         self._codec_by_module: dict[str, Codec | None] = {}
-        self._noise: SeedStream | None = None if seed is None else SeedStream(_ranked(seed))
+        self._noise: SeedStream | None = None if seed is None else SeedStream(seed)
+        self._rank = rank
         self._index = next(_created)
         self._listeners: list[Listener] = []
         self._explanation: Explanation | None = None
@@ -116,7 +125,11 @@ class QuantBackwardWrapper(nn.Module):
         return self._explanation
 
     def noise_state(self) -> dict[str, int]:
-        """State of the private noise stream, for a checkpoint that resumes bit for bit."""
+        """State of the private noise stream, for a checkpoint that resumes bit for bit.
+
+        It is the same in every process of a job, so that one saves it for all, and a job of another size
+        may load it.
+        """
         return self._stream().state()
 
     def set_noise_state(self, state: dict[str, int]) -> None:
@@ -135,8 +148,9 @@ class QuantBackwardWrapper(nn.Module):
 
     def _forward_pass(self) -> ForwardPass:
         self._explanation = Explanation()
+        rank = _distributed_rank() if self._rank is None else self._rank
         return ForwardPass(
-            self.module, self._configured, self._policy, self._stream().next,
+            self.module, self._configured, self._policy, partial(self._stream().next, rank),
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
             explanation=self._explanation)
 
@@ -149,8 +163,8 @@ class QuantBackwardWrapper(nn.Module):
 
     def _stream(self) -> SeedStream:
         if self._noise is None:
-            # Two wrappers must not share their noise, nor two ranks.
-            self._noise = SeedStream(_ranked(derive(torch.initial_seed(), self._index)))
+            # Two wrappers must not share their noise.
+            self._noise = SeedStream(derive(torch.initial_seed(), self._index))
         return self._noise
 
     # The wrapper is transparent: keys and attributes are those of the module.
@@ -187,17 +201,15 @@ class QuantBackwardWrapper(nn.Module):
             return getattr(self.module, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantBackwardWrapper":
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        import copy as copying
-
+        other = self.__class__.__new__(self.__class__)
+        memo[id(self)] = other
         for key, value in self.__dict__.items():
-            copy.__dict__[key] = [] if key == "_listeners" else copying.deepcopy(value, memo)
+            other.__dict__[key] = [] if key == "_listeners" else copy.deepcopy(value, memo)
         # A copy draws noise of its own.
-        copy._index = next(_created)
-        if copy._noise is not None:
-            copy._noise = SeedStream(derive(copy._noise.state()["base"], copy._index))
-        return copy
+        other._index = next(_created)
+        if other._noise is not None:
+            other._noise = SeedStream(derive(other._noise.state()["base"], other._index))
+        return other
 
     def extra_repr(self) -> str:
         codec = "exact" if self._codec is None else self._codec.name
@@ -211,10 +223,10 @@ def _name_keys_as_given(wrapper: QuantBackwardWrapper, incompatible: Any) -> Non
         list_[start:] = [text.replace(f"{prefix}module.", prefix, 1) for text in list_[start:]]
 
 
-def _ranked(seed: int) -> int:
-    """A seed of this process: ranks of one job draw different noise."""
+def _distributed_rank() -> int:
+    """Asked at every forward pass: the wrapper may be older than the process group."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return derive(seed, torch.distributed.get_rank()) if distributed else seed
+    return torch.distributed.get_rank() if distributed else 0
 
 
 def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec | None:

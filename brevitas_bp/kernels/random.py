@@ -187,12 +187,12 @@ class SeedStream:
         self._base = base & _MASK64
         self._position = 0
 
-    def next(self) -> int:
-        """The next seed."""
+    def next(self, rank: int = 0) -> int:
+        """The next seed; processes with another ``rank`` get other ones at the same position."""
         with self._lock:
             position = self._position
             self._position += 1
-        return derive(self._base, position)
+        return derive(derive(self._base, rank) if rank else self._base, position)
 
     def state(self) -> dict[str, int]:
         """Base and position, enough to continue the sequence elsewhere."""

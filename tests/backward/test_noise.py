@@ -129,18 +129,38 @@ def test_noise_follows_the_seed_of_torch(case: Case) -> None:
     assert not torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize("seed", [None, 5])
-def test_ranks_draw_different_noise(
-        seed: int | None, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = case.wrapped(seed=None)
-    draws = []
+def as_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this were one process of a distributed job."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("older", [False, True], ids=["after", "before"])
+def test_ranks_draw_different_noise(
+        older: bool, seed: int | None, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [case.wrapped(seed=seed)] * 2  # made before the process group
+    draws, states = [], []
     for rank in (0, 1):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        wrapper = copy.copy(model) if seed is None else case.wrapped(seed=seed)
+        as_rank(rank, monkeypatch)
         torch.manual_seed(0)
+        wrapper = copy.copy(before[rank]) if older or seed is None else case.wrapped(seed=seed)
+        if seed is not None:
+            wrapper.set_noise_state({"base": seed, "position": 0})
         draws.append(stored(wrapper))
+        states.append(wrapper.noise_state())
     assert not torch.equal(*draws)
+    assert states[0] == states[1]  # one process saves it for all
+
+
+def test_copies_of_activations_share_the_rank(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = []
+    for rank in (0, 1):
+        as_rank(rank, monkeypatch)
+        draws.append([stored(case.wrapped(seed=5, rank=r)) for r in (0, 3)])
+    for first, second in zip(*draws):
+        assert torch.equal(first, second)
+    assert not torch.equal(*draws[0])
 
 
 def test_noise_state_resumes_bit_for_bit(case: Case) -> None:

@@ -145,6 +145,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no policy": ({"policy": None}, UnknownNameError, "policy must be one of .* got None"),
     "storage": (
         {"storage": "save_quantised"}, UnknownNameError, "did you mean 'save_quantized'"),
+    "rank": ({"rank": 0.5}, TypeError, "rank must be an integer or None, got 0.5"),
     "seed": ({"seed": "7"}, TypeError, "seed must be an integer or None, got '7'"),
     "number as quantizer": ({"act_quant": 2}, TypeError, "expected a Brevitas config class.*got 2"),
     "name as quantizer": ({"act_quant": "Uint2"}, TypeError, "expected a Brevitas config class"),
