@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.ops import Location, Rewrites, current_location, located
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy, Policy, can_encode, explained
 from brevitas_bp.backward.rewrites import Substitution
-from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, storage_id
+from brevitas_bp.backward.saved import (
+    CHECKPOINT_INPUT,
+    NO_CALL,
+    Call,
+    Decision,
+    SavedTensor,
+    storage_id,
+)
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.stock import StatefulCodec
@@ -102,6 +110,8 @@ class ForwardPass:
         location, substitution = self.location, self._substitution
         role = None if substitution is None else next(substitution.roles, None)
         call = location.call
+        if call is NO_CALL and is_checkpoint_input():
+            role = CHECKPOINT_INPUT
         if self.parameters.contains(x, call.arguments):
             if not self.listeners:
                 # Most saved tensors of a small step are parameters: nothing to decide or to share.
@@ -151,8 +161,9 @@ class ForwardPass:
 
     def _saved(self, x: Tensor, codec: Codec | None, role: str | None) -> SavedTensor:
         location = self.location
+        op = "checkpoint" if role is CHECKPOINT_INPUT else location.op
         return SavedTensor(
-            x, location.op, location.qualified_module, codec, location.call, location.module_type,
+            x, op, location.qualified_module, codec, location.call, location.module_type,
             role, location.compiled and location.call is NO_CALL)
 
     def _originals(self, x: Tensor) -> Sequence[Tensor]:

@@ -15,6 +15,7 @@ from brevitas_bp.backward.rewrites import Passing, ReplayAttention, Rewrite, Sav
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
+    CHECKPOINT_INPUT,
     DERIVATIVE,
     FEW_BIT_INPUT,
     NO_CALL,
@@ -101,6 +102,10 @@ class OpAware:
             backward; "exact" keeps what autograd keeps.
         attention_quant: quantizer of query and key; None keeps them exact. Attention is run again from
             the rounded ones, so its weights are slightly off and the gradient slightly biased.
+        checkpoint_quant: quantizer of the inputs of parts that ``torch.utils.checkpoint`` runs again;
+            None keeps them exact. A part is run again from what was rounded, so its gradients are those
+            at a slightly different point: biased, but consistent. Only what a gradient goes
+            through is rounded, no mask and no position embedding.
 
     Raises:
         ValueError: an argument out of range.
@@ -113,8 +118,10 @@ class OpAware:
     few_bit: int | None = None
     attention: Literal["replay", "exact"] = "replay"
     attention_quant: Any = None
+    checkpoint_quant: Any = None
     _multiplier: Codec | None = field(init=False, repr=False, compare=False, default=None)
     _attention: Codec | None = field(init=False, repr=False, compare=False, default=None)
+    _checkpoint: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         for bits in (self.multiplier_bits, self.norm_bits, self.few_bit):
@@ -131,6 +138,7 @@ class OpAware:
         # Codecs are built once: hooks share an encoding by the identity of its codec.
         object.__setattr__(self, "_multiplier", _codec_of(self.multiplier_quant))
         object.__setattr__(self, "_attention", _codec_of(self.attention_quant))
+        object.__setattr__(self, "_checkpoint", _codec_of(self.checkpoint_quant))
 
     def __call__(self, saved: SavedTensor) -> Codec | None:
         return self.decide(saved).codec
@@ -176,6 +184,8 @@ class OpAware:
             codec=at_least(codec, self.norm_bits))
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
+        if role == CHECKPOINT_INPUT:
+            return self._decide_checkpoint(saved.tensor)
         if role == DERIVATIVE:
             return self._widened(_DERIVATIVE._replace(codec=codec), codec)
         if role == FEW_BIT_INPUT:
@@ -195,7 +205,15 @@ class OpAware:
             return Decision(_COPY if apart else None, "query and key: weights must be exact")
         return Decision(None, "needed to run again")
 
+    def _decide_checkpoint(self, x: Tensor) -> Decision:
+        if x.dtype == torch.bool:
+            return _MASK
+        if self._checkpoint is None or not x.requires_grad or x.dtype not in FLOAT_DTYPES:
+            return _RUN_AGAIN
+        return Decision(self._checkpoint, "run again from it: biased, as asked for")
 
+
+_RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
 # At the configured width: four bits were measured not to lower the noise of whole transformers.
 _VALUE = Decision(None, "value: backward is linear in it", shared=False)

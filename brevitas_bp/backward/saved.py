@@ -15,6 +15,8 @@ FEW_BIT_INPUT = "input of a few-bit table"
 ATTENTION_INPUT = "attention input"
 ATTENTION_VALUE = "attention value"
 REPLAYED = "replayed"
+#: Role of what checkpointing keeps to run a part again.
+CHECKPOINT_INPUT = "input of a checkpointed part"
 
 
 class Call:
@@ -61,7 +63,7 @@ class SavedTensor:
         call: the running call of the function.
         module_type: class of that module.
         compiled: whether a compiled graph saves it, whose operations nobody sees.
-        role: what the tensor is to an operation that was rewritten; None otherwise.
+        role: what the tensor is to an operation that was rewritten, or to checkpointing; None otherwise.
     """
 
     tensor: Tensor

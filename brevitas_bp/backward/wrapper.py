@@ -4,6 +4,7 @@ import copy
 import fnmatch
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, Listener
 from brevitas_bp.backward.policy import POLICIES, Policy
@@ -22,6 +24,11 @@ from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 Storage = Literal["save_quantized", "quantize_on_backward"]
 _WHERE = "brevitas_bp.QuantBackwardWrapper"
+_CHECKPOINT_HINT = (
+    f"{_WHERE}: this wrapper runs inside of torch.utils.checkpoint, which keeps only the inputs of the "
+    "checkpointed part, exact, and runs it again in backward; the wrapper stores nothing here. Wrap "
+    "around the checkpointed parts instead, with policy=OpAware(checkpoint_quant=...) to store their "
+    "inputs in a few bits too")
 _created = itertools.count()
 
 
@@ -108,6 +115,9 @@ class QuantBackwardWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module; what autograd saves meanwhile is stored as configured."""
         if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        if inside_checkpoint():
+            warnings.warn(_CHECKPOINT_HINT, stacklevel=2)
             return self.module(*args, **kwargs)
         with self._forward_pass():
             return self.module(*args, **kwargs)

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_time import TASKS, step
+from step_time import TASKS, Checkpointed, Task, step, with_rounded_inputs
 from timing import show
 from torch import nn
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp import quant as configs
 
-VARIANTS = ("plain", "2 bits", "4 bits", "8 bits")
+CHECKPOINT, ROUNDED = "checkpoint, each block", "checkpoint, 2-bit inputs"
+VARIANTS = ("plain", "2 bits", "4 bits", "8 bits", CHECKPOINT, ROUNDED)
 
 
 def resident() -> int:
@@ -33,13 +34,17 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-def wrap(model: nn.Module, variant: str) -> nn.Module:
+def wrap(task: Task, variant: str) -> nn.Module:
     """The model as a variant runs it."""
     if variant == "plain":
-        return model
+        return task.model
+    if variant == CHECKPOINT:
+        return Checkpointed(task)
+    if variant == ROUNDED:
+        return with_rounded_inputs(task)
     quantizer = getattr(
         configs, f"ShiftedUint{variant.split()[0]}DynamicActPerBucketFloatStochastic")
-    return QuantBackwardWrapper(model, quantizer, metadata_dtype=torch.bfloat16)
+    return QuantBackwardWrapper(task.model, quantizer, metadata_dtype=torch.bfloat16)
 
 
 def worker(name: str, variant: str, batch: int, size: int) -> dict[str, Any]:
@@ -47,7 +52,7 @@ def worker(name: str, variant: str, batch: int, size: int) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     task = TASKS[name][0](batch, size)
-    model, inputs = wrap(task.model.to(device), variant), task.inputs.to(device)
+    model, inputs = wrap(task, variant).to(device), task.inputs.to(device)
     # Compiled kernels, gradients and scratch memory are there before anything is measured.
     step(model, inputs[:2])
     before = resident()

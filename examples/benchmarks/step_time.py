@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp import OpAware, QuantBackwardWrapper, track_saved_memory
 from brevitas_bp import quant as configs
 from brevitas_bp.models import efficientnet_v2
 
@@ -82,21 +82,30 @@ def step(model: Callable[[Tensor], Tensor], inputs: Tensor) -> None:
     model(inputs).logsumexp(-1).mean().backward()
 
 
-class Checkpointed:
+class Checkpointed(nn.Module):
     """Recomputes each part of a network in backward."""
 
     def __init__(self, task: Task) -> None:
-        self.task = task
+        super().__init__()
+        self.model, self.parts = task.model, task.parts
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        forwards = [part.forward for part in self.task.parts]
-        for part, forward in zip(self.task.parts, forwards):
+    def forward(self, inputs: Tensor) -> Tensor:
+        forwards = [part.forward for part in self.parts]
+        for part, forward in zip(self.parts, forwards):
             part.forward = partial(checkpoint, forward, use_reentrant=False)
         try:
-            return self.task.model(inputs)
+            return self.model(inputs)
         finally:
-            for part in self.task.parts:
+            for part in self.parts:
                 del part.forward
+
+
+def with_rounded_inputs(task: Task) -> QuantBackwardWrapper:
+    """Recomputes each part from an input of 2 bits; what the rest saves takes 2 bits too."""
+    quantizer = configs.ShiftedUint2DynamicActPerBucketFloatStochastic.let(
+        metadata_dtype=torch.bfloat16)
+    return QuantBackwardWrapper(
+        Checkpointed(task), quantizer, policy=OpAware(checkpoint_quant=quantizer))
 
 
 def measure(name: str, batch: int | None, size: int, rounds: int) -> list[dict[str, Any]]:
@@ -112,6 +121,7 @@ def measure(name: str, batch: int | None, size: int, rounds: int) -> list[dict[s
     models["ours, 2 bits, policy all"] = QuantBackwardWrapper(
         task.model, policy="all", metadata_dtype=torch.bfloat16)
     models["checkpoint, each block"] = Checkpointed(task)
+    models["checkpoint, 2-bit inputs"] = with_rounded_inputs(task)
 
     def offloaded() -> None:
         with save_on_cpu():
