@@ -16,7 +16,13 @@ from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.ops import Location, Rewrites, current_location, located
 from brevitas_bp.backward.parameters import ParameterSet
-from brevitas_bp.backward.policy import PlainPolicy, Policy, can_encode, explained
+from brevitas_bp.backward.policy import (
+    ObservingPolicy,
+    PlainPolicy,
+    Policy,
+    can_encode,
+    explained,
+)
 from brevitas_bp.backward.rewrites import Substitution
 from brevitas_bp.backward.saved import (
     CHECKPOINT_INPUT,
@@ -97,6 +103,8 @@ class ForwardPass:
         self.policy = explained(policy)
         if not isinstance(self.policy, PlainPolicy):
             self.location.rewrites = Rewrites(self._rewrite_of)
+        if isinstance(self.policy, ObservingPolicy):
+            self.location.observer = self.policy.observe
         self.next_seed = next_seed
         self.on_backward = on_backward
         self.listeners = listeners
@@ -164,7 +172,7 @@ class ForwardPass:
         op = "checkpoint" if role is CHECKPOINT_INPUT else location.op
         return SavedTensor(
             x, op, location.qualified_module, codec, location.call, location.module_type,
-            role, location.compiled and location.call is NO_CALL)
+            role, location.module, location.compiled and location.call is NO_CALL)
 
     def _originals(self, x: Tensor) -> Sequence[Tensor]:
         """What plain autograd would have saved; told with the first of the tensors saved instead."""

@@ -35,6 +35,7 @@ class Location:
         self.call = NO_CALL
         self.calls = 0
         self.rewrites: Rewrites | None = None
+        self.observer: Callable[[Call, Any], None] | None = None
 
     @property
     def module(self) -> str:
@@ -97,13 +98,13 @@ class _OpMode(TorchFunctionMode):
         location.calls += 1
         call = location.call = Call(func, args, kwargs, location.calls)
         try:
-            if location.rewrites is not None:
-                rewrite = location.rewrites[func]
-                if rewrite is not None:
-                    output = rewrite(call)
-                    if output is not NotImplemented:
-                        return output
-            return func(*args, **kwargs)
+            rewrite = None if location.rewrites is None else location.rewrites[func]
+            output = NotImplemented if rewrite is None else rewrite(call)
+            if output is NotImplemented:
+                output = func(*args, **kwargs)
+            if location.observer is not None:
+                location.observer(call, output)
+            return output
         finally:
             location.call = before
 

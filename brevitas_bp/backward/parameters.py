@@ -50,18 +50,9 @@ class ParameterSet:
             or self._derives_from_parameter(x) or self._is_cast_of_frozen(x, arguments))
 
     def _derives_from_parameter(self, x: Tensor) -> bool:
-        node = x.grad_fn
-        for _ in range(_MAX_DISGUISES):
-            if node is None:
-                return False
-            name = node.name()
-            if name.endswith("AccumulateGrad"):
-                leaf: Tensor = node.variable  # pyright: ignore[reportAttributeAccessIssue]
-                return isinstance(leaf, nn.Parameter) or storage_id(leaf) in self._storages
-            if name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES:
-                return False
-            node = node.next_functions[0][0]
-        return False
+        leaf = shown_leaf(x)
+        return leaf is not None and (
+            isinstance(leaf, nn.Parameter) or storage_id(leaf) in self._storages)
 
     def _is_cast_of_frozen(self, x: Tensor, arguments: tuple[Any, ...]) -> bool:
         """Autocast copies of frozen parameters have a new storage and no history.
@@ -74,6 +65,23 @@ class ParameterSet:
         return any(
             storage_id(a) in self._frozen and a.dtype != x.dtype and _is_piece(shape, own_shape(a))
             for a in tensors_in(arguments) if is_plain(a))
+
+
+def shown_leaf(x: Tensor) -> Tensor | None:
+    """The leaf that ``x`` is, or shows in another shape or dtype; None for what was computed."""
+    if x.is_leaf:
+        return x
+    node = x.grad_fn
+    for _ in range(_MAX_DISGUISES):
+        if node is None:
+            return None
+        name = node.name()
+        if name.endswith("AccumulateGrad"):
+            return node.variable  # pyright: ignore[reportAttributeAccessIssue]
+        if name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES:
+            return None
+        node = node.next_functions[0][0]
+    return None
 
 
 def _is_piece(shape: list[int], whole: list[int]) -> bool:

@@ -39,7 +39,6 @@ _BIT_MASK = BitMask()
 _COPY = Copy()
 _NARROW_INT = NarrowInt()
 
-Policy = Callable[[SavedTensor], Codec | None]
 
 
 @runtime_checkable
@@ -55,10 +54,22 @@ class ExplainedPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class ObservingPolicy(ExplainedPolicy, Protocol):
+    """A policy that is told what each operation returned."""
+
+    def observe(self, call: Call, output: Any) -> None:
+        """Called after each operation, rewritten or not."""
+        ...
+
+
+Policy = Callable[[SavedTensor], Codec | None] | ExplainedPolicy
+
+
 class PlainPolicy:
     """Any policy, with its own name as the reason."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Callable[[SavedTensor], Codec | None]) -> None:
         self.policy = policy
         self.reason = f"policy {getattr(policy, '__name__', type(policy).__name__)}"
 

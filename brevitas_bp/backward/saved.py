@@ -62,8 +62,9 @@ class SavedTensor:
         codec: the codec configured for that module; None where it is to be kept exact.
         call: the running call of the function.
         module_type: class of that module.
+        path: name of the module in the wrapped one; ``module`` is that in a larger network.
         compiled: whether a compiled graph saves it, whose operations nobody sees.
-        role: what the tensor is to an operation that was rewritten, or to checkpointing; None otherwise.
+        role: what the tensor is to a rewritten operation, or to checkpointing; else None.
     """
 
     tensor: Tensor
@@ -73,6 +74,7 @@ class SavedTensor:
     call: Call = NO_CALL
     module_type: type | None = None
     role: str | None = None
+    path: str = ""
     compiled: bool = False
 
     @property

@@ -1,5 +1,6 @@
-"""The configured codec with more bits."""
+"""The configured codec with other bits."""
 
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 from brevitas_bp.codec import Codec, codec_from
@@ -11,7 +12,7 @@ from brevitas_bp.quant import (
 )
 
 # Hooks share an encoding by the identity of its codec, so each is made once.
-_made: WeakKeyDictionary[Codec, dict[int, Codec]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Codec, dict[tuple[int, int | None], Codec]] = WeakKeyDictionary()
 
 
 def at_least(configured: Codec, bits: int) -> Codec:
@@ -24,24 +25,33 @@ def at_least(configured: Codec, bits: int) -> Codec:
     >>> at_least(codec_from(ShiftedUint2DynamicActPerBucketFloat), 4).name
     '4-bit nearest'
     """
-    if not isinstance(configured, (LoweredCodec, ModuleCodec)):
+    if not has_bits(configured) or min(configured.quantizer.bit_widths) >= bits:
         return configured
-    if min(configured.quantizer.bit_widths) >= bits:
-        return configured
+    return with_bits(configured, bits)
+
+
+def has_bits(codec: Codec) -> TypeGuard[LoweredCodec | ModuleCodec]:
+    """Whether a codec is a bucket quantizer, of which there are others with other widths."""
+    return isinstance(codec, (LoweredCodec, ModuleCodec))
+
+
+def with_bits(
+        configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | None = None) -> Codec:
+    """A min-max codec of ``bits`` bits; all else is as configured, but for a given bucket size."""
     made = _made.setdefault(configured, {})
-    if bits not in made:
-        made[bits] = _with_bits(configured, bits)
-    return made[bits]
+    if (bits, bucket_size) not in made:
+        made[bits, bucket_size] = _make(configured, bits, bucket_size)
+    return made[bits, bucket_size]
 
 
-def _with_bits(configured: LoweredCodec | ModuleCodec, bits: int) -> Codec:
+def _make(configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | None) -> Codec:
     quantizer = configured.quantizer
     # A rounding of the user's own has no name here: stochastic is unbiased.
     config = (
         ShiftedUint4DynamicActPerBucketFloat
         if is_stochastic(quantizer.int_quant.float_to_int_impl) is False
         else ShiftedUint4DynamicActPerBucketFloatStochastic)
-    bucket_size = getattr(quantizer.input_view_impl, "bucket_size", None)
+    size = bucket_size or getattr(quantizer.input_view_impl, "bucket_size", None)
     return codec_from(
         config, bit_width=bits, metadata_dtype=quantizer.metadata_dtype,
-        **({} if bucket_size is None else {"bucket_size": bucket_size}))
+        **({} if size is None else {"bucket_size": size}))

@@ -15,7 +15,13 @@ from torch import nn
 from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, Listener
-from brevitas_bp.backward.policy import POLICIES, Policy
+from brevitas_bp.backward.planned import (
+    Candidate,
+    HasChoices,
+    PlannedPolicy,
+    check_choices,
+)
+from brevitas_bp.backward.policy import POLICIES, ExplainedPolicy, Policy, explained
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import UnknownNameError, nearest
@@ -23,6 +29,9 @@ from brevitas_bp.kernels.random import SeedStream, derive
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 Storage = Literal["save_quantized", "quantize_on_backward"]
+#: A plan, or the choices that it holds.
+Plan = Mapping[str, Any] | HasChoices
+
 _WHERE = "brevitas_bp.QuantBackwardWrapper"
 _CHECKPOINT_HINT = (
     f"{_WHERE}: this wrapper runs inside of torch.utils.checkpoint, which keeps only the inputs of the "
@@ -44,8 +53,8 @@ class QuantBackwardWrapper(nn.Module):
         module: the module to run.
         act_quant: any Brevitas activation quantizer: an injector class, a proxy, or None to keep
             every tensor exact.
-        overrides: glob over qualified module names -> quantizer or None (exact); the first pattern
-            that matches a module or one that contains it wins.
+        overrides: glob over qualified module names -> quantizer, None (exact), or the bits that
+            ``act_quant`` has there; the first pattern that matches a module, or one around it, wins.
         policy: how each saved tensor is stored: "op_aware" (quantized where that leaves the gradient
             unbiased, exact elsewhere; :class:`~brevitas_bp.backward.OpAware` has settings), "all" (every
             float tensor but the statistics of norms), "all_but_relu" (of a ReLU's output the exact sign
@@ -58,6 +67,8 @@ class QuantBackwardWrapper(nn.Module):
             ``torch.distributed``. Processes that hold copies of the same activations, as in tensor
             parallelism, need the same rank (that of the data-parallel dimension), or the gradients of
             their replicated parameters drift apart.
+        plan: widths chosen tensor by tensor, from :func:`~brevitas_bp.allocate.plan_bit_widths`, or a
+            mapping such as ``{"layer1.*:conv2d:*": 2, "fc:*": "exact"}``.
         **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
 
     Raises:
@@ -87,9 +98,10 @@ class QuantBackwardWrapper(nn.Module):
             storage: Storage = "save_quantized",
             seed: int | None = None,
             rank: int | None = None,
+            plan: Plan | None = None,
             **act_quant_overrides: Any) -> None:
         super().__init__()
-        self._policy = _check_policy(policy)
+        self._base_policy = self._policy = _check_policy(policy)
         if not isinstance(module, nn.Module):
             kind = f"the class {module.__name__}" if inspect.isclass(module) else repr(module)
             raise TypeError(f"{_WHERE}: module must be a torch.nn.Module instance, got {kind}")
@@ -102,7 +114,8 @@ class QuantBackwardWrapper(nn.Module):
                 raise TypeError(f"{_WHERE}: {setting} must be an integer or None, got {number!r}")
         self._storage = storage
         self._codec = _build_codec("act_quant", act_quant, act_quant_overrides)
-        self._overrides = _check_overrides(module, {} if overrides is None else overrides)
+        self._overrides = _check_overrides(
+            module, {} if overrides is None else overrides, self._codec)
         self._codec_by_module: dict[str, Codec | None] = {}
         self._noise: SeedStream | None = None if seed is None else SeedStream(seed)
         self._rank = rank
@@ -110,6 +123,7 @@ class QuantBackwardWrapper(nn.Module):
         self._listeners: list[Listener] = []
         self._explanation: Explanation | None = None
         self.module = module
+        self.use_plan(plan)
         self.register_load_state_dict_post_hook(_name_keys_as_given)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,6 +147,24 @@ class QuantBackwardWrapper(nn.Module):
                 f"{_WHERE}.explain: decisions are made while the module runs, and it has not run with "
                 "gradients enabled yet; run one forward pass first")
         return self._explanation
+
+    def use_plan(self, plan: "Plan | None") -> None:
+        """Stores tensors from now on as a plan says; None goes back to the policy alone.
+
+        Raises:
+            UnknownNameError: the plan names a module that the network does not have.
+            ValueError: it names a width that there is not.
+        """
+        if plan is None:
+            self._policy = self._base_policy
+            return
+        choices = getattr(plan, "choices", plan)
+        if not isinstance(choices, Mapping):
+            raise TypeError(
+                f"{_WHERE}: plan must come from plan_bit_widths, or map names of saved tensors to bits, "
+                f"got {plan!r}")
+        check_choices(_WHERE, choices, [name for name, _ in self.module.named_modules()])
+        self._policy = PlannedPolicy(explained(self._base_policy), choices)
 
     def noise_state(self) -> dict[str, int]:
         """State of the private noise stream, for a checkpoint that resumes bit for bit.
@@ -256,7 +288,7 @@ def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec
 
 
 def _check_policy(policy: str | Policy) -> Policy:
-    if callable(policy):
+    if callable(policy) or isinstance(policy, ExplainedPolicy):
         return policy
     if policy not in POLICIES:
         raise UnknownNameError(
@@ -266,7 +298,8 @@ def _check_policy(policy: str | Policy) -> Policy:
 
 
 def _check_overrides(
-        module: nn.Module, overrides: Mapping[str, Any]) -> list[tuple[str, Codec | None]]:
+        module: nn.Module, overrides: Mapping[str, Any],
+        configured: Codec | None) -> list[tuple[str, Codec | None]]:
     if not isinstance(overrides, Mapping) or not all(isinstance(p, str) for p in overrides):
         raise TypeError(
             f"{_WHERE}: overrides must map globs over module names to quantizers or None, for "
@@ -277,8 +310,19 @@ def _check_overrides(
             raise UnknownNameError(
                 f"{_WHERE}: the pattern {pattern!r} in overrides matches no module of "
                 f"{type(module).__name__}{nearest(pattern, names)}")
-    return [(pattern, _build_codec(f"overrides[{pattern!r}]", quantizer, {}))
-            for pattern, quantizer in overrides.items()]
+    return [
+        (pattern, _override(f"overrides[{pattern!r}]", quantizer, configured))
+        for pattern, quantizer in overrides.items()]
+
+
+def _override(where: str, given: Any, configured: Codec | None) -> Codec | None:
+    """The codec of an override: a quantizer, None, or a width of the configured one."""
+    if not isinstance(given, (int, float, str)):
+        return _build_codec(where, given, {})
+    if configured is None:
+        raise TypeError(
+            f"{_WHERE}: {where}={given!r} is a width of act_quant, which is None; pass a quantizer")
+    return Candidate.parse(given).codec(configured)
 
 
 def _selects(pattern: str, name: str) -> bool:
