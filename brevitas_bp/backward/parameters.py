@@ -1,5 +1,6 @@
 """Recognises parameters and buffers among saved tensors, in whatever disguise."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,17 +51,10 @@ class ParameterSet:
             or self._derives_from_parameter(x) or self._is_cast_of_frozen(x, arguments))
 
     def _derives_from_parameter(self, x: Tensor) -> bool:
-        node = x.grad_fn
-        for _ in range(_MAX_DISGUISES):
-            if node is None:
-                return False
-            name = node.name()
-            if name.endswith("AccumulateGrad"):
-                leaf: Tensor = node.variable  # pyright: ignore[reportAttributeAccessIssue]
+        for node, _ in _origins(x):
+            if node.name().endswith("AccumulateGrad"):
+                leaf: Tensor = node.variable
                 return isinstance(leaf, nn.Parameter) or storage_id(leaf) in self._storages
-            if name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES:
-                return False
-            node = node.next_functions[0][0]
         return False
 
     def _is_cast_of_frozen(self, x: Tensor, arguments: tuple[Any, ...]) -> bool:
@@ -74,6 +68,30 @@ class ParameterSet:
         return any(
             storage_id(a) in self._frozen and a.dtype != x.dtype and _is_piece(shape, own_shape(a))
             for a in tensors_in(arguments) if is_plain(a))
+
+
+def shows(x: Tensor, original: Tensor) -> bool:
+    """Whether autograd saw ``x`` be made of ``original`` by casts and views alone."""
+    made = original.grad_fn
+    for node, output in _origins(x):
+        if node is made and output == original.output_nr:
+            return True
+        if made is None and node.name().endswith("AccumulateGrad"):
+            return node.variable is original
+    return False
+
+
+def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
+    """The node that made ``x``, and those before it up to one that made something new."""
+    node, output = x.grad_fn, x.output_nr
+    for _ in range(_MAX_DISGUISES):
+        if node is None:
+            return
+        yield node, output
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if name not in _DISGUISES:
+            return
+        node, output = node.next_functions[0]
 
 
 def _is_piece(shape: list[int], whole: list[int]) -> bool:
