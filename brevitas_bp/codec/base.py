@@ -157,7 +157,8 @@ class QuantizeOnBackward(Codec):
 def is_plain(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary strided tensor that a codec may take apart.
 
-    Neither a list of tensors of several shapes, nor a zero that has no memory (a forward-mode tangent).
+    Neither a nested one, which has several shapes, nor one without memory: on the meta device, or a
+    zero tangent of forward mode.
     """
     return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and not (
-        x.is_nested or x._is_zerotensor())
+        x.is_nested or x.is_meta or x._is_zerotensor())
