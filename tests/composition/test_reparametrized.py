@@ -84,8 +84,8 @@ def casting(cast: bool) -> Any:
 @pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("way", WAYS)
 def test_computed_weights_under_both_policies(way: str, cast: bool) -> None:
+    module = nn.Sequential(linears(way), nn.ReLU(), WAYS[way](nn.Linear(64, 64)))
     with casting(cast):
-        module = nn.Sequential(linears(way), nn.ReLU(), WAYS[way](nn.Linear(64, 64)))
         assert_exact_policy_is_plain(module, X)  # buffers too: spectral norm iterates in forward
         # Three weights and what they are made of are kept: the inputs and the mask get smaller.
         assert_default_policy_trains(module, X, ratio=1.2)
@@ -270,7 +270,8 @@ def test_freezing_may_change_between_steps() -> None:
     x = torch.randn(BATCH, WIDTH)
     for train in (True, False, True):
         model.get_submodule("0").requires_grad_(train)
-        assert saved_bytes(module) == (2 * FLOATS, 2 * CODES + MASK) if train else (FLOATS, CODES)
+        expected = (2 * FLOATS, 2 * CODES + MASK) if train else (FLOATS, CODES)
+        assert saved_bytes(module) == expected
         model.zero_grad()
         model(x).sum().backward()
         assert (module[0].weight.grad is not None) == train  # pyright: ignore
