@@ -207,7 +207,7 @@ def test_slope_penalty_of_a_piecewise_linear_critic_is_exact_by_default() -> Non
 def test_slope_penalty_of_a_smooth_critic_says_what_to_do(penalty: Any) -> None:
     module = critic(nn.SiLU())
     plain = penalty(copy.deepcopy(module))
-    with pytest.raises(SecondDerivativeError, match="silu.*policy='exact'.*override of None"):
+    with pytest.raises(SecondDerivativeError, match=r"silu.*policy='exact'.*override of None"):
         penalty(QuantBackwardWrapper(copy.deepcopy(module)))
     remedy = QuantBackwardWrapper(module, overrides={"*": None})
     assert_same(penalty(remedy), plain)
@@ -387,7 +387,7 @@ def hooked(model: nn.Module) -> list[tuple[str, Tensor]]:
     log: list[tuple[str, Tensor]] = []
     first, gelu, last = (model.get_submodule(n) for n in ("0", "1", "3"))
     gelu.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
-    gelu.register_forward_hook(lambda m, args, output: output / 2)
+    gelu.register_forward_hook(lambda m, args, output: output / 2)  # pyright: ignore
     gelu.register_full_backward_pre_hook(lambda m, grads: (grads[0] * 3,))
     gelu.register_full_backward_hook(lambda m, gi, go: log.append(("gelu", gi[0])))
     last.register_full_backward_hook(lambda m, gi, go: (gi[0] / 3,))

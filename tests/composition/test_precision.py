@@ -185,7 +185,8 @@ def test_channels_last_3d() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv3d(4, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2),
-        nn.Conv3d(8, 4, 3), nn.SiLU()).to(memory_format=torch.channels_last_3d)
+        nn.Conv3d(8, 4, 3), nn.SiLU()).to(
+            memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     x = torch.randn(4, 4, 12, 12, 12).to(memory_format=torch.channels_last_3d)
     plain = assert_exact_policy_is_plain(module, x)
     assert plain.output.is_contiguous(memory_format=torch.channels_last_3d)
