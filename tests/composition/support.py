@@ -1,6 +1,7 @@
 """What the tests of composition share: the two promises, asserted in one way."""
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,10 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
-from tests.backward.support import Run, assert_same, naive_hooks, run, wrapped_run
+from tests.backward.support import (
+    QUANTIZING,
+    Run,
+    assert_same,
+    naive_hooks,
+    run,
+    wrapped_run,
+)
+
+POLICIES = [*QUANTIZING, "exact"]
 
 #: Draws of a mean over noise.
 DRAWS = 200
+
+#: Images as many as a weight has rows: after a cast, shapes do not tell input from weight.
+X = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def assert_exact_policy_is_plain(module: nn.Module, *inputs: Tensor) -> Run:
@@ -67,3 +80,24 @@ def mean_grad(model: nn.Module, x: Tensor, cotangent: Tensor, name: str) -> Tens
         assert parameter.grad is not None
         total += parameter.grad
     return total / DRAWS
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of the parameters, by the names of the unwrapped module."""
+    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()
+            if p.grad is not None}
+
+
+def mlp() -> nn.Sequential:
+    """A small network, always the same; only its activation is rewritten."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8))
+
+
+def both(train: Callable[[nn.Module], Any], policy: str = "exact") -> list[Any]:
+    """(what ``train`` returns, the gradients it leaves) for a plain and for a wrapped :func:`mlp`."""
+    results = []
+    for wrap in (lambda m: m, lambda m: QuantBackwardWrapper(m, policy=policy, seed=0)):
+        model = wrap(mlp())
+        results.append((train(model), grads(model)))
+    return results

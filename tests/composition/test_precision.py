@@ -28,6 +28,7 @@ from tests.backward.support import (
 from tests.backward.test_unbiased import rounding_variance, z_bound
 from tests.composition.support import (
     DRAWS,
+    POLICIES,
     assert_default_policy_trains,
     assert_exact_policy_is_plain,
     mean_grad,
@@ -257,7 +258,7 @@ def test_model_made_and_run_under_a_default_dtype(dtype: torch.dtype) -> None:
 # Tensors without memory
 
 
-@pytest.mark.parametrize("policy", [*QUANTIZING, "exact"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mode", ["meta", "fake"])
 def test_tensors_without_memory_are_kept(mode: str, policy: str) -> None:
     makers: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
@@ -330,7 +331,7 @@ def test_nested_tensors_are_kept(layout: torch.layout) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
-@pytest.mark.parametrize("policy", [*QUANTIZING, "exact"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("convert", [Tensor.to_sparse_coo, Tensor.to_sparse_csr], ids=["coo", "csr"])
 def test_sparse_factors_are_kept(convert: Callable[[Tensor], Tensor], policy: str) -> None:
     torch.manual_seed(0)
@@ -353,7 +354,7 @@ def test_sparse_gradients_stay_sparse() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
 @pytest.mark.filterwarnings("ignore:.*[qQ]uantize.*deprecated")
-@pytest.mark.parametrize("policy", [*QUANTIZING, "exact"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_quantized_dtypes_pass(policy: str) -> None:
     torch.manual_seed(0)
     codes = torch.quantize_per_tensor(torch.randn(64, 64), 0.1, 0, torch.qint8)
@@ -363,7 +364,7 @@ def test_quantized_dtypes_pass(policy: str) -> None:
     assert torch.equal(ours["1.weight"], plain["1.weight"]) == (policy == "exact")
 
 
-@pytest.mark.parametrize("policy", [*QUANTIZING, "exact"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_float8_values_pass(policy: str) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(

@@ -19,10 +19,12 @@ from torch.nn.utils import parametrizations, parametrize
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat as Nearest2
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
-from tests.backward.support import QUANTIZING, cotangent, run, wrapped_run
+from tests.backward.support import cotangent, run, wrapped_run
 from tests.backward.test_unbiased import rounding_variance, z_bound
 from tests.composition.support import (
     DRAWS,
+    POLICIES,
+    X,
     assert_default_policy_trains,
     assert_exact_policy_is_plain,
     mean_grad,
@@ -67,8 +69,6 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "symmetric": registered(Symmetric),
     "scaled": registered(Scaled),
 }
-#: Images as many as a weight has rows: after a cast, shapes do not tell input from weight.
-X = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def linears(way: str) -> nn.Module:
@@ -140,8 +140,37 @@ def test_gradients_behind_a_computed_weight_are_unbiased(
     assert bool((error.abs() <= tolerance).all()) == unbiased
 
 
+@pytest.mark.parametrize(("quantizer", "unbiased"), [(Stochastic2, True), (Nearest2, False)])
+def test_gradients_behind_a_spectral_norm_are_unbiased(quantizer: type, unbiased: bool) -> None:
+    """``W / (u . W v)`` saves ``u`` too, rounded to 4 bits independently of the layer's input."""
+    torch.manual_seed(0)
+    layer = parametrizations.spectral_norm(nn.Linear(32, 16, bias=False), n_power_iterations=20)
+    layer.eval()  # u and v stay
+    norm: Any = layer.get_submodule("parametrizations.weight")[0]  # pyright: ignore[reportIndexIssue]
+    u, v = norm._u.double(), norm._v.double()
+    weight = layer.get_parameter("parametrizations.weight.original").detach().double()
+    sigma, x, delta = u @ weight @ v, torch.rand(32, 32), torch.rand(32, 16)
+    d, of_weight = delta.double(), delta.double().t() @ x.double()
+    along = (of_weight * weight).sum() / sigma**2
+    exact = of_weight / sigma - along * torch.outer(u, v)
+    # Each entry is linear in x~, and has a term along * u~_i v_j with independent roundings.
+    linear = torch.einsum("ni,kj->ijnk", d, torch.eye(32, dtype=torch.float64)) / sigma
+    linear -= torch.einsum("i,j,no,ok->ijnk", u, v, d, weight) / sigma**2
+    of_input = rounding_variance(x, 3, 64)
+    of_along = (of_input * (d @ weight).square()).sum() / sigma**4
+    variance = torch.einsum("ijnk,nk->ij", linear.square(), of_input) + torch.outer(
+        rounding_variance(u.float(), 15, 64) * (along**2 + of_along), v.square())
+    model = QuantBackwardWrapper(layer, quantizer, bucket_size=64, seed=0)
+    stored = mean_grad(model, x, delta, "module.parametrizations.weight.original")
+    assert ("vdot", f"4-bit {'stochastic' if unbiased else 'nearest'}") in {
+        (site.op, site.stored) for site in model.explain().sites.values()}
+    # Sums of 32 x 32 products in float32.
+    tolerance = z_bound(512) * (variance / DRAWS).sqrt() + 32 * 2**-24 * of_weight.sum()
+    assert bool(((stored - exact).abs() <= tolerance).all()) == unbiased
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
-@pytest.mark.parametrize("policy", [*QUANTIZING, "exact"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_old_weight_norm(policy: str) -> None:
     # It cannot be deep-copied once it has run, wrapped or not, so two are made alike.
     def step(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
@@ -207,7 +236,7 @@ def test_tied_weights_inside_one_wrapper(cast: bool) -> None:
         assert_default_policy_trains(Tied(), tokens, ratio=3)
 
 
-@pytest.mark.parametrize("policy", [*QUANTIZING, "exact"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_tied_weights_across_the_boundary_of_the_wrapper(policy: str) -> None:
     torch.manual_seed(0)
     tied, tokens = Tied(), torch.arange(64).view(4, 16)
