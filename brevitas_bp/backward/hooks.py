@@ -33,7 +33,7 @@ from brevitas_bp.backward.saved import (
     storage_id,
 )
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
-from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
 
@@ -250,8 +250,10 @@ def unpack(packed: Packed) -> Tensor:
             wrong shape is broadcast.
     """
     x, layout = packed.decode(), packed.layout
-    if x.shape != layout.shape or x.dtype != layout.dtype or x.device != layout.device:
-        got, expected = ((t.dtype, tuple(t.shape), t.device) for t in (x, layout))
+    if shape_of(x) != layout.shape or x.dtype != layout.dtype or x.device != layout.device:
+        got, expected = (
+            (t.dtype, tuple(shape), t.device)
+            for t, shape in ((x, shape_of(x)), (layout, layout.shape)))
         raise CorruptPayloadError(
             f"brevitas_bp: the codec {packed.codec.name!r} decoded {got}, but {expected} was saved by "
             f"{packed.where or 'an operation'}; its decode must undo its encode")

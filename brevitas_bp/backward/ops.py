@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from types import FunctionType, MethodWrapperType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -59,8 +60,8 @@ class Location:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` made the module, or ``module.compile()`` changed it."""
-    return type(module).__name__ == "OptimizedModule" or (
+    """Whether its operations cannot be seen: ``torch.compile``, ``module.compile()``, TorchScript."""
+    return isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule" or (
         getattr(module, "_compiled_call_impl", None) is not None)
 
 

@@ -1,5 +1,6 @@
 """Recognises parameters and buffers among saved tensors, in whatever disguise."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,17 +72,34 @@ def shown_leaf(x: Tensor) -> Tensor | None:
     """The leaf that ``x`` is, or shows in another shape or dtype; None for what was computed."""
     if x.is_leaf:
         return x
-    node = x.grad_fn
+    for node, _ in _origins(x):
+        if node.name().endswith("AccumulateGrad"):
+            return node.variable
+    return None
+
+
+def shows(x: Tensor, original: Tensor) -> bool:
+    """Whether autograd saw ``x`` be made of ``original`` by casts and views alone."""
+    made = original.grad_fn
+    for node, output in _origins(x):
+        if node is made and output == original.output_nr:
+            return True
+        if made is None and node.name().endswith("AccumulateGrad"):
+            return node.variable is original
+    return False
+
+
+def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
+    """The node that made ``x``, and those before it up to one that made something new."""
+    node, output = x.grad_fn, x.output_nr
     for _ in range(_MAX_DISGUISES):
         if node is None:
-            return None
-        name = node.name()
-        if name.endswith("AccumulateGrad"):
-            return node.variable  # pyright: ignore[reportAttributeAccessIssue]
-        if name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES:
-            return None
-        node = node.next_functions[0][0]
-    return None
+            return
+        yield node, output
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if name not in _DISGUISES:
+            return
+        node, output = node.next_functions[0]
 
 
 def _is_piece(shape: list[int], whole: list[int]) -> bool:

@@ -5,12 +5,15 @@ import fnmatch
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
+from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.explain import Explanation
@@ -22,6 +25,7 @@ from brevitas_bp.backward.planned import (
     check_choices,
 )
 from brevitas_bp.backward.policy import POLICIES, ExplainedPolicy, Policy, explained
+from brevitas_bp.backward.transparent import Transparent
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import UnknownNameError, nearest
@@ -41,13 +45,15 @@ _CHECKPOINT_HINT = (
 _created = itertools.count()
 
 
-class QuantBackwardWrapper(nn.Module):
+class QuantBackwardWrapper(Transparent):
     """Runs a module unchanged, and stores what autograd saves for its backward in a few bits.
 
     The forward pass, buffers, dropout masks and torch's random state are bit-identical to those of the
     unwrapped module; parameters and buffers are never quantized; ``state_dict`` is that of the module.
-    Under ``torch.no_grad()`` nothing is packed. Attributes that the wrapper does not have are those of
-    the module. A wrapper inside a wrapper applies to its own part.
+    Under ``torch.no_grad()`` nothing is packed, nor while a graph of the forward is traced
+    (``torch.jit.trace``, ``torch.export``, ``make_fx``): the graph is that of the module. Attributes
+    that the wrapper does not have are those of the module, read or set. A wrapper inside a wrapper
+    applies to its own part.
 
     Args:
         module: the module to run.
@@ -124,12 +130,12 @@ class QuantBackwardWrapper(nn.Module):
         self._explanation: Explanation | None = None
         self.module = module
         self.use_plan(plan)
-        self.register_load_state_dict_post_hook(_name_keys_as_given)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module; what autograd saves meanwhile is stored as configured."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _is_traced():
             return self.module(*args, **kwargs)
+        _refuse_symbols(args, kwargs)
         if inside_checkpoint():
             warnings.warn(_CHECKPOINT_HINT, stacklevel=2)
             return self.module(*args, **kwargs)
@@ -209,38 +215,9 @@ class QuantBackwardWrapper(nn.Module):
             self._noise = SeedStream(derive(torch.initial_seed(), self._index))
         return self._noise
 
-    # The wrapper is transparent: keys and attributes are those of the module.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own ``state_dict``: same keys, wrapped or not."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads a ``state_dict`` of the module, wrapped or not."""
-        return self.module.load_state_dict(state_dict, *args, **kwargs)
-
-    def apply(self, fn: Callable[[nn.Module], Any]) -> "QuantBackwardWrapper":
-        """Applies ``fn`` to the modules that it would see without the wrapper."""
-        self.module.apply(fn)
-        return self
-
-    def _load_from_state_dict(
-            self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        # Reached when a parent module loads: its keys do not name the wrapper.
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            state_dict[f"{prefix}module.{key[len(prefix):]}"] = state_dict.pop(key)
-        messages = missing_keys, unexpected_keys, error_msgs
-        self._loading = prefix, [(list_, len(list_)) for list_ in messages]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
+    def __getstate__(self) -> dict[str, Any]:
+        # What listens to this wrapper does not listen to its copies and pickles.
+        return {**self.__dict__, "_listeners": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantBackwardWrapper":
         other = self.__class__.__new__(self.__class__)
@@ -258,11 +235,21 @@ class QuantBackwardWrapper(nn.Module):
         return f"{codec}, storage={self._storage!r}"
 
 
-def _name_keys_as_given(wrapper: QuantBackwardWrapper, incompatible: Any) -> None:
-    """Takes the wrapper's own name out of what a parent's ``load_state_dict`` reports."""
-    prefix, messages = wrapper.__dict__.pop("_loading")
-    for list_, start in messages:
-        list_[start:] = [text.replace(f"{prefix}module.", prefix, 1) for text in list_[start:]]
+def _is_traced() -> bool:
+    """Whether calls are being recorded into a graph of the forward, which has no place for hooks.
+
+    Recorded they would be dead code, or noise that is the same at every call.
+    """
+    tracing: bool = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tracing or (not is_compiling() and get_proxy_mode() is not None)
+
+
+def _refuse_symbols(args: Any, kwargs: dict[str, Any]) -> None:
+    if isinstance(args, Proxy) or any(isinstance(a, Proxy) for a in (*args, *kwargs.values())):
+        raise TypeError(
+            f"{_WHERE}.forward: torch.fx traces through the wrapper, and its graph would store floats; "
+            "trace wrapper.module and wrap the result, QuantBackwardWrapper(symbolic_trace(module)), or "
+            "give your Tracer an is_leaf_module that is true for QuantBackwardWrapper")
 
 
 def _distributed_rank() -> int:

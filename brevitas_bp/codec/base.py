@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.errors import ModifiedInPlaceError
 
 
@@ -81,7 +81,8 @@ class Keep(Codec):
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Keeps ``x`` (not a copy)."""
         kept = x.detach()
-        layout = TensorLayout(x.shape, (), x.shape, x.dtype, x.device)
+        shape = shape_of(x)
+        layout = TensorLayout(shape, (), shape, x.dtype, x.device)
         return Packed(self, (kept,), layout, version_of(kept), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -154,5 +155,10 @@ class QuantizeOnBackward(Codec):
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary strided tensor that a codec may take apart."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided
+    """Whether ``x`` is an ordinary strided tensor that a codec may take apart.
+
+    Neither a nested one, which has several shapes, nor one without memory: on the meta device, or a
+    zero tangent of forward mode.
+    """
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and not (
+        x.is_nested or x.is_meta or x._is_zerotensor())

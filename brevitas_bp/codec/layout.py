@@ -107,3 +107,8 @@ def _dense_strides(x: Tensor) -> tuple[int, ...]:
         strides[dim] = step
         step *= max(x.shape[dim], 1)
     return tuple(strides)
+
+
+def shape_of(x: Tensor) -> torch.Size:
+    """The shape; of a nested tensor, which has several, the number of its parts."""
+    return torch.Size((x.size(0),)) if x.is_nested and x.layout == torch.strided else x.shape

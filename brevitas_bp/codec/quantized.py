@@ -179,6 +179,12 @@ def codec_from(quantizer: Any, **overrides: Any) -> Codec:
     >>> codec_from(ShiftedUint2DynamicActPerBucketFloat, bit_width=4).name
     '4-bit nearest'
     """
+    # A codec's constants are read on the host, wherever new tensors go by default.
+    with torch.device("cpu"):
+        return _codec_from(quantizer, overrides)
+
+
+def _codec_from(quantizer: Any, overrides: dict[str, Any]) -> Codec:
     where = "brevitas_bp.codec.codec_from"
     if inspect.isclass(quantizer) and issubclass(quantizer, ExtendedInjector):
         return _from_injector(where, quantizer, overrides)
@@ -213,6 +219,11 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
     return _from_tensor_quant(quantizer, lambda: _build(injector))
 
 
+def _on_host(build: Callable[[], nn.Module]) -> Codec:
+    with torch.device("cpu"):
+        return stock_codec(build())
+
+
 def _build(injector: Any) -> nn.Module:
     return _tensor_quant_of(injector.proxy_class(nn.Identity(), injector))
 
@@ -241,5 +252,5 @@ def _from_tensor_quant(quantizer: nn.Module, build: Callable[[], nn.Module] | No
         return ModuleCodec(quantizer) if spec is None else LoweredCodec(quantizer, spec)
     codec = stock_codec(quantizer)
     if build is not None and is_stateful(quantizer):
-        return StatefulCodec(lambda: stock_codec(build()), codec.name)
+        return StatefulCodec(lambda: _on_host(build), codec.name)
     return codec

@@ -100,8 +100,8 @@ def _inner(
     """The value of ``dtype`` nearest to ``bound`` on the side of ``step``; None where there is none."""
     if bound is None:
         return -step * _INF
-    border = float(torch.tensor(bound, dtype=arithmetic))
-    value = float(torch.tensor(border, dtype=dtype))
+    border = float(torch.tensor(bound, dtype=arithmetic, device="cpu"))
+    value = float(torch.tensor(border, dtype=dtype, device="cpu"))
     if border != border or (value == step * _INF and not closed):
         return None
     if (value - border) * step < 0 or (value == border and not closed):
