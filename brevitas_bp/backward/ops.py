@@ -1,16 +1,14 @@
 """Which operation and which module are running, for the thread that runs a forward pass."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from types import FunctionType, MethodWrapperType
 from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 from brevitas_bp.backward.saved import NO_CALL, Call
 
@@ -35,6 +33,7 @@ class Location:
         self.call = NO_CALL
         self.calls = 0
         self.rewrites: Rewrites | None = None
+        self.ended = False
 
     @property
     def module(self) -> str:
@@ -173,37 +172,74 @@ class _ModuleWatch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
-        self._handles: list[RemovableHandle] = []
+        self._users: set[Location] = set()
 
-    def __enter__(self) -> None:
+    def add(self, user: Location) -> None:
         with self._lock:
-            if self._users == 0:
-                self._handles = [
-                    register_module_forward_pre_hook(_enter_module),
-                    register_module_forward_hook(_leave_module, always_call=True)]
-            self._users += 1
+            first = not self._users
+            self._users.add(user)
+            if first:
+                torch_module.register_module_forward_pre_hook(_enter_module)
+                torch_module.register_module_forward_hook(_leave_module, always_call=True)
 
-    def __exit__(self, *exception: object) -> None:
+    def discard(self, user: Location) -> None:
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                for handle in self._handles:
-                    handle.remove()
-                self._handles = []
+            self._users.discard(user)
+            if not self._users:
+                # By value: an interrupt may have come before there was a handle to remove.
+                _remove(_enter_module, torch_module._global_forward_pre_hooks)
+                _remove(_leave_module, torch_module._global_forward_hooks)
+
+
+def _remove(hook: Callable[..., Any], hooks: dict[int, Any]) -> None:
+    always_called = torch_module._global_forward_hooks_always_called
+    for key in [key for key, value in list(hooks.items()) if value is hook]:
+        hooks.pop(key, None)
+        always_called.pop(key, None)
 
 
 _watch = _ModuleWatch()
 
 
-@contextmanager
-def located(location: Location) -> Iterator[Location]:
-    """Keeps ``location`` up to date within the block, in this thread."""
+# NOTE [ Interrupts ]
+# Ctrl-C, or an exception that another thread sends, may arrive between any two bytecodes.
+# 1. Each step that installs something has one that removes it, by identity, and does nothing where it
+#    is not installed: leaving may begin at any point of entering, be cut short and begun again.
+# 2. Leaving runs twice, from ``with`` and from ``finally`` around it: the second run completes a first
+#    that was interrupted. Only two interrupts within these microseconds leave something behind.
+# 3. What lies above ours on a stack was left behind by code that ran inside (torch's own context
+#    managers have no such care), and goes with ours.
+# 4. torch may put a mode back after the pass has ended, when the traceback of an interrupt is freed. It
+#    then does nothing, and the next pass of the thread removes it.
+
+
+def enter(location: Location) -> None:
+    """Keeps ``location`` up to date in this thread, until :func:`leave`."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, _OpMode) and mode.location.ended:
+            _remove_mode(mode.location)
     # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
-    watch = nullcontext() if location.root_compiled else _watch
-    with watch, _OpMode(location):
-        _running.locations.append(location)
-        try:
-            yield location
-        finally:
-            _running.locations.remove(location)
+    if not location.root_compiled:
+        _watch.add(location)
+    _OpMode(location).__enter__()
+    _running.locations.append(location)
+
+
+def leave(location: Location) -> None:
+    """Undoes :func:`enter`, wherever that came to; see NOTE [ Interrupts ]."""
+    location.ended = True
+    # It holds the pass, which would wait for the garbage collector.
+    location.rewrites = None
+    if location in _running.locations:
+        del _running.locations[_running.locations.index(location):]
+    _remove_mode(location)
+    _watch.discard(location)
+
+
+def _remove_mode(location: Location) -> None:
+    """Takes the modes of a pass, and all above, from the stack of this thread."""
+    for depth, mode in enumerate(modes := _get_current_function_mode_stack()):
+        if isinstance(mode, _OpMode) and mode.location is location:
+            for _ in modes[depth:]:
+                _pop_mode()
+            return

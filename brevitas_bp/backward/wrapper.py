@@ -45,6 +45,9 @@ class QuantBackwardWrapper(nn.Module):
             backward starts (for ablations; saves nothing).
         seed: of the private noise stream; None derives it from ``torch.initial_seed()``, the
             distributed rank and the number of wrappers created before.
+        verify: make a checksum of what is packed and compare it before it is decoded (a device is waited
+            for then): every flipped bit of a payload raises
+            :class:`~brevitas_bp.CorruptPayloadError`. Tensors kept as they are have no checksum.
         **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
 
     Raises:
@@ -73,6 +76,7 @@ class QuantBackwardWrapper(nn.Module):
             policy: str | Policy = "op_aware",
             storage: Storage = "save_quantized",
             seed: int | None = None,
+            verify: bool = False,
             **act_quant_overrides: Any) -> None:
         super().__init__()
         self._policy = _check_policy(policy)
@@ -86,6 +90,7 @@ class QuantBackwardWrapper(nn.Module):
         if not (seed is None or isinstance(seed, int)):
             raise TypeError(f"{_WHERE}: seed must be an integer or None, got {seed!r}")
         self._storage = storage
+        self._verify = verify
         self._codec = _build_codec("act_quant", act_quant, act_quant_overrides)
         self._overrides = _check_overrides(module, {} if overrides is None else overrides)
         self._codec_by_module: dict[str, Codec | None] = {}
@@ -100,8 +105,13 @@ class QuantBackwardWrapper(nn.Module):
         """Runs the module; what autograd saves meanwhile is stored as configured."""
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        with self._forward_pass():
-            return self.module(*args, **kwargs)
+        forward_pass = self._forward_pass()
+        try:
+            with forward_pass:
+                return self.module(*args, **kwargs)
+        finally:
+            # Once more: an interrupt may have cut short the end of the block.
+            forward_pass.close()
 
     def explain(self) -> Explanation:
         """What was decided in the last forward pass for each call site, and why; ``print`` it.
@@ -138,7 +148,7 @@ class QuantBackwardWrapper(nn.Module):
         return ForwardPass(
             self.module, self._configured, self._policy, self._stream().next,
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
-            explanation=self._explanation)
+            explanation=self._explanation, verify=self._verify)
 
     def _configured(self, name: str) -> Codec | None:
         """The codec of a module: the first override that matches it or a module around it."""
