@@ -55,6 +55,16 @@ class Location:
         """Name of the function that runs, or None outside torch functions."""
         return None if self.call is NO_CALL else self.call.name
 
+    def enter_module(self, module: nn.Module, args: Any) -> None:
+        """Global forward pre-hook."""
+        if current_location() is self:
+            self.modules.append((self.names.get(id(module), self.module), type(module)))
+
+    def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Global forward hook, called after exceptions too."""
+        if current_location() is self and len(self.modules) > 1:
+            self.modules.pop()
+
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` made the module, or ``module.compile()`` changed it."""
@@ -149,56 +159,29 @@ def _finds_none(*arguments: Any) -> bool:
     return False
 
 
-def _enter_module(module: nn.Module, args: Any) -> None:
-    location = current_location()
-    if location is not None:
-        name = location.names.get(id(module), location.module)
-        location.modules.append((name, type(module)))
-
-
-def _leave_module(module: nn.Module, args: Any, output: Any) -> None:
-    location = current_location()
-    if location is not None and len(location.modules) > 1:
-        location.modules.pop()
-
-
-class _ModuleWatch:
-    """Module hooks, installed while any pass runs and removed with the last one.
+def _watch_modules(location: Location) -> None:
+    """Notes which module runs.
 
     NOTE [ Module names come from global hooks ]
     Hooks on the user's modules would be copied and pickled with them and miss modules added later.
-    Global ones leave the modules alone; they look at the thread's own pass and do nothing elsewhere.
+    Global ones leave the modules alone; each pass has its own, which do nothing in other threads and
+    while another pass is innermost. So passes share nothing, and no lock is left held by an interrupt.
     """
+    torch_module.register_module_forward_pre_hook(location.enter_module)
+    torch_module.register_module_forward_hook(location.leave_module, always_call=True)
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users: set[Location] = set()
 
-    def add(self, user: Location) -> None:
-        with self._lock:
-            first = not self._users
-            self._users.add(user)
-            if first:
-                torch_module.register_module_forward_pre_hook(_enter_module)
-                torch_module.register_module_forward_hook(_leave_module, always_call=True)
-
-    def discard(self, user: Location) -> None:
-        with self._lock:
-            self._users.discard(user)
-            if not self._users:
-                # By value: an interrupt may have come before there was a handle to remove.
-                _remove(_enter_module, torch_module._global_forward_pre_hooks)
-                _remove(_leave_module, torch_module._global_forward_hooks)
+def _unwatch_modules(location: Location) -> None:
+    # By value: an interrupt may have come before there was a handle to remove.
+    _remove(location.enter_module, torch_module._global_forward_pre_hooks)
+    _remove(location.leave_module, torch_module._global_forward_hooks)
 
 
 def _remove(hook: Callable[..., Any], hooks: dict[int, Any]) -> None:
     always_called = torch_module._global_forward_hooks_always_called
-    for key in [key for key, value in list(hooks.items()) if value is hook]:
+    for key in [key for key, value in list(hooks.items()) if hook == value]:
         hooks.pop(key, None)
         always_called.pop(key, None)
-
-
-_watch = _ModuleWatch()
 
 
 # NOTE [ Interrupts ]
@@ -220,7 +203,7 @@ def enter(location: Location) -> None:
             _remove_mode(mode.location)
     # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
     if not location.root_compiled:
-        _watch.add(location)
+        _watch_modules(location)
     _OpMode(location).__enter__()
     _running.locations.append(location)
 
@@ -233,7 +216,7 @@ def leave(location: Location) -> None:
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]
     _remove_mode(location)
-    _watch.discard(location)
+    _unwatch_modules(location)
 
 
 def _remove_mode(location: Location) -> None:

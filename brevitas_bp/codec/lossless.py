@@ -13,7 +13,6 @@ from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.masks import mask_nbytes, pack_bits
 
-
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

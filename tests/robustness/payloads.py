@@ -114,7 +114,8 @@ def with_tensor(packed: Packed, i: int, tensor: Tensor) -> Packed:
 
 def _other_dtype(x: Tensor) -> Tensor:
     """The same bytes, read as another dtype of the same width where there is one."""
-    pairs = {torch.uint8: torch.int8, torch.int8: torch.uint8, torch.float32: torch.int32, torch.float64: torch.int64,
+    pairs = {torch.uint8: torch.int8, torch.int8: torch.uint8,
+             torch.float32: torch.int32, torch.float64: torch.int64,
              torch.int16: torch.float16, torch.int32: torch.float32, torch.int64: torch.float64,
              torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}
     return x.view(pairs[x.dtype])
