@@ -24,8 +24,9 @@ FILES = (
     "torch/nn/modules/module.py", "torch/autograd/graph.py", "torch/utils/hooks.py")
 INSTALLING = {
     "__enter__", "__exit__", "forward", "close", "enter", "leave", "_watch_modules", "_unwatch_modules",
-    "_remove", "_remove_hooks", "_remove_mode", "_push_mode", "_pop_mode", "_get_current_function_mode_stack",
-    "register_module_forward_pre_hook", "register_module_forward_hook"}
+    "_remove", "_remove_hooks", "_remove_mode", "_push_mode", "_pop_mode",
+    "_get_current_function_mode_stack", "register_module_forward_pre_hook",
+    "register_module_forward_hook"}
 
 
 class InterruptAt:
