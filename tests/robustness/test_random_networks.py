@@ -44,12 +44,12 @@ def run(network: nn.Module, program: Program) -> Result:
     rng = torch.get_rng_state()
     outputs = [v.detach().clone() for v in values]
     buffers = [b.clone() for b in network.buffers()]
-    # Each element of each value has a weight of its own.
-    loss = sum(
-        (v.double() * torch.linspace(-1, 2, v.numel(), dtype=torch.double).cos().view(v.shape)).sum()
-        for v in values if v.requires_grad)
     leaves = [*inputs, *network.parameters()]
     try:
+        # Each element of each value has a weight of its own. Some views that were written to raise here.
+        loss = sum(
+            (v.double() * torch.linspace(-1, 2, v.numel(), dtype=torch.double).cos().view(v.shape)).sum()
+            for v in values if v.requires_grad)
         grads = list(torch.autograd.grad(loss, leaves, allow_unused=True))  # pyright: ignore
     except RuntimeError as error:
         return Result(outputs, buffers, rng, None, str(error))
