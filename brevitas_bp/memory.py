@@ -195,8 +195,10 @@ def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
         for wrapper in wrappers:
             wrapper._listeners.append(report._record)
             stack.callback(wrapper._listeners.remove, report._record)
-        stack.enter_context(ForwardPass(
-            root, lambda name: None, keep_all, lambda: 0, listeners=(report._record,)))
+        forward_pass = ForwardPass(
+            root, lambda name: None, keep_all, lambda: 0, listeners=(report._record,))
+        stack.callback(forward_pass.close)
+        stack.enter_context(forward_pass)
         try:
             yield report
         finally:

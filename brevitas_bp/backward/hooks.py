@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.explain import Explanation
-from brevitas_bp.backward.ops import Location, Rewrites, current_location, located
+from brevitas_bp.backward.ops import Location, Rewrites, current_location, enter, leave
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import (
     ObservingPolicy,
@@ -39,6 +38,8 @@ from brevitas_bp.errors import CorruptPayloadError
 
 _KEEP = Keep()
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
+_push_hooks: Any = torch._C._autograd._push_saved_tensors_default_hooks  # pyright: ignore
+_pop_hooks: Any = torch._C._autograd._pop_saved_tensors_default_hooks  # pyright: ignore
 
 # Elements below which it is asked before encoding whether that can be worth it.
 _SMALL = 1024
@@ -85,6 +86,7 @@ class ForwardPass:
         on_backward: keep floats and quantize when backward asks.
         listeners: told of every saved tensor.
         explanation: told what was decided for every saved tensor.
+        verify: seal what is packed with a checksum.
     """
 
     def __init__(
@@ -95,7 +97,8 @@ class ForwardPass:
             next_seed: Callable[[], int],
             on_backward: bool = False,
             listeners: tuple[Listener, ...] = (),
-            explanation: Explanation | None = None) -> None:
+            explanation: Explanation | None = None,
+            verify: bool = False) -> None:
         outer = current_location()
         self.location = Location(root, "" if outer is None else outer.qualified_module)
         self.parameters = ParameterSet(root)
@@ -109,6 +112,8 @@ class ForwardPass:
         self.on_backward = on_backward
         self.listeners = listeners
         self.explanation = explanation
+        self.verify = verify
+        self._hooked = self._closed = False
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._slots: defaultdict[StatefulCodec, itertools.count[int]] = defaultdict(itertools.count)
         self._substitution: Substitution | None = None
@@ -200,7 +205,8 @@ class ForwardPass:
         x = saved.tensor
         where = _where(saved.op, saved.module)
         if not codec.compresses:
-            return codec.encode(x, seed=0, where=where)
+            packed = codec.encode(x, seed=0, where=where)
+            return packed.sealed() if self.verify else packed
         if isinstance(codec, StatefulCodec):
             codec = codec.slot(next(self._slots[codec]))
         # Codes, padding and metadata must be smaller than what they replace.
@@ -212,16 +218,18 @@ class ForwardPass:
         if self.on_backward:
             return QuantizeOnBackward(codec).encode(x, seed=self.next_seed(), where=where)
         packed = codec.encode(x, seed=self.next_seed(), where=where)
+        if self.verify:
+            packed = packed.sealed()
         return packed if packed.nbytes < packed.layout.nbytes else _KEEP.encode(x, where=where)
 
     def __enter__(self) -> "ForwardPass":
-        self._located = located(self.location)
-        self._located.__enter__()
-        self._hooks = saved_tensors_hooks(self.pack, unpack)
         try:
-            self._hooks.__enter__()
+            enter(self.location)
+            self._hooked = True
+            _push_hooks(self.pack, unpack)
         except RuntimeError as error:
-            self._located.__exit__(None, None, None)
+            self._hooked = False
+            self.close()
             raise RuntimeError(
                 "QuantBackwardWrapper.forward: saved-tensor hooks are disabled here (torch.func "
                 "transforms such as grad and vjp do that); run the wrapped module itself, "
@@ -229,13 +237,30 @@ class ForwardPass:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        try:
-            self._hooks.__exit__(*exception)
-        finally:
-            self._located.__exit__(*exception)
-            # These hold this pass, which would wait for the garbage collector.
-            self.location.rewrites = None
-            del self._hooks, self._located
+        self.close()
+
+    def close(self) -> None:
+        """Leaves nothing installed; to be called again, in ``finally``, after the ``with`` block.
+
+        See NOTE [ Interrupts ].
+        """
+        if not self._closed:
+            if self._hooked:
+                _remove_hooks(self.pack)
+            leave(self.location)
+            self._closed = True
+
+
+def _remove_hooks(pack: Callable[[Tensor], Packed]) -> None:
+    """Takes the hooks of a pass, and all above them, from the stack of this thread."""
+    others = []
+    while (top := _top_hooks(True)) is not None:
+        _pop_hooks()
+        if top[0] == pack:
+            return
+        others.append(top)
+    for pair in reversed(others):
+        _push_hooks(*pair)
 
 
 def _where(op: str | None, module: str) -> str:

@@ -327,8 +327,8 @@ def _drawing_from(generator: Any, state: Tensor | None) -> Iterator[None]:
         yield
         return
     before = generator.get_rng_state()
-    generator.set_rng_state(state)
     try:
+        generator.set_rng_state(state)
         yield
     finally:
         generator.set_rng_state(before)

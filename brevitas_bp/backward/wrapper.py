@@ -75,6 +75,9 @@ class QuantBackwardWrapper(Transparent):
             their replicated parameters drift apart.
         plan: widths chosen tensor by tensor, from :func:`~brevitas_bp.allocate.plan_bit_widths`, or a
             mapping such as ``{"layer1.*:conv2d:*": 2, "fc:*": "exact"}``.
+        verify: make a checksum of what is packed and compare it before it is decoded (a device is waited
+            for then): every flipped bit of a payload raises
+            :class:`~brevitas_bp.CorruptPayloadError`. Tensors kept as they are have no checksum.
         **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
 
     Raises:
@@ -105,6 +108,7 @@ class QuantBackwardWrapper(Transparent):
             seed: int | None = None,
             rank: int | None = None,
             plan: Plan | None = None,
+            verify: bool = False,
             **act_quant_overrides: Any) -> None:
         super().__init__()
         self._base_policy = self._policy = _check_policy(policy)
@@ -119,6 +123,7 @@ class QuantBackwardWrapper(Transparent):
             if not (number is None or isinstance(number, int)):
                 raise TypeError(f"{_WHERE}: {setting} must be an integer or None, got {number!r}")
         self._storage = storage
+        self._verify = verify
         self._codec = _build_codec("act_quant", act_quant, act_quant_overrides)
         self._overrides = _check_overrides(
             module, {} if overrides is None else overrides, self._codec)
@@ -139,8 +144,13 @@ class QuantBackwardWrapper(Transparent):
         if inside_checkpoint():
             warnings.warn(_CHECKPOINT_HINT, stacklevel=2)
             return self.module(*args, **kwargs)
-        with self._forward_pass():
-            return self.module(*args, **kwargs)
+        forward_pass = self._forward_pass()
+        try:
+            with forward_pass:
+                return self.module(*args, **kwargs)
+        finally:
+            # Once more: an interrupt may have cut short the end of the block.
+            forward_pass.close()
 
     def explain(self) -> Explanation:
         """What was decided in the last forward pass for each call site, and why; ``print`` it.
@@ -200,7 +210,7 @@ class QuantBackwardWrapper(Transparent):
         return ForwardPass(
             self.module, self._configured, self._policy, partial(self._stream().next, rank),
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
-            explanation=self._explanation)
+            explanation=self._explanation, verify=self._verify)
 
     def _configured(self, name: str) -> Codec | None:
         """The codec of a module: the first override that matches it or a module around it."""
