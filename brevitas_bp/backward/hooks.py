@@ -5,6 +5,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from brevitas_bp.backward.rewrites import Substitution
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.shard import ShardCodec, is_dtensor, shard_of
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
 
@@ -165,6 +167,9 @@ class ForwardPass:
     def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
+        if codec is not _KEEP and shard_of(x) is not x:
+            packed = self._encode_once(replace(saved, tensor=shard_of(x)), decision)
+            return ShardCodec(packed.codec).around(x, packed) if is_dtensor(x) else packed
         key = (storage_id(x), x.storage_offset(), x.shape, x.stride(), x.dtype, version_of(x),
                x.is_conj(), x.is_neg(), id(codec),
                -1 if decision.shared else saved.call.number) if can_encode(x) else None

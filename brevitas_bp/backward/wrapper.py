@@ -14,6 +14,7 @@ from torch import nn
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, Listener
 from brevitas_bp.backward.policy import POLICIES, Policy
+from brevitas_bp.backward.ranks import noise_rank, replica_group
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import UnknownNameError, nearest
@@ -48,9 +49,10 @@ class QuantBackwardWrapper(nn.Module):
         seed: of the private noise stream; None derives it from ``torch.initial_seed()`` and the number
             of wrappers created before.
         rank: processes with different ranks draw different noise; None takes the rank of
-            ``torch.distributed``. Processes that hold copies of the same activations, as in tensor
-            parallelism, need the same rank (that of the data-parallel dimension), or the gradients of
-            their replicated parameters drift apart.
+            ``torch.distributed``, and where parameters are DTensors of tensor parallelism that of the
+            first process of the group. Processes that hold copies of the same activations need the same
+            rank, or the gradients of their replicated parameters drift apart: with tensor parallelism of
+            another kind pass the rank of the data-parallel dimension.
         **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
 
     Raises:
@@ -99,6 +101,7 @@ class QuantBackwardWrapper(nn.Module):
         self._codec_by_module: dict[str, Codec | None] = {}
         self._noise: SeedStream | None = None if seed is None else SeedStream(seed)
         self._rank = rank
+        self._replicas: tuple[int, ...] = ()
         self._index = next(_created)
         self._listeners: list[Listener] = []
         self._explanation: Explanation | None = None
@@ -148,11 +151,17 @@ class QuantBackwardWrapper(nn.Module):
 
     def _forward_pass(self) -> ForwardPass:
         self._explanation = Explanation()
-        rank = _distributed_rank() if self._rank is None else self._rank
         return ForwardPass(
-            self.module, self._configured, self._policy, partial(self._stream().next, rank),
+            self.module, self._configured, self._policy, partial(self._stream().next, self._noise_rank()),
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
             explanation=self._explanation)
+
+    def _noise_rank(self) -> int:
+        if self._rank is not None:
+            return self._rank
+        # Remembered: what FSDP has gathered already does not show its group any more.
+        self._replicas = replica_group(self.module) or self._replicas
+        return noise_rank(self._replicas)
 
     def _configured(self, name: str) -> Codec | None:
         """The codec of a module: the first override that matches it or a module around it."""
@@ -221,12 +230,6 @@ def _name_keys_as_given(wrapper: QuantBackwardWrapper, incompatible: Any) -> Non
     prefix, messages = wrapper.__dict__.pop("_loading")
     for list_, start in messages:
         list_[start:] = [text.replace(f"{prefix}module.", prefix, 1) for text in list_[start:]]
-
-
-def _distributed_rank() -> int:
-    """Asked at every forward pass: the wrapper may be older than the process group."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
 
 
 def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec | None:
