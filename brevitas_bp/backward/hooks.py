@@ -3,9 +3,8 @@
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from brevitas_bp.backward.rewrites import Substitution
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.codec.shard import ShardCodec, is_dtensor, shard_of
+from brevitas_bp.codec.shard import ShardCodec, placements_of, shard_of
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
 
@@ -167,11 +166,7 @@ class ForwardPass:
     def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
-        if codec is not _KEEP and shard_of(x) is not x:
-            packed = self._encode_once(replace(saved, tensor=shard_of(x)), decision)
-            return ShardCodec(packed.codec).around(x, packed) if is_dtensor(x) else packed
-        key = (storage_id(x), x.storage_offset(), x.shape, x.stride(), x.dtype, version_of(x),
-               x.is_conj(), x.is_neg(), id(codec),
+        key = (_identity(x), id(codec),
                -1 if decision.shared else saved.call.number) if can_encode(x) else None
         if key in self._encoded:
             packed = self._encoded[key][1]()
@@ -179,7 +174,8 @@ class ForwardPass:
                 return packed
         packed = self._encode(saved, codec)
         if key is not None:
-            self._encoded[key] = (StorageWeakRef(x.untyped_storage()), weakref.ref(packed))
+            self._encoded[key] = (
+                StorageWeakRef(shard_of(x).untyped_storage()), weakref.ref(packed))
         return packed
 
     def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
@@ -189,12 +185,15 @@ class ForwardPass:
             return codec.encode(x, seed=0, where=where)
         if isinstance(codec, StatefulCodec):
             codec = codec.slot(next(self._slots[codec]))
+        shard = shard_of(x)
         # Codes, padding and metadata must be smaller than what they replace.
-        if x.numel() < _SMALL:
-            layout = TensorLayout.of(x)
+        if shard.numel() < _SMALL:
+            layout = TensorLayout.of(shard)
             least = codec.stored_nbytes(layout)
             if least is not None and least >= layout.nbytes:
                 return _KEEP.encode(x, where=where)
+        if shard is not x:
+            codec = ShardCodec(codec)
         if self.on_backward:
             return QuantizeOnBackward(codec).encode(x, seed=self.next_seed(), where=where)
         packed = codec.encode(x, seed=self.next_seed(), where=where)
@@ -222,6 +221,19 @@ class ForwardPass:
             # These hold this pass, which would wait for the garbage collector.
             self.location.rewrites = None
             del self._hooks, self._located
+
+
+def _identity(x: Tensor) -> Hashable:
+    """Equal for tensors with equal values, as long as their storage lives.
+
+    A change in place of a DTensor counts in its own version, not in that of its shard.
+    """
+    shard = shard_of(x)
+    of_shard = (storage_id(shard), shard.storage_offset(), shard.shape, shard.stride(), x.dtype,
+                version_of(shard), shard.is_conj(), shard.is_neg())
+    if shard is x:
+        return of_shard
+    return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
 
 
 def _where(op: str | None, module: str) -> str:

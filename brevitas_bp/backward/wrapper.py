@@ -47,7 +47,7 @@ class QuantBackwardWrapper(nn.Module):
         storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
             backward starts (for ablations; saves nothing).
         seed: of the private noise stream; None derives it from ``torch.initial_seed()`` and the number
-            of wrappers created before.
+            of wrappers created before. To be given where processes of one job seed torch differently.
         rank: processes with different ranks draw different noise; None takes the rank of
             ``torch.distributed``, and where parameters are DTensors of tensor parallelism that of the
             first process of the group. Processes that hold copies of the same activations need the same
@@ -130,8 +130,8 @@ class QuantBackwardWrapper(nn.Module):
     def noise_state(self) -> dict[str, int]:
         """State of the private noise stream, for a checkpoint that resumes bit for bit.
 
-        It is the same in every process of a job, so that one saves it for all, and a job of another size
-        may load it.
+        It is the same in every process of a job whose processes have equal seeds and store equally many
+        tensors, so that one saves it for all, and a job of another size may load it.
         """
         return self._stream().state()
 
@@ -151,8 +151,9 @@ class QuantBackwardWrapper(nn.Module):
 
     def _forward_pass(self) -> ForwardPass:
         self._explanation = Explanation()
+        next_seed = partial(self._stream().next, self._noise_rank())
         return ForwardPass(
-            self.module, self._configured, self._policy, partial(self._stream().next, self._noise_rank()),
+            self.module, self._configured, self._policy, next_seed,
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
             explanation=self._explanation)
 

@@ -34,6 +34,11 @@ def shard_of(x: Tensor) -> Tensor:
     return x
 
 
+def placements_of(x: Any) -> tuple[Any, Any] | None:
+    """Device mesh and placements of a DTensor; None for other tensors."""
+    return (x.device_mesh, x.placements) if is_dtensor(x) else None
+
+
 def is_storable(x: Tensor) -> bool:
     """Whether a codec may take apart ``x``, or the shard of it that is here.
 
@@ -59,27 +64,25 @@ def on_shards(function: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         x: any tensor that is not a sum still to be taken.
         y: placed like ``x``.
     """
-    if not is_dtensor(x):
+    placed = placements_of(x)
+    if placed is None:
         return function(x, y)
-    whole: Any = x
-    assert whole.placements == y.placements, (x, y)  # pyright: ignore[reportAttributeAccessIssue]
-    shard = function(shard_of(x), shard_of(y))
-    return _distributed(shard, whole.device_mesh, whole.placements, x.shape, x.stride())
+    assert placed == placements_of(y), (x, y)
+    return _distributed(function(shard_of(x), shard_of(y)), placed, x.shape, x.stride())
 
 
 def _distributed(
-        shard: Tensor, mesh: Any, placements: Any, shape: torch.Size,
-        stride: Sequence[int]) -> Tensor:
+        shard: Tensor, placed: tuple[Any, Any], shape: torch.Size, stride: Sequence[int]) -> Tensor:
     """The DTensor that has this shard; nothing is communicated."""
     from torch.distributed.tensor import DTensor
 
     with torch.no_grad():
         return DTensor.from_local(
-            shard, mesh, placements, run_check=False, shape=shape, stride=tuple(stride))
+            shard, *placed, run_check=False, shape=shape, stride=tuple(stride))
 
 
 class ShardCodec(Codec):
-    """Stores the local shard with another codec; decodes to a DTensor with the original placements.
+    """Stores the local shard with another codec; decodes to a DTensor placed as the original.
 
     Processes that hold replicas of one shard decode the same only if they encode with the same seed.
 
@@ -93,19 +96,15 @@ class ShardCodec(Codec):
         self.compresses = codec.compresses
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Stores the shard of a DTensor."""
-        return self.around(x, self.codec.encode(shard_of(x), seed=seed, where=where))
-
-    def around(self, x: Tensor, packed: Packed) -> Packed:
-        """The shard of ``x``, stored already, as a DTensor; holds the encoding, which may be shared."""
-        spec: Any = x
+        """Stores the shard of ``x``, and how ``x`` is placed."""
+        packed = self.codec.encode(shard_of(x), seed=seed, where=where)
         # Bytes are those of the shard.
         layout = TensorLayout(x.shape, x.stride(), packed.layout.base_shape, x.dtype, x.device)
-        facts = packed, spec.device_mesh, spec.placements
-        return Packed(self, packed.tensors, layout, facts, packed.where)
+        return Packed(self, packed.tensors, layout, (packed, placements_of(x)), where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The DTensor; nothing is communicated."""
-        shard, mesh, placements = packed.facts
-        return _distributed(
-            shard.decode(), mesh, placements, packed.layout.shape, packed.layout.stride)
+        """A tensor like the one stored; nothing is communicated."""
+        shard, placed = packed.facts
+        x = shard.decode()
+        return x if placed is None else _distributed(
+            x, placed, packed.layout.shape, packed.layout.stride)
