@@ -46,7 +46,7 @@ def replica_group(root: nn.Module) -> tuple[int, ...]:
         return ()
     groups = set(_groups(root))
     if len(groups) > 1:
-        warnings.warn(_AMBIGUOUS, stacklevel=5)
+        warnings.warn(_AMBIGUOUS, stacklevel=7)
     return groups.pop() if len(groups) == 1 else ()
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from brevitas_bp import track_saved_memory
@@ -28,6 +27,9 @@ from tests.distributed.support import (
 
 def zero(folder: Path) -> Facts:
     """Optimizer states split between processes."""
+    # Imported here: it warns of what is deprecated within torch, which pytest takes for an error.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     make = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.Adam, lr=1e-3)
     wraps = {"plain": unwrapped, "exact": EXACT, "quantized": QUANTIZED, "again": QUANTIZED}
     return {

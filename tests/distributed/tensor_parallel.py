@@ -17,14 +17,18 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from brevitas_bp import ModifiedInPlaceError
+from brevitas_bp.backward import hooks
 from brevitas_bp.backward.ranks import replica_group
 from brevitas_bp.codec import Codec, Copy
+from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.shard import ShardCodec, is_partial, shard_of
 from tests.distributed.support import (
     EXACT,
     QUANTIZED,
     Facts,
     Strategy,
+    Trained,
     Wrap,
     asked_about_parameters,
     batch,
@@ -89,8 +93,19 @@ def compare(folder: Path) -> Facts:
         facts[strategy] = {
             "bits": {name: trained.bits for name, trained in runs.items()},
             "saved": runs["quantized"].saved, "ratio": ratio(runs["quantized"]),
+            "ratio without shards": ratio(_plain_only(make, mine)),
             "plain saved": runs["plain"].saved, "exact saved": runs["exact"].saved}
     return facts
+
+
+def _plain_only(strategy: Strategy, x: Tensor) -> Trained:
+    """The control: DTensors are not taken apart."""
+    can_encode = hooks.can_encode
+    hooks.can_encode = lambda x: is_plain(x) and can_encode(x)
+    try:
+        return train(strategy, QUANTIZED, float_net(), x)
+    finally:
+        hooks.can_encode = can_encode
 
 
 def stored(folder: Path) -> Facts:
@@ -246,7 +261,34 @@ def once(folder: Path) -> Facts:
     return {"same": count(False), "changed": count(True)}
 
 
+class ChangedLater(nn.Module):
+    """Changes what it has saved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        z = y.square()
+        with torch.no_grad():
+            y.add_(1)
+        return z
+
+
+def change(folder: Path) -> Facts:
+    """Kept DTensors are watched: exact ones, small ones, and those quantized when backward starts."""
+    def error(rows: int, **options: Any) -> str:
+        x = distribute_tensor(torch.randn(rows, 64), _mesh(), [Shard(0)]).requires_grad_()
+        loss = wrapper(**options)(ChangedLater())(x).sum()
+        try:
+            loss.backward()
+        except ModifiedInPlaceError as found:
+            return type(found).__name__
+        return ""
+
+    return {
+        "exact": error(64, policy="exact"), "small": error(2, bucket_size=8192),
+        "late": error(64, storage="quantize_on_backward"), "encoded": error(64)}
+
+
 SCENARIOS = {
     "tp compare": compare, "tp stored": stored, "tp parameters": parameters, "tp drift": drift,
-    "tp groups": groups, "tp shards": shards, "tp once": once}
+    "tp groups": groups, "tp shards": shards, "tp once": once, "tp change": change}
 

@@ -1,6 +1,7 @@
 """Runs scenarios in one process of a torchrun job, and writes what was found as JSON.
 
-Launch: python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed.worker OUT NAME...
+Launch: python -m torch.distributed.run --standalone --nproc-per-node 2 \\
+    -m tests.distributed.worker FOLDER SCENARIO...
 """
 
 import json
@@ -11,9 +12,6 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
-
-# Chosen before torch looks: processes find each other without a name service.
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 import torch.distributed as dist
@@ -42,6 +40,9 @@ def run(name: str, folder: Path) -> Facts:
 def main() -> None:
     """All scenarios, in order, in one process group; the first error ends the job."""
     folder, *names = sys.argv[1:]
+    if sys.platform == "linux":
+        # Loopback only: processes find each other without a name service.
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results: dict[str, Facts] = {}
