@@ -1,30 +1,18 @@
 """Launches the scenarios under torchrun: all of them in two processes, and three jobs in a row."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.launch import torchrun
 from tests.distributed.support import Facts
 from tests.distributed.worker import SCENARIOS
-
-ROOT = Path(__file__).parents[2]
 
 #: (processes, scenarios) of the jobs; the later ones start from checkpoints of the earlier ones.
 JOBS = [
     (2, [name for name in SCENARIOS if name not in ("state alone", "state in two")]),
     (1, ["state alone"]), (2, ["state in two"])]
-
-
-def torchrun(processes: int, *command: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs a job on this machine, one thread for each process."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return subprocess.run(
-        [*launch, str(processes), *command], cwd=ROOT, text=True, capture_output=True,
-        timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
 def launch(processes: int, folder: Path, scenarios: list[str]) -> dict[str, list[Facts]]:

@@ -110,10 +110,11 @@ def shard_frozen(net: nn.Module, wrap: Wrap, *, around: bool, **options: Any) ->
 def parameters(folder: Path) -> Facts:
     """Whether a gathered parameter is ever packed, trained or frozen, in the policy that packs most."""
     x = batch(rank())
-    facts: Facts = {
+    controls: Facts = {
         "naive": naive_count(outside, float_net, x),
         "naive frozen": naive_count(partial(shard_frozen, around=True), Frozen, x),
         "not looked up": without_second_look(partial(shard_frozen, around=True), x)}
+    facts: Facts = {}
     for order, make in ORDERS.items():
         for default in (False, True):
             for name, options in (("", {}), (" bf16", BFLOAT16)):
@@ -123,7 +124,7 @@ def parameters(folder: Path) -> Facts:
         for name, options in (("", {}), (" bf16", BFLOAT16)):
             facts[f"frozen {around}{name}"] = asked_about_parameters(
                 partial(shard_frozen, around=around, **options), Frozen, x)
-    return facts
+    return {"controls": controls, "counts": facts}
 
 
 class Keeping(Spy):

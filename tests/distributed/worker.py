@@ -40,9 +40,6 @@ def run(name: str, folder: Path) -> Facts:
 def main() -> None:
     """All scenarios, in order, in one process group; the first error ends the job."""
     folder, *names = sys.argv[1:]
-    if sys.platform == "linux":
-        # Loopback only: processes find each other without a name service.
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results: dict[str, Facts] = {}
