@@ -180,20 +180,19 @@ class ForwardPass:
 
     def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
         x = saved.tensor
-        where = _where(saved.op, saved.module)
-        if not codec.compresses:
-            return codec.encode(x, seed=0, where=where)
+        shard, where = shard_of(x), _where(saved.op, saved.module)
         if isinstance(codec, StatefulCodec):
             codec = codec.slot(next(self._slots[codec]))
-        shard = shard_of(x)
+        if shard is not x and not isinstance(codec, Keep):
+            codec = ShardCodec(codec)
+        if not codec.compresses:
+            return codec.encode(x, seed=0, where=where)
         # Codes, padding and metadata must be smaller than what they replace.
         if shard.numel() < _SMALL:
             layout = TensorLayout.of(shard)
             least = codec.stored_nbytes(layout)
             if least is not None and least >= layout.nbytes:
                 return _KEEP.encode(x, where=where)
-        if shard is not x:
-            codec = ShardCodec(codec)
         if self.on_backward:
             return QuantizeOnBackward(codec).encode(x, seed=self.next_seed(), where=where)
         packed = codec.encode(x, seed=self.next_seed(), where=where)

@@ -108,3 +108,7 @@ class ShardCodec(Codec):
         x = shard.decode()
         return x if placed is None else _distributed(
             x, placed, packed.layout.shape, packed.layout.stride)
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        """That of the shard's codec, for the layout of the shard."""
+        return self.codec.stored_nbytes(layout)

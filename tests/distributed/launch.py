@@ -17,4 +17,4 @@ def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     return subprocess.run(
         [*launch, str(processes), *command], cwd=ROOT, text=True, capture_output=True,
-        timeout=300, check=False, env=environment)
+        timeout=600, check=False, env=environment)

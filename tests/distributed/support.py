@@ -209,8 +209,9 @@ class NaiveWrapper:
     packed: list[bool] = field(default_factory=list)
 
     def pack(self, x: Tensor) -> Any:
-        """Packs everything, shards of DTensors included."""
+        """Packs everything; of DTensors it is counted only."""
         if isinstance(x, DTensor):
+            self.packed.append(self.shows(x))
             return x
         packed = naive_pack(x)
         if isinstance(packed, NaiveCodes):

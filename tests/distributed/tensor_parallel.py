@@ -75,12 +75,27 @@ def sequence(net: nn.Module, wrap: Wrap) -> nn.Module:
     return wrap(parallelize_module(net, _mesh(), plan))
 
 
-STRATEGIES: dict[str, Strategy] = {"parallel": parallel, "sequence": sequence}
+def sharded(net: nn.Module, wrap: Wrap) -> nn.Module:
+    """:func:`parallel` within FSDP2: what is gathered are DTensors again."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "model"))
+    parallelize_module(net, mesh["model"], _columns_rows("1", "3"))
+    for layer in (net[1], net[3], net):  # type: ignore[index]
+        fully_shard(layer, mesh=mesh["data"])
+    return wrap(net)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "parallel": parallel, "sequence": sequence, "sharded": sharded}
+
+
+def rows(strategy: str) -> Tensor:
+    """What this process sees: all of the same batch, or its part of it."""
+    return batch(0).chunk(2)[rank()] if strategy == "sequence" else batch(0)
 
 
 def compare(folder: Path) -> Facts:
     """Exact and default policy; one process sees the same batch."""
-    x, shared = integers(64, 16, seed=50), batch(0)
+    x = integers(64, 16, seed=50)
     exact = {name: train(integer_parallel, wrap, integer_net(), x, steps=1).bits[:2]
              for name, wrap in (("plain", unwrapped), ("exact", EXACT))}
     single = train(lambda net, wrap: wrap(net), unwrapped, integer_net(), x, steps=1)
@@ -88,7 +103,7 @@ def compare(folder: Path) -> Facts:
     wraps = {"plain": unwrapped, "exact": EXACT, "quantized": QUANTIZED, "again": QUANTIZED,
              "late": wrapper(storage="quantize_on_backward")}
     for strategy, make in STRATEGIES.items():
-        mine = shared if strategy == "parallel" else shared.chunk(2)[rank()]
+        mine = rows(strategy)
         runs = {name: train(make, wrap, float_net(), mine) for name, wrap in wraps.items()}
         facts[strategy] = {
             "bits": {name: trained.bits for name, trained in runs.items()},
@@ -113,7 +128,7 @@ def stored(folder: Path) -> Facts:
     facts: Facts = {}
     for strategy, make in STRATEGIES.items():
         model = make(float_net(), QUANTIZED)
-        model(batch(0) if strategy == "parallel" else batch(0).chunk(2)[rank()])
+        model(rows(strategy))
         sites = model.explain().sites.values()  # type: ignore[operator]
         facts[strategy] = [
             [s.module, s.op, s.stored, s.given_bytes, s.stored_bytes] for s in sites]
@@ -129,9 +144,9 @@ def parameters(folder: Path) -> Facts:
 
         return frozen
 
-    facts: Facts = {"naive": naive_count(_distributed_copy, float_net, batch(0))}
+    facts: Facts = {"naive": naive_count(parallel, float_net, batch(0))}
     for strategy, make in STRATEGIES.items():
-        x = batch(0) if strategy == "parallel" else batch(0).chunk(2)[rank()]
+        x = rows(strategy)
         for default in (False, True):
             facts[f"{strategy} {default}"] = asked_about_parameters(
                 make, float_net, x, default=default)
@@ -140,11 +155,6 @@ def parameters(folder: Path) -> Facts:
             facts[f"{strategy} frozen autocast"] = asked_about_parameters(
                 freeze(make), float_net, x)
     return facts
-
-
-def _distributed_copy(net: nn.Module, wrap: Wrap) -> nn.Module:
-    """What naive hooks can pack: they take no DTensor apart."""
-    return net
 
 
 def drift(folder: Path) -> Facts:

@@ -41,7 +41,7 @@ def main() -> None:
     """All scenarios, in order, in one process group; the first error ends the job."""
     folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     results: dict[str, Facts] = {}
     for name in names:
         results[name] = run(name, Path(folder))
