@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.distributed import ddp, engines, fsdp, state, tensor_parallel
+from tests.distributed import ddp, dtensors, engines, fsdp, state, tensor_parallel
 from tests.distributed.support import Facts
 
 SCENARIOS = {
-    **ddp.SCENARIOS, **fsdp.SCENARIOS, **tensor_parallel.SCENARIOS, **engines.SCENARIOS,
-    **state.SCENARIOS}
+    **ddp.SCENARIOS, **fsdp.SCENARIOS, **tensor_parallel.SCENARIOS, **dtensors.SCENARIOS,
+    **engines.SCENARIOS, **state.SCENARIOS}
 
 
 def run(name: str, folder: Path) -> Facts:
