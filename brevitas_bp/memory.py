@@ -18,6 +18,7 @@ from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.shard import shard_of
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ class _Extent:
 
     @classmethod
     def of(cls, x: Tensor) -> "_Extent":
+        x = shard_of(x)
         own = TensorLayout.base(x) if is_plain(x) else x
         nbytes = own.numel() * x.element_size()
         try:
@@ -254,6 +256,6 @@ def _number(x: float) -> float | None:
 def _weak_storage(x: Tensor) -> StorageWeakRef | None:
     """Held weakly, a storage's address names it and nothing else."""
     try:
-        return StorageWeakRef(x.untyped_storage())
+        return StorageWeakRef(shard_of(x).untyped_storage())
     except (NotImplementedError, RuntimeError):
         return None

@@ -3,7 +3,7 @@
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
 from brevitas_bp.codec.layout import TensorLayout, shape_of
+from brevitas_bp.codec.shard import ShardCodec, placements_of, shard_of
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
 
@@ -189,8 +190,7 @@ class ForwardPass:
     def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
-        key = (storage_id(x), x.storage_offset(), x.shape, x.stride(), x.dtype, version_of(x),
-               x.is_conj(), x.is_neg(), id(codec),
+        key = (_identity(x), id(codec),
                -1 if decision.shared else saved.call.number) if can_encode(x) else None
         if key in self._encoded:
             packed = self._encoded[key][1]()
@@ -198,20 +198,23 @@ class ForwardPass:
                 return packed
         packed = self._encode(saved, codec)
         if key is not None:
-            self._encoded[key] = (StorageWeakRef(x.untyped_storage()), weakref.ref(packed))
+            self._encoded[key] = (
+                StorageWeakRef(shard_of(x).untyped_storage()), weakref.ref(packed))
         return packed
 
     def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
         x = saved.tensor
-        where = _where(saved.op, saved.module)
+        shard, where = shard_of(x), _where(saved.op, saved.module)
+        if isinstance(codec, StatefulCodec):
+            codec = codec.slot(next(self._slots[codec]))
+        if shard is not x and not isinstance(codec, Keep):
+            codec = ShardCodec(codec)
         if not codec.compresses:
             packed = codec.encode(x, seed=0, where=where)
             return packed.sealed() if self.verify else packed
-        if isinstance(codec, StatefulCodec):
-            codec = codec.slot(next(self._slots[codec]))
         # Codes, padding and metadata must be smaller than what they replace.
-        if x.numel() < _SMALL:
-            layout = TensorLayout.of(x)
+        if shard.numel() < _SMALL:
+            layout = TensorLayout.of(shard)
             least = codec.stored_nbytes(layout)
             if least is not None and least >= layout.nbytes:
                 return _KEEP.encode(x, where=where)
@@ -261,6 +264,19 @@ def _remove_hooks(pack: Callable[[Tensor], Packed]) -> None:
         others.append(top)
     for pair in reversed(others):
         _push_hooks(*pair)
+
+
+def _identity(x: Tensor) -> Hashable:
+    """Equal for tensors with equal values, as long as their storage lives.
+
+    A change in place of a DTensor counts in its own version, not in that of its shard.
+    """
+    shard = shard_of(x)
+    of_shard = (storage_id(shard), shard.storage_offset(), shard.shape, shard.stride(), x.dtype,
+                version_of(shard), shard.is_conj(), shard.is_neg())
+    if shard is x:
+        return of_shard
+    return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
 
 
 def _where(op: str | None, module: str) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from brevitas_bp.backward.saved import own_shape, storage_id, tensors_in
-from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.shard import is_dtensor, is_storable
 
 # Backward nodes of operations whose output is the parameter itself in another shape or dtype.
 _DISGUISES = frozenset({
@@ -22,16 +22,20 @@ class ParameterSet:
     """The parameters and buffers of a module, by storage.
 
     Collected for one forward pass, so that parameters which were replaced, tied or moved since are
-    found.
+    found. Where they are DTensors, FSDP2 may gather them during the pass, into other tensors: then they
+    are looked up once more.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._storages: set[int] = set()
         self._frozen: set[int] = set()
+        self._gathered: nn.Module | None = None
         for tensor in (*root.parameters(), *root.buffers()):
             if is_lazy(tensor):
                 continue
             self._storages.add(storage_id(tensor))
+            if is_dtensor(tensor):
+                self._gathered = root
             # A buffer [C] is a statistic: the one of this batch has its shape and is no copy of it.
             statistic = tensor.dim() < 2 and not isinstance(tensor, nn.Parameter)
             if tensor.is_floating_point() and not (tensor.requires_grad or statistic):
@@ -48,24 +52,36 @@ class ParameterSet:
         """
         return (
             isinstance(x, nn.Parameter) or storage_id(x) in self._storages
-            or self._derives_from_parameter(x) or self._is_cast_of_frozen(x, arguments))
+            or self._derives_from_parameter(x) or self._is_gathered_frozen(x)
+            or self._is_cast_of_frozen(x, arguments))
 
     def _derives_from_parameter(self, x: Tensor) -> bool:
         leaf = shown_leaf(x)
         return leaf is not None and (
             isinstance(leaf, nn.Parameter) or storage_id(leaf) in self._storages)
 
+    def _is_gathered_frozen(self, x: Tensor) -> bool:
+        """What FSDP2 has gathered of frozen parameters shows no history, in views and casts of it."""
+        if self._gathered is None or x.requires_grad:
+            return False
+        storage = storage_id(x)
+        return any(
+            storage_id(p) == storage for p in self._gathered.parameters() if not is_lazy(p))
+
     def _is_cast_of_frozen(self, x: Tensor, arguments: tuple[Any, ...]) -> bool:
         """Autocast copies of frozen parameters have a new storage and no history.
 
         PyTorch says that autocast is off while it casts, so the shapes of the arguments have to tell.
         """
-        if not self._frozen or x.requires_grad or not (is_plain(x) and x.is_floating_point()):
+        if not self._frozen or x.requires_grad or not (is_storable(x) and x.is_floating_point()):
             return False
         shape = own_shape(x)
         return any(
-            storage_id(a) in self._frozen and a.dtype != x.dtype and _is_piece(shape, own_shape(a))
-            for a in tensors_in(arguments) if is_plain(a))
+            a.dtype != x.dtype and _is_piece(shape, own_shape(a)) and self._is_frozen(a)
+            for a in tensors_in(arguments) if is_storable(a))
+
+    def _is_frozen(self, x: Tensor) -> bool:
+        return storage_id(x) in self._frozen or self._is_gathered_frozen(x)
 
 
 def shown_leaf(x: Tensor) -> Tensor | None:

@@ -25,8 +25,8 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
-from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.regions import relu_region
+from brevitas_bp.codec.shard import is_storable, shard_of
 from brevitas_bp.core.few_bit import few_bit_table
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.kernels.spec import check_bit_width
@@ -304,5 +304,5 @@ POLICIES: dict[str, Policy] = {
 
 
 def can_encode(x: Tensor) -> bool:
-    """Whether a codec may be asked at all: an ordinary tensor with elements."""
-    return is_plain(x) and x.numel() > 0
+    """Whether a codec may be asked at all: an ordinary tensor with elements, or such a shard."""
+    return is_storable(x) and shard_of(x).numel() > 0

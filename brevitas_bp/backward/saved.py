@@ -8,6 +8,7 @@ from torch import Tensor
 
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.shard import shard_of
 
 #: Roles of what a rewritten operation saves; see :mod:`brevitas_bp.backward.rewrites`.
 DERIVATIVE = "derivative"
@@ -144,7 +145,11 @@ class Decision(NamedTuple):
 
 
 def storage_id(x: Tensor) -> int:
-    """Identity of the storage of ``x``, valid while something holds the storage."""
+    """Identity of the storage of ``x``, valid while something holds the storage.
+
+    Of a DTensor it is that of its shard: the DTensor itself has none that its views would share.
+    """
+    x = shard_of(x)
     try:
         return x.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):

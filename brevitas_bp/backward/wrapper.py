@@ -25,6 +25,7 @@ from brevitas_bp.backward.planned import (
     check_choices,
 )
 from brevitas_bp.backward.policy import POLICIES, ExplainedPolicy, Policy, explained
+from brevitas_bp.backward.ranks import noise_rank, replica_group
 from brevitas_bp.backward.transparent import Transparent
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.stock import StatefulCodec
@@ -68,16 +69,18 @@ class QuantBackwardWrapper(Transparent):
         storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
             backward starts (for ablations; saves nothing).
         seed: of the private noise stream; None derives it from ``torch.initial_seed()`` and the number
-            of wrappers created before.
+            of wrappers created before. To be given where processes of one job seed torch differently.
         rank: processes with different ranks draw different noise; None takes the rank of
-            ``torch.distributed``. Processes that hold copies of the same activations, as in tensor
-            parallelism, need the same rank (that of the data-parallel dimension), or the gradients of
-            their replicated parameters drift apart.
+            ``torch.distributed``, and where parameters are DTensors of tensor parallelism that of the
+            first process of the group. Processes that hold copies of the same activations need the same
+            rank, or the gradients of their replicated parameters drift apart: with tensor parallelism of
+            another kind pass the rank of the data-parallel dimension.
         plan: widths chosen tensor by tensor, from :func:`~brevitas_bp.allocate.plan_bit_widths`, or a
             mapping such as ``{"layer1.*:conv2d:*": 2, "fc:*": "exact"}``.
         verify: make a checksum of what is packed and compare it before it is decoded (a device is waited
             for then): every flipped bit of a payload raises
-            :class:`~brevitas_bp.CorruptPayloadError`. Tensors kept as they are have no checksum.
+            :class:`~brevitas_bp.CorruptPayloadError`. Tensors kept as they are, and shards of
+            DTensors, have no checksum.
         **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
 
     Raises:
@@ -130,6 +133,7 @@ class QuantBackwardWrapper(Transparent):
         self._codec_by_module: dict[str, Codec | None] = {}
         self._noise: SeedStream | None = None if seed is None else SeedStream(seed)
         self._rank = rank
+        self._replicas: tuple[int, ...] = ()
         self._index = next(_created)
         self._listeners: list[Listener] = []
         self._explanation: Explanation | None = None
@@ -185,8 +189,8 @@ class QuantBackwardWrapper(Transparent):
     def noise_state(self) -> dict[str, int]:
         """State of the private noise stream, for a checkpoint that resumes bit for bit.
 
-        It is the same in every process of a job, so that one saves it for all, and a job of another size
-        may load it.
+        It is the same in every process of a job whose processes have equal seeds and store equally many
+        tensors, so that one saves it for all, and a job of another size may load it.
         """
         return self._stream().state()
 
@@ -206,11 +210,18 @@ class QuantBackwardWrapper(Transparent):
 
     def _forward_pass(self) -> ForwardPass:
         self._explanation = Explanation()
-        rank = _distributed_rank() if self._rank is None else self._rank
+        next_seed = partial(self._stream().next, self._noise_rank())
         return ForwardPass(
-            self.module, self._configured, self._policy, partial(self._stream().next, rank),
+            self.module, self._configured, self._policy, next_seed,
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
             explanation=self._explanation, verify=self._verify)
+
+    def _noise_rank(self) -> int:
+        if self._rank is not None:
+            return self._rank
+        # Remembered: what FSDP has gathered already does not show its group any more.
+        self._replicas = replica_group(self.module) or self._replicas
+        return noise_rank(self._replicas)
 
     def _configured(self, name: str) -> Codec | None:
         """The codec of a module: the first override that matches it or a module around it."""
@@ -260,12 +271,6 @@ def _refuse_symbols(args: Any, kwargs: dict[str, Any]) -> None:
             f"{_WHERE}.forward: torch.fx traces through the wrapper, and its graph would store floats; "
             "trace wrapper.module and wrap the result, QuantBackwardWrapper(symbolic_trace(module)), or "
             "give your Tracer an is_leaf_module that is true for QuantBackwardWrapper")
-
-
-def _distributed_rank() -> int:
-    """Asked at every forward pass: the wrapper may be older than the process group."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
 
 
 def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec | None:

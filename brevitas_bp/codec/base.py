@@ -204,7 +204,7 @@ class QuantizeOnBackward(Codec):
             # Not at each call: a quantizer that collects statistics would give other codes.
             encoded.append(self.codec.encode(x, seed=seed, where=packed.where))
         # The same break-even rule as for storing early.
-        return encoded[0].decode() if encoded[0].nbytes < TensorLayout.of(x).nbytes else x
+        return encoded[0].decode() if encoded[0].nbytes < encoded[0].layout.nbytes else x
 
 
 def is_plain(x: Tensor) -> bool:
