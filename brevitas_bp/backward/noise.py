@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper
+from brevitas_bp.backward.wrapper import wrappers_in
 from brevitas_bp.errors import UnknownNameError, nearest
 
 _WHERE = "brevitas_bp.backward.NoiseState"
 
 
 class NoiseState:
-    """Saves and restores the noise streams of every :class:`QuantBackwardWrapper` in a model.
+    """Saves and restores the noise streams of every ``QuantBackwardWrapper`` in a model.
 
     Weights, optimizer and torch's random state are not all that a run consists of: to resume bit for bit
     its roundings must go on where they were. Plain values only, the same in every process. Trainers that
@@ -26,22 +26,21 @@ class NoiseState:
         ValueError: ``model`` contains no wrapper.
 
     Example:
+        >>> from brevitas_bp import QuantBackwardWrapper
         >>> net = nn.Sequential(QuantBackwardWrapper(nn.Linear(4, 4), seed=3), nn.ReLU())
         >>> NoiseState(net).state_dict()
         {'0': {'base': 3, 'position': 0}}
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._wrappers = {
-            name: module for name, module in model.named_modules()
-            if isinstance(module, QuantBackwardWrapper)}
+        self._wrappers = dict(wrappers_in(model))
         if not self._wrappers:
             raise ValueError(
-                f"{_WHERE}: {type(model).__name__} contains no QuantBackwardWrapper, so there is no noise "
-                "to save; wrap the model or a part of it first")
+                f"{_WHERE}: {type(model).__name__} contains no QuantBackwardWrapper, so there is no "
+                "noise to save; wrap the model or a part of it first")
 
     def state_dict(self) -> dict[str, dict[str, int]]:
-        """Qualified name of each wrapper -> its :meth:`~QuantBackwardWrapper.noise_state`."""
+        """Qualified name of each wrapper -> its ``noise_state()``."""
         return {name: wrapper.noise_state() for name, wrapper in self._wrappers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -54,8 +53,9 @@ class NoiseState:
         ours, given = set(self._wrappers), set(state_dict)
         if ours != given:
             raise UnknownNameError(
-                f"{_WHERE}.load_state_dict: the wrappers of this model are {_listed(ours)}, but the state "
-                f"is of {_listed(given)}{_hint(ours, given)}; wrap the same modules as when it was saved")
+                f"{_WHERE}.load_state_dict: the wrappers of this model are {_listed(ours)}, but the "
+                f"state is of {_listed(given)}{_hint(ours, given)}; wrap the same modules as when it was "
+                "saved")
         before = self.state_dict()
         try:
             self._set(state_dict)

@@ -22,6 +22,7 @@ from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 Storage = Literal["save_quantized", "quantize_on_backward"]
 _WHERE = "brevitas_bp.QuantBackwardWrapper"
+_TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _created = itertools.count()
 
 
@@ -102,8 +103,7 @@ class QuantBackwardWrapper(nn.Module):
         self._index = next(_created)
         self._listeners: list[Listener] = []
         self._explanation: Explanation | None = None
-        self.module = module
-        self.register_load_state_dict_post_hook(_name_keys_as_given)
+        self._stand_for(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module; what autograd saves meanwhile is stored as configured."""
@@ -167,7 +167,19 @@ class QuantBackwardWrapper(nn.Module):
             self._noise = SeedStream(derive(torch.initial_seed(), self._index))
         return self._noise
 
-    # The wrapper is transparent: keys and attributes are those of the module.
+    # NOTE [ The wrapper takes the place of the module ]
+    # 1. The tables of parameters, buffers and submodules are the module's own, the very same objects:
+    #    names, keys, and what is set, replaced or deleted through either of the two are those of both.
+    # 2. So the module is no submodule of the wrapper, and no name has a step more than without it. Tools
+    #    that match names of parameters with keys of a state_dict (PEFT) depend on that.
+    # 3. What a module does to itself (``to``, ``train``, ``state_dict``) it is asked to do, since its
+    #    class may do it in its own way.
+
+    def _stand_for(self, module: nn.Module) -> None:
+        self.__dict__["module"] = module
+        for table in _TABLES:
+            self.__dict__[table] = module.__dict__[table]
+        self.training = module.training
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``state_dict``: same keys, wrapped or not."""
@@ -182,15 +194,19 @@ class QuantBackwardWrapper(nn.Module):
         self.module.apply(fn)
         return self
 
-    def _load_from_state_dict(
-            self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        # Reached when a parent module loads: its keys do not name the wrapper.
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            state_dict[f"{prefix}module.{key[len(prefix):]}"] = state_dict.pop(key)
-        messages = missing_keys, unexpected_keys, error_msgs
-        self._loading = prefix, [(list_, len(list_)) for list_ in messages]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
+    def train(self, mode: bool = True) -> "QuantBackwardWrapper":
+        """Sets the mode of the module."""
+        self.module.train(mode)
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "QuantBackwardWrapper":
+        self.module._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Reached when a parent module loads.
+        self.module._load_from_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -205,22 +221,28 @@ class QuantBackwardWrapper(nn.Module):
         memo[id(self)] = other
         for key, value in self.__dict__.items():
             other.__dict__[key] = [] if key == "_listeners" else copy.deepcopy(value, memo)
+        other._stand_for(other.module)
         # A copy draws noise of its own.
         other._index = next(_created)
         if other._noise is not None:
             other._noise = SeedStream(derive(other._noise.state()["base"], other._index))
         return other
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stand_for(self.module)
+
     def extra_repr(self) -> str:
         codec = "exact" if self._codec is None else self._codec.name
-        return f"{codec}, storage={self._storage!r}"
+        return f"{type(self.module).__name__}, {codec}, storage={self._storage!r}"
 
 
-def _name_keys_as_given(wrapper: QuantBackwardWrapper, incompatible: Any) -> None:
-    """Takes the wrapper's own name out of what a parent's ``load_state_dict`` reports."""
-    prefix, messages = wrapper.__dict__.pop("_loading")
-    for list_, start in messages:
-        list_[start:] = [text.replace(f"{prefix}module.", prefix, 1) for text in list_[start:]]
+def wrappers_in(model: nn.Module) -> Iterator[tuple[str, QuantBackwardWrapper]]:
+    """Qualified name and wrapper, of all in a model; one around another has its name and ``.module``."""
+    for name, module in model.named_modules():
+        while isinstance(module, QuantBackwardWrapper):
+            yield name, module
+            name, module = f"{name}.module".lstrip("."), module.module
 
 
 def _distributed_rank() -> int:

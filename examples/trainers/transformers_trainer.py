@@ -2,12 +2,13 @@
 
     python examples/trainers/transformers_trainer.py [--model bert] [--epochs 3] [--resume]
 
-Needs `pip install brevitas-bp[trainers]`, and no download. Expect RATIO.
+Needs `pip install brevitas-bp[trainers]`, and no download. Expect an evaluation loss of 0.004 (bert), 1.29
+(gpt2), 1.46 (llama), and saved tensors 5.7, 3.5 and 4.0 times smaller; 10 to 20 seconds.
 
 The *body* of the model is wrapped, in place, and the model stays what Trainer expects: a PreTrainedModel
 whose class says what its labels are called, which columns it takes, and how it is saved. Wrapped as a
-whole it is none of these (see docs/trainers.md), and nothing is gained: what follows the body is a linear
-layer and the loss, whose logits are exact anyway.
+whole it is none of these (see docs/trainers.md), and little is gained: what follows the body is a small
+head and the loss, whose logits are exact anyway.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def report_bytes(model: PreTrainedModel, rows: list[dict[str, Any]]) -> str:
     with track_saved_memory(model.train()) as report:
         kept = model(**batch)
     return (
-        f"batch of {len(rows)}, loss {float(kept.loss):.3f}: {report.exact_bytes / 2**20:.2f} MiB in "
+        f"batch of {len(rows)}, loss {kept.loss.item():.3f}: {report.exact_bytes / 2**20:.2f} MiB in "
         f"{report.stored_bytes / 2**20:.2f}, {report.ratio:.1f}x")
 
 
