@@ -54,8 +54,8 @@ class NoiseState:
         if ours != given:
             raise UnknownNameError(
                 f"{_WHERE}.load_state_dict: the wrappers of this model are {_listed(ours)}, but the "
-                f"state is of {_listed(given)}{_hint(ours, given)}; wrap the same modules as when it was "
-                "saved")
+                f"state is of {_listed(given)}{_hint(ours, given)}; wrap the same modules as when it "
+                "was saved")
         before = self.state_dict()
         try:
             self._set(state_dict)

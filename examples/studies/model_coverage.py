@@ -33,16 +33,18 @@ from vision import import_torchvision
 SIZES = {"inception_v3": 299, "vit": 224, "maxvit": 224, "alexnet": 80}
 
 #: Of timm, where it is installed; those that are built for one size get it, others 64 pixels.
-TIMM = """
-    beit_base_patch16_224 cait_xxs24_224 coatnet_nano_rw_224 convnext_atto convnextv2_atto davit_tiny
-    deit3_small_patch16_224 dm_nfnet_f0 edgenext_xx_small efficientnetv2_rw_t efficientvit_b0
-    eva02_tiny_patch14_224 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_100 hiera_tiny_224
-    hrnet_w18_small inception_next_atto levit_128s maxvit_nano_rw_256 mixer_s16_224 mixer_s32_224
-    mobilenetv3_small_050 mobilenetv3_small_100 mobilenetv4_conv_small mobilevit_xxs nf_regnet_b0
-    nf_resnet50 nfnet_l0 poolformer_s12 pvt_v2_b0 regnetx_002 regnety_002 repvit_m0_9 resmlp_12_224
-    resnest14d resnet10t resnetv2_50x1_bit rexnet_100 seresnet18 starnet_s1 swin_s3_tiny_224
-    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tiny_vit_5m_224 vit_tiny_patch16_224
-    volo_d1_224 xcit_nano_12_p16_224""".split()
+TIMM = [
+    "beit_base_patch16_224", "cait_xxs24_224", "coatnet_nano_rw_224", "convnext_atto",
+    "convnextv2_atto", "davit_tiny", "deit3_small_patch16_224", "dm_nfnet_f0", "edgenext_xx_small",
+    "efficientnetv2_rw_t", "efficientvit_b0", "eva02_tiny_patch14_224", "fastvit_t8",
+    "focalnet_tiny_srf", "gcvit_xxtiny", "ghostnet_100", "hiera_tiny_224", "hrnet_w18_small",
+    "inception_next_atto", "levit_128s", "maxvit_nano_rw_256", "mixer_s16_224", "mixer_s32_224",
+    "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv4_conv_small", "mobilevit_xxs",
+    "nf_regnet_b0", "nf_resnet50", "nfnet_l0", "poolformer_s12", "pvt_v2_b0", "regnetx_002",
+    "regnety_002", "repvit_m0_9", "resmlp_12_224", "resnest14d", "resnet10t", "resnetv2_50x1_bit",
+    "rexnet_100", "seresnet18", "starnet_s1", "swin_s3_tiny_224", "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256", "tiny_vit_5m_224", "vit_tiny_patch16_224", "volo_d1_224",
+    "xcit_nano_12_p16_224"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def builders(
 
 def timm_builders(
         batch: int, pixels: int | None) -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
-    """As :func:`builders`, of timm; none where it is not installed. After torchvision: it imports that."""
+    """As :func:`builders`, of timm, if it is installed. After torchvision, which it imports."""
     if importlib.util.find_spec("timm") is None:
         return {}
     timm = importlib.import_module("timm")

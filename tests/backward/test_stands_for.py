@@ -1,4 +1,4 @@
-"""The wrapper takes the place of the module: names, keys and what is set through either are those of both."""
+"""The wrapper takes the place of the module: names, keys, and what is set through either of them."""
 
 import copy
 import pickle
@@ -85,7 +85,8 @@ def test_what_is_set_through_the_wrapper_is_the_modules() -> None:
 
 @pytest.mark.parametrize("change", [
     copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double(), lambda m: m.eval(),
-    lambda m: m.to(torch.bfloat16), lambda m: m.requires_grad_(False), lambda m: m.to_empty(device="meta")],
+    lambda m: m.to(torch.bfloat16), lambda m: m.requires_grad_(False),
+    lambda m: m.to_empty(device="meta")],
     ids=["deepcopy", "pickle", "double", "eval", "bfloat16", "requires_grad_", "to_empty"])
 def test_both_change_together(change: Callable[[nn.Module], QuantBackwardWrapper]) -> None:
     wrapper = change(QuantBackwardWrapper(Net(), seed=0))
@@ -136,6 +137,7 @@ def test_wrappers_around_each_other_are_all_found() -> None:
     assert {row.module for row in report.rows} >= {"body.0", "head"}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_compiled_and_scripted_modules_have_their_names() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(64, 64), nn.ReLU()))
     for module in (scripted, torch.compile(Net(), backend="eager")):
