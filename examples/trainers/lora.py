@@ -3,7 +3,7 @@
     python examples/trainers/lora.py [--batch 8] [--tokens 128] [--markdown]
 
 A Llama of 4 x 256 with random weights; PEFT's LoRA of rank 8. Needs `pip install brevitas-bp[trainers]`
-and no download; 20 seconds. Expect 86.1 MiB of saved tensors in 19.2 for full fine-tuning, and for
+and no download. Expect 86.1 MiB of saved tensors in 19.2 for full fine-tuning, and for
 adapters of all linear layers 75.9 MiB in 17.4, with dropout 123.7 in 19.2.
 
 A frozen layer saves no input: its weight needs no gradient. What adapters leave is what multiplies the

@@ -4,7 +4,7 @@
 
 Random weights, no download. The body is wrapped at the default policy (2 bits, bucket 256, bfloat16
 metadata); bytes are those of the whole model with its loss. "Exact" lists the operations that keep most.
-Needs `pip install brevitas-bp[trainers]`, 8 GiB and about three minutes. Expect docs/trainers.md.
+Needs `pip install brevitas-bp[trainers]`, and memory for a GPT-2. Expect the table of docs/trainers.md.
 """
 
 import argparse

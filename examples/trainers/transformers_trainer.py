@@ -3,7 +3,7 @@
     python examples/trainers/transformers_trainer.py [--model bert] [--epochs 3] [--resume]
 
 Needs `pip install brevitas-bp[trainers]`, and no download. Expect an evaluation loss of 0.004 (bert),
-1.29 (gpt2), 1.46 (llama), and saved tensors 5.7, 5.4 and 4.0 times smaller; 10 to 20 seconds.
+1.29 (gpt2), 1.46 (llama), and saved tensors 5.7, 5.4 and 4.0 times smaller.
 
 The *body* of the model is wrapped, in place, and the model stays what Trainer expects: a PreTrainedModel
 whose class says what its labels are called, which columns it takes, and how it is saved. Wrapped as a
