@@ -15,7 +15,7 @@ from brevitas_bp.backward.explain import mib, table, unknown_note, unknown_opera
 from brevitas_bp.backward.hooks import PARAMETER, ForwardPass
 from brevitas_bp.backward.policy import keep_all
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
 from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import shard_of
@@ -190,7 +190,7 @@ def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
             "brevitas_bp.track_saved_memory: expected a torch.nn.Module, got "
             f"{type(model).__name__}")
     report = SavedMemoryReport()
-    wrappers = [m for m in model.modules() if isinstance(m, QuantBackwardWrapper)]
+    wrappers = [wrapper for _, wrapper in wrappers_in(model)]
     root = model.module if isinstance(model, QuantBackwardWrapper) else model
     with ExitStack() as stack:
         for wrapper in wrappers:

@@ -1,24 +1,36 @@
-"""A module that stands for another one: same keys, same attributes, whether read, set or deleted."""
+"""A module that takes the place of another one: same names, keys and attributes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 _OWN = "module"
+_TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+_Self = TypeVar("_Self", bound="Transparent")
 
 
 class Transparent(nn.Module):
-    """Base of a wrapper of one module, ``self.module``, set last in ``__init__``.
+    """Base of a wrapper of one module, ``self.module``.
 
-    What the wrapper does not have is read from the module, and also set and deleted there:
-    ``wrapper.fc = nn.Linear(512, 10)`` replaces the module's own ``fc``. The wrapper has no parameters,
-    buffers and submodules but those of the module.
+    What the wrapper does not have is read, set and deleted there: ``wrapper.fc = nn.Linear(512, 10)``
+    replaces the module's own ``fc``.
+
+    NOTE [ The wrapper takes the place of the module ]
+    1. The tables of parameters, buffers and submodules are the module's own, the very same objects:
+       names, keys, and what is set, replaced or deleted through either of the two are those of both.
+    2. So the module is no submodule of the wrapper, and no name has a step more than without it. Tools
+       that match names of parameters with keys of a state_dict (PEFT) depend on that.
+    3. What a module does to itself (``to``, ``train``, ``state_dict``) it is asked to do, since its
+       class may do it in its own way.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_load_state_dict_post_hook(_name_keys_as_given)
+    def _stand_for(self, module: nn.Module) -> None:
+        """To be called last in ``__init__``: until then everything set is the wrapper's own."""
+        self.__dict__[_OWN] = module
+        for table in _TABLES:
+            self.__dict__[table] = module.__dict__[table]
+        self.training = module.training
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``state_dict``: same keys, wrapped or not."""
@@ -28,22 +40,24 @@ class Transparent(nn.Module):
         """Loads a ``state_dict`` of the module, wrapped or not."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)
 
-    def apply(self, fn: Callable[[nn.Module], Any]) -> Any:
+    def apply(self: _Self, fn: Callable[[nn.Module], Any]) -> _Self:
         """Applies ``fn`` to the modules that it would see without the wrapper."""
         self.module.apply(fn)
         return self
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Adds a child to the module."""
-        self.module.add_module(name, module)
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Sets the mode of the module."""
+        self.module.train(mode)
+        self.training = mode
+        return self
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Adds a parameter to the module."""
-        self.module.register_parameter(name, param)
+    def _apply(self: _Self, fn: Callable[[Any], Any], recurse: bool = True) -> _Self:
+        self.module._apply(fn, recurse)
+        return self
 
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Adds a buffer to the module."""
-        self.module.register_buffer(name, tensor, persistent)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Reached when a parent module loads.
+        self.module._load_from_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -68,27 +82,12 @@ class Transparent(nn.Module):
 
     def _is_own(self, name: str) -> bool:
         """Whether the wrapper has such an attribute; everything is its own until it has a module."""
-        return (
-            name == _OWN or name in self.__dict__ or hasattr(type(self), name)
-            or _OWN not in self.__dict__.get("_modules", ()))
+        return name in self.__dict__ or hasattr(type(self), name) or _OWN not in self.__dict__
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script asks for this: it compiles what runs forward, which is the module.
         return self.module
 
-    def _load_from_state_dict(
-            self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        # Reached when a parent module loads: its keys do not name the wrapper.
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            state_dict[f"{prefix}{_OWN}.{key[len(prefix):]}"] = state_dict.pop(key)
-        messages = missing_keys, unexpected_keys, error_msgs
-        self.__dict__["_loading"] = prefix, [(list_, len(list_)) for list_ in messages]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
-
-
-def _name_keys_as_given(wrapper: Transparent, incompatible: Any) -> None:
-    """Takes the wrapper's own name out of what a parent's ``load_state_dict`` reports."""
-    prefix, messages = wrapper.__dict__.pop("_loading")
-    for list_, start in messages:
-        list_[start:] = [text.replace(f"{prefix}{_OWN}.", prefix, 1) for text in list_[start:]]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stand_for(self.module)

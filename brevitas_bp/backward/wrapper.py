@@ -137,7 +137,7 @@ class QuantBackwardWrapper(Transparent):
         self._index = next(_created)
         self._listeners: list[Listener] = []
         self._explanation: Explanation | None = None
-        self.module = module
+        self._stand_for(module)
         self.use_plan(plan)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -245,6 +245,7 @@ class QuantBackwardWrapper(Transparent):
         memo[id(self)] = other
         for key, value in self.__dict__.items():
             other.__dict__[key] = [] if key == "_listeners" else copy.deepcopy(value, memo)
+        other._stand_for(other.module)
         # A copy draws noise of its own.
         other._index = next(_created)
         if other._noise is not None:
@@ -253,7 +254,15 @@ class QuantBackwardWrapper(Transparent):
 
     def extra_repr(self) -> str:
         codec = "exact" if self._codec is None else self._codec.name
-        return f"{codec}, storage={self._storage!r}"
+        return f"{type(self.module).__name__}, {codec}, storage={self._storage!r}"
+
+
+def wrappers_in(model: nn.Module) -> Iterator[tuple[str, QuantBackwardWrapper]]:
+    """Qualified name and wrapper, of all in a model; one around another has its name and ``.module``."""
+    for name, module in model.named_modules():
+        while isinstance(module, QuantBackwardWrapper):
+            yield name, module
+            name, module = f"{name}.module".lstrip("."), module.module
 
 
 def _is_traced() -> bool:
