@@ -1,0 +1,108 @@
+"""PyTorch's own gradient samples, through the wrapper: counts, and what failed.
+
+    python -m tests.referee.run --policy exact --json out.json
+
+Policies: "exact" (all is bit-equal to plain autograd), "op_aware", "all", "all_but_relu" (with every
+encoding forced), "linear" (where the default policy rounds, backward is linear; use --dtype float64),
+"naive" (the control).
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.referee.cases import VARIANTS, module_cases, op_cases
+from tests.referee.checks import CHECKS, Tally, tallies_of
+from tests.referee.known import KNOWN
+
+MODULE = "module"
+ALL_VARIANTS = [*VARIANTS, MODULE]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs, prints a table, and returns 1 if anything failed that is not listed."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    report = referee(
+        options.policy, options.dtype, options.variant or ALL_VARIANTS, options.samples)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+    _show(report)
+    return int(bool(report["failures"] or report["no_longer_failing"]))
+
+
+def referee(policy: str, dtype: str, variants: Sequence[str], limit: int | None) -> dict[str, Any]:
+    """Everything that was counted, ready for JSON."""
+    known = KNOWN.get(policy, {})
+    whole = {op for op, _ in known}
+    in_dtype = getattr(torch, dtype)
+    cases = itertools.chain(
+        op_cases(in_dtype, [v for v in variants if v in VARIANTS], limit, whole),
+        module_cases(in_dtype, limit, whole) if MODULE in variants else ())
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        # PyTorch's own, of how its samples are made.
+        warnings.simplefilter("ignore")
+        tallies = tallies_of(CHECKS[policy], cases)
+    failed = [(case, text) for tally in tallies.values() for case, text in tally.failures]
+    seen = {(case.op, case.variant) for case, _ in failed}
+    return {
+        "policy": policy, "dtype": dtype, "samples_per_op": limit, "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - started, 1),
+        "variants": {variant: _counts(tally) for variant, tally in tallies.items()},
+        "failures": [f"{c}: {text}" for c, text in failed if (c.op, c.variant) not in known],
+        "failing_ops": sorted({c.op for c, _ in failed if (c.op, c.variant) not in known}),
+        "known": {f"{op} [{variant}]": known[op, variant] for op, variant in sorted(seen & {*known})},
+        "no_longer_failing": [
+            f"{op} [{variant}]" for op, variant in known
+            if variant in variants and (op, variant) not in seen]}
+
+
+def _counts(tally: Tally) -> dict[str, Any]:
+    return {
+        "ops": len(tally.ops), **{name: n for name, n in tally.counts.items() if n},
+        "failed": len(tally.failures),
+        "not reproducible in plain autograd": dict(tally.irreproducible)}
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(
+        name for counts in report["variants"].values() for name in counts))
+    table = Table("variant", *columns, title=(
+        f"policy {report['policy']}, {report['dtype']}, torch {report['torch']}, "
+        f"{report['seconds']} s"))
+    for variant, counts in report["variants"].items():
+        shown = [counts.get(name, 0) for name in columns]
+        table.add_row(variant, *(str(sum(n.values()) if isinstance(n, dict) else n) for n in shown))
+    console = Console(width=180, soft_wrap=True)
+    console.print(table)
+    for title in ("failures", "no_longer_failing"):
+        for line in report[title]:
+            console.print(f"{title}: {line}", markup=False, highlight=False)
+    for name, reason in report["known"].items():
+        console.print(f"known: {name}: {reason}", markup=False, highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--policy", choices=CHECKS, default="exact")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
+    parser.add_argument("--variant", action="append", choices=ALL_VARIANTS)
+    parser.add_argument("--samples", type=int, help="most samples of one operator")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
