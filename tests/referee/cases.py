@@ -5,6 +5,7 @@ loads a hypothesis profile, in the whole process.
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,20 +102,31 @@ def op_cases(
         limit: most samples of one operator, spread over all of them; None: all.
         whole: operators of which all are taken.
     """
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    for op in op_db:
+    for name, op in _ops().items():
         if not op.supports_autograd or dtype not in op.supported_dtypes("cpu"):
             continue
-        torch.manual_seed(0)
-        samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
-        chosen = _spread(len(samples), None if op.full_name in whole else limit)
+        samples = _samples(name, dtype)
+        chosen = _spread(len(samples), None if name in whole else limit)
         for variant, index in itertools.product(variants, chosen):
             sample = samples[index]
             if _can_run(op, variant, sample):
                 yield Case(
-                    op.full_name, variant, index, _op_build(op, variant, sample),
+                    name, variant, index, _op_build(op, variant, sample),
                     sample.output_process_fn_grad)
+
+
+@functools.cache
+def _ops() -> dict[str, Any]:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return {op.full_name: op for op in op_db}
+
+
+@functools.cache
+def _samples(name: str, dtype: torch.dtype) -> list[Any]:
+    """Made once: that takes longer than to run them. Nobody writes to them, see :func:`_copied`."""
+    torch.manual_seed(0)
+    return list(_ops()[name].sample_inputs("cpu", dtype, requires_grad=True))
 
 
 def _can_run(op: Any, variant: str, sample: Any) -> bool:
@@ -184,7 +196,7 @@ _COPYABLE = (torch.strided, torch.sparse_coo)
 
 
 def _spread(total: int, limit: int | None) -> list[int]:
-    """At most ``limit`` of ``range(total)``, the first and the last among them."""
+    """At most ``limit`` of ``range(total)``, from the middle of equal parts."""
     if limit is None or total <= limit:
         return list(range(total))
-    return sorted({i * (total - 1) // max(limit - 1, 1) for i in range(limit)})
+    return [(2 * part + 1) * total // (2 * limit) for part in range(limit)]

@@ -14,7 +14,12 @@ from brevitas_bp.backward import hooks, rewrites
 from brevitas_bp.backward.policy import ExplainedPolicy
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision
+from brevitas_bp.codec.base import Copy
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.lossless import BitMask, NarrowInt
+from brevitas_bp.codec.pooling import WindowIndex
+from brevitas_bp.codec.regions import Region, ScaledMask, Sign
+from brevitas_bp.codec.shape_only import ShapeOnly
 from brevitas_bp.codec.signed import SignExact
 
 
@@ -36,14 +41,17 @@ class Recorder:
 
     Attributes:
         inner: decides.
+        unbiased_only: whether tensors are kept of which the bias of rounding is stated: those of norms
+            (the normalized input enters a gradient twice) and of prelu (cut at 0 when it is decoded).
         rounded: names of the operations whose saved tensor goes through a quantizer.
-        reaches: what :attr:`Decision.reaches` said of those.
+        left_out: tensors kept for the sake of ``unbiased_only``.
         replaced: whether an operation saved something that plain autograd does not.
     """
 
     inner: ExplainedPolicy
+    unbiased_only: bool = False
     rounded: list[str] = field(default_factory=list)
-    reaches: set[str] = field(default_factory=set)
+    left_out: int = 0
     replaced: bool = False
 
     def __call__(self, saved: SavedTensor) -> Codec | None:
@@ -52,21 +60,20 @@ class Recorder:
     def decide(self, saved: SavedTensor) -> Decision:
         decision = self.inner.decide(saved)
         self.replaced |= saved.role is not None
-        if decision.codec is not None and not isinstance(decision.codec, _lossless_types()):
-            self.rounded.append(saved.op or "custom function")
-            self.reaches.add(decision.reaches)
+        if decision.codec is None or isinstance(decision.codec, _LOSSLESS):
+            return decision
+        if self.unbiased_only and (
+                decision.reaches == "norm" or isinstance(decision.codec, SignExact)):
+            self.left_out += 1
+            return decision._replace(codec=None)
+        self.rounded.append(saved.op or "custom function")
         return decision
 
     def rewrite(self, function: Any) -> Rewrite | None:
         return self.inner.rewrite(function)
 
 
-def _lossless_types() -> tuple[type[Codec], ...]:
-    from brevitas_bp.codec import base, lossless, pooling, regions, shape_only
-
-    return (
-        base.Copy, lossless.BitMask, lossless.NarrowInt, pooling.WindowIndex, regions.Region,
-        regions.Sign, regions.ScaledMask, shape_only.ShapeOnly)
+_LOSSLESS = (BitMask, Copy, NarrowInt, Region, ScaledMask, ShapeOnly, Sign, WindowIndex)
 
 
 class Nudge(Codec):
@@ -96,8 +103,3 @@ class Nudge(Codec):
 
     def decode(self, packed: Packed) -> Tensor:
         return packed.layout.restore_flat(packed.tensors[0])
-
-
-def cuts_at_zero(codec: Codec | None) -> bool:
-    """Whether a codec changes what the codec inside of it decodes."""
-    return isinstance(codec, SignExact)

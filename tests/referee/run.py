@@ -2,9 +2,10 @@
 
     python -m tests.referee.run --policy exact --json out.json
 
-Policies: "exact" (all is bit-equal to plain autograd), "op_aware", "all", "all_but_relu" (with every
-encoding forced), "linear" (where the default policy rounds, backward is linear; use --dtype float64),
-"naive" (the control).
+"exact": all is bit-equal to plain autograd. "op_aware", "all", "all_but_relu": every encoding is forced;
+outputs are bit-equal, nothing crashes, and gradients are exact where nothing was rounded. "linear":
+where the default policy rounds, backward is linear in it (use --dtype float64). The other policies
+are controls: each failure is a case that the comparison caught.
 """
 
 import argparse
@@ -77,15 +78,14 @@ def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = list(dict.fromkeys(
-        name for counts in report["variants"].values() for name in counts))
-    table = Table("variant", *columns, title=(
+    variants = report["variants"]
+    table = Table("", *variants, title=(
         f"policy {report['policy']}, {report['dtype']}, torch {report['torch']}, "
         f"{report['seconds']} s"))
-    for variant, counts in report["variants"].items():
-        shown = [counts.get(name, 0) for name in columns]
-        table.add_row(variant, *(str(sum(n.values()) if isinstance(n, dict) else n) for n in shown))
-    console = Console(width=180, soft_wrap=True)
+    for name in dict.fromkeys(name for counts in variants.values() for name in counts):
+        shown = [counts.get(name, 0) for counts in variants.values()]
+        table.add_row(name, *(str(sum(n.values()) if isinstance(n, dict) else n) for n in shown))
+    console = Console(width=140, soft_wrap=True)
     console.print(table)
     for title in ("failures", "no_longer_failing"):
         for line in report[title]:
