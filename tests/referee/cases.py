@@ -99,14 +99,15 @@ def op_cases(
     Args:
         dtype: of the samples.
         variants: keys of :data:`VARIANTS`.
-        limit: most samples of one operator, spread over all of them; None: all.
+        limit: most samples of one operator; None: all.
         whole: operators of which all are taken.
     """
     for name, op in _ops().items():
         if not op.supports_autograd or dtype not in op.supported_dtypes("cpu"):
             continue
-        samples = _samples(name, dtype)
-        chosen = _spread(len(samples), None if name in whole else limit)
+        most = None if name in whole else limit
+        samples = _samples(name, dtype, most and most * _DRAWN_FROM)
+        chosen = _spread(len(samples), most)
         for variant, index in itertools.product(variants, chosen):
             sample = samples[index]
             if _can_run(op, variant, sample):
@@ -122,11 +123,16 @@ def _ops() -> dict[str, Any]:
     return {op.full_name: op for op in op_db}
 
 
+# Of how many one is taken where there is a limit: to make all takes longer than to run some.
+_DRAWN_FROM = 5
+
+
 @functools.cache
-def _samples(name: str, dtype: torch.dtype) -> list[Any]:
-    """Made once: that takes longer than to run them. Nobody writes to them, see :func:`_copied`."""
+def _samples(name: str, dtype: torch.dtype, most: int | None) -> list[Any]:
+    """The first samples of an operator. Nobody writes to them, see :func:`_copied`."""
     torch.manual_seed(0)
-    return list(_ops()[name].sample_inputs("cpu", dtype, requires_grad=True))
+    made = _ops()[name].sample_inputs("cpu", dtype, requires_grad=True)
+    return list(itertools.islice(made, most))
 
 
 def _can_run(op: Any, variant: str, sample: Any) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -102,14 +103,14 @@ def check_linear(policy: str) -> Check:
         tally.counts["tensors of stated bias left out"] += recorder.left_out
         if still.error is not None:
             return difference(still, expected)
-        wrong = _apart(still.grads, expected.grads, expected.grads)
+        middle = _flat(still)
+        wrong = _apart(middle, _flat(expected), middle)
         if wrong:
             return f"with nothing moved, {wrong}"
         for which in range(min(encoded, MOST_MOVED)):
-            up, down = (_nudged(case, policy, which, step)[0].grads for step in (STEP, -STEP))
+            up, down = (_flat(_nudged(case, policy, which, step)[0]) for step in (STEP, -STEP))
             tally.counts["tensors moved"] += 1
-            mean = [None if a is None or b is None else (a + b) / 2 for a, b in zip(up, down)]
-            wrong = _apart(mean, still.grads, up)
+            wrong = _apart([(a + b) / 2 for a, b in zip(up, down)], middle, up)
             if wrong:
                 return f"not linear in tensor {which} of those saved by {recorder.rounded}: {wrong}"
         return None
@@ -127,9 +128,14 @@ def _nudged(
     return outcome, recorder, codec.encoded
 
 
-def _apart(
-        actual: list[Tensor | None], expected: list[Tensor | None],
-        terms: list[Tensor | None]) -> str | None:
+def _flat(outcome: Outcome) -> list[Tensor]:
+    """The gradients as vectors, whatever their layout; an empty one for none."""
+    return [
+        torch.empty(0) if grad is None else torch.cat([x.reshape(-1) for x in strided(grad)])
+        for grad in outcome.grads]
+
+
+def _apart(actual: list[Tensor], expected: list[Tensor], terms: list[Tensor]) -> str | None:
     """How far two sets of gradients are apart, if further than the rounding of ``terms`` explains.
 
     Samples are float64 with up to some thousands of terms in a sum: 1e4 roundings of 2**-53 each are
@@ -137,18 +143,15 @@ def _apart(
     the order of ``STEP ** 2``.
     """
     for ours, theirs, term in zip(actual, expected, terms, strict=True):
-        if ours is None or theirs is None or term is None:
-            if (ours is None) != (theirs is None):
-                return "a gradient is missing, or there where none was"
+        if len(ours) != len(theirs):
+            return "a gradient is missing, or there where none was"
+        finite = theirs.isfinite() & term.isfinite()
+        if not finite.any():
             continue
-        for a, b, c in zip(strided(ours), strided(theirs), strided(term), strict=True):
-            finite = b.isfinite() & c.isfinite()
-            if not finite.any():
-                continue
-            largest = max(float(t[finite].abs().max()) for t in (b, c))
-            error = float((a - b)[finite].abs().max())
-            if not error <= 1e-9 * largest:
-                return f"gradients are {error:.1e} apart, of at most {largest:.1e}"
+        largest = max(float(t[finite].abs().max()) for t in (theirs, term))
+        error = float((ours - theirs)[finite].abs().max())
+        if not error <= 1e-9 * largest:
+            return f"gradients are {error:.1e} apart, of at most {largest:.1e}"
     return None
 
 
