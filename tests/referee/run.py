@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +33,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     report = referee(
-        options.policy, options.dtype, options.variant or ALL_VARIANTS, options.samples)
+        options.policy, options.dtype, options.variant or ALL_VARIANTS, options.samples,
+        options.op)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     _show(report)
     return int(bool(report["failures"] or report["no_longer_failing"]))
 
 
-def referee(policy: str, dtype: str, variants: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """Everything that was counted, ready for JSON."""
+def referee(
+        policy: str, dtype: str, variants: Sequence[str], limit: int | None,
+        only: Container[str] = ()) -> dict[str, Any]:
+    """Everything that was counted, ready for JSON.
+
+    Args:
+        policy: key of :data:`CHECKS`.
+        dtype: of the samples.
+        variants: of :data:`ALL_VARIANTS`.
+        limit: most samples of one operator or module; None: all.
+        only: full names of operators and modules; none means all.
+    """
     known = KNOWN.get(policy, {})
     whole = {op for op, _ in known}
     in_dtype = getattr(torch, dtype)
+    of_ops = [variant for variant in variants if variant in VARIANTS]
     cases = itertools.chain(
-        op_cases(in_dtype, [v for v in variants if v in VARIANTS], limit, whole),
+        op_cases(in_dtype, of_ops, limit, whole) if of_ops else (),
         module_cases(in_dtype, limit, whole) if MODULE in variants else ())
     started = time.perf_counter()
     with warnings.catch_warnings():
         # PyTorch's own, of how its samples are made.
         warnings.simplefilter("ignore")
-        tallies = tallies_of(CHECKS[policy], cases)
+        tallies = tallies_of(
+            CHECKS[policy], (case for case in cases if not only or case.op in only))
     failed = [(case, text) for tally in tallies.values() for case, text in tally.failures]
     seen = {(case.op, case.variant) for case, _ in failed}
     return {
@@ -100,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
     parser.add_argument("--variant", action="append", choices=ALL_VARIANTS)
     parser.add_argument("--samples", type=int, help="most samples of one operator")
+    parser.add_argument("--op", action="append", default=[], help="full name of one operator")
     parser.add_argument("--json", type=Path)
     return parser
 
