@@ -7,7 +7,7 @@ loads a hypothesis profile, in the whole process.
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,22 +92,19 @@ VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 def op_cases(
-        dtype: torch.dtype, variants: Sequence[str], limit: int | None,
-        whole: Container[str]) -> Iterator[Case]:
+        dtype: torch.dtype, variants: Sequence[str], limit: int | None) -> Iterator[Case]:
     """Samples of ``op_db``, on CPU.
 
     Args:
         dtype: of the samples.
         variants: keys of :data:`VARIANTS`.
         limit: most samples of one operator; None: all.
-        whole: operators of which all are taken.
     """
     for name, op in _ops().items():
         if not op.supports_autograd or dtype not in op.supported_dtypes("cpu"):
             continue
-        most = None if name in whole else limit
-        samples = _samples(name, dtype, most and most * _DRAWN_FROM)
-        chosen = _spread(len(samples), most)
+        samples = _samples(name, dtype, limit and limit * _DRAWN_FROM)
+        chosen = _spread(len(samples), limit)
         for variant, index in itertools.product(variants, chosen):
             sample = samples[index]
             if _can_run(op, variant, sample):
@@ -155,8 +152,7 @@ def _op_build(op: Any, variant: str, sample: Any) -> Build:
     return build
 
 
-def module_cases(
-        dtype: torch.dtype, limit: int | None, whole: Container[str]) -> Iterator[Case]:
+def module_cases(dtype: torch.dtype, limit: int | None) -> Iterator[Case]:
     """Samples of ``module_db``, on CPU, in training and in evaluation mode; arguments as above."""
     from torch.testing._internal.common_modules import module_db
 
@@ -168,7 +164,7 @@ def module_cases(
             samples = info.module_inputs_func(
                 info, device="cpu", dtype=dtype, requires_grad=True, training=training)
             name = f"{info.name}{'' if training else ' (eval)'}"
-            for index in _spread(len(samples), None if name in whole else limit):
+            for index in _spread(len(samples), limit):
                 yield Case(
                     name, "module", index, _module_build(info, samples[index], dtype, training),
                     lambda output: output)
