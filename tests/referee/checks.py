@@ -25,6 +25,9 @@ MOST_MOVED = 24
 #: How far: no small step, for a linear function is one at any distance.
 STEP = 0.5
 
+#: Operators that give other bits when plain autograd runs them again; a few of their samples.
+IRREPRODUCIBLE = {"linalg.lstsq", "linalg.lstsq.grad_oriented"}
+
 
 @dataclass
 class Tally:
@@ -194,7 +197,9 @@ def tallies_of(check: Check, cases: Iterable[Case]) -> dict[str, Tally]:
         wrong = check(case, expected, tally)
         if wrong is None:
             continue
-        if any(difference(outcome_of(case), expected) for _ in range(3)):
+        # Kept alive, so that each run gets other memory.
+        again = [outcome_of(case) for _ in range(40 if case.op in IRREPRODUCIBLE else 3)]
+        if any(difference(other, expected) for other in again):
             tally.irreproducible[case.op] += 1
         else:
             tally.failures.append((case, wrong))
