@@ -1,8 +1,9 @@
-"""The configured codec with more bits."""
+"""The configured codec with more bits, and without averages."""
 
 from weakref import WeakKeyDictionary
 
 from brevitas_bp.codec import Codec, codec_from
+from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.lowering import is_stochastic
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
 from brevitas_bp.quant import (
@@ -17,13 +18,15 @@ _made: WeakKeyDictionary[Codec, dict[int, Codec]] = WeakKeyDictionary()
 def at_least(configured: Codec, bits: int) -> Codec:
     """``configured`` itself if it has ``bits`` bits, else a min-max codec that has.
 
-    Bucket size, metadata and rounding are those of the configured one. Codecs that are no bucket
+    Bucket size, metadata and rounding are those of the configured one. Averages of groups become codes
+    of elements: more bits of an average would not take its bias away. Codecs that are no bucket
     quantizers (FP8, per channel, your own) stay as they are.
 
     >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
     >>> at_least(codec_from(ShiftedUint2DynamicActPerBucketFloat), 4).name
     '4-bit nearest'
     """
+    configured = unaveraged(configured)
     if not isinstance(configured, (LoweredCodec, ModuleCodec)):
         return configured
     if min(configured.quantizer.bit_widths) >= bits:
