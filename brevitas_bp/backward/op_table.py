@@ -177,7 +177,8 @@ def _rrelu(saved: SavedTensor) -> Decision:
 def _prelu(saved: SavedTensor) -> Decision:
     if saved.position != 0 or isinstance(saved.codec, StatefulCodec) or saved.codec is None:
         return Decision(None, "slopes")
-    return Decision(sign_exact(unaveraged(saved.codec)), "sign exact; the slope's gradient is linear in the rest")
+    return Decision(
+        sign_exact(unaveraged(saved.codec)), "sign exact; the slope's gradient is linear in the rest")
 
 
 def _dropout(saved: SavedTensor) -> Codec | None:

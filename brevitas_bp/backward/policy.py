@@ -88,9 +88,9 @@ class OpAware:
     value of attention. Exact in 1 to 8 bits: masks of piecewise linear activations, dropout masks,
     indices. Not kept: tensors of which backward reads the shape only. All else is kept as it is.
 
-    A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages inputs of convolutions and
-    linear layers only, whose error stays in the gradient of their own weight; elsewhere each element has
-    the code that an average would have. ``multiplier_quant`` and ``attention_quant`` are used as given.
+    A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages what reaches the gradient
+    of one weight only, such as inputs of convolutions and linear layers; elsewhere each element has a
+    code of its own, as wide. ``multiplier_quant`` and ``attention_quant`` are used as given.
 
     Args:
         multiplier_bits: least width of what multiplies the gradient that passes: derivatives, factors

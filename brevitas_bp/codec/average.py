@@ -8,8 +8,8 @@ from torch import Tensor
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.average import check_average_size, group_means, spread, to_dtype
+from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.averages import group_count
-from brevitas_bp.kernels.dispatch import group_means as kernel
 from brevitas_bp.kernels.reference import compute_dtype
 
 
@@ -17,8 +17,8 @@ from brevitas_bp.kernels.reference import compute_dtype
 class AverageCodec(Codec):
     """Stores the mean of every ``average_size`` neighbours along the last dimension through ``inner``.
 
-    Decoded is the stored mean for each element of the group. What :class:`~brevitas_bp.core.AverageQuant`
-    computes, with bytes; see there for groups, bias and edges.
+    Decoded is the stored mean for each element of the group. It is what
+    :class:`~brevitas_bp.core.average.AverageQuant` computes; see there for groups, bias and edges.
 
     **Gradients of weights are biased**: with an averaged input, the gradient of a linear or convolution
     weight is that of an input in which neighbours are equal. So the op-aware policy does not average
@@ -40,18 +40,18 @@ class AverageCodec(Codec):
         layout = TensorLayout.of(x)
         # Kernels read memory, and a lazy negation is not in it.
         base = TensorLayout.base(x.detach()).resolve_neg()
-        means = self.inner.encode(
-            group_means(base, self.average_size, kernel), seed=seed, where=where)
-        return Packed(self, means.tensors, layout, means, where)
+        means = group_means(base, self.average_size, dispatch.group_means)
+        stored = self.inner.encode(means, seed=seed, where=where)
+        return Packed(self, stored.tensors, layout, stored, where)
 
     def decode(self, packed: Packed) -> Tensor:
         """Decodes the averages and repeats them."""
-        layout = packed.layout
+        layout, stored = packed.layout, packed.facts
+        length = layout.base_shape[-1] if layout.base_shape else 1
+        order = sorted(range(len(layout.stride)), key=lambda d: -layout.stride[d])
         with torch.no_grad():
-            means = to_dtype(packed.facts.decode(), layout.dtype)
-            length = layout.base_shape[-1] if layout.base_shape else 1
-            order = sorted(range(means.dim()), key=lambda d: -layout.stride[d]) if layout.stride else None
-            flat = spread(means, self.average_size, length, order)
+            means = to_dtype(stored.decode(), layout.dtype)
+            flat = spread(means, self.average_size, length, order, dispatch.spread)
         return layout.restore_flat(flat)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:

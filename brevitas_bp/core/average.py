@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp.core.bucket import memory_order, unflatten
-from brevitas_bp.kernels.averages import means as means_of
+from brevitas_bp.kernels import averages
 from brevitas_bp.kernels.reference import compute_dtype
 
 
@@ -29,13 +29,17 @@ def check_average_size(where: str, size: Any) -> int:
 # The means are stored in logical order, so that both memory formats decode to the same values.
 
 
-def group_means(x: Tensor, size: int, means: Callable[[Tensor, int], Tensor] = means_of) -> Tensor:
+Kernel = Callable[[Tensor, int], Tensor]
+Repeat = Callable[[Tensor, int, int], Tensor]
+
+
+def group_means(x: Tensor, size: int, kernel: Kernel = averages.means) -> Tensor:
     """Means of ``size`` neighbours along the last dimension, the last group of a row perhaps smaller.
 
     Args:
         x: [..., L], any layout in memory; 0-d counts as one element.
         size: elements of a group.
-        means: the kernel, [A, L, I] -> [A, ceil(L / size), I] for a contiguous argument.
+        kernel: of contiguous [A, L, I].
 
     Returns:
         [..., ceil(L / size)], contiguous, in float32 (float64 for float64).
@@ -46,16 +50,15 @@ def group_means(x: Tensor, size: int, means: Callable[[Tensor, int], Tensor] = m
     if x.dim() == 0:
         x = x.reshape(1)
     order = memory_order(x) or list(range(x.dim()))
-    place = order.index(x.dim() - 1)
-    sizes = [x.shape[d] for d in order]
-    view = x.permute(order).reshape(prod(sizes[:place]), sizes[place], prod(sizes[place + 1:]))
-    averages = means(view, size)
-    sizes[place] = averages.shape[1]
+    means = kernel(_around(x.permute(order), order.index(x.dim() - 1)), size)
+    shape = [means.shape[1] if d == x.dim() - 1 else x.shape[d] for d in order]
     inverse = [order.index(d) for d in range(len(order))]
-    return averages.view(sizes).permute(inverse).contiguous()
+    return means.view(shape).permute(inverse).contiguous()
 
 
-def spread(means: Tensor, size: int, length: int, order: list[int] | None) -> Tensor:
+def spread(
+        means: Tensor, size: int, length: int, order: list[int] | None,
+        kernel: Repeat = averages.spread) -> Tensor:
     """Repeats each mean for its group: a flat tensor whose elements are in memory order.
 
     Args:
@@ -63,23 +66,26 @@ def spread(means: Tensor, size: int, length: int, order: list[int] | None) -> Te
         size: elements of a group.
         length: L.
         order: dimensions from the slowest to the fastest in memory; None for their own order.
+        kernel: of contiguous [A, ceil(L / size), I].
     """
-    last = means.dim() - 1
-    place = last
-    if order:
-        means, place = means.permute(order), order.index(last)
-    if size > 1 and length > 1:
-        means = means.repeat_interleave(size, place).narrow(place, 0, length)
-    return means.reshape(-1)
+    order = order or list(range(means.dim()))
+    return kernel(
+        _around(means.permute(order), order.index(means.dim() - 1)), size, length).reshape(-1)
+
+
+def _around(x: Tensor, place: int) -> Tensor:
+    """[A, shape[place], I]: what lies before and after a dimension as one each."""
+    shape = x.shape
+    return x.reshape(prod(shape[:place]), shape[place], prod(shape[place + 1:])).contiguous()
 
 
 class AverageQuant(nn.Module):
     """Means of groups of neighbours, quantized by a bucket quantizer. Fills ``tensor_quant``.
 
-    ``x~[i] = Q(mean of the group of i)``: a group is ``g`` neighbours along the last dimension (width of
-    NCHW, features of a linear layer; see NOTE [ Groups are logical, wherever they lie in memory ]), never
-    across two rows; the last group of a row has what is left. So an element takes ``bit_width / g`` bits,
-    and more where rows are no multiple of ``g``; a last dimension of 1 is not averaged.
+    ``x~[i] = Q(mean of the group of i)``: a group is ``g`` neighbours along the last dimension (width
+    of NCHW, features of a linear layer; NOTE [ Groups are logical, wherever they lie in memory ]), never
+    across two rows; the last group of a row has what is left. So an element takes ``bit_width / g``
+    bits, and more where rows are no multiple of ``g``; a last dimension of 1 is not averaged.
 
     **Biased for elements**: with stochastic rounding ``E[x~]`` is the mean of the group, not ``x``. What
     is unbiased is the sum over a group. Of independent data the share ``1 - 1/g`` of the variance is
@@ -96,9 +102,8 @@ class AverageQuant(nn.Module):
     Raises:
         ValueError: ``average_size`` is not a positive integer.
 
-    Source: "Average Quantization: High-Quality 0.x-bit Activation Compression"; Woo, Lee and Jeon, "ALAM:
-    Averaged Low-Precision Activation for Memory-Efficient Training of Transformer Models", 2024, whose
-    means run over the flattened tensor.
+    Source: "Average Quantization: High-Quality 0.x-bit Activation" (OpenReview BG7H1XsMG0), later ALAM,
+    2024. There groups run over the flattened tensor.
     """
 
     def __init__(self, bucket_quant: nn.Module, average_size: int) -> None:

@@ -35,9 +35,9 @@ def means(x: Tensor, size: int) -> Tensor:
     parts = []
     if whole:
         parts.append(_mean(x[:, :whole].unflatten(1, (-1, size))))
-    if whole < x.shape[1] or not parts:
+    if whole < x.shape[1]:
         parts.append(_mean(x[:, whole:].unsqueeze(1)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return torch.cat(parts, 1) if parts else x.to(compute_dtype(x.dtype))
 
 
 def _mean(groups: Tensor) -> Tensor:
@@ -57,6 +57,13 @@ def _mean_of_double(groups: Tensor, count: int) -> Tensor:
         total = total + groups[:, :, i] / count
     lowest, highest = groups.detach().aminmax(dim=2)
     return total.clamp(lowest, highest)
+
+
+def spread(means: Tensor, size: int, length: int) -> Tensor:
+    """Repeats each mean for its group: [A, ceil(L / size), I] -> [A, L, I]; differentiable."""
+    if size == 1 or length <= 1:
+        return means
+    return means.repeat_interleave(size, 1)[:, :length]
 
 
 def group_means(x: Tensor, size: int) -> Tensor:

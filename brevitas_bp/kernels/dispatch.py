@@ -133,10 +133,20 @@ def decode_few_bit(
     return form.decode(payload, flags, levels, bit_width, numel, dtype)
 
 
-def group_means(x: Tensor, size: int) -> Tensor:
-    """See :func:`brevitas_bp.kernels.averages.group_means`; ``x`` [A, L, I] is contiguous."""
-    if x.device.type == "cpu" and _cpu_kernels() is not None:
+def averages_backend(device: torch.device) -> ModuleType:
+    """The module whose ``group_means`` and ``spread`` serve tensors there."""
+    if device.type == "cpu" and _cpu_kernels() is not None:
         from brevitas_bp.kernels import averages_cpu
 
-        return averages_cpu.group_means(x, size)
-    return averages.group_means(x, size)
+        return averages_cpu
+    return averages
+
+
+def group_means(x: Tensor, size: int) -> Tensor:
+    """See :func:`brevitas_bp.kernels.averages.group_means`; ``x`` [A, L, I] is contiguous."""
+    return averages_backend(x.device).group_means(x, size)
+
+
+def spread(means: Tensor, size: int, length: int) -> Tensor:
+    """See :func:`brevitas_bp.kernels.averages.spread`; ``means`` [A, n, I] is contiguous."""
+    return averages_backend(means.device).spread(means, size, length)
