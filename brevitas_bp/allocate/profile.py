@@ -82,7 +82,7 @@ class Group:
     def reaches(self) -> str:
         """The farthest that any of them reaches."""
         far = set().union(*(t.reaches for t in self.tensors))
-        return next(reach for reach in ("all", "norm", "weight") if reach in far)
+        return next(reach for reach in ("all", "sum", "norm", "weight") if reach in far)
 
     @property
     def parameters(self) -> set[int] | None:

@@ -10,11 +10,13 @@ from brevitas.inject import ExtendedInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
+from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.base import Codec, Keep, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lowering import lower
 from brevitas_bp.codec.stock import StatefulCodec, is_stateful, kind_of, stock_codec
+from brevitas_bp.core.average import AverageQuant
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
@@ -274,6 +276,9 @@ def _tensor_quant_of(proxy: Any) -> nn.Module:
 
 
 def _from_tensor_quant(quantizer: nn.Module, build: Callable[[], nn.Module] | None) -> Codec:
+    if type(quantizer) is AverageQuant:
+        return AverageCodec(
+            _from_tensor_quant(quantizer.bucket_quant, None), quantizer.average_size)
     if isinstance(quantizer, BucketRescalingIntQuant):
         if any(True for _ in quantizer.msb_clamp_bit_width_impl.parameters()):
             raise UnsupportedQuantizerError(

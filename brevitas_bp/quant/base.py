@@ -124,3 +124,13 @@ class TwoBitWidth(ExtendedInjector):
     mix_bit_width = 4
     mix_prob = 0.5
     mix_per = "bucket"
+
+
+class GroupAverage(ExtendedInjector):
+    """Quantizes the mean of ``average_size`` neighbours along the last dimension: less than one bit.
+
+    An element takes ``bit_width / average_size`` bits: 1, 0.5 and 0.25 for 2, 4 and 8 at 2 bits. Biased
+    for elements and for gradients of weights, see :class:`~brevitas_bp.core.average.AverageQuant`.
+    """
+
+    average_size = 4

@@ -46,8 +46,11 @@ from vision import import_torchvision
 Uint4, Uint8 = (
     ShiftedUint4DynamicActPerBucketFloatStochastic, ShiftedUint8DynamicActPerBucketFloatStochastic)
 
+Ways = dict[str, dict[str, Any]]
+Models = dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]]
+
 #: Way of storing -> options of the wrapper.
-WAYS: dict[str, dict[str, Any]] = {
+WAYS: Ways = {
     "op-aware, 2 bits": {},
     "op-aware, 2 bits, q and k 8": {"policy": OpAware(attention_quant=Uint8)},
     "op-aware, 3 bits, q and k 4": {
@@ -98,7 +101,7 @@ def gpt() -> tuple[nn.Module, Tensor, Tensor]:
     return SmallGPT(), tokens[:, :-1], tokens[:, 1:].flatten()
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {
+MODELS: Models = {
     "gpt": gpt, "vit": vit, "resnet50": lambda: vision("resnet50", 8, 64),
     "efficientnet_v2_s": lambda: vision("efficientnet_v2_s", 8, 64, dropout=0.0),
 }
@@ -137,13 +140,14 @@ def gradients(model: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def measure(name: str, way: str, seeds: int) -> Result:
+def measure(
+        name: str, way: str, seeds: int, models: Models = MODELS, ways: Ways = WAYS) -> Result:
     """Exact gradients, then ``seeds`` rounded ones."""
     torch.manual_seed(0)
-    model, inputs, labels = MODELS[name]()
+    model, inputs, labels = models[name]()
     model.train()
     wrapped = QuantBackwardWrapper(
-        model, bucket_size=256, metadata_dtype=torch.bfloat16, seed=0, **WAYS[way])
+        model, bucket_size=256, metadata_dtype=torch.bfloat16, seed=0, **ways[way])
 
     def run(network: nn.Module) -> Callable[[], Tensor]:
         return lambda: F.cross_entropy(network(inputs).flatten(0, -2), labels)
