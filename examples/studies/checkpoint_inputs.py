@@ -8,7 +8,7 @@ for what the rest saves (stem, head, loss); and without checkpointing, everythin
 norms take 4 where they are batch norms. Bytes are those that autograd keeps after the forward pass:
 what the block needs that is being recomputed comes on top. Signal, noise and bias are medians over the
 parameters, and of the bias also the largest; "cosine" is that of one gradient of the whole network with
-the exact one, on average. About ten minutes on one core.
+the exact one, on average. Results are appended as they come, and are not measured again.
 """
 
 import argparse
@@ -111,16 +111,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", default=",".join(BLOCKS))
     parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("runs/checkpoint_inputs.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/checkpoint_inputs.jsonl"))
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     chosen = options.models.split(",")
     if unknown := set(chosen) - set(BLOCKS):
         parser.error(f"unknown models {sorted(unknown)}; there are {sorted(BLOCKS)}")
-    rows = [measure(name, way, options.draws) for name in chosen for way in WAYS]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=2))
-    show(rows, options.markdown)
+    lines = options.out.read_text().splitlines() if options.out.exists() else []
+    done = {(row["network"], row["stored as"]): row for row in map(json.loads, lines)}
+    for key in ((name, way) for name in chosen for way in WAYS):
+        if key not in done:
+            done[key] = measure(*key, options.draws)
+            with options.out.open("a") as file:
+                file.write(json.dumps(done[key]) + "\n")
+    show([done[name, way] for name in chosen for way in WAYS], options.markdown)
 
 
 if __name__ == "__main__":
