@@ -16,7 +16,7 @@ _INK, _MUTED, _LIGHT = "#22262b", "#6b7280", "#e5e7eb"
 _BLUE, _ORANGE, _GREY = "#2f6db5", "#d9772b", "#9aa3af"
 
 # Below this number every layer is named; above, groups of layers are.
-_NAMED = 24
+_NAMED = 32
 
 
 def plot_gradient_error(error: GradientError, path: str | Path | None = None) -> Figure:
@@ -84,7 +84,8 @@ def _name_largest(axes: Axes, rows: list[GradientErrorRow]) -> None:
         axes.annotate(
             f"{rows[i].name or '(root)'}  {rows[i].bias:.2g}", (i, rows[i].bias),
             xytext=(-3 if left else 3, 7), textcoords="offset points", fontsize=8, color=_ORANGE,
-            ha="left" if left else "right")
+            ha="left" if left else "right", zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
 
 
 def _name_layers(axes: Axes, names: list[str]) -> None:

@@ -38,6 +38,9 @@ def measure_gradient_error(
     gradient averaged over the batches, the variance that of one batch, and the variance of the exact
     gradient from batch to batch stands beside it.
 
+    The bias is what is left of ``|m - g|`` for the mean m of the draws when the part is taken off that
+    is there by chance. Far below ``noise / sqrt(draws)`` nothing is left to be seen of it.
+
     Cost: ``draws + 1`` forward and backward passes for each batch (codes are made in forward, so that no
     forward serves two draws), and memory for two float64 copies of the gradients, four with ``batches``.
 
