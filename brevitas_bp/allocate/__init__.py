@@ -1,9 +1,11 @@
-"""Which saved tensor gets how many bits: sensitivity, budget, plan."""
+"""Which saved tensor gets how many bits, and what that costs the gradient."""
 
+from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
+from brevitas_bp.allocate.gradient_error import measure_gradient_error
 from brevitas_bp.allocate.plan import BitPlan, plan_bit_widths
 from brevitas_bp.allocate.sensitivity import ClosedForm, Empirical, GradientNorms, Sensitivity
 from brevitas_bp.backward.planned import Candidate
 
 __all__ = [
-    "BitPlan", "Candidate", "ClosedForm", "Empirical", "GradientNorms", "Sensitivity",
-    "plan_bit_widths"]
+    "BitPlan", "Candidate", "ClosedForm", "Empirical", "GradientError", "GradientErrorRow",
+    "GradientNorms", "Sensitivity", "measure_gradient_error", "plan_bit_widths"]
