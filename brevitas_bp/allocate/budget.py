@@ -68,15 +68,18 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
         raise ImportError(
             "brevitas_bp.allocate.optimal needs SciPy: pip install 'brevitas-bp[allocate]', or choose "
             "method='greedy'") from error
-    pairs = [(i, j) for i, row in enumerate(costs) for j in range(len(row))]
+    # An option that costs more than all of another choice is in no better one.
+    rival = greedy(costs, sizes, budget)
+    most = total(costs, rival)
+    pairs = [(i, j) for i, row in enumerate(costs) for j, c in enumerate(row) if c <= most]
     cost = np.array([costs[i][j] for i, j in pairs])
     size = np.array([sizes[i][j] for i, j in pairs], dtype=float)
     one = csr_array(
         (np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))),
         shape=(len(costs), len(pairs)))
-    # Costs differ by many orders of magnitude, and solvers stop at absolute tolerances.
+    # In units of a near result: the solver stops at an absolute gap of 1e-6.
     found: Any = milp(
-        cost / (cost.max() or 1.0), integrality=np.ones(len(pairs)), bounds=Bounds(0, 1),
+        cost / (most or 1.0), integrality=np.ones(len(pairs)), bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one, 1, 1), LinearConstraint(size[None] / budget, -np.inf, 1)],
         options={"mip_rel_gap": 1e-6, "time_limit": 60})
     if found.x is None:
@@ -88,7 +91,6 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
         if x > 0.5:
             taken[i] = j
     # What the solver's tolerances leave: never worse than greedy, and never above the budget.
-    rival = greedy(costs, sizes, budget)
     fits = total(sizes, taken) <= budget
     return taken if fits and total(costs, taken) <= total(costs, rival) else rival
 

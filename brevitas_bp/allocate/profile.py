@@ -20,7 +20,7 @@ from brevitas_bp.backward.saved import Call, Decision, SavedTensor, storage_id, 
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec import Codec, Packed
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.kernels.random import derive
+from brevitas_bp.kernels.random import SeedStream, derive
 from brevitas_bp.memory import track_saved_memory
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -34,18 +34,16 @@ class Probed:
         packed: the exact copy.
         configured: the module's own codec, of which candidates are variants.
         sites: names of what saves it.
-        calls: numbers of the calls that save it.
+        calls: number of each call that saves it -> indices of the parameters beside it in the call;
+            None where there is another trained tensor.
         reaches: as the policy says; see :class:`~brevitas_bp.backward.saved.Decision`.
-        parameters: indices of the parameters whose gradients its rounding is in, and in no others; None
-            where it goes further or that is not known.
     """
 
     packed: Packed
     configured: Codec
     sites: set[str] = field(default_factory=set)
-    calls: set[int] = field(default_factory=set)
+    calls: dict[int, set[int] | None] = field(default_factory=dict)
     reaches: set[str] = field(default_factory=set)
-    parameters: set[int] | None = field(default_factory=set)
 
     @property
     def numel(self) -> int:
@@ -90,10 +88,11 @@ class Group:
         """Parameters whose gradients alone the rounding is in; None where it goes further."""
         found: set[int] = set()
         for tensor in self.tensors:
-            if tensor.parameters is None or "weight" not in tensor.reaches or len(tensor.reaches) > 1:
-                return None
-            found |= tensor.parameters
-        return found or None
+            for own in tensor.calls.values():
+                if not own or tensor.reaches != {"weight"}:
+                    return None
+                found |= own
+        return found
 
 
 class Profile:
@@ -190,17 +189,19 @@ class Profile:
         """Bytes of a group as a candidate stores it."""
         return sum(self.stored(t, candidate).nbytes for t in group.tensors)
 
-    def distortion(self, group: Group, candidate: Candidate, draw: int = 0) -> float:
-        """Sum of squared differences between a group and what is decoded."""
-        return sum(
-            float((self.stored(t, candidate, draw).decode() - t.exact).double().square().sum())
-            for t in group.tensors)
+    def distance(self, tensor: Probed, candidate: Candidate, draw: int = 0) -> float:
+        """Sum of squared differences between a tensor and what is decoded."""
+        decoded = self._decoded(tensor, candidate, draw)
+        return float((decoded - tensor.exact).double().square().sum())
 
     def decode(self, tensor: Probed) -> Tensor:
         """What backward gets to see."""
         candidate = self.rounded.get(self._group_of[id(tensor)])
-        return tensor.exact if candidate is None else (
-            self.stored(tensor, candidate, self.draw).decode())
+        return tensor.exact if candidate is None else self._decoded(tensor, candidate, self.draw)
+
+    def _decoded(self, tensor: Probed, candidate: Candidate, draw: int) -> Tensor:
+        packed = self.stored(tensor, candidate, draw)
+        return tensor.exact if packed is tensor.packed else packed.decode()
 
     def observe(self, call: Call, output: Any) -> None:
         """Notes the energy of the gradient of what an operation returned."""
@@ -277,11 +278,8 @@ class _Probing:
             self.tensors.append(packed.facts[0])
         tensor = packed.facts[0]
         tensor.sites.add(site_of(saved))
-        tensor.calls.add(saved.call.number)
+        tensor.calls[saved.call.number] = self._own_parameters(saved)
         tensor.reaches.add(decision.reaches)
-        own = self._own_parameters(saved)
-        tensor.parameters = (
-            None if own is None or tensor.parameters is None else tensor.parameters | own)
 
     def _own_parameters(self, saved: SavedTensor) -> set[int] | None:
         """The parameters beside the tensor in the call; None if there is another trained tensor."""
@@ -311,14 +309,15 @@ def _grouped(tensors: list[Probed]) -> list[Group]:
 
 @contextmanager
 def _policy(model: QuantBackwardWrapper, probing: _Probing) -> Iterator[None]:
-    """Within the block the wrapper probes."""
-    before = model._policy
+    """Within the block the wrapper probes, with seeds of its own."""
+    before, noise = model._policy, model._noise
+    model._noise = SeedStream(0)
     model._policy = probing
     model._listeners.append(probing.note)
     try:
         yield
     finally:
-        model._policy = before
+        model._policy, model._noise = before, noise
         model._listeners.remove(probing.note)
 
 

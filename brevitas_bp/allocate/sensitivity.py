@@ -18,7 +18,7 @@ from math import inf
 
 from torch import Tensor
 
-from brevitas_bp.allocate.profile import Group, Profile
+from brevitas_bp.allocate.profile import Probed, Profile
 from brevitas_bp.backward.planned import Candidate
 from brevitas_bp.errors import UnknownNameError, nearest
 
@@ -67,13 +67,9 @@ class ClosedForm(Sensitivity):
             tick: Tick = lambda: None) -> list[list[float]]:
         profile.exact  # noqa: B018  (its hooks note the energies)
         tick()
-        weights = [
-            sum(profile.output_energy[call] * _fan_in(profile, group, call)
-                for t in group.tensors for call in t.calls) / group.numel
-            for group in profile.groups]
         return [
-            [w * _distance(profile, group, c) for c in candidates]
-            for w, group in zip(weights, profile.groups)]
+            [sum(_amplified(profile, t) * _distance(profile, t, c) for t in group.tensors)
+             for c in candidates] for group in profile.groups]
 
 
 @dataclass(frozen=True)
@@ -120,11 +116,11 @@ class Empirical(Sensitivity):
             group = profile.groups[i]
             parts = self._measured(profile, {i: self.reference}, tick)
             error = sum(sum(part) for part in parts) / self.draws
-            distance = _distance(profile, group, self.reference)
+            distance = sum(_distance(profile, t, self.reference) for t in group.tensors)
             ratio = error / distance if distance > 0 else 0.0
             found[i] = [
-                ratio * _distance(profile, group, c) if c.average_size == 1 else inf
-                for c in candidates]
+                ratio * sum(_distance(profile, t, c) for t in group.tensors)
+                if c.average_size == 1 else inf for c in candidates]
         return found
 
     def _measured(
@@ -192,15 +188,21 @@ def _local_and_far(profile: Profile) -> tuple[list[int], list[int]]:
     return local, sorted(set(range(len(profile.groups))) - set(local))
 
 
-def _distance(profile: Profile, group: Group, candidate: Candidate) -> float:
-    return 0.0 if candidate.bits is None else profile.distortion(group, candidate)
+def _distance(profile: Profile, tensor: Probed, candidate: Candidate) -> float:
+    return 0.0 if candidate.bits is None else profile.distance(tensor, candidate)
 
 
-def _fan_in(profile: Profile, group: Group, call: int) -> float:
+def _amplified(profile: Profile, tensor: Probed) -> float:
+    """Expected squared error of a gradient for each unit of squared distance of the tensor."""
+    return sum(
+        profile.output_energy[call] * _fan_in(profile, call, own)
+        for call, own in tensor.calls.items()) / tensor.numel
+
+
+def _fan_in(profile: Profile, call: int, own: set[int] | None) -> float:
     """Elements of the weight for each channel that the call returns; 1 for what is no layer."""
     shape = profile.outputs.get(call)
-    own = [profile.parameters[p] for p in group.parameters or ()]
-    weights = [w for w in own if w.dim() > 1]
+    weights = [w for w in (profile.parameters[p] for p in own or ()) if w.dim() > 1]
     if not weights or not shape:
         return 1.0
     weight = max(weights, key=lambda w: w.numel())

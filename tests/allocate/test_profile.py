@@ -1,0 +1,157 @@
+"""One forward, many backwards: exact where nothing is rounded, the wrapper's own where something is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp.allocate import Candidate
+from brevitas_bp.allocate.profile import Profile
+from tests.allocate.networks import Checkpointed, images, loss, residual
+from tests.backward.support import SeeSaved
+
+CANDIDATES = ["1", "2", "3", "8", "exact", "2@128", "2avg2", "2avg4@32"]
+
+
+def gradients(model: nn.Module, batch: Any = None, run: Callable[..., Tensor] = loss) -> list[Any]:
+    torch.manual_seed(9)
+    total = run(model, images() if batch is None else batch)
+    return list(torch.autograd.grad(total, list(model.parameters()), allow_unused=True))
+
+
+def profile_of(model: QuantBackwardWrapper, batch: Any = None, run: Any = loss) -> Profile:
+    torch.manual_seed(9)
+    return Profile(model, images() if batch is None else batch, run)
+
+
+def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_exact_gradients_are_those_of_an_exact_plan() -> None:
+    profile = profile_of(residual())
+    assert_equal(profile.exact, gradients(residual(plan={"*": "exact"})))
+    for ours, plain in zip(profile.exact, gradients(residual().module)):
+        # A derivative that is saved and multiplied with is another order of float32 operations.
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
+    assert_equal(profile.gradients({}), profile.exact)  # again, from the same graph
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_rounding_one_group_is_what_the_wrapper_does(candidate: str) -> None:
+    model = residual()
+    profile = profile_of(model)
+    for i, group in enumerate(profile.groups):
+        ours = profile.gradients({i: Candidate.parse(candidate)})
+        plan = {"*": "exact", **dict.fromkeys(group.sites, candidate)}
+        assert_equal(ours, gradients(residual(plan=plan)))
+        if candidate != "exact":
+            differ = [j for j, (a, b) in enumerate(zip(ours, profile.exact)) if not torch.equal(a, b)]
+            assert differ  # the control: something was rounded
+            # Where a rounding stays, nothing else feels it.
+            assert group.parameters is None or set(differ) <= group.parameters
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_bytes_are_those_of_live_tensors(candidate: str) -> None:
+    model = residual()
+    profile = profile_of(model)
+    for group in profile.groups:
+        planned = residual(plan={"*": "exact", **dict.fromkeys(group.sites, candidate)})
+        with track_saved_memory(planned) as report:
+            kept = loss(planned, images())
+        others = sum(g.exact_bytes for g in profile.groups if g is not group)
+        expected = profile.fixed_bytes + others + profile.stored_bytes(
+            group, Candidate.parse(candidate))
+        del kept
+        # Kept exact, a tensor may lie in memory that is kept anyway.
+        assert report.stored_bytes <= expected
+        if candidate != "exact":
+            assert profile.stored_bytes(group, Candidate.parse(candidate)) < group.exact_bytes
+
+
+def test_tensors_are_grouped_by_name_and_by_memory() -> None:
+    sites = [group.sites for group in profile_of(residual()).groups]
+    assert ["left:conv2d:argument 0", "right:conv2d:argument 0"] in sites  # one tensor, two layers
+    assert ["twice:conv2d:argument 0"] in sites  # one layer, two tensors
+    groups = {tuple(g.sites): g for g in profile_of(residual()).groups}
+    assert len(groups["twice:conv2d:argument 0",].tensors) == 2
+
+
+def test_reach_tells_where_errors_go() -> None:
+    profile = profile_of(residual())
+    names = [name for name, _ in profile.named_parameters]
+    found = {g.sites[0]: g for g in profile.groups}
+    own = found["stem:conv2d:argument 0"].parameters
+    assert own is not None
+    assert {names[i] for i in own} == {"stem.weight", "stem.bias"}
+    assert found["norm:batch_norm:argument 0"].parameters is None
+    assert found[":silu:derivative"].reaches == "all"
+
+
+class State:
+    """What a measurement must leave alone."""
+
+    def __init__(self, model: QuantBackwardWrapper) -> None:
+        self.buffers = {n: b.clone() for n, b in model.named_buffers()}
+        self.rng = torch.get_rng_state()
+        self.noise = model.noise_state()
+        self.policy, self.listeners = model._policy, list(model._listeners)
+
+    def assert_same(self, model: QuantBackwardWrapper) -> None:
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, self.buffers[name]), name
+        assert torch.equal(torch.get_rng_state(), self.rng)
+        assert model.noise_state() == self.noise
+        assert model._policy is self.policy
+        assert model._listeners == self.listeners
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("network", ["residual", "checkpointed"])
+def test_nothing_is_changed(network: str) -> None:
+    model, batch = residual(seed=1), images()
+    if network == "checkpointed":
+        model = QuantBackwardWrapper(Checkpointed(), seed=1)
+        batch = torch.randn(64, 64), torch.arange(64) % 4
+    state = State(model)
+    profile = Profile(model, batch, loss)
+    profile.gradients({0: Candidate(2)})
+    state.assert_same(model)
+    loss(model, batch)  # the control: a step by hand
+    with pytest.raises(AssertionError):
+        state.assert_same(model)
+
+
+def test_nothing_is_changed_by_an_exception() -> None:
+    model = residual(seed=1)
+    state = State(model)
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        model(batch[0])
+        raise KeyError("the user's own")
+
+    with pytest.raises(KeyError):
+        Profile(model, images(), failing)
+    state.assert_same(model)
+
+
+def test_backward_may_write_to_what_it_gets() -> None:
+    model = QuantBackwardWrapper(nn.Sequential(nn.Linear(64, 64), nn.Tanh()), policy="all")
+    x = torch.randn(64, 64)
+    profile = Profile(model, x, lambda m, b: SeeSaved.apply(m(b)) + m(b).square().sum())
+    first = profile.exact
+    assert_equal(profile.gradients({}), first)
+
+
+@pytest.mark.parametrize(("run", "message"), [
+    (lambda m, b: m(b), "must return a scalar"), (lambda m, b: None, "got NoneType"),
+    (lambda m, b: m(b).detach().sum(), "requires"), (lambda m, b: b.requires_grad_().sum(), "nothing")])
+def test_bad_losses_are_refused(run: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Profile(QuantBackwardWrapper(nn.Linear(64, 64)), torch.randn(64, 64), run)
