@@ -102,7 +102,7 @@ class ForwardPass:
         self.listeners = listeners
         self.explanation = explanation
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
-        self._slots: defaultdict[StatefulCodec, itertools.count[int]] = defaultdict(itertools.count)
+        self._slots: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
         self._substitution: Substitution | None = None
 
     def pack(self, x: Tensor) -> Packed:
@@ -194,7 +194,7 @@ class ForwardPass:
         if not codec.compresses:
             return codec.encode(x, seed=0, where=where)
         if isinstance(codec, StatefulCodec):
-            codec = codec.slot(next(self._slots[codec]))
+            codec = codec.slot((where, next(self._slots[codec, where])))
         # Codes, padding and metadata must be smaller than what they replace.
         if x.numel() < _SMALL:
             layout = TensorLayout.of(x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError
 
 
@@ -52,6 +53,8 @@ class Codec(ABC):
     name: str = "codec"
     #: Whether there is a point in encoding only if the result is smaller.
     compresses: bool = True
+    #: What it was built from, where that is known; None: it cannot be built again with other settings.
+    recipe: Recipe | None = None
 
     @abstractmethod
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:

@@ -12,6 +12,7 @@ from brevitas_bp.quant.base import (
     PerTensorL2,
     PerTensorMax,
     PerTensorMinMax,
+    RunningRange,
     SignMagnitude,
     StochasticRounding,
     TwoBitWidth,
@@ -19,5 +20,6 @@ from brevitas_bp.quant.base import (
 
 __all__ = [
     "ActQuantSolver", "BucketQuant", "PerBucketL2", "PerBucketMax", "PerBucketMinMax", "PerTensorL2",
-    "PerTensorMax", "PerTensorMinMax", "SignMagnitude", "StochasticRounding", "TwoBitWidth"]
+    "PerTensorMax", "PerTensorMinMax", "RunningRange", "SignMagnitude", "StochasticRounding",
+    "TwoBitWidth"]
 __all__ += act.__all__
