@@ -17,7 +17,7 @@ from brevitas_bp.kernels.spec import check_bit_width
 
 _WHERE = "brevitas_bp.codec.PerSampleCodec"
 # Elements whose ranges are taken at once, where they must be converted first.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 class _Facts(NamedTuple):
@@ -35,8 +35,8 @@ class PerSampleCodec(Codec):
 
         sum C_n / T(b_n)**2    subject to  sum b_n <= average_bits * N,    C_n = sum of R**2
 
-    with the range ``R`` of each bucket, shared out to samples by elements, and top code ``T``. Samples of
-    one width are stored one after another by the ordinary codec of that width; its buckets run on
+    with the range ``R`` of each bucket, shared out to samples by elements, and top code ``T``. Samples
+    of one width are stored one after another by the ordinary codec of that width; its buckets run on
     from one sample to the next.
 
     Unbiased, as the codec of each width is: widths follow from ranges, not from the noise. Samples of
@@ -92,7 +92,7 @@ class PerSampleCodec(Codec):
         self._variance = torch.tensor([
             float(q.int_scaling_impl(torch.tensor(float(bits)))) ** -2
             for q, bits in zip(quantizers, self.bit_widths)], dtype=torch.float64)
-        self._bucket_size: int = quantizers[0].input_view_impl.bucket_size
+        self._view: Any = quantizers[0].input_view_impl
         self.name = f"{average_bits:g}-bit average per sample"
 
     def widths(self, x: Tensor) -> Tensor:
@@ -145,23 +145,22 @@ class PerSampleCodec(Codec):
         return self._codecs[self.bit_widths[0]].stored_nbytes(layout)
 
     def _widths(self, flat: Tensor, samples: int) -> Tensor:
-        if samples == 0 or flat.numel() == 0:
-            return torch.full((samples,), self.bit_widths[0])
+        if flat.numel() == 0:
+            return torch.tensor(self.bit_widths[:1])
         total = int(self.average_bits * samples)
-        costs = _shared_out(self._squared_ranges(flat), self._bucket_size, flat.numel(), samples)
+        costs = _shared_out(self._squared_ranges(flat), self._view.bucket_size, flat.numel(), samples)
         return greedy_widths(costs, total, self.bit_widths, self._variance)
 
     def _squared_ranges(self, flat: Tensor) -> Tensor:
         """R**2 of the buckets of the whole tensor [n], float64 on the CPU, 0 where not finite."""
-        quantizer = self._codecs[self.bit_widths[0]].quantizer
-        zero_pad = quantizer.input_view_impl.bucket_pad_zero
-        buckets = to_buckets(flat, self._bucket_size, zero_pad)
-        statistic: Any = quantizer.scaling_impl.scaling_stats_impl
+        size = self._view.bucket_size
+        buckets = to_buckets(flat, size, self._view.bucket_pad_zero)
         dtype = compute_dtype(flat.dtype)
+        scaling: Any = self._codecs[self.bit_widths[0]].quantizer.scaling_impl
         with torch.no_grad():
             ranges = torch.cat([
-                statistic(part.to(dtype))
-                for part in buckets.split(max(1, _CHUNK // self._bucket_size))])
+                scaling.scaling_stats_impl(part.to(dtype))
+                for part in buckets.split(max(1, _CHUNK // size))])
         squares = ranges.view(-1).cpu().double().square()
         return torch.where(squares.isfinite(), squares, 0)
 
@@ -214,7 +213,7 @@ def _shared_out(squares: Tensor, bucket_size: int, numel: int, samples: int) -> 
 def _by_sample(x: Tensor, layout: TensorLayout) -> tuple[Tensor, int]:
     """Stored elements [numel], sample after sample, and the number of samples."""
     shape = layout.base_shape
-    samples = shape[0] if len(shape) > 1 else 1
+    samples = shape[0] if len(shape) > 1 and layout.numel else 1
     if _is_sample_major(layout):
         return layout.flatten(x), samples
     return layout.base(x).resolve_neg().reshape(-1), samples
