@@ -146,7 +146,7 @@ def mean_deviation(config: Any, draws: int) -> tuple[Tensor, Tensor]:
 
 
 def test_stochastic_rounding_stays_unbiased() -> None:
-    draws = 2000
+    draws = 600
     limit = hoeffding(draws, tests=3 * 64) + 1e-5  # the float slack of a few operations
     deviation, step = mean_deviation(Uint2, draws)
     assert (deviation.abs() <= limit * step).all()
