@@ -44,8 +44,8 @@ class PerSampleCodec(Codec):
     or Inf decodes to NaN and does not count. Tensors of fewer than two dimensions, expanded ones and
     batches of one are one sample.
 
-    **Bytes** depend on the data only through what is left of the budget: at most one step between
-    candidates for each tensor, one padded bucket for each width in use, and one byte per sample (for its
+    **Bytes** depend on the data only through what is left of the budget: less than one step between
+    candidates for one sample, one padded bucket for each width in use, and one byte per sample (for its
     width, where there are several). **Costs** a pass for the ranges, a copy of the tensor sorted by
     width, and on a device one wait for the ranges.
 
@@ -172,7 +172,7 @@ def greedy_widths(
     From the largest candidate on, the width whose next lowering adds least for each bit that it frees is
     lowered, until the sum fits. Of equals the widest goes first (so that samples without cost share the
     bits), then the last. Since each lowering of a sample adds more than the one before, all lowerings
-    can be sorted at once. Optimal for candidates one bit apart; else no more than one step is left over.
+    can be sorted at once. Optimal for candidates one bit apart; else less than one step is left over.
 
     Args:
         costs: [N], float64, not negative.

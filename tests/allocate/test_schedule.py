@@ -117,6 +117,20 @@ def test_a_naive_schedule_changes_what_is_stored_already() -> None:
     assert (torch.autograd.grad(loss, leaf)[0] / 2 - X).abs().max() > 0.7
 
 
+def test_a_wrapper_is_configured_from_its_first_settings_on() -> None:
+    model = product(bucket_size=64)
+    sizes = []
+    for settings in ({"bit_width": 4}, {"bucket_size": 512}, {}):
+        model.configure(**settings)
+        sizes.append(stored_bytes(model))
+    assert sizes == [expected(4, 64), expected(2, 512), expected(2, 64)]
+
+
+def test_what_is_kept_exact_has_nothing_to_configure() -> None:
+    with pytest.raises(TypeError, match=r"\['bit_width'\] would do nothing, because act_quant is None"):
+        product(None).configure(bit_width=4)
+
+
 def test_a_schedule_continues_from_its_state() -> None:
     table = {2: {"bit_width": 4}}
     first, second = QuantizerSchedule(product(), table), product()
