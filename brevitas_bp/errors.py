@@ -33,6 +33,10 @@ class CorruptPayloadError(BrevitasBpError, RuntimeError):
     """A packed payload whose bytes do not fit the facts stored beside them."""
 
 
+class InfeasibleBudgetError(BrevitasBpError, ValueError):
+    """A budget below what the smallest choice takes."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the closest candidate, or an empty string.
 

@@ -15,9 +15,10 @@ from brevitas_bp.backward.explain import mib, table, unknown_note, unknown_opera
 from brevitas_bp.backward.hooks import PARAMETER, ForwardPass
 from brevitas_bp.backward.policy import keep_all
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
 from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.shard import shard_of
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,16 @@ def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
             "brevitas_bp.track_saved_memory: expected a torch.nn.Module, got "
             f"{type(model).__name__}")
     report = SavedMemoryReport()
-    wrappers = [m for m in model.modules() if isinstance(m, QuantBackwardWrapper)]
+    wrappers = [wrapper for _, wrapper in wrappers_in(model)]
     root = model.module if isinstance(model, QuantBackwardWrapper) else model
     with ExitStack() as stack:
         for wrapper in wrappers:
             wrapper._listeners.append(report._record)
             stack.callback(wrapper._listeners.remove, report._record)
-        stack.enter_context(ForwardPass(
-            root, lambda name: None, keep_all, lambda: 0, listeners=(report._record,)))
+        forward_pass = ForwardPass(
+            root, lambda name: None, keep_all, lambda: 0, listeners=(report._record,))
+        stack.callback(forward_pass.close)
+        stack.enter_context(forward_pass)
         try:
             yield report
         finally:
@@ -214,6 +217,7 @@ class _Extent:
 
     @classmethod
     def of(cls, x: Tensor) -> "_Extent":
+        x = shard_of(x)
         own = TensorLayout.base(x) if is_plain(x) else x
         nbytes = own.numel() * x.element_size()
         try:
@@ -252,6 +256,6 @@ def _number(x: float) -> float | None:
 def _weak_storage(x: Tensor) -> StorageWeakRef | None:
     """Held weakly, a storage's address names it and nothing else."""
     try:
-        return StorageWeakRef(x.untyped_storage())
+        return StorageWeakRef(shard_of(x).untyped_storage())
     except (NotImplementedError, RuntimeError):
         return None

@@ -3,20 +3,25 @@
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.explain import Explanation
-from brevitas_bp.backward.ops import Location, Rewrites, current_location, located
+from brevitas_bp.backward.ops import Location, Rewrites, current_location, enter, leave
 from brevitas_bp.backward.parameters import ParameterSet
-from brevitas_bp.backward.policy import PlainPolicy, Policy, can_encode, explained
+from brevitas_bp.backward.policy import (
+    ObservingPolicy,
+    PlainPolicy,
+    Policy,
+    can_encode,
+    explained,
+)
 from brevitas_bp.backward.rewrites import Substitution
 from brevitas_bp.backward.saved import (
     CHECKPOINT_INPUT,
@@ -27,12 +32,15 @@ from brevitas_bp.backward.saved import (
     storage_id,
 )
 from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, version_of
-from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.layout import TensorLayout, shape_of
+from brevitas_bp.codec.shard import ShardCodec, placements_of, shard_of
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
 
 _KEEP = Keep()
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
+_push_hooks: Any = torch._C._autograd._push_saved_tensors_default_hooks  # pyright: ignore
+_pop_hooks: Any = torch._C._autograd._pop_saved_tensors_default_hooks  # pyright: ignore
 
 # Elements below which it is asked before encoding whether that can be worth it.
 _SMALL = 1024
@@ -79,6 +87,7 @@ class ForwardPass:
         on_backward: keep floats and quantize when backward asks.
         listeners: told of every saved tensor.
         explanation: told what was decided for every saved tensor.
+        verify: seal what is packed with a checksum.
     """
 
     def __init__(
@@ -89,7 +98,8 @@ class ForwardPass:
             next_seed: Callable[[], int],
             on_backward: bool = False,
             listeners: tuple[Listener, ...] = (),
-            explanation: Explanation | None = None) -> None:
+            explanation: Explanation | None = None,
+            verify: bool = False) -> None:
         outer = current_location()
         self.location = Location(root, "" if outer is None else outer.qualified_module)
         self.parameters = ParameterSet(root)
@@ -97,10 +107,14 @@ class ForwardPass:
         self.policy = explained(policy)
         if not isinstance(self.policy, PlainPolicy):
             self.location.rewrites = Rewrites(self._rewrite_of)
+        if isinstance(self.policy, ObservingPolicy):
+            self.location.observer = self.policy.observe
         self.next_seed = next_seed
         self.on_backward = on_backward
         self.listeners = listeners
         self.explanation = explanation
+        self.verify = verify
+        self._hooked = self._closed = False
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._slots: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
         self._substitution: Substitution | None = None
@@ -164,7 +178,7 @@ class ForwardPass:
         op = "checkpoint" if role is CHECKPOINT_INPUT else location.op
         return SavedTensor(
             x, op, location.qualified_module, codec, location.call, location.module_type,
-            role, location.compiled and location.call is NO_CALL)
+            role, location.module, location.compiled and location.call is NO_CALL)
 
     def _originals(self, x: Tensor) -> Sequence[Tensor]:
         """What plain autograd would have saved; told with the first of the tensors saved instead."""
@@ -176,8 +190,7 @@ class ForwardPass:
     def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
-        key = (storage_id(x), x.storage_offset(), x.shape, x.stride(), x.dtype, version_of(x),
-               x.is_conj(), x.is_neg(), id(codec),
+        key = (_identity(x), id(codec),
                -1 if decision.shared else saved.call.number) if can_encode(x) else None
         if key in self._encoded:
             packed = self._encoded[key][1]()
@@ -185,35 +198,41 @@ class ForwardPass:
                 return packed
         packed = self._encode(saved, codec)
         if key is not None:
-            self._encoded[key] = (StorageWeakRef(x.untyped_storage()), weakref.ref(packed))
+            self._encoded[key] = (
+                StorageWeakRef(shard_of(x).untyped_storage()), weakref.ref(packed))
         return packed
 
     def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
         x = saved.tensor
-        where = _where(saved.op, saved.module)
-        if not codec.compresses:
-            return codec.encode(x, seed=0, where=where)
+        shard, where = shard_of(x), _where(saved.op, saved.module)
         if isinstance(codec, StatefulCodec):
             codec = codec.slot((where, next(self._slots[codec, where])))
+        if shard is not x and not isinstance(codec, Keep):
+            codec = ShardCodec(codec)
+        if not codec.compresses:
+            packed = codec.encode(x, seed=0, where=where)
+            return packed.sealed() if self.verify else packed
         # Codes, padding and metadata must be smaller than what they replace.
-        if x.numel() < _SMALL:
-            layout = TensorLayout.of(x)
+        if shard.numel() < _SMALL:
+            layout = TensorLayout.of(shard)
             least = codec.stored_nbytes(layout)
             if least is not None and least >= layout.nbytes:
                 return _KEEP.encode(x, where=where)
         if self.on_backward:
             return QuantizeOnBackward(codec).encode(x, seed=self.next_seed(), where=where)
         packed = codec.encode(x, seed=self.next_seed(), where=where)
+        if self.verify:
+            packed = packed.sealed()
         return packed if packed.nbytes < packed.layout.nbytes else _KEEP.encode(x, where=where)
 
     def __enter__(self) -> "ForwardPass":
-        self._located = located(self.location)
-        self._located.__enter__()
-        self._hooks = saved_tensors_hooks(self.pack, unpack)
         try:
-            self._hooks.__enter__()
+            enter(self.location)
+            self._hooked = True
+            _push_hooks(self.pack, unpack)
         except RuntimeError as error:
-            self._located.__exit__(None, None, None)
+            self._hooked = False
+            self.close()
             raise RuntimeError(
                 "QuantBackwardWrapper.forward: saved-tensor hooks are disabled here (torch.func "
                 "transforms such as grad and vjp do that); run the wrapped module itself, "
@@ -221,13 +240,43 @@ class ForwardPass:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        try:
-            self._hooks.__exit__(*exception)
-        finally:
-            self._located.__exit__(*exception)
-            # These hold this pass, which would wait for the garbage collector.
-            self.location.rewrites = None
-            del self._hooks, self._located
+        self.close()
+
+    def close(self) -> None:
+        """Leaves nothing installed; to be called again, in ``finally``, after the ``with`` block.
+
+        See NOTE [ Interrupts ].
+        """
+        if not self._closed:
+            if self._hooked:
+                _remove_hooks(self.pack)
+            leave(self.location)
+            self._closed = True
+
+
+def _remove_hooks(pack: Callable[[Tensor], Packed]) -> None:
+    """Takes the hooks of a pass, and all above them, from the stack of this thread."""
+    others = []
+    while (top := _top_hooks(True)) is not None:
+        _pop_hooks()
+        if top[0] == pack:
+            return
+        others.append(top)
+    for pair in reversed(others):
+        _push_hooks(*pair)
+
+
+def _identity(x: Tensor) -> Hashable:
+    """Equal for tensors with equal values, as long as their storage lives.
+
+    A change in place of a DTensor counts in its own version, not in that of its shard.
+    """
+    shard = shard_of(x)
+    of_shard = (storage_id(shard), shard.storage_offset(), shard.shape, shard.stride(), x.dtype,
+                version_of(shard), shard.is_conj(), shard.is_neg())
+    if shard is x:
+        return of_shard
+    return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
 
 
 def _where(op: str | None, module: str) -> str:
@@ -242,8 +291,10 @@ def unpack(packed: Packed) -> Tensor:
             wrong shape is broadcast.
     """
     x, layout = packed.decode(), packed.layout
-    if x.shape != layout.shape or x.dtype != layout.dtype or x.device != layout.device:
-        got, expected = ((t.dtype, tuple(t.shape), t.device) for t in (x, layout))
+    if shape_of(x) != layout.shape or x.dtype != layout.dtype or x.device != layout.device:
+        got, expected = (
+            (t.dtype, tuple(shape), t.device)
+            for t, shape in ((x, shape_of(x)), (layout, layout.shape)))
         raise CorruptPayloadError(
             f"brevitas_bp: the codec {packed.codec.name!r} decoded {got}, but {expected} was saved by "
             f"{packed.where or 'an operation'}; its decode must undo its encode")

@@ -20,7 +20,7 @@ from brevitas_bp.backward.operations import (
     register_op,
     weighted,
 )
-from brevitas_bp.backward.rewrites import ReplayAttention
+from brevitas_bp.backward.rewrites import Passing, ReplayAttention, SaveDerivative
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.lossless import narrow_to
@@ -116,11 +116,27 @@ def _softplus_table(call: Call) -> dict[str, Any] | None:
 
 
 def _power(saved: SavedTensor) -> Decision:
-    """``x ** 2`` is a product; other exponents are not linear in ``x``."""
+    """``x ** 2`` is a product; with other exponents backward is not linear in ``x``."""
     exponent = saved.call.argument(1, "exponent")
     if saved.position == 0 and isinstance(exponent, (int, float)) and exponent == 2:
         return product().decide(saved)
     return Decision(None, "not linear in what is saved")
+
+
+def _power_derivative(x: Tensor, y: Tensor, call: Call) -> Tensor:
+    exponent = call.argument(1, "exponent")
+    return exponent * x ** (exponent - 1)
+
+
+_save_power = SaveDerivative(_power_derivative)
+
+
+def _rewrite_power(passing: Passing, call: Call) -> Any:
+    """Whole exponents from 3, as in GELU by ``x ** 3``: the derivative is finite where ``x`` is."""
+    exponent = call.argument(1, "exponent")
+    if isinstance(exponent, (int, float)) and exponent >= 3 and exponent == int(exponent):
+        return _save_power(passing, call)
+    return NotImplemented
 
 
 def _einsum(saved: SavedTensor) -> Decision:
@@ -240,7 +256,8 @@ _register(product(), """
     mul multiply rmul imul square matmul rmatmul imatmul mm bmm mv dot vdot inner outer ger
     tensordot""")
 _register(product(summands=1), "addmm addmv addbmm baddbmm addr addcmul")
-_register(OpRule(_power), "pow ipow float_power")
+_register(OpRule(_power), "ipow float_power")
+register_op("pow", OpRule(_power, _rewrite_power))
 _register(OpRule(_einsum), "einsum")
 _register(quotient(), "div divide true_divide truediv itruediv idiv")
 _register(linear(0), "var std var_mean std_mean")

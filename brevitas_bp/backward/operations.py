@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from brevitas_bp.backward.parameters import shows
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor, own_shape, tensors_in
 from brevitas_bp.codec.base import Codec
@@ -79,14 +80,16 @@ def weighted(weight: int = 1) -> OpRule:
 
 
 def _is_weight(saved: SavedTensor, weight: int) -> bool:
-    """By its memory, or where autocast handed over a copy, by its shape if that tells."""
-    position = saved.position
+    """By its memory; where autocast handed over a copy, by its shape or by what autograd saw of it."""
+    position, x = saved.position, saved.tensor
     if position is not None:
         return position == weight
     tensors = [a for a in saved.arguments[:weight + 1] if isinstance(a, Tensor)]
-    return (
-        len(tensors) > weight and own_shape(saved.tensor) == own_shape(tensors[weight])
-        and saved.tensor.numel() != tensors[0].numel())
+    if len(tensors) <= weight or own_shape(x) != own_shape(tensors[weight]):
+        return False
+    if x.numel() != tensors[0].numel() or x.requires_grad != tensors[0].requires_grad:
+        return True
+    return shows(x, tensors[weight])
 
 
 def product(summands: int = 0) -> OpRule:

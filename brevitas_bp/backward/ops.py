@@ -1,16 +1,15 @@
 """Which operation and which module are running, for the thread that runs a forward pass."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from types import FunctionType, MethodWrapperType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.compiler import is_compiling
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 from brevitas_bp.backward.saved import NO_CALL, Call
 
@@ -35,6 +34,8 @@ class Location:
         self.call = NO_CALL
         self.calls = 0
         self.rewrites: Rewrites | None = None
+        self.observer: Callable[[Call, Any], None] | None = None
+        self.ended = False
 
     @property
     def module(self) -> str:
@@ -56,10 +57,20 @@ class Location:
         """Name of the function that runs, or None outside torch functions."""
         return None if self.call is NO_CALL else self.call.name
 
+    def enter_module(self, module: nn.Module, args: Any) -> None:
+        """Global forward pre-hook."""
+        if current_location() is self:
+            self.modules.append((self.names.get(id(module), self.module), type(module)))
+
+    def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Global forward hook, called after exceptions too."""
+        if current_location() is self and len(self.modules) > 1:
+            self.modules.pop()
+
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` made the module, or ``module.compile()`` changed it."""
-    return type(module).__name__ == "OptimizedModule" or (
+    """Whether its operations cannot be seen: ``torch.compile``, ``module.compile()``, TorchScript."""
+    return isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule" or (
         getattr(module, "_compiled_call_impl", None) is not None)
 
 
@@ -97,13 +108,13 @@ class _OpMode(TorchFunctionMode):
         location.calls += 1
         call = location.call = Call(func, args, kwargs, location.calls)
         try:
-            if location.rewrites is not None:
-                rewrite = location.rewrites[func]
-                if rewrite is not None:
-                    output = rewrite(call)
-                    if output is not NotImplemented:
-                        return output
-            return func(*args, **kwargs)
+            rewrite = None if location.rewrites is None else location.rewrites[func]
+            output = NotImplemented if rewrite is None else rewrite(call)
+            if output is NotImplemented:
+                output = func(*args, **kwargs)
+            if location.observer is not None:
+                location.observer(call, output)
+            return output
         finally:
             location.call = before
 
@@ -150,60 +161,70 @@ def _finds_none(*arguments: Any) -> bool:
     return False
 
 
-def _enter_module(module: nn.Module, args: Any) -> None:
-    location = current_location()
-    if location is not None:
-        name = location.names.get(id(module), location.module)
-        location.modules.append((name, type(module)))
-
-
-def _leave_module(module: nn.Module, args: Any, output: Any) -> None:
-    location = current_location()
-    if location is not None and len(location.modules) > 1:
-        location.modules.pop()
-
-
-class _ModuleWatch:
-    """Module hooks, installed while any pass runs and removed with the last one.
+def _watch_modules(location: Location) -> None:
+    """Notes which module runs.
 
     NOTE [ Module names come from global hooks ]
     Hooks on the user's modules would be copied and pickled with them and miss modules added later.
-    Global ones leave the modules alone; they look at the thread's own pass and do nothing elsewhere.
+    Global ones leave the modules alone; each pass has its own, which do nothing in other threads and
+    while another pass is innermost. So passes share nothing, and no lock is left held by an interrupt.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._handles = [
-                    register_module_forward_pre_hook(_enter_module),
-                    register_module_forward_hook(_leave_module, always_call=True)]
-            self._users += 1
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                for handle in self._handles:
-                    handle.remove()
-                self._handles = []
+    torch_module.register_module_forward_pre_hook(location.enter_module)
+    torch_module.register_module_forward_hook(location.leave_module, always_call=True)
 
 
-_watch = _ModuleWatch()
+def _unwatch_modules(location: Location) -> None:
+    # By value: an interrupt may have come before there was a handle to remove.
+    _remove(location.enter_module, torch_module._global_forward_pre_hooks)
+    _remove(location.leave_module, torch_module._global_forward_hooks)
 
 
-@contextmanager
-def located(location: Location) -> Iterator[Location]:
-    """Keeps ``location`` up to date within the block, in this thread."""
+def _remove(hook: Callable[..., Any], hooks: dict[int, Any]) -> None:
+    always_called = torch_module._global_forward_hooks_always_called
+    for key in [key for key, value in list(hooks.items()) if hook == value]:
+        hooks.pop(key, None)
+        always_called.pop(key, None)
+
+
+# NOTE [ Interrupts ]
+# Ctrl-C, or an exception that another thread sends, may arrive between any two bytecodes.
+# 1. Each step that installs something has one that removes it, by identity, and does nothing where it
+#    is not installed: leaving may begin at any point of entering, be cut short and begun again.
+# 2. Leaving runs twice, from ``with`` and from ``finally`` around it: the second run completes a first
+#    that was interrupted. Only two interrupts within these microseconds leave something behind.
+# 3. What lies above ours on a stack was left behind by code that ran inside (torch's own context
+#    managers have no such care), and goes with ours.
+# 4. torch may put a mode back after the pass has ended, when the traceback of an interrupt is freed. It
+#    then does nothing, and the next pass of the thread removes it.
+
+
+def enter(location: Location) -> None:
+    """Keeps ``location`` up to date in this thread, until :func:`leave`."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, _OpMode) and mode.location.ended:
+            _remove_mode(mode.location)
     # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
-    watch = nullcontext() if location.root_compiled else _watch
-    with watch, _OpMode(location):
-        _running.locations.append(location)
-        try:
-            yield location
-        finally:
-            _running.locations.remove(location)
+    if not location.root_compiled:
+        _watch_modules(location)
+    _OpMode(location).__enter__()
+    _running.locations.append(location)
+
+
+def leave(location: Location) -> None:
+    """Undoes :func:`enter`, wherever that came to; see NOTE [ Interrupts ]."""
+    location.ended = True
+    # It holds the pass, which would wait for the garbage collector.
+    location.rewrites = location.observer = None
+    if location in _running.locations:
+        del _running.locations[_running.locations.index(location):]
+    _remove_mode(location)
+    _unwatch_modules(location)
+
+
+def _remove_mode(location: Location) -> None:
+    """Takes the modes of a pass, and all above, from the stack of this thread."""
+    for depth, mode in enumerate(modes := _get_current_function_mode_stack()):
+        if isinstance(mode, _OpMode) and mode.location is location:
+            for _ in modes[depth:]:
+                _pop_mode()
+            return

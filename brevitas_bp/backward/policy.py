@@ -25,8 +25,8 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
-from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.regions import relu_region
+from brevitas_bp.codec.shard import is_storable, shard_of
 from brevitas_bp.core.few_bit import few_bit_table
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.kernels.spec import check_bit_width
@@ -39,7 +39,6 @@ _BIT_MASK = BitMask()
 _COPY = Copy()
 _NARROW_INT = NarrowInt()
 
-Policy = Callable[[SavedTensor], Codec | None]
 
 
 @runtime_checkable
@@ -55,10 +54,22 @@ class ExplainedPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class ObservingPolicy(ExplainedPolicy, Protocol):
+    """A policy that is told what each operation returned."""
+
+    def observe(self, call: Call, output: Any) -> None:
+        """Called after each operation, rewritten or not."""
+        ...
+
+
+Policy = Callable[[SavedTensor], Codec | None] | ExplainedPolicy
+
+
 class PlainPolicy:
     """Any policy, with its own name as the reason."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Callable[[SavedTensor], Codec | None]) -> None:
         self.policy = policy
         self.reason = f"policy {getattr(policy, '__name__', type(policy).__name__)}"
 
@@ -293,5 +304,5 @@ POLICIES: dict[str, Policy] = {
 
 
 def can_encode(x: Tensor) -> bool:
-    """Whether a codec may be asked at all: an ordinary tensor with elements."""
-    return is_plain(x) and x.numel() > 0
+    """Whether a codec may be asked at all: an ordinary tensor with elements, or such a shard."""
+    return is_storable(x) and shard_of(x).numel() > 0

@@ -36,6 +36,7 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
 from brevitas_bp.errors import SecondDerivativeError
 
 # Elements below which a derivative is not worth its overhead.
@@ -117,8 +118,10 @@ class SaveDerivative:
     def __call__(self, passing: Passing, call: Call) -> Any:
         x = call.argument(0, "input")
         if "out" in call.kwargs or not (
-                isinstance(x, Tensor) and x.requires_grad and is_plain(x)
+                isinstance(x, Tensor) and x.requires_grad and is_storable(x)
                 and x.is_floating_point() and torch.is_grad_enabled()):
+            return NotImplemented
+        if is_partial(x) or (is_dtensor(x) and self.halves is not None):
             return NotImplemented
         # Small or expanded, the derivative would take more than what it stands for.
         if x.numel() < _SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
@@ -161,8 +164,8 @@ class SaveDerivative:
             return x.detach()
         assert self.formula is not None
         # In float32 where they are shorter: the derivative is rounded once, by the codec.
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        return self.formula(x.to(dtype), y.to(dtype), call)
+        dtype, formula = torch.promote_types(y.dtype, torch.float32), self.formula
+        return on_shards(lambda x, y: formula(x.to(dtype), y.to(dtype), call), x, y)
 
 
 class _SaveDerivative(torch.autograd.Function):
@@ -327,8 +330,8 @@ def _drawing_from(generator: Any, state: Tensor | None) -> Iterator[None]:
         yield
         return
     before = generator.get_rng_state()
-    generator.set_rng_state(state)
     try:
+        generator.set_rng_state(state)
         yield
     finally:
         generator.set_rng_state(before)

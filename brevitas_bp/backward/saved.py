@@ -8,6 +8,7 @@ from torch import Tensor
 
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.shard import shard_of
 
 #: Roles of what a rewritten operation saves; see :mod:`brevitas_bp.backward.rewrites`.
 DERIVATIVE = "derivative"
@@ -62,8 +63,9 @@ class SavedTensor:
         codec: the codec configured for that module; None where it is to be kept exact.
         call: the running call of the function.
         module_type: class of that module.
+        path: name of the module in the wrapped one; ``module`` is that in a larger network.
         compiled: whether a compiled graph saves it, whose operations nobody sees.
-        role: what the tensor is to an operation that was rewritten, or to checkpointing; None otherwise.
+        role: what the tensor is to a rewritten operation, or to checkpointing; else None.
     """
 
     tensor: Tensor
@@ -73,6 +75,7 @@ class SavedTensor:
     call: Call = NO_CALL
     module_type: type | None = None
     role: str | None = None
+    path: str = ""
     compiled: bool = False
 
     @property
@@ -142,7 +145,11 @@ class Decision(NamedTuple):
 
 
 def storage_id(x: Tensor) -> int:
-    """Identity of the storage of ``x``, valid while something holds the storage."""
+    """Identity of the storage of ``x``, valid while something holds the storage.
+
+    Of a DTensor it is that of its shard: the DTensor itself has none that its views would share.
+    """
+    x = shard_of(x)
     try:
         return x.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):

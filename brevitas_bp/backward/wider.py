@@ -1,5 +1,6 @@
-"""The configured codec with more bits."""
+"""The configured codec with other bits."""
 
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 from brevitas_bp.codec import Codec, codec_from
@@ -12,7 +13,7 @@ from brevitas_bp.quant import (
 )
 
 # Hooks share an encoding by the identity of its codec, so each is made once.
-_made: WeakKeyDictionary[Codec, dict[int, Codec]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Codec, dict[tuple[int, int | None], Codec]] = WeakKeyDictionary()
 
 
 def at_least(configured: Codec, bits: int) -> Codec:
@@ -26,32 +27,44 @@ def at_least(configured: Codec, bits: int) -> Codec:
     >>> at_least(codec_from(ShiftedUint2DynamicActPerBucketFloat), 4).name
     '4-bit nearest'
     """
-    if not isinstance(configured, (LoweredCodec, ModuleCodec, PerSampleCodec)):
+    if isinstance(configured, PerSampleCodec):
+        return _per_sample_at_least(configured, bits)
+    if not has_bits(configured) or min(configured.quantizer.bit_widths) >= bits:
         return configured
-    if min(_bit_widths(configured)) >= bits:
+    return with_bits(configured, bits)
+
+
+def has_bits(codec: Codec) -> TypeGuard[LoweredCodec | ModuleCodec]:
+    """Whether a codec is a bucket quantizer, of which there are others with other widths."""
+    return isinstance(codec, (LoweredCodec, ModuleCodec))
+
+
+def with_bits(
+        configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | None = None) -> Codec:
+    """A min-max codec of ``bits`` bits; all else is as configured, but for a given bucket size."""
+    made = _made.setdefault(configured, {})
+    if (bits, bucket_size) not in made:
+        made[bits, bucket_size] = _make(configured, bits, bucket_size)
+    return made[bits, bucket_size]
+
+
+def _per_sample_at_least(configured: PerSampleCodec, bits: int) -> Codec:
+    if min(configured.bit_widths) >= bits:
         return configured
     made = _made.setdefault(configured, {})
-    if bits not in made:
-        made[bits] = _with_bits(configured, bits)
-    return made[bits]
+    if (bits, None) not in made:
+        made[bits, None] = configured.at_least(bits)
+    return made[bits, None]
 
 
-def _bit_widths(configured: LoweredCodec | ModuleCodec | PerSampleCodec) -> tuple[int, ...]:
-    if isinstance(configured, PerSampleCodec):
-        return configured.bit_widths
-    return configured.quantizer.bit_widths
-
-
-def _with_bits(configured: LoweredCodec | ModuleCodec | PerSampleCodec, bits: int) -> Codec:
-    if isinstance(configured, PerSampleCodec):
-        return configured.at_least(bits)
+def _make(configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | None) -> Codec:
     quantizer = configured.quantizer
     # A rounding of the user's own has no name here: stochastic is unbiased.
     config = (
         ShiftedUint4DynamicActPerBucketFloat
         if is_stochastic(quantizer.int_quant.float_to_int_impl) is False
         else ShiftedUint4DynamicActPerBucketFloatStochastic)
-    bucket_size = getattr(quantizer.input_view_impl, "bucket_size", None)
+    size = bucket_size or getattr(quantizer.input_view_impl, "bucket_size", None)
     return codec_from(
         config, bit_width=bits, metadata_dtype=quantizer.metadata_dtype,
-        **({} if bucket_size is None else {"bucket_size": bucket_size}))
+        **({} if size is None else {"bucket_size": size}))

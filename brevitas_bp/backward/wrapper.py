@@ -5,18 +5,29 @@ import fnmatch
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
+from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.configure import ConfiguredCodec
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, Listener
-from brevitas_bp.backward.policy import POLICIES, Policy
+from brevitas_bp.backward.planned import (
+    Candidate,
+    HasChoices,
+    PlannedPolicy,
+    check_choices,
+)
+from brevitas_bp.backward.policy import POLICIES, ExplainedPolicy, Policy, explained
+from brevitas_bp.backward.ranks import noise_rank, replica_group
+from brevitas_bp.backward.transparent import Transparent
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import UnknownNameError, nearest
@@ -24,6 +35,9 @@ from brevitas_bp.kernels.random import SeedStream, derive
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 Storage = Literal["save_quantized", "quantize_on_backward"]
+#: A plan, or the choices that it holds.
+Plan = Mapping[str, Any] | HasChoices
+
 _WHERE = "brevitas_bp.QuantBackwardWrapper"
 _CHECKPOINT_HINT = (
     f"{_WHERE}: this wrapper runs inside of torch.utils.checkpoint, which keeps only the inputs of the "
@@ -33,20 +47,22 @@ _CHECKPOINT_HINT = (
 _created = itertools.count()
 
 
-class QuantBackwardWrapper(nn.Module):
+class QuantBackwardWrapper(Transparent):
     """Runs a module unchanged, and stores what autograd saves for its backward in a few bits.
 
     The forward pass, buffers, dropout masks and torch's random state are bit-identical to those of the
     unwrapped module; parameters and buffers are never quantized; ``state_dict`` is that of the module.
-    Under ``torch.no_grad()`` nothing is packed. Attributes that the wrapper does not have are those of
-    the module. A wrapper inside a wrapper applies to its own part.
+    Under ``torch.no_grad()`` nothing is packed, nor while a graph of the forward is traced
+    (``torch.jit.trace``, ``torch.export``, ``make_fx``): the graph is that of the module. Attributes
+    that the wrapper does not have are those of the module, read or set. A wrapper inside a wrapper
+    applies to its own part.
 
     Args:
         module: the module to run.
         act_quant: any Brevitas activation quantizer: an injector class, a proxy, or None to keep
             every tensor exact.
-        overrides: glob over qualified module names -> quantizer or None (exact); the first pattern
-            that matches a module or one that contains it wins.
+        overrides: glob over qualified module names -> quantizer, None (exact), or the bits that
+            ``act_quant`` has there; the first pattern that matches a module, or one around it, wins.
         policy: how each saved tensor is stored: "op_aware" (quantized where that leaves the gradient
             unbiased, exact elsewhere; :class:`~brevitas_bp.backward.OpAware` has settings), "all" (every
             float tensor but the statistics of norms), "all_but_relu" (of a ReLU's output the exact sign
@@ -54,11 +70,18 @@ class QuantBackwardWrapper(nn.Module):
         storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
             backward starts (for ablations; saves nothing).
         seed: of the private noise stream; None derives it from ``torch.initial_seed()`` and the number
-            of wrappers created before.
+            of wrappers created before. To be given where processes of one job seed torch differently.
         rank: processes with different ranks draw different noise; None takes the rank of
-            ``torch.distributed``. Processes that hold copies of the same activations, as in tensor
-            parallelism, need the same rank (that of the data-parallel dimension), or the gradients of
-            their replicated parameters drift apart.
+            ``torch.distributed``, and where parameters are DTensors of tensor parallelism that of the
+            first process of the group. Processes that hold copies of the same activations need the same
+            rank, or the gradients of their replicated parameters drift apart: with tensor parallelism of
+            another kind pass the rank of the data-parallel dimension.
+        plan: widths chosen tensor by tensor, from :func:`~brevitas_bp.allocate.plan_bit_widths`, or a
+            mapping such as ``{"layer1.*:conv2d:*": 2, "fc:*": "exact"}``.
+        verify: make a checksum of what is packed and compare it before it is decoded (a device is waited
+            for then): every flipped bit of a payload raises
+            :class:`~brevitas_bp.CorruptPayloadError`. Tensors kept as they are, and shards of
+            DTensors, have no checksum.
         **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
 
     Raises:
@@ -88,9 +111,11 @@ class QuantBackwardWrapper(nn.Module):
             storage: Storage = "save_quantized",
             seed: int | None = None,
             rank: int | None = None,
+            plan: Plan | None = None,
+            verify: bool = False,
             **act_quant_overrides: Any) -> None:
         super().__init__()
-        self._policy = _check_policy(policy)
+        self._base_policy = self._policy = _check_policy(policy)
         if not isinstance(module, nn.Module):
             kind = f"the class {module.__name__}" if inspect.isclass(module) else repr(module)
             raise TypeError(f"{_WHERE}: module must be a torch.nn.Module instance, got {kind}")
@@ -102,27 +127,36 @@ class QuantBackwardWrapper(nn.Module):
             if not (number is None or isinstance(number, int)):
                 raise TypeError(f"{_WHERE}: {setting} must be an integer or None, got {number!r}")
         self._storage = storage
+        self._verify = verify
         self._act_quant = ConfiguredCodec(
             _build_codec("act_quant", act_quant, act_quant_overrides))
-        self._overrides = _check_overrides(module, {} if overrides is None else overrides)
+        self._overrides = _check_overrides(
+            module, {} if overrides is None else overrides, self._codec)
         self._codec_by_module: dict[str, Codec | None] = {}
         self._noise: SeedStream | None = None if seed is None else SeedStream(seed)
         self._rank = rank
+        self._replicas: tuple[int, ...] = ()
         self._index = next(_created)
         self._listeners: list[Listener] = []
         self._explanation: Explanation | None = None
-        self.module = module
-        self.register_load_state_dict_post_hook(_name_keys_as_given)
+        self._stand_for(module)
+        self.use_plan(plan)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module; what autograd saves meanwhile is stored as configured."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _is_traced():
             return self.module(*args, **kwargs)
+        _refuse_symbols(args, kwargs)
         if inside_checkpoint():
             warnings.warn(_CHECKPOINT_HINT, stacklevel=2)
             return self.module(*args, **kwargs)
-        with self._forward_pass():
-            return self.module(*args, **kwargs)
+        forward_pass = self._forward_pass()
+        try:
+            with forward_pass:
+                return self.module(*args, **kwargs)
+        finally:
+            # Once more: an interrupt may have cut short the end of the block.
+            forward_pass.close()
 
     def explain(self) -> Explanation:
         """What was decided in the last forward pass for each call site, and why; ``print`` it.
@@ -136,11 +170,29 @@ class QuantBackwardWrapper(nn.Module):
                 "gradients enabled yet; run one forward pass first")
         return self._explanation
 
+    def use_plan(self, plan: "Plan | None") -> None:
+        """Stores tensors from now on as a plan says; None goes back to the policy alone.
+
+        Raises:
+            UnknownNameError: the plan names a module that the network does not have.
+            ValueError: it names a width that there is not.
+        """
+        if plan is None:
+            self._policy = self._base_policy
+            return
+        choices = getattr(plan, "choices", plan)
+        if not isinstance(choices, Mapping):
+            raise TypeError(
+                f"{_WHERE}: plan must come from plan_bit_widths, or map names of saved tensors to bits, "
+                f"got {plan!r}")
+        check_choices(_WHERE, choices, [name for name, _ in self.module.named_modules()])
+        self._policy = PlannedPolicy(explained(self._base_policy), choices)
+
     def noise_state(self) -> dict[str, int]:
         """State of the private noise stream, for a checkpoint that resumes bit for bit.
 
-        It is the same in every process of a job, so that one saves it for all, and a job of another size
-        may load it.
+        It is the same in every process of a job whose processes have equal seeds and store equally many
+        tensors, so that one saves it for all, and a job of another size may load it.
         """
         return self._stream().state()
 
@@ -177,11 +229,18 @@ class QuantBackwardWrapper(nn.Module):
 
     def _forward_pass(self) -> ForwardPass:
         self._explanation = Explanation()
-        rank = _distributed_rank() if self._rank is None else self._rank
+        next_seed = partial(self._stream().next, self._noise_rank())
         return ForwardPass(
-            self.module, self._configured, self._policy, partial(self._stream().next, rank),
+            self.module, self._configured, self._policy, next_seed,
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
-            explanation=self._explanation)
+            explanation=self._explanation, verify=self._verify)
+
+    def _noise_rank(self) -> int:
+        if self._rank is not None:
+            return self._rank
+        # Remembered: what FSDP has gathered already does not show its group any more.
+        self._replicas = replica_group(self.module) or self._replicas
+        return noise_rank(self._replicas)
 
     def _configured(self, name: str) -> Codec | None:
         """The codec of a module: the first override that matches it or a module around it."""
@@ -196,44 +255,16 @@ class QuantBackwardWrapper(nn.Module):
             self._noise = SeedStream(derive(torch.initial_seed(), self._index))
         return self._noise
 
-    # The wrapper is transparent: keys and attributes are those of the module.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own ``state_dict``: same keys, wrapped or not."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads a ``state_dict`` of the module, wrapped or not."""
-        return self.module.load_state_dict(state_dict, *args, **kwargs)
-
-    def apply(self, fn: Callable[[nn.Module], Any]) -> "QuantBackwardWrapper":
-        """Applies ``fn`` to the modules that it would see without the wrapper."""
-        self.module.apply(fn)
-        return self
-
-    def _load_from_state_dict(
-            self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        # Reached when a parent module loads: its keys do not name the wrapper.
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            state_dict[f"{prefix}module.{key[len(prefix):]}"] = state_dict.pop(key)
-        messages = missing_keys, unexpected_keys, error_msgs
-        self._loading = prefix, [(list_, len(list_)) for list_ in messages]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
+    def __getstate__(self) -> dict[str, Any]:
+        # What listens to this wrapper does not listen to its copies and pickles.
+        return {**self.__dict__, "_listeners": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantBackwardWrapper":
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
         for key, value in self.__dict__.items():
             other.__dict__[key] = [] if key == "_listeners" else copy.deepcopy(value, memo)
+        other._stand_for(other.module)
         # A copy draws noise of its own.
         other._index = next(_created)
         if other._noise is not None:
@@ -242,20 +273,32 @@ class QuantBackwardWrapper(nn.Module):
 
     def extra_repr(self) -> str:
         codec = "exact" if self._codec is None else self._codec.name
-        return f"{codec}, storage={self._storage!r}"
+        return f"{type(self.module).__name__}, {codec}, storage={self._storage!r}"
 
 
-def _name_keys_as_given(wrapper: QuantBackwardWrapper, incompatible: Any) -> None:
-    """Takes the wrapper's own name out of what a parent's ``load_state_dict`` reports."""
-    prefix, messages = wrapper.__dict__.pop("_loading")
-    for list_, start in messages:
-        list_[start:] = [text.replace(f"{prefix}module.", prefix, 1) for text in list_[start:]]
+def wrappers_in(model: nn.Module) -> Iterator[tuple[str, QuantBackwardWrapper]]:
+    """Qualified name and wrapper, of all in a model; one around another has its name and ``.module``."""
+    for name, module in model.named_modules():
+        while isinstance(module, QuantBackwardWrapper):
+            yield name, module
+            name, module = f"{name}.module".lstrip("."), module.module
 
 
-def _distributed_rank() -> int:
-    """Asked at every forward pass: the wrapper may be older than the process group."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
+def _is_traced() -> bool:
+    """Whether calls are being recorded into a graph of the forward, which has no place for hooks.
+
+    Recorded they would be dead code, or noise that is the same at every call.
+    """
+    tracing: bool = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tracing or (not is_compiling() and get_proxy_mode() is not None)
+
+
+def _refuse_symbols(args: Any, kwargs: dict[str, Any]) -> None:
+    if isinstance(args, Proxy) or any(isinstance(a, Proxy) for a in (*args, *kwargs.values())):
+        raise TypeError(
+            f"{_WHERE}.forward: torch.fx traces through the wrapper, and its graph would store floats; "
+            "trace wrapper.module and wrap the result, QuantBackwardWrapper(symbolic_trace(module)), or "
+            "give your Tracer an is_leaf_module that is true for QuantBackwardWrapper")
 
 
 def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec | None:
@@ -275,7 +318,7 @@ def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec
 
 
 def _check_policy(policy: str | Policy) -> Policy:
-    if callable(policy):
+    if callable(policy) or isinstance(policy, ExplainedPolicy):
         return policy
     if policy not in POLICIES:
         raise UnknownNameError(
@@ -285,7 +328,8 @@ def _check_policy(policy: str | Policy) -> Policy:
 
 
 def _check_overrides(
-        module: nn.Module, overrides: Mapping[str, Any]) -> list[tuple[str, Codec | None]]:
+        module: nn.Module, overrides: Mapping[str, Any],
+        configured: Codec | None) -> list[tuple[str, Codec | None]]:
     if not isinstance(overrides, Mapping) or not all(isinstance(p, str) for p in overrides):
         raise TypeError(
             f"{_WHERE}: overrides must map globs over module names to quantizers or None, for "
@@ -296,8 +340,19 @@ def _check_overrides(
             raise UnknownNameError(
                 f"{_WHERE}: the pattern {pattern!r} in overrides matches no module of "
                 f"{type(module).__name__}{nearest(pattern, names)}")
-    return [(pattern, _build_codec(f"overrides[{pattern!r}]", quantizer, {}))
-            for pattern, quantizer in overrides.items()]
+    return [
+        (pattern, _override(f"overrides[{pattern!r}]", quantizer, configured))
+        for pattern, quantizer in overrides.items()]
+
+
+def _override(where: str, given: Any, configured: Codec | None) -> Codec | None:
+    """The codec of an override: a quantizer, None, or a width of the configured one."""
+    if not isinstance(given, (int, float, str)):
+        return _build_codec(where, given, {})
+    if configured is None:
+        raise TypeError(
+            f"{_WHERE}: {where}={given!r} is a width of act_quant, which is None; pass a quantizer")
+    return Candidate.parse(given).codec(configured)
 
 
 def _selects(pattern: str, name: str) -> bool:

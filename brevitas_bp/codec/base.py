@@ -1,13 +1,17 @@
 """The codec interface, what it returns, and the codec that keeps."""
 
+import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.checksum import checksum
+from brevitas_bp.codec.integrity import Form, check_forms, refuse, versions_of
+from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError
 
@@ -22,7 +26,9 @@ class Packed:
         layout: of the decoded tensor.
         facts: static facts of the codec.
         where: op and module that saved the tensor, for messages.
-        nbytes: bytes of all stored tensors: codes, padding, metadata.
+        seal: checksum of tensors and layout, see :meth:`sealed`; None: not asked for.
+        nbytes: bytes of all stored tensors: codes, padding, metadata, checksum.
+        versions: version counters of the tensors; empty where the codec does not own them.
     """
 
     codec: "Codec"
@@ -30,17 +36,46 @@ class Packed:
     layout: TensorLayout
     facts: Any = None
     where: str = ""
+    seal: Tensor | None = None
     nbytes: int = field(init=False)
+    versions: tuple[int | None, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        nbytes = 0
+        nbytes = 0 if self.seal is None else self.seal.element_size()
         for tensor in self.tensors:
             nbytes += tensor.numel() * tensor.element_size()
         object.__setattr__(self, "nbytes", nbytes)
+        object.__setattr__(self, "versions", versions_of(self.tensors) if self.codec.owns else ())
 
     def decode(self) -> Tensor:
-        """The tensor, with its original shape, strides, dtype and device."""
+        """The tensor, with its original shape, strides, dtype and device.
+
+        Raises:
+            CorruptPayloadError: what is stored is not what was stored; see
+                NOTE [ A corrupted payload is refused ].
+        """
+        if self.codec.owns:
+            self._check()
         return self.codec.decode(self)
+
+    def sealed(self) -> "Packed":
+        """The same with a checksum, which :meth:`decode` compares; itself where nothing is owned."""
+        return replace(self, seal=self._checksum()) if self.codec.owns else self
+
+    def _check(self) -> None:
+        versions = versions_of(self.tensors)
+        if versions != self.versions:
+            refuse(self, f"stored tensors at versions {self.versions}", f"versions {versions}")
+        if not self.layout.is_sound():
+            refuse(self, "strides that address every stored element once", self.layout)
+        forms = self.codec.forms(self)
+        if forms is not None:
+            check_forms(self, forms)
+        if self.seal is not None and not torch.equal(self._checksum(), self.seal):
+            refuse(self, f"checksum {int(self.seal)}", int(self._checksum()))
+
+    def _checksum(self) -> Tensor:
+        return checksum(self.tensors) + zlib.crc32(repr(self.layout).encode())
 
 
 class Codec(ABC):
@@ -55,6 +90,8 @@ class Codec(ABC):
     compresses: bool = True
     #: What it was built from, where that is known; None: it cannot be built again with other settings.
     recipe: Recipe | None = None
+    #: Whether the stored tensors are memory of the codec's own, which nobody else may write to.
+    owns: bool = True
 
     @abstractmethod
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
@@ -62,7 +99,15 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, packed: Packed) -> Tensor:
-        """Restores what :meth:`encode` stored."""
+        """Restores what :meth:`encode` stored. Call :meth:`Packed.decode`, which checks it first."""
+
+    def forms(self, packed: Packed) -> Sequence[Form] | None:
+        """What the stored tensors must be, by layout and facts; None where the codec cannot tell.
+
+        Raises:
+            CorruptPayloadError: facts and layout disagree.
+        """
+        return None
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         """Least bytes a tensor of this layout would take, or None where only encoding tells."""
@@ -80,11 +125,13 @@ class Keep(Codec):
 
     name = "exact"
     compresses = False
+    owns = False
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Keeps ``x`` (not a copy)."""
         kept = x.detach()
-        layout = TensorLayout(x.shape, (), x.shape, x.dtype, x.device)
+        shape = shape_of(x)
+        layout = TensorLayout(shape, (), shape, x.dtype, x.device)
         return Packed(self, (kept,), layout, version_of(kept), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -93,6 +140,8 @@ class Keep(Codec):
         Raises:
             ModifiedInPlaceError: it was modified by an in-place operation since.
         """
+        if len(packed.tensors) != 1:
+            refuse(packed, "1 stored tensor", len(packed.tensors))
         kept = packed.tensors[0]
         if version_of(kept) != packed.facts:
             raise ModifiedInPlaceError(
@@ -127,6 +176,9 @@ class Copy(Codec):
         """The copy."""
         return packed.layout.restore_flat(packed.tensors[0])
 
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        return [Form.flat(packed.layout.numel, packed.layout.dtype)]
+
 
 class QuantizeOnBackward(Codec):
     """Keeps the float tensor and sends it through another codec when backward asks for it.
@@ -134,6 +186,8 @@ class QuantizeOnBackward(Codec):
     Saves no memory: it separates the effect of quantization from that of storing early. With the same
     seed the gradient is that of the other codec, bit for bit. Source: Li, 2025, chapter 4.
     """
+
+    owns = False
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -153,9 +207,14 @@ class QuantizeOnBackward(Codec):
             # Not at each call: a quantizer that collects statistics would give other codes.
             encoded.append(self.codec.encode(x, seed=seed, where=packed.where))
         # The same break-even rule as for storing early.
-        return encoded[0].decode() if encoded[0].nbytes < TensorLayout.of(x).nbytes else x
+        return encoded[0].decode() if encoded[0].nbytes < encoded[0].layout.nbytes else x
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary strided tensor that a codec may take apart."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided
+    """Whether ``x`` is an ordinary strided tensor that a codec may take apart.
+
+    Neither a nested one, which has several shapes, nor one without memory: on the meta device, or a
+    zero tangent of forward mode.
+    """
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and not (
+        x.is_nested or x.is_meta or x._is_zerotensor())

@@ -1,12 +1,14 @@
 """Stores which interval of a few-bit table each element lies in, and restores derivatives."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.few_bit import FewBitTable
-from brevitas_bp.errors import CorruptPayloadError
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.few_bit import few_bit_nbytes
 
@@ -53,20 +55,17 @@ class FewBitCodec(Codec):
         return Packed(self, stored, layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The derivatives, in the dtype and layout of the input.
-
-        Raises:
-            CorruptPayloadError: sizes that do not belong together.
-        """
+        """The derivatives, in the dtype and layout of the input."""
         payload, flags = packed.tensors
-        layout, bits = packed.layout, self.table.bits
-        if (payload.numel(), flags.numel()) != few_bit_nbytes(layout.numel, bits):
-            raise CorruptPayloadError(
-                f"brevitas_bp.codec.FewBitCodec: {layout.numel} elements of {bits} bits take "
-                f"{few_bit_nbytes(layout.numel, bits)} bytes of codes and flags, got "
-                f"{(payload.numel(), flags.numel())}")
+        layout = packed.layout
         return layout.restore_flat(dispatch.decode_few_bit(
-            payload, flags, self.table.levels, bits, layout.numel, layout.dtype))
+            payload, flags, self.table.levels, self.table.bits, layout.numel, layout.dtype))
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        if packed.layout.dtype not in FLOATS:
+            refuse(packed, f"a tensor of {FLOATS}", packed.layout.dtype)
+        codes, flags = few_bit_nbytes(packed.layout.numel, self.table.bits)
+        return [Form.flat(codes), Form.flat(flags)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return sum(few_bit_nbytes(layout.numel, self.table.bits))

@@ -60,6 +60,21 @@ class TensorLayout:
         """Bytes of those elements, uncompressed."""
         return self.numel * self.dtype.itemsize
 
+    def is_sound(self) -> bool:
+        """Whether the strides address each stored element once, and no other memory."""
+        shape, stride, base = self.shape, self.stride, self.base_shape
+        if not len(shape) == len(stride) == len(base):
+            return False
+        expected = 1
+        for step, size in sorted(zip(stride, base)):
+            if size > 1 and step != expected:
+                return False
+            expected *= max(size, 1)
+        # Without elements strides mean nothing.
+        return 0 in base or all(
+            size == stored or (stored == 1 and step == 0)
+            for size, stored, step in zip(shape, base, stride))
+
     def flatten(self, x: Tensor) -> Tensor:
         """The stored elements in memory order; a view where ``x`` is dense."""
         # A lazy negation is carried out: kernels read memory.
@@ -107,3 +122,8 @@ def _dense_strides(x: Tensor) -> tuple[int, ...]:
         strides[dim] = step
         step *= max(x.shape[dim], 1)
     return tuple(strides)
+
+
+def shape_of(x: Tensor) -> torch.Size:
+    """The shape; of a nested tensor, which has several, the number of its parts."""
+    return torch.Size((x.size(0),)) if x.is_nested and x.layout == torch.strided else x.shape

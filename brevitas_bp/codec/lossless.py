@@ -1,5 +1,6 @@
 """Codecs that give back the very same values in fewer bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -7,9 +8,12 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.masks import mask_nbytes, pack_bits
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class BitMask(Codec):
@@ -27,6 +31,11 @@ class BitMask(Codec):
         layout = packed.layout
         return layout.restore_flat(
             dispatch.unpack_select(packed.tensors[0], layout.numel, 0, 1, layout.dtype))
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        if packed.layout.dtype != torch.bool:
+            refuse(packed, "a bool tensor", packed.layout.dtype)
+        return [Form.flat(mask_nbytes(packed.layout.numel))]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return mask_nbytes(layout.numel)
@@ -51,13 +60,22 @@ class NarrowInt(Codec):
         """Casts to the stored dtype, if it is narrower."""
         layout = TensorLayout.of(x)
         flat = layout.flatten(x)
-        dtype = _range_dtype(flat) if self.dtype is None else self.dtype
-        narrower = dtype.itemsize < x.dtype.itemsize
-        return Packed(self, (flat.to(dtype) if narrower else flat.clone(),), layout, None, where)
+        dtype = self._stored_dtype(x.dtype, _range_dtype(flat) if self.dtype is None else None)
+        return Packed(self, (flat.to(dtype, copy=True),), layout, dtype, where)
 
     def decode(self, packed: Packed) -> Tensor:
         """The integers in their own dtype."""
         return packed.layout.restore_flat(packed.tensors[0].to(packed.layout.dtype))
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        layout, stored = packed.layout, packed.facts
+        if layout.dtype not in _INTEGERS or stored != self._stored_dtype(layout.dtype, stored):
+            refuse(packed, f"{layout.dtype} stored by {self}", f"a payload of {stored}")
+        return [Form.flat(layout.numel, stored)]
+
+    def _stored_dtype(self, dtype: torch.dtype, found: torch.dtype | None) -> torch.dtype:
+        narrow = self.dtype or found
+        return narrow if narrow is not None and narrow.itemsize < dtype.itemsize else dtype
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         narrowest = torch.uint8 if self.dtype is None else self.dtype

@@ -1,12 +1,14 @@
 """Bit widths chosen for each sample of a tensor."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec, codec_from
 from brevitas_bp.core.bucket import memory_order
@@ -130,7 +132,7 @@ class PerSampleCodec(Codec):
 
     def decode(self, packed: Packed) -> Tensor:
         """Decodes each width, and puts the samples back in order."""
-        (parts, counts), layout = packed.facts, packed.layout
+        parts, counts, layout = _parts(packed), packed.facts.counts, packed.layout
         flat = parts[0].decode()
         if len(parts) > 1:
             rows = torch.cat([flat, *(part.decode() for part in parts[1:])]).view(sum(counts), -1)
@@ -140,6 +142,16 @@ class PerSampleCodec(Codec):
         if _is_sample_major(layout):
             return layout.restore_flat(flat)
         return layout.restore(flat.view(layout.base_shape))
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        parts, counts = packed.facts
+        dtypes = {part.layout.dtype for part in parts}
+        if sum(p.layout.numel for p in parts) != packed.layout.numel or dtypes != {
+                packed.layout.dtype}:
+            refuse(packed, f"{packed.layout.numel} elements of {dtypes}", packed.layout)
+        # Whether they belong to their layout is compared by the parts, when they are decoded.
+        forms = [Form(tuple(t.shape), t.dtype) for part in parts for t in part.tensors]
+        return [Form.flat(sum(counts)), *forms] if len(parts) > 1 else forms
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self._codecs[self.bit_widths[0]].stored_nbytes(layout)
@@ -163,6 +175,16 @@ class PerSampleCodec(Codec):
                 for part in buckets.split(max(1, _CHUNK // size))])
         squares = ranges.view(-1).cpu().double().square()
         return torch.where(squares.isfinite(), squares, 0)
+
+
+def _parts(packed: Packed) -> list[Packed]:
+    """What each width stored, of the tensors that the whole was checked with."""
+    tensors = packed.tensors[len(packed.facts.parts) > 1:]
+    parts = []
+    for part in packed.facts.parts:
+        parts.append(replace(part, tensors=tensors[:len(part.tensors)]))
+        tensors = tensors[len(part.tensors):]
+    return parts
 
 
 def greedy_widths(

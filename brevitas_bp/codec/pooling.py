@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lossless import NarrowInt, narrow_to
 from brevitas_bp.kernels import dispatch
@@ -68,17 +69,37 @@ class WindowIndex(Codec):
             codes = unpack(codes.view(1, -1), width, size).view(-1)[:layout.shape.numel()]
         dims, last = len(self.sizes), _is_channels_last(self, layout)
         like = _split(torch.empty(layout.shape, device="meta"), dims, last)
+        _refuse_outside(packed, codes, math.prod(windows.kernel))
         index = dispatch.window_indices(codes.view(like.shape), windows)
+        _refuse_outside(packed, index, math.prod(windows.sizes))
+        if index.device.type != "cpu":
+            # Such devices would have to be waited for: a corrupt index is brought inside.
+            index.clamp_(0, math.prod(windows.sizes) - 1)
         if last:
             batch, *plane = layout.shape[0], *layout.shape[2:]
             return layout.restore(index.view(batch, *plane, layout.shape[1]).movedim(-1, 1))
         index = index.view(layout.shape)
         return layout.restore(index[tuple(slice(size) for size in layout.base_shape)])
 
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        layout = packed.layout
+        if layout.dtype != torch.int64 or len(layout.shape) < len(self.sizes):
+            refuse(packed, f"int64 indices into {self.sizes}", layout)
+        width, numel = _width(windows_of(self, tuple(layout.shape))), layout.shape.numel()
+        return [Form.flat(-(-numel // 8) * width) if width <= 8 else Form.flat(numel, _dtype(width))]
+
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         width = _width(windows_of(self, tuple(layout.shape)))
         numel = layout.shape.numel()
         return packed_nbytes(-(-numel // 8) * 8, width) if width <= 8 else numel * width // 8
+
+
+def _refuse_outside(packed: Packed, x: Tensor, limit: int) -> None:
+    """CPU kernels, ours and PyTorch's, do not look where an index points before they write there."""
+    if x.device.type == "cpu" and x.numel():
+        lo, hi = x.aminmax()
+        if lo < 0 or hi >= limit:
+            refuse(packed, f"numbers in 0..{limit - 1}", f"{int(lo)}..{int(hi)}")
 
 
 def _is_channels_last(codec: WindowIndex, layout: TensorLayout) -> bool:

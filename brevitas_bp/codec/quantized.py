@@ -1,6 +1,7 @@
 """Any Brevitas activation quantizer -> codes -> bytes."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
 from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lowering import lower
 from brevitas_bp.codec.recipe import Recipe
@@ -31,6 +33,8 @@ from brevitas_bp.kernels.reference import (
     Encoded,
     bucket_shape,
     compute_dtype,
+    draw_layout,
+    payload_nbytes,
     stored_metadata_dtype,
     to_metadata,
 )
@@ -66,6 +70,16 @@ class LoweredCodec(Codec):
         encoded = Encoded(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
         flat = decode(encoded, spec, seed, packed.layout.numel, packed.layout.dtype)
         return packed.layout.restore_flat(flat)
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        (spec, seed), own = packed.facts, self.spec
+        if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
+            refuse(packed, own, spec)
+        dtype = _float_dtype(packed)
+        n, size = bucket_shape(packed.layout.numel, spec.bucket_size)
+        metadata = Form.flat(n, stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)))
+        codes = Form.flat(payload_nbytes(draw_layout(n, spec, seed), spec, size))
+        return [codes, metadata, metadata] if spec.affine else [codes, metadata]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         spec = self.spec
@@ -137,6 +151,18 @@ class ModuleCodec(Codec):
             flat = self.quantizer.dequantize(codes, scale, offset, like)
         return packed.layout.restore_flat(flat)
 
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        n, size, width_layout = packed.facts
+        inner = compute_dtype(_float_dtype(packed))
+        if width_layout.n != n or not n * size >= packed.layout.numel > (n - 1) * size:
+            refuse(packed, f"{n} buckets of {size}, {width_layout.n} with a width", packed.layout)
+        metadata = Form.flat(n, stored_metadata_dtype(self.quantizer.metadata_dtype, inner))
+        nbytes = sum(
+            (stop - start) * packed_nbytes(size, self.widths[which])
+            for start, stop, which in width_layout.runs())
+        affine = kind_of(self.quantizer.zero_point_impl) != "ZeroZeroPoint"
+        return [Form.flat(nbytes), *[metadata] * (1 + affine)]
+
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         size = getattr(self.quantizer.input_view_impl, "bucket_size", None)
         n, size = bucket_shape(layout.numel, size)
@@ -157,6 +183,12 @@ class ModuleCodec(Codec):
         return [
             (layout.buckets(start, stop, device), self.widths[which], self.lowest[which])
             for start, stop, which in layout.runs()]
+
+
+def _float_dtype(packed: Packed) -> torch.dtype:
+    if not packed.layout.dtype.is_floating_point:
+        refuse(packed, "a float tensor", packed.layout.dtype)
+    return packed.layout.dtype
 
 
 def codec_name(widths: tuple[int, ...], stochastic: bool | None) -> str:
@@ -186,6 +218,12 @@ def codec_from(quantizer: Any, **overrides: Any) -> Codec:
     >>> codec_from(ShiftedUint2DynamicActPerBucketFloat, bit_width=4).name
     '4-bit nearest'
     """
+    # A codec's constants are read on the host, wherever new tensors go by default.
+    with torch.device("cpu"):
+        return _codec_from(quantizer, overrides)
+
+
+def _codec_from(quantizer: Any, overrides: dict[str, Any]) -> Codec:
     where = "brevitas_bp.codec.codec_from"
     if inspect.isclass(quantizer) and issubclass(quantizer, ExtendedInjector):
         return _from_injector(where, quantizer, overrides)
@@ -225,7 +263,9 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
 
 
 def _codec_from_recipe(recipe: Recipe) -> Codec:
-    return _codec_of(_build(recipe))
+    # On the host, as codec_from does.
+    with torch.device("cpu"):
+        return _codec_of(_build(recipe))
 
 
 def _is_one_per_tensor(quantizer: nn.Module) -> bool:

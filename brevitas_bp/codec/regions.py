@@ -5,6 +5,7 @@ answers and give back values for which every kernel answers the same, so the gra
 autograd, bit for bit, at the borders, infinities and NaN too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, final
@@ -13,12 +14,19 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.masks import Interval, mask_nbytes, next_value
 
 _INF = float("inf")
 _NAN = float("nan")
+
+
+def _masks(packed: Packed, count: int) -> Sequence[Form]:
+    if not packed.layout.dtype.is_floating_point:
+        refuse(packed, "a float tensor", packed.layout.dtype)
+    return [Form.flat(mask_nbytes(packed.layout.numel))] * count
 
 
 @final
@@ -62,9 +70,9 @@ class Region(Codec):
         watch = self.keep_nan and x.device.type == "cpu"
         mask, seen = dispatch.pack_interval(flat, interval_of(self, x.dtype), watch_nan=watch)
         if not seen:
-            return Packed(self, (mask,), layout, None, where)
+            return Packed(self, (mask,), layout, 1, where)
         nans, _ = dispatch.pack_interval(flat, Interval(1, 0, nan=True))
-        return Packed(self, (mask, nans), layout, None, where)
+        return Packed(self, (mask, nans), layout, 2, where)
 
     def decode(self, packed: Packed) -> Tensor:
         """A representative of each element's region."""
@@ -76,6 +84,9 @@ class Region(Codec):
             nans = dispatch.unpack_select(packed.tensors[1], layout.numel, 0, 1, torch.bool)
             flat.masked_fill_(nans, _NAN)
         return layout.restore_flat(flat)
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        return _masks(packed, packed.facts)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return mask_nbytes(layout.numel)
@@ -100,8 +111,8 @@ def _inner(
     """The value of ``dtype`` nearest to ``bound`` on the side of ``step``; None where there is none."""
     if bound is None:
         return -step * _INF
-    border = float(torch.tensor(bound, dtype=arithmetic))
-    value = float(torch.tensor(border, dtype=dtype))
+    border = float(torch.tensor(bound, dtype=arithmetic, device="cpu"))
+    value = float(torch.tensor(border, dtype=dtype, device="cpu"))
     if border != border or (value == step * _INF and not closed):
         return None
     if (value - border) * step < 0 or (value == border and not closed):
@@ -204,6 +215,9 @@ class Sign(Codec):
         flat -= dispatch.unpack_select(negative, layout.numel, 0, 1, layout.dtype)
         return layout.restore_flat(flat)
 
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        return _masks(packed, 2)
+
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return 2 * mask_nbytes(layout.numel)
 
@@ -248,6 +262,9 @@ class ScaledMask(Codec):
         flat = dispatch.unpack_select(
             packed.tensors[0], layout.numel, 0, packed.facts, layout.dtype)
         return layout.restore_flat(flat)
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        return _masks(packed, 1)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return mask_nbytes(layout.numel)

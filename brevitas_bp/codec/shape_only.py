@@ -1,5 +1,6 @@
 """Nothing at all, where backward only asks for the shape."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import final
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form
 from brevitas_bp.codec.layout import TensorLayout
 
 
@@ -51,6 +53,9 @@ class ShapeOnly(Codec):
         layout = packed.layout
         return torch.empty_strided(
             layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        return []
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return 0

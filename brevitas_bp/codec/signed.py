@@ -1,11 +1,13 @@
 """The sign exactly, the negative part through another codec."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.regions import positive_region
 from brevitas_bp.kernels.masks import mask_nbytes
@@ -41,14 +43,31 @@ class SignExact(Codec):
 
     def decode(self, packed: Packed) -> Tensor:
         """1 or the negative part."""
-        sign, negative = packed.facts
+        sign, negative = _parts(packed)
         # clamp copies: the inner codec may give back what it keeps.
         x = negative.decode().clamp(max=0)
         return packed.layout.restore(x.masked_fill_(sign.decode() > 0, 1))
 
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        layout = packed.layout
+        for half in packed.facts:
+            if (half.layout.shape, half.layout.dtype) != (layout.base_shape, layout.dtype):
+                refuse(packed, f"halves of {layout}", half.layout)
+        # Whether they belong to their layout is compared by the halves, when they are decoded.
+        return [Form(tuple(t.shape), t.dtype) for half in packed.facts for t in half.tensors]
+
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         inner = self.inner.stored_nbytes(layout)
         return None if inner is None else inner + mask_nbytes(layout.numel)
+
+
+def _parts(packed: Packed) -> tuple[Packed, Packed]:
+    """Both halves, of the tensors that the whole was checked with."""
+    sign, negative = packed.facts
+    count = len(sign.tensors)
+    return (
+        replace(sign, tensors=packed.tensors[:count]),
+        replace(negative, tensors=packed.tensors[count:]))
 
 
 def sign_exact(inner: Codec) -> SignExact:

@@ -1,7 +1,7 @@
 """Brevitas' own quantizers: integer and minifloat codes, packed."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from brevitas.utils.quant_utils import groupwise_dequant_expand
 from torch import Tensor, nn
 
 from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.kernels.packing import pack, unpack
@@ -67,7 +68,16 @@ class StockCodec(Codec):
         with torch.no_grad(), seeded(seed):
             codes, scale, *rest = self._quantize(base)
         tensors = (_pack_flat(codes, self.bit_width), scale.detach() + poison, *rest)
-        return Packed(self, tensors, TensorLayout.of(x), tuple(codes.shape), where)
+        beside = tuple(Form(tuple(t.shape), t.dtype) for t in tensors[1:])
+        return Packed(self, tensors, TensorLayout.of(x), (tuple(codes.shape), beside), where)
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        shape, beside = packed.facts
+        layout, numel = packed.layout, torch.Size(shape).numel()
+        inner = compute_dtype(layout.dtype) if layout.dtype.is_floating_point else None
+        if numel < layout.numel or beside[0].dtype != inner:
+            refuse(packed, f"codes {list(shape)} with a scale of {beside[0].dtype}", layout)
+        return [Form.flat(-(-numel // 8) * self.bit_width), *beside]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return layout.numel * self.bit_width // 8
@@ -108,7 +118,7 @@ class StockIntCodec(StockCodec):
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and dequantizes: ``(q - zero_point) * scale``."""
         payload, scale, zero_point = packed.tensors
-        codes = _unpack_flat(payload, self.bit_width, packed.facts)
+        codes = _unpack_flat(payload, self.bit_width, packed.facts[0])
         values = (codes.to(scale.dtype) + self.lowest - zero_point) * scale
         return _restore(values, scale, self.group_dim, packed.layout)
 
@@ -147,7 +157,7 @@ class StockFloatCodec(StockCodec):
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and scales."""
         payload, scale = packed.tensors
-        codes = _unpack_flat(payload, self.bit_width, packed.facts)
+        codes = _unpack_flat(payload, self.bit_width, packed.facts[0])
         values = self._from_codes(codes, scale.dtype) * scale
         return _restore(values, scale, self.group_dim, packed.layout)
 

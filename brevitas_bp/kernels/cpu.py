@@ -364,9 +364,9 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     static = _static(spec)
     width = spec.bit_width * size // 8
     nbytes = n * width if layout.mixed == 0 else payload_nbytes(layout, spec, size)
-    payload = torch.empty(nbytes, dtype=torch.uint8)
+    payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     halves = n if static.bf16 else 2 * n
-    metadata = torch.empty(halves * (1 + spec.affine), dtype=torch.int16)
+    metadata = torch.empty(halves * (1 + spec.affine), dtype=torch.int16, device="cpu")
     k0, k1 = noise_keys(seed) if spec.stochastic else (0, 0)
     shared = (
         size, n, layout.mixed, layout.multiplier, layout.shift, static.widths, static.tops,
@@ -385,7 +385,7 @@ def decode(
         encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.reference.decode`."""
-    return decode_into(torch.empty(numel, dtype=dtype), encoded, spec, seed)
+    return decode_into(torch.empty(numel, dtype=dtype, device="cpu"), encoded, spec, seed)
 
 
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
@@ -400,7 +400,8 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
         static.bf16, encoded.payload.numpy(), scales, offsets, _largest(out.dtype))
     for first, last in _converted(out.dtype, n, size):
         part = out if last - first == n else out[first * size:last * size]
-        values = part if out.dtype == torch.float32 else torch.empty(part.numel())
+        values = part if out.dtype == torch.float32 else torch.empty(
+            part.numel(), dtype=torch.float32, device="cpu")
         _run(_decode, (values.numpy(), first), first, last, size, shared)
         if values is not part:
             part.copy_(values)

@@ -69,6 +69,8 @@ def decode(
         payload: Tensor, flags: Tensor, levels: tuple[float, ...], bit_width: int, numel: int,
         dtype: torch.dtype) -> Tensor:
     """The level of every element: a flat tensor [numel] of ``dtype``; NaN in flagged blocks."""
+    # A level for every code: a device would abort on an index without one.
+    levels += levels[-1:] * (2**bit_width - len(levels))
     values = torch.tensor(levels, dtype=torch.float64, device=payload.device).to(dtype)
     out = torch.empty(numel, dtype=dtype, device=payload.device)
     for start in range(0, numel, _CHUNK):

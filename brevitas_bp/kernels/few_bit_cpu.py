@@ -80,7 +80,8 @@ def encode(
     """See :func:`brevitas_bp.kernels.few_bit.encode`."""
     inner = compute_dtype(flat.dtype)
     nbytes, blocks = few_bit_nbytes(flat.numel(), bit_width)
-    payload, flags = (torch.empty(n, dtype=torch.uint8) for n in (nbytes, blocks))
+    payload, flags = (
+        torch.empty(n, dtype=torch.uint8, device="cpu") for n in (nbytes, blocks))
     shared = (_borders(borders, inner), bit_width, folded, payload.numpy(), flags.numpy())
     flat = flat.detach()
     step = blocks if flat.dtype == inner and flat.is_contiguous() else _CHUNK
@@ -95,7 +96,7 @@ def decode(
         payload: Tensor, flags: Tensor, levels: tuple[float, ...], bit_width: int, numel: int,
         dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.few_bit.decode`."""
-    out = torch.empty(numel, dtype=dtype)
+    out = torch.empty(numel, dtype=dtype, device="cpu")
     values, nan = _levels(levels, bit_width, dtype)
     shared = (values, nan, bit_width, payload.numpy(), flags.numpy())
     _run(_decode, (out.view(_BITS[dtype.itemsize]).numpy(),), 0, len(flags), BLOCK, shared)
@@ -111,6 +112,6 @@ def _borders(borders: tuple[float, ...], inner: torch.dtype) -> Any:
 def _levels(levels: tuple[float, ...], bit_width: int, dtype: torch.dtype) -> tuple[Any, Any]:
     """Bit patterns of one level per code, and of NaN."""
     padded = levels + levels[-1:] * (2**bit_width - len(levels))
-    values = torch.tensor((*padded, torch.nan), dtype=torch.float64).to(dtype)
+    values = torch.tensor((*padded, torch.nan), dtype=torch.float64, device="cpu").to(dtype)
     patterns = values.view(_BITS[dtype.itemsize]).numpy()
     return patterns[:-1], patterns[-1]

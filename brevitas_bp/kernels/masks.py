@@ -40,7 +40,7 @@ def order_of(value: float, dtype: torch.dtype) -> int:
     (0, -1)
     """
     integer = INTEGERS[dtype.itemsize]
-    bits = int(torch.tensor([value], dtype=dtype).view(integer))
+    bits = int(torch.tensor([value], dtype=dtype, device="cpu").view(integer))
     return bits ^ torch.iinfo(integer).max if bits < 0 else bits
 
 
@@ -53,7 +53,7 @@ def next_value(value: float, dtype: torch.dtype, step: int) -> float:
     integer = INTEGERS[dtype.itemsize]
     order = order_of(math.copysign(0.0, step) if value == 0 else value, dtype) + step
     bits = order ^ torch.iinfo(integer).max if order < 0 else order
-    return float(torch.tensor([bits], dtype=integer).view(dtype))
+    return float(torch.tensor([bits], dtype=integer, device="cpu").view(dtype))
 
 
 def mask_nbytes(numel: int) -> int:

@@ -137,7 +137,7 @@ def pack_interval(
         lo = order_of(-0.0 if interval.lo == 0 else interval.lo, dtype)
         hi = order_of(0.0 if interval.hi == 0 else interval.hi, dtype)
     limit = infinity if interval.nan else largest
-    packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8)
+    packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
     blocks = -(-packed.numel() // _BLOCK)
     seen = np.zeros(blocks, np.uint8)
     bits = flat.detach().view(INTEGERS[dtype.itemsize]).numpy()
@@ -151,9 +151,9 @@ def pack_interval(
 def unpack_select(
         packed: Tensor, numel: int, outside: float, inside: float, dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.unpack_select`."""
-    out = torch.empty(numel, dtype=dtype)
+    out = torch.empty(numel, dtype=dtype, device="cpu")
     integer = INTEGERS[dtype.itemsize]
-    values = torch.tensor([outside, inside], dtype=dtype).view(integer).numpy()
+    values = torch.tensor([outside, inside], dtype=dtype, device="cpu").view(integer).numpy()
     blocks = -(-packed.numel() // _BLOCK)
     _run(_unpack_mask, (), 0, blocks, 8 * _BLOCK, (packed.numpy(), values, out.view(integer).numpy()))
     return out
@@ -161,7 +161,7 @@ def unpack_select(
 
 def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.window_codes`."""
-    codes = torch.empty(index.shape, dtype=dtype)
+    codes = torch.empty(index.shape, dtype=dtype, device="cpu")
     planes = index.shape[0] * index.shape[1]
     shared = (
         index.detach().numpy(), windows.sizes, windows.kernel, windows.dilation, *_starts(windows),
@@ -172,7 +172,7 @@ def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
 
 def window_indices(codes: Tensor, windows: Windows) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.window_indices`."""
-    index = torch.empty(codes.shape, dtype=torch.int64)
+    index = torch.empty(codes.shape, dtype=torch.int64, device="cpu")
     d, h, w = np.indices(windows.kernel).reshape(3, -1) * np.array(windows.dilation)[:, None]
     table = (d * windows.sizes[1] + h) * windows.sizes[2] + w
     planes = codes.shape[0] * codes.shape[1]

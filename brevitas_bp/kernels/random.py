@@ -147,7 +147,7 @@ def next_seed(stream: int) -> int:
         used[stream] += 1
     else:
         # CPU generator: no device synchronisation, and torch.manual_seed governs it.
-        seed, occurrence = int(torch.empty((), dtype=torch.int64).random_()), 0
+        seed, occurrence = int(torch.empty((), dtype=torch.int64, device="cpu").random_()), 0
     return derive(seed, stream, occurrence)
 
 

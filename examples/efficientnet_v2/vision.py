@@ -13,8 +13,9 @@ import torch
 def import_torchvision(module: str = "torchvision") -> ModuleType:
     """Import torchvision, also where its compiled operators do not match the installed torch.
 
-    A torchvision built against another torch fails to register `torchvision::nms`, which no
-    data set or classifier needs. Declaring the two missing schemas lets the import go through.
+    A torchvision built for CUDA beside a CPU torch, or the reverse, fails to register
+    `torchvision::nms`, which no data set or classifier needs. Declaring the two missing schemas lets
+    the import go through. What imports torchvision by itself (Lightning, timm, PEFT) works after this.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Every classification model of torchvision, and recurrent, transformer and convolution layers, wrapped.
+"""Every classification model of torchvision, families of timm, and other layers of torch.nn, wrapped.
 
     python examples/studies/model_coverage.py [--only resnet] [--out runs/coverage.json] [--markdown]
 
@@ -8,7 +8,9 @@ Results are appended as they come; a run that was stopped goes on where it was. 
 """
 
 import argparse
+import functools
 import gc
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -29,6 +31,20 @@ from vision import import_torchvision
 
 #: Pixels that a model needs; 64 otherwise.
 SIZES = {"inception_v3": 299, "vit": 224, "maxvit": 224, "alexnet": 80}
+
+#: Of timm, where it is installed; those that are built for one size get it, others 64 pixels.
+TIMM = [
+    "beit_base_patch16_224", "cait_xxs24_224", "coatnet_nano_rw_224", "convnext_atto",
+    "convnextv2_atto", "davit_tiny", "deit3_small_patch16_224", "dm_nfnet_f0", "edgenext_xx_small",
+    "efficientnetv2_rw_t", "efficientvit_b0", "eva02_tiny_patch14_224", "fastvit_t8",
+    "focalnet_tiny_srf", "gcvit_xxtiny", "ghostnet_100", "hiera_tiny_224", "hrnet_w18_small",
+    "inception_next_atto", "levit_128s", "maxvit_nano_rw_256", "mixer_s16_224", "mixer_s32_224",
+    "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv4_conv_small", "mobilevit_xxs",
+    "nf_regnet_b0", "nf_resnet50", "nfnet_l0", "poolformer_s12", "pvt_v2_b0", "regnetx_002",
+    "regnety_002", "repvit_m0_9", "resmlp_12_224", "resnest14d", "resnet10t", "resnetv2_50x1_bit",
+    "rexnet_100", "seresnet18", "starnet_s1", "swin_s3_tiny_224", "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256", "tiny_vit_5m_224", "vit_tiny_patch16_224", "volo_d1_224",
+    "xcit_nano_12_p16_224"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,23 @@ def builders(
             return models.get_model(name, weights=None, **options), (torch.randn(batch, 3, size, size),)
 
         found[name] = build
-    return found
+    return found | timm_builders(batch, pixels)
+
+
+def timm_builders(
+        batch: int, pixels: int | None) -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
+    """As :func:`builders`, of timm, if it is installed. After torchvision, which it imports."""
+    if importlib.util.find_spec("timm") is None:
+        return {}
+    timm = importlib.import_module("timm")
+
+    def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+        module = timm.create_model(name, pretrained=False)
+        size = pixels or (
+            module.pretrained_cfg["input_size"][-1] if module.pretrained_cfg["fixed_input_size"] else 64)
+        return module, (torch.randn(batch, 3, size, size),)
+
+    return {f"timm/{name}": functools.partial(build, name) for name in TIMM}
 
 
 def load(path: Path) -> dict[str, Row]:

@@ -118,10 +118,12 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "Tensor.sigmoid_": lambda x: (x * 1).sigmoid_(), "F.logsigmoid": F.logsigmoid,
     "softsign": F.softsign, "tanhshrink": F.tanhshrink, "sin": torch.sin, "cos": torch.cos,
     "erf": torch.erf, "atan": torch.atan,
+    "cube": lambda x: (x / 4) ** 3, "pow": lambda x: torch.pow(x / 4, 4.0),
+    "Tensor.pow_": lambda x: (x / 4).pow_(3),
     "glu": F.glu, "glu dim": lambda x: F.glu(x, dim=1),
 }
 #: Functions whose saved tensor, rounded to 2 bits, gives a gradient that is visibly wrong on average.
-CURVED = ["silu", "gelu", "mish", "tanh", "sigmoid", "softplus", "elu", "hardswish"]
+CURVED = ["silu", "gelu", "mish", "tanh", "sigmoid", "softplus", "elu", "hardswish", "cube"]
 COPIES = 4096
 
 
@@ -436,3 +438,18 @@ def test_few_bit_leaves_operations_without_a_table_alone(
     run(model, x, copied=False)
     (site,) = model.explain().sites.values()
     assert site.stored == "4-bit stochastic"
+
+
+@pytest.mark.parametrize("exponent", [0.5, -1, 2, 2.5, torch.tensor(3.0), 3j])
+def test_powers_without_a_bounded_derivative_are_not_rewritten(exponent: Any) -> None:
+    """The derivative of a root is infinite at zero."""
+    x = torch.rand(64, 64)
+    model = wrapped(Apply(lambda x: torch.pow(x, exponent).abs()))
+    leaf = x.requires_grad_()
+    model(leaf).sum().backward()
+    decided = {site.reason for site in model.explain().sites.values() if site.op == "pow"}
+    assert "derivative: backward is linear in it" not in decided
+    control = wrapped(Apply(lambda x: torch.pow(x, 3).abs()))
+    control(leaf).sum().backward()
+    (site,) = (site for site in control.explain().sites.values() if site.op == "pow")
+    assert site.reason == "derivative: backward is linear in it"

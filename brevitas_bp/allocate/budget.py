@@ -1,0 +1,154 @@
+"""Which option for each of many tensors: least total cost within a total size.
+
+A multiple-choice knapsack. ``costs[i][j]`` and ``sizes[i][j]`` are those of option ``j`` for item ``i``;
+one option is taken for each item; sizes and the budget are in one unit (bytes or bits).
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from brevitas_bp.errors import InfeasibleBudgetError
+
+Table = Sequence[Sequence[float]]
+
+
+def greedy(costs: Table, sizes: Table, budget: float) -> list[int]:
+    """Starts from the largest options and takes, again and again, the step down that harms least.
+
+    A step goes to the next smaller option; its harm is the growth of cost for each unit of size that it
+    frees; of equal ones the last item's is taken. Source: Chen et al., "ActNN", 2021; Liu et al.,
+    "GACT", 2022.
+
+    Returns:
+        An option for each item.
+
+    Raises:
+        InfeasibleBudgetError: not even the smallest options fit.
+
+    Example: six tensors of equal size, widths 1 to 8, two bits each on average.
+
+        >>> widths = range(1, 9)
+        >>> costs = [[c / (2**b - 1)**2 for b in widths] for c in (1000, 100, 10, 1, 0.1, 0.01)]
+        >>> [widths[j] for j in greedy(costs, [widths] * 6, 12)]
+        [4, 3, 2, 1, 1, 1]
+    """
+    check_feasible(sizes, budget)
+    order = [sorted(range(len(s)), key=lambda j: (s[j], -j), reverse=True) for s in sizes]
+    at = [0] * len(costs)
+    total = sum(s[o[0]] for s, o in zip(sizes, order))
+    while total > budget:
+        harm = [
+            _harm(costs[i], sizes[i], order[i][at[i]], order[i][at[i] + 1])
+            if at[i] + 1 < len(order[i]) else float("inf") for i in range(len(costs))]
+        least = min(harm)
+        chosen = max(i for i, h in enumerate(harm) if h == least)
+        total -= sizes[chosen][order[chosen][at[chosen]]]
+        at[chosen] += 1
+        total += sizes[chosen][order[chosen][at[chosen]]]
+    return [o[a] for o, a in zip(order, at)]
+
+
+def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
+    """The least total cost that fits, by integer programming (HiGHS through SciPy).
+
+    Returns:
+        An option for each item.
+
+    Raises:
+        InfeasibleBudgetError: not even the smallest options fit.
+        ImportError: SciPy is not installed.
+    """
+    check_feasible(sizes, budget)
+    try:
+        import numpy as np
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+    except ImportError as error:
+        raise ImportError(
+            "brevitas_bp.allocate.optimal needs SciPy: pip install 'brevitas-bp[allocate]', or choose "
+            "method='greedy'") from error
+    pairs = [(i, j) for i, row in enumerate(costs) for j in range(len(row))]
+    cost = np.array([costs[i][j] for i, j in pairs])
+    size = np.array([sizes[i][j] for i, j in pairs], dtype=float)
+    one = csr_array(
+        (np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))),
+        shape=(len(costs), len(pairs)))
+    # Costs differ by many orders of magnitude, and solvers stop at absolute tolerances.
+    found: Any = milp(
+        cost / (cost.max() or 1.0), integrality=np.ones(len(pairs)), bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(size[None] / budget, -np.inf, 1)],
+        options={"mip_rel_gap": 1e-6, "time_limit": 60})
+    if found.x is None:
+        raise RuntimeError(
+            f"brevitas_bp.allocate.optimal: HiGHS found nothing ({found.message}); choose "
+            "method='greedy'")
+    taken: list[int] = [0] * len(costs)
+    for (i, j), x in zip(pairs, found.x):
+        if x > 0.5:
+            taken[i] = j
+    # What the solver's tolerances leave: never worse than greedy, and never above the budget.
+    rival = greedy(costs, sizes, budget)
+    fits = total(sizes, taken) <= budget
+    return taken if fits and total(costs, taken) <= total(costs, rival) else rival
+
+
+def lower_bound(costs: Table, sizes: Table, budget: float) -> float:
+    """A total cost that no choice within the budget can be below: fractions of options allowed.
+
+    So the distance of any choice from it bounds its distance from the best.
+    """
+    check_feasible(sizes, budget)
+    hulls = [_lower_hull(c, s) for c, s in zip(costs, sizes)]
+    bound = sum(hull[0][1] for hull in hulls)
+    left = budget - sum(hull[0][0] for hull in hulls)
+    steps = [
+        ((high[1] - low[1]) / (high[0] - low[0]), high[0] - low[0])
+        for hull in hulls for low, high in itertools.pairwise(hull)]
+    for slope, width in sorted(steps):
+        used = min(width, left)
+        bound += slope * used
+        left -= used
+    return bound
+
+
+def total(table: Table, choice: Sequence[int]) -> float:
+    """Sum over the chosen options."""
+    return sum(row[j] for row, j in zip(table, choice))
+
+
+def check_feasible(sizes: Table, budget: float) -> None:
+    """Refuses a budget below the smallest options.
+
+    Raises:
+        InfeasibleBudgetError: with what is missing.
+    """
+    least = sum(min(row) for row in sizes)
+    if least > budget:
+        raise InfeasibleBudgetError(
+            f"brevitas_bp.allocate: the budget is {budget:,.0f} but the smallest options take "
+            f"{least:,.0f}, {least - budget:,.0f} more")
+
+
+def _harm(costs: Sequence[float], sizes: Sequence[float], high: int, low: int) -> float:
+    """Growth of cost for each unit freed; nothing freed counts as a step for nothing."""
+    freed = sizes[high] - sizes[low]
+    growth = costs[low] - costs[high]
+    return growth / freed if freed > 0 else (float("-inf") if growth <= 0 else float("inf"))
+
+
+def _lower_hull(costs: Sequence[float], sizes: Sequence[float]) -> list[tuple[float, float]]:
+    """(size, cost) of the options that some price of size makes the best, smallest size first."""
+    hull: list[tuple[float, float]] = []
+    for size, cost in sorted(zip(sizes, costs)):
+        if hull and cost >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _above(hull[-2], hull[-1], (size, cost)):
+            hull.pop()
+        hull.append((size, cost))
+    return hull
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether ``b`` lies on or above the line from ``a`` to ``c``."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])

@@ -1,0 +1,205 @@
+"""How much the gradient suffers when one saved tensor is rounded.
+
+An estimator fills a table: for each group of tensors and each candidate the expected ``|g~ -
+g|^2``, with g all gradients of the parameters and g~ those with this one group rounded. Roundings
+of different groups are independent, so errors of unbiased ones add up.
+
+What is measured costs backward passes; forward ran once
+(:class:`~brevitas_bp.allocate.profile.Profile`). The error of a width that was not measured follows
+from how far its rounding moves the tensor: error and squared distance are proportional, for plain
+widths both go as ``1 / (2^b - 1)^2``.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from brevitas_bp.allocate.profile import Group, Profile
+from brevitas_bp.backward.planned import Candidate
+from brevitas_bp.errors import UnknownNameError, nearest
+
+_REFERENCE = Candidate(2)
+
+Tick = Callable[[], None]
+
+
+class Sensitivity(ABC):
+    """Estimates the error of the gradient for each group and candidate."""
+
+    #: Chosen by this name.
+    name: str
+
+    @abstractmethod
+    def passes(self, profile: Profile, candidates: Sequence[Candidate]) -> int:
+        """Backward passes that :meth:`errors` takes, the exact one included."""
+
+    @abstractmethod
+    def errors(
+            self, profile: Profile, candidates: Sequence[Candidate],
+            tick: Tick = lambda: None) -> list[list[float]]:
+        """Expected ``|g~ - g|^2`` [groups][candidates]; ``tick`` is called after each backward pass."""
+
+
+class ClosedForm(Sensitivity):
+    """From the exact backward alone: ``|x~ - x|^2`` times the energy of the gradient that it multiplies.
+
+    For the input of a layer with weight W [out, ...]: ``v |d|^2 W.numel() / out``, with v the mean
+    squared distance of an element and d the gradient of the layer's output: the variance of the
+    weight's gradient, but for the correlation of both over samples. For any other tensor ``v
+    |d|^2``: the variance of the gradient it is multiplied with, and nothing of what flows further
+    up from there. One backward pass.
+
+    Source: Chen et al., "ActNN", 2021, whose ``R^2 G / 6 (2^b - 1)^2`` is the ``|x~ - x|^2`` of a
+    bucket of evenly spread values.
+    """
+
+    name = "closed_form"
+
+    def passes(self, profile: Profile, candidates: Sequence[Candidate]) -> int:
+        return 1
+
+    def errors(
+            self, profile: Profile, candidates: Sequence[Candidate],
+            tick: Tick = lambda: None) -> list[list[float]]:
+        profile.exact  # noqa: B018  (its hooks note the energies)
+        tick()
+        weights = [
+            sum(profile.output_energy[call] * _fan_in(profile, group, call)
+                for t in group.tensors for call in t.calls) / group.numel
+            for group in profile.groups]
+        return [
+            [w * _distance(profile, group, c) for c in candidates]
+            for w, group in zip(weights, profile.groups)]
+
+
+@dataclass(frozen=True)
+class Empirical(Sensitivity):
+    """Measures the gradient with groups rounded, against the exact one.
+
+    Groups whose rounding is in the gradient of their own weights only are rounded all at once, for each
+    candidate by itself: what differs in a weight's gradient is theirs. Each other group is rounded
+    alone, with the reference candidate. So biased candidates are measured where that is cheap, and
+    what flows further up is in it everywhere.
+
+    Args:
+        draws: roundings averaged for each measurement.
+        reference: candidate with which groups are rounded that go further up.
+
+    Source: Liu et al., "GACT", 2022, who take the difference of two 1-bit draws and run forward
+    each time.
+    """
+
+    draws: int = 2
+    reference: Candidate = _REFERENCE
+    name = "empirical"
+
+    def passes(self, profile: Profile, candidates: Sequence[Candidate]) -> int:
+        local, far = _local_and_far(profile)
+        rounding = sum(c.bits is not None for c in candidates)
+        return 1 + self.draws * ((rounding if local else 0) + len(far))
+
+    def errors(
+            self, profile: Profile, candidates: Sequence[Candidate],
+            tick: Tick = lambda: None) -> list[list[float]]:
+        profile.exact  # noqa: B018
+        tick()
+        local, far = _local_and_far(profile)
+        found = [[0.0] * len(candidates) for _ in profile.groups]
+        for j, candidate in enumerate(candidates):
+            if candidate.bits is None or not local:
+                continue
+            for parts in self._measured(profile, dict.fromkeys(local, candidate), tick):
+                for i in local:
+                    own = profile.groups[i].parameters or set()
+                    found[i][j] += sum(parts[p] for p in own) / self.draws
+        for i in far:
+            group = profile.groups[i]
+            parts = self._measured(profile, {i: self.reference}, tick)
+            error = sum(sum(part) for part in parts) / self.draws
+            distance = _distance(profile, group, self.reference)
+            ratio = error / distance if distance > 0 else 0.0
+            found[i] = [ratio * _distance(profile, group, c) for c in candidates]
+        return found
+
+    def _measured(
+            self, profile: Profile, rounded: dict[int, Candidate],
+            tick: Tick) -> list[list[float]]:
+        """Error of each parameter's gradient, for each draw."""
+        found = []
+        for draw in range(self.draws):
+            gradients = profile.gradients(rounded, draw)
+            found.append([
+                self._error(a, b) for a, b in zip(gradients, profile.exact)])
+            tick()
+        return found
+
+    def _error(self, rounded: Tensor | None, exact: Tensor | None) -> float:
+        if rounded is None or exact is None:
+            return 0.0
+        return float((rounded.double() - exact.double()).square().sum())
+
+
+@dataclass(frozen=True)
+class GradientNorms(Empirical):
+    """As :class:`Empirical`, but compares only the norm of each parameter's gradient.
+
+    An error across the gradient hardly changes its norm, so values are smaller and noisier. Of a
+    step that cannot hold a second set of gradients only the norms are kept: as many numbers as
+    parameters are tensors.
+
+    Source: "Average Quantization" (the light sensitivity of ALAM), 2024.
+    """
+
+    name = "gradient_norms"
+
+    def _error(self, rounded: Tensor | None, exact: Tensor | None) -> float:
+        if rounded is None or exact is None:
+            return 0.0
+        return float(rounded.double().norm() - exact.double().norm()) ** 2
+
+
+ESTIMATORS: dict[str, Sensitivity] = {
+    e.name: e for e in (ClosedForm(), Empirical(), GradientNorms())}
+
+
+def estimator(given: str | Sensitivity) -> Sensitivity:
+    """An estimator by its name.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    if isinstance(given, Sensitivity):
+        return given
+    if given not in ESTIMATORS:
+        raise UnknownNameError(
+            f"brevitas_bp.plan_bit_widths: sensitivity must be one of {sorted(ESTIMATORS)} or a "
+            f"Sensitivity, got {given!r}{nearest(str(given), ESTIMATORS)}")
+    return ESTIMATORS[given]
+
+
+def _local_and_far(profile: Profile) -> tuple[list[int], list[int]]:
+    """Groups whose error can be told apart by the weights it is in, and the others."""
+    owners = Counter(p for g in profile.groups for p in g.parameters or ())
+    local = [
+        i for i, g in enumerate(profile.groups)
+        if g.parameters and all(owners[p] == 1 for p in g.parameters)]
+    return local, sorted(set(range(len(profile.groups))) - set(local))
+
+
+def _distance(profile: Profile, group: Group, candidate: Candidate) -> float:
+    return 0.0 if candidate.bits is None else profile.distortion(group, candidate)
+
+
+def _fan_in(profile: Profile, group: Group, call: int) -> float:
+    """Elements of the weight for each channel that the call returns; 1 for what is no layer."""
+    shape = profile.outputs.get(call)
+    own = [profile.parameters[p] for p in group.parameters or ()]
+    weights = [w for w in own if w.dim() > 1]
+    if not weights or not shape:
+        return 1.0
+    weight = max(weights, key=lambda w: w.numel())
+    channels = shape[1 if weight.dim() > 2 else len(shape) - 1]
+    return weight.numel() / max(channels, 1)

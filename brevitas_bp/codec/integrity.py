@@ -1,0 +1,82 @@
+"""Whether a payload still is what its codec stored. Leaf: codecs say what they expect, this compares.
+
+NOTE [ A corrupted payload is refused ]
+1. Structure: how many tensors, their shapes, dtypes and device follow from layout and facts, which the
+   codec turns into :class:`Form`. Compiled kernels index memory without looking, so nothing is decoded
+   before its structure was compared.
+2. Writes: version counters are noted when a payload is made and compared before it is decoded.
+3. Bits: only a checksum tells, ``QuantBackwardWrapper(verify=True)``;
+   see :mod:`~brevitas_bp.codec.checksum`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.errors import CorruptPayloadError
+
+_REMEDY = "stored tensors belong to autograd's graph: nothing else may replace, resize or write to them"
+
+
+class Form(NamedTuple):
+    """What one stored tensor must be, besides contiguous.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def flat(cls, numel: int, dtype: torch.dtype = torch.uint8) -> "Form":
+        """A tensor of one dimension; bytes, if nothing else is said."""
+        return cls((numel,), dtype)
+
+
+def refuse(payload: Any, expected: object, got: object) -> NoReturn:
+    """Raises for a payload, in one form.
+
+    Raises:
+        CorruptPayloadError: always.
+    """
+    raise CorruptPayloadError(
+        f"brevitas_bp: a payload of {payload.codec.name!r}, saved by "
+        f"{payload.where or 'an operation'}, is corrupt: expected {expected}, got {got}; {_REMEDY}")
+
+
+def versions_of(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
+    """Version counters; None for inference tensors, which have none."""
+    return tuple([None if t.is_inference() else t._version for t in tensors])
+
+
+def check_forms(payload: Any, forms: Sequence[Form]) -> None:
+    """Compares the tensors of a payload with their forms.
+
+    Raises:
+        CorruptPayloadError: they differ.
+    """
+    tensors = payload.tensors
+    if len(tensors) != len(forms):
+        refuse(payload, f"{len(forms)} stored tensors", len(tensors))
+    for i, (tensor, form) in enumerate(zip(tensors, forms)):
+        if tensor.shape != form.shape or tensor.dtype != form.dtype:
+            refuse(payload, f"tensor {i} to be {form.dtype} {list(form.shape)}",
+                   f"{tensor.dtype} {list(tensor.shape)}")
+        # A number may stay on the CPU: it can meet tensors of any device.
+        if tensor.device != payload.layout.device and tensor.dim():
+            refuse(payload, f"tensor {i} on {payload.layout.device}", tensor.device)
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            refuse(payload, f"tensor {i} to be contiguous", _described(tensor))
+        # A storage that was resized leaves the tensor's shape as it was, without the memory.
+        end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+        if tensor.numel() and tensor.untyped_storage().nbytes() < end:
+            refuse(payload, f"tensor {i} to have {end} bytes of memory",
+                   tensor.untyped_storage().nbytes())
+
+
+def _described(tensor: Tensor) -> str:
+    return f"strides {tensor.stride()}" if tensor.layout == torch.strided else str(tensor.layout)

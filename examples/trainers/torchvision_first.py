@@ -1,0 +1,9 @@
+"""Imported before Lightning, Transformers, PEFT and timm, which import torchvision: it may need help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "efficientnet_v2"))
+from vision import import_torchvision
+
+import_torchvision()

@@ -1,0 +1,140 @@
+"""Hugging Face's Trainer on a BERT, a GPT-2 or a Llama with random weights; resumes bit for bit.
+
+    python examples/trainers/transformers_trainer.py [--model bert] [--epochs 3] [--resume]
+
+Needs `pip install brevitas-bp[trainers]`, and no download. Expect an evaluation loss of 0.004 (bert),
+1.29 (gpt2), 1.46 (llama), and saved tensors 5.7, 5.4 and 4.0 times smaller.
+
+The *body* of the model is wrapped, in place, and the model stays what Trainer expects: a PreTrainedModel
+whose class says what its labels are called, which columns it takes, and how it is saved. Wrapped as a
+whole it is none of these (see docs/trainers.md), and little is gained: what follows the body is a small
+head and the loss, whose logits are exact anyway.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision_first  # noqa: F401
+from sentences import LENGTH, WORDS, examples
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp.backward import NoiseState
+
+_SIZE = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SHAPE = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": LENGTH}
+CONFIGS = {
+    "bert": BertConfig(**_SIZE, **_SHAPE, intermediate_size=256),
+    "gpt2": GPT2Config(**_SIZE, n_embd=64, n_layer=2, n_head=4, n_positions=LENGTH),
+    "llama": LlamaConfig(**_SIZE, **_SHAPE, intermediate_size=172, num_key_value_heads=2),
+}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What a run may vary."""
+
+    model: str = "bert"
+    epochs: int = 3
+    sentences: int = 1000
+    batch: int = 32
+    keep_noise: bool = True
+
+
+class KeepNoise(TrainerCallback, ExportableState):
+    """Writes the noise into `trainer_state.json` of each checkpoint; a resumed run goes on from it."""
+
+    def __init__(self) -> None:
+        self.noise: NoiseState | None = None
+
+    def state(self) -> dict[str, Any]:
+        streams = None if self.noise is None else self.noise.state_dict()
+        return {"args": {}, "attributes": {"streams": streams}}
+
+    def on_train_begin(
+            self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.noise = NoiseState(kwargs["model"])
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]["streams"]
+        if saved is not None:
+            self.noise.load_state_dict(saved)
+
+
+def build(name: str) -> PreTrainedModel:
+    """The model, as it comes."""
+    torch.manual_seed(0)
+    auto = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
+    return auto.from_config(CONFIGS[name])
+
+
+def wrap_body(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """Wraps what lies below the head, in place."""
+    body = model.base_model_prefix
+    setattr(model, body, QuantBackwardWrapper(getattr(model, body), bucket_size=64, **options))
+    return model
+
+
+def data(name: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Sentences; a language model's labels are the words themselves, where there are words."""
+    rows = examples(count, seed)
+    for row in rows if name != "bert" else []:
+        row["labels"] = [
+            word if real else -100 for word, real in zip(row["input_ids"], row["attention_mask"])]
+    return rows
+
+
+def trainer(model: torch.nn.Module, out: Path, knobs: Knobs, **arguments: Any) -> Trainer:
+    """A Trainer as one would write it without the wrapper, but for the callback."""
+    settings: dict[str, Any] = {
+        "num_train_epochs": knobs.epochs, "per_device_train_batch_size": knobs.batch,
+        "learning_rate": 2e-3, "save_strategy": "epoch", "logging_strategy": "epoch",
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0}
+    return Trainer(
+        model=model, args=TrainingArguments(output_dir=str(out), **settings | arguments),
+        train_dataset=data(knobs.model, knobs.sentences, seed=0),
+        eval_dataset=data(knobs.model, 200, seed=1),
+        callbacks=[KeepNoise()] if knobs.keep_noise else [])
+
+
+def report_bytes(model: PreTrainedModel, rows: list[dict[str, Any]]) -> str:
+    """Saved bytes of one batch."""
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0] if key != "sentence"}
+    with track_saved_memory(model.train()) as report:
+        kept = model(**batch)
+    return (
+        f"batch of {len(rows)}, loss {kept.loss.item():.3f}: {report.exact_bytes / 2**20:.2f} MiB in "
+        f"{report.stored_bytes / 2**20:.2f}, {report.ratio:.1f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=list(CONFIGS), default=Knobs.model)
+    parser.add_argument("--epochs", type=int, default=Knobs.epochs)
+    parser.add_argument("--out", type=Path, default=Path("runs/transformers"))
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    options = parser.parse_args()
+    knobs = Knobs(model=options.model, epochs=options.epochs)
+    model = wrap_body(build(knobs.model))
+    run = trainer(model, options.out / knobs.model, knobs)
+    run.train(resume_from_checkpoint=options.resume)
+    print(run.evaluate())
+    print(report_bytes(model, data(knobs.model, 32, seed=2)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Launches the scenarios under torchrun: all of them in two processes, and three jobs in a row."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import torchrun
+from tests.distributed.support import Facts
+from tests.distributed.worker import SCENARIOS
+
+#: (processes, scenarios) of the jobs; the later ones start from checkpoints of the earlier ones.
+JOBS = [
+    (2, [name for name in SCENARIOS if name not in ("state alone", "state in two")]),
+    (1, ["state alone"]), (2, ["state in two"])]
+
+
+def launch(processes: int, folder: Path, scenarios: list[str]) -> dict[str, list[Facts]]:
+    """Facts of each scenario, one entry for each process."""
+    done = torchrun(processes, "-m", "tests.distributed.worker", str(folder), *scenarios)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((folder / f"{processes}-{rank}.json").read_text())
+             for rank in range(processes)]
+    return {name: [facts[name] for facts in found] for name in scenarios}
+
+
+@pytest.fixture(scope="session")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Facts]]:
+    """Scenario -> facts of each process."""
+    folder = tmp_path_factory.mktemp("distributed")
+    found: dict[str, list[Facts]] = {}
+    for processes, scenarios in JOBS:
+        found |= launch(processes, folder, scenarios)
+    return found

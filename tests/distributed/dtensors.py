@@ -1,0 +1,103 @@
+"""Single DTensors: through a codec and back, encoded once, and watched."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from brevitas_bp import ModifiedInPlaceError
+from brevitas_bp.codec import Codec, Copy
+from brevitas_bp.codec.shard import ShardCodec, is_partial, shard_of
+from tests.distributed.support import Facts, digest, local, wrapper
+
+
+def shards(folder: Path) -> Facts:
+    """A DTensor goes through a codec and comes back, for all placements and uneven shards."""
+    mesh, codec = init_device_mesh("cpu", (2,)), ShardCodec(Copy())
+    facts: Facts = {}
+    for name, x in {
+            "replicated": distribute_tensor(torch.randn(6, 5), mesh, [Replicate()]),
+            "rows": distribute_tensor(torch.randn(5, 3), mesh, [Shard(0)]),
+            "columns": distribute_tensor(torch.randn(3, 5).t(), mesh, [Shard(1)]),
+            "empty shard": distribute_tensor(torch.randn(1, 5), mesh, [Shard(0)]),
+            "summands": distribute_tensor(torch.randn(4, 8), mesh, [Shard(1)]).sum(1)}.items():
+        back = codec.encode(x, seed=0).decode()
+        assert isinstance(back, DTensor)
+        facts[name] = [
+            back.placements == x.placements, back.shape == x.shape, back.stride() == x.stride(),
+            digest([local(back)]) == digest([local(x)]), is_partial(x), shard_of(x).numel()]
+    return facts
+
+
+class Counting(Codec):
+    """Counts what it encodes; keeps a copy."""
+
+    def __init__(self) -> None:
+        self.encoded, self.copy = 0, Copy()
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Any:
+        self.encoded += 1
+        half = self.copy.encode(x.to(torch.bfloat16), seed=seed)
+        return type(half)(self, half.tensors, self.copy.encode(x, seed=seed).layout, None, where)
+
+    def decode(self, packed: Any) -> Tensor:
+        return packed.layout.restore_flat(packed.tensors[0].to(packed.layout.dtype))
+
+
+def once(folder: Path) -> Facts:
+    """A DTensor that several operations save is encoded once, and after a change in place again."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def count(change: bool) -> int:
+        codec = Counting()
+
+        class Net(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                y = x * 2
+                z = y.square().sum()
+                if change:
+                    with torch.no_grad():
+                        y.add_(1)
+                return z + y.square().sum() + y.t().exp().sum()
+
+        x = distribute_tensor(torch.randn(64, 64), mesh, [Shard(0)]).requires_grad_()
+        model = wrapper(policy=lambda saved: codec if saved.op == "square" else None)(Net())
+        model(x).full_tensor()  # type: ignore[operator]
+        return codec.encoded
+
+    return {"same": count(False), "changed": count(True)}
+
+
+class ChangedLater(nn.Module):
+    """Changes what it has saved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        z = y.square()
+        with torch.no_grad():
+            y.add_(1)
+        return z
+
+
+def change(folder: Path) -> Facts:
+    """Kept DTensors are watched: exact ones, small ones, and those quantized when backward starts."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def error(rows: int, **options: Any) -> str:
+        x = distribute_tensor(torch.randn(rows, 64), mesh, [Shard(0)]).requires_grad_()
+        loss = wrapper(**options)(ChangedLater())(x).sum()
+        try:
+            loss.backward()
+        except ModifiedInPlaceError as found:
+            return type(found).__name__
+        return ""
+
+    return {
+        "exact": error(64, policy="exact"), "small": error(2, bucket_size=8192),
+        "late": error(64, storage="quantize_on_backward"), "encoded": error(64)}
+
+
+SCENARIOS = {"tp shards": shards, "tp once": once, "tp change": change}

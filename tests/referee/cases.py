@@ -1,0 +1,204 @@
+"""PyTorch's own samples of its operators and modules, as things to run twice.
+
+The sample databases are imported inside of functions: their import forbids changes of backend flags and
+loads a hypothesis profile, in the whole process.
+"""
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+#: What is to be run, and its arguments: a fresh copy at every call.
+Build = Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample of one operator or module, called in one way.
+
+    Attributes:
+        op: full name of the operator or module.
+        variant: how it is called, a key of :data:`VARIANTS` or "module".
+        index: number of the sample.
+        build: makes module and arguments anew.
+        differentiable: what of the output a loss may depend on, as PyTorch's own tests say.
+    """
+
+    op: str
+    variant: str
+    index: int
+    build: Build
+    differentiable: Callable[[Any], Any]
+
+    def __str__(self) -> str:
+        return f"{self.op} [{self.variant}] sample {self.index}"
+
+
+class Called(nn.Module):
+    """An operator as a module.
+
+    Args:
+        function: the operator, or its method.
+        prepare: ``(first, args, kwargs) -> (first, args, kwargs, what is returned beside the output)``.
+    """
+
+    def __init__(self, function: Callable[..., Any], prepare: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.prepare = prepare
+
+    def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
+        first, args, kwargs, beside = self.prepare(first, args, kwargs)
+        output = self.function(first, *args, **kwargs)
+        return output if beside is None else (output, beside)
+
+
+def _as_given(first: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    return first, args, kwargs, None
+
+
+def _views_of_results(first: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Every input is a view, with an offset, of what another operation made."""
+    return *tree_map_only(Tensor, _view_of_result, (first, args, kwargs)), None
+
+
+def _view_of_result(x: Tensor) -> Tensor:
+    if not x.requires_grad or x.layout != torch.strided or x.is_nested:
+        return x
+    return torch.stack((x.detach(), x)).select(0, 1)
+
+
+def _saved_before(first: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The first input was saved by another operation: overwriting it must be noticed."""
+    made = first.clone()
+    return made, args, kwargs, made * made
+
+
+#: name -> (attribute of an OpInfo, how its inputs come about).
+VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "function": ("op", _as_given),
+    "function of views": ("op", _views_of_results),
+    "method": ("method_variant", _as_given),
+    "in place": ("inplace_variant", _views_of_results),
+    "in place after it was saved": ("inplace_variant", _saved_before),
+}
+
+
+def op_cases(
+        dtype: torch.dtype, variants: Sequence[str], limit: int | None) -> Iterator[Case]:
+    """Samples of ``op_db``, on CPU.
+
+    Args:
+        dtype: of the samples.
+        variants: keys of :data:`VARIANTS`.
+        limit: most samples of one operator; None: all.
+    """
+    for name, op in _ops().items():
+        if not op.supports_autograd or dtype not in op.supported_dtypes("cpu"):
+            continue
+        samples = _samples(name, dtype, limit and limit * _DRAWN_FROM)
+        chosen = _spread(len(samples), limit)
+        for variant, index in itertools.product(variants, chosen):
+            sample = samples[index]
+            if _can_run(op, variant, sample):
+                yield Case(
+                    name, variant, index, _op_build(op, variant, sample),
+                    sample.output_process_fn_grad)
+
+
+@functools.cache
+def _ops() -> dict[str, Any]:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return {op.full_name: op for op in op_db}
+
+
+# Of how many one is taken where there is a limit: to make all takes longer than to run some.
+_DRAWN_FROM = 5
+
+
+@functools.cache
+def _samples(name: str, dtype: torch.dtype, most: int | None) -> list[Any]:
+    """The first samples of an operator. Nobody writes to them, see :func:`_copied`."""
+    torch.manual_seed(0)
+    made = _ops()[name].sample_inputs("cpu", dtype, requires_grad=True)
+    return list(itertools.islice(made, most))
+
+
+def _can_run(op: Any, variant: str, sample: Any) -> bool:
+    """Whether there is such a variant; methods need a tensor, of full size where it is overwritten."""
+    attribute = VARIANTS[variant][0]
+    if getattr(op, attribute) is None or (
+            attribute != "op" and not isinstance(sample.input, Tensor)):
+        return False
+    return not (attribute == "inplace_variant" and sample.broadcasts_input)
+
+
+def _op_build(op: Any, variant: str, sample: Any) -> Build:
+    attribute, prepare = VARIANTS[variant]
+    function = getattr(op, attribute)
+
+    def build() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = _copied(((sample.input, *sample.args), sample.kwargs))
+        return Called(function, prepare), args, kwargs
+
+    return build
+
+
+def module_cases(dtype: torch.dtype, limit: int | None) -> Iterator[Case]:
+    """Samples of ``module_db``, on CPU, in training and in evaluation mode; arguments as above."""
+    from torch.testing._internal.common_modules import module_db
+
+    for info in module_db:
+        if dtype not in info.supported_dtypes("cpu"):
+            continue
+        for training in (True, False) if info.train_and_eval_differ else (True,):
+            torch.manual_seed(0)
+            samples = info.module_inputs_func(
+                info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+            name = f"{info.name}{'' if training else ' (eval)'}"
+            for index in _spread(len(samples), limit):
+                yield Case(
+                    name, "module", index, _module_build(info, samples[index], dtype, training),
+                    lambda output: output)
+
+
+def _module_build(info: Any, sample: Any, dtype: torch.dtype, training: bool) -> Build:
+    def build() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        made, given = sample.constructor_input, sample.forward_input
+        args, kwargs = _copied((given.args, given.kwargs))
+        torch.manual_seed(0)
+        module = info.module_cls(*made.args, **made.kwargs).to(dtype).train(training)
+        if info.is_lazy:
+            with torch.no_grad():
+                module(*args, **kwargs)
+        return module, args, kwargs
+
+    return build
+
+
+def _copied(arguments: Any) -> Any:
+    """Copies at once: arguments that share memory share it in the copy."""
+    memo: dict[int, Any] = {}
+    for x in tree_leaves(arguments):
+        # Others have a deep copy of their own, which keeps strides.
+        if isinstance(x, Tensor) and not (x.is_leaf and x.layout in _COPYABLE):
+            memo[id(x)] = x.detach().clone().requires_grad_(x.requires_grad)
+    return copy.deepcopy(arguments, memo)
+
+
+_COPYABLE = (torch.strided, torch.sparse_coo)
+
+
+def _spread(total: int, limit: int | None) -> list[int]:
+    """At most ``limit`` of ``range(total)``, from the middle of equal parts."""
+    if limit is None or total <= limit:
+        return list(range(total))
+    return [(2 * part + 1) * total // (2 * limit) for part in range(limit)]

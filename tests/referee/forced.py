@@ -1,0 +1,105 @@
+"""Encoding whatever could be encoded: the samples are tiny, and the break-even rule would keep them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from brevitas_bp import Codec, Packed, SavedTensor
+from brevitas_bp.backward import hooks, rewrites
+from brevitas_bp.backward.policy import ExplainedPolicy
+from brevitas_bp.backward.rewrites import Rewrite
+from brevitas_bp.backward.saved import Decision
+from brevitas_bp.codec.base import Copy
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.lossless import BitMask, NarrowInt
+from brevitas_bp.codec.pooling import WindowIndex
+from brevitas_bp.codec.regions import Region, ScaledMask, Sign
+from brevitas_bp.codec.shape_only import ShapeOnly
+from brevitas_bp.codec.signed import SignExact
+
+
+@contextmanager
+def encoding_forced() -> Iterator[None]:
+    """Within the block, size is no reason to keep a tensor or not to rewrite an operation."""
+    def encode(self: hooks.ForwardPass, saved: SavedTensor, codec: Codec) -> Packed:
+        seed = self.next_seed() if codec.compresses else 0
+        return codec.encode(saved.tensor, seed=seed, where=saved.op or "")
+
+    with patch.object(hooks.ForwardPass, "_encode", encode), patch.object(
+            rewrites, "_SMALLEST", 0):
+        yield
+
+
+@dataclass
+class Recorder:
+    """A policy that decides as another one, and notes what it said.
+
+    Attributes:
+        inner: decides.
+        unbiased_only: whether tensors are kept of which the bias of rounding is stated: those of norms
+            (the normalized input enters a gradient twice) and of prelu (cut at 0 when it is decoded).
+        rounded: names of the operations whose saved tensor goes through a quantizer.
+        left_out: tensors kept for the sake of ``unbiased_only``.
+        replaced: whether an operation saved something that plain autograd does not.
+    """
+
+    inner: ExplainedPolicy
+    unbiased_only: bool = False
+    rounded: list[str] = field(default_factory=list)
+    left_out: int = 0
+    replaced: bool = False
+
+    def __call__(self, saved: SavedTensor) -> Codec | None:
+        return self.decide(saved).codec
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        decision = self.inner.decide(saved)
+        self.replaced |= saved.role is not None
+        if decision.codec is None or isinstance(decision.codec, _LOSSLESS):
+            return decision
+        if self.unbiased_only and (
+                decision.reaches == "norm" or isinstance(decision.codec, SignExact)):
+            self.left_out += 1
+            return decision._replace(codec=None)
+        self.rounded.append(saved.op or "custom function")
+        return decision
+
+    def rewrite(self, function: Any) -> Rewrite | None:
+        return self.inner.rewrite(function)
+
+
+_LOSSLESS = (BitMask, Copy, NarrowInt, Region, ScaledMask, ShapeOnly, Sign, WindowIndex)
+
+
+class Nudge(Codec):
+    """Keeps a copy, and moves one of the tensors that it is given.
+
+    Args:
+        which: number of the encoding that is moved; None moves none.
+        step: how far, as a part of the tensor's largest value.
+    """
+
+    name = "nudge"
+
+    def __init__(self, which: int | None = None, step: float = 0.0) -> None:
+        self.which = which
+        self.step = step
+        self.encoded = 0
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        layout = TensorLayout.of(x)
+        flat = layout.flatten(x.detach()).clone()
+        if self.encoded == self.which:
+            angle = torch.arange(flat.numel(), dtype=flat.dtype)
+            # No constant: some backwards subtract the mean, which would hide it.
+            flat += self.step * flat.abs().nan_to_num().max() * (1.7 * angle + 0.4).sin()
+        self.encoded += 1
+        return Packed(self, (flat,), layout, None, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        return packed.layout.restore_flat(packed.tensors[0])
