@@ -127,7 +127,7 @@ class PerSampleCodec(Codec):
             part = rows.index_select(0, chosen.to(flat.device)).view(-1)
             parts.append(self._codecs[bits].encode(part, seed=derive(seed, bits), where=where))
             counts.append(len(chosen))
-        tensors = (widths.to(torch.uint8).to(flat.device), *(t for p in parts for t in p.tensors))
+        tensors = (*(t for p in parts for t in p.tensors), widths.to(torch.uint8).to(flat.device))
         return Packed(self, tensors, layout, _Facts(tuple(parts), tuple(counts)), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -137,7 +137,7 @@ class PerSampleCodec(Codec):
         if len(parts) > 1:
             rows = torch.cat([flat, *(part.decode() for part in parts[1:])]).view(sum(counts), -1)
             # Where each sample went: no need to wait for a device to tell.
-            place = packed.tensors[0].argsort(stable=True).argsort()
+            place = packed.tensors[-1].argsort(stable=True).argsort()
             flat = rows.index_select(0, place).view(-1)
         if _is_sample_major(layout):
             return layout.restore_flat(flat)
@@ -151,7 +151,7 @@ class PerSampleCodec(Codec):
             refuse(packed, f"{packed.layout.numel} elements of {dtypes}", packed.layout)
         # Whether they belong to their layout is compared by the parts, when they are decoded.
         forms = [Form(tuple(t.shape), t.dtype) for part in parts for t in part.tensors]
-        return [Form.flat(sum(counts)), *forms] if len(parts) > 1 else forms
+        return [*forms, Form.flat(sum(counts))] if len(parts) > 1 else forms
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self._codecs[self.bit_widths[0]].stored_nbytes(layout)
@@ -179,8 +179,7 @@ class PerSampleCodec(Codec):
 
 def _parts(packed: Packed) -> list[Packed]:
     """What each width stored, of the tensors that the whole was checked with."""
-    tensors = packed.tensors[len(packed.facts.parts) > 1:]
-    parts = []
+    tensors, parts = packed.tensors, []
     for part in packed.facts.parts:
         parts.append(replace(part, tensors=tensors[:len(part.tensors)]))
         tensors = tensors[len(part.tensors):]
