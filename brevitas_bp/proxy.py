@@ -109,6 +109,11 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
         return self._injector.bucket_size
 
     @property
+    def average_size(self) -> int:
+        """Neighbours along the last dimension that share one code."""
+        return self._injector.average_size if "average_size" in self._injector else 1
+
+    @property
     def _injector(self) -> Any:
         # Injectors define their attributes at run time.
         return self.quant_injector
@@ -131,10 +136,10 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
             value, scale, zero_point, bit_width = qt_args
             return BucketwiseIntQuantTensor(
                 value, scale, zero_point, self.bucket_size, bit_width, bool(self.is_signed),
-                self.training)
+                self.training, self.average_size)
         return BucketwiseIntQuantTensor(
             qt_args, x.scale, x.zero_point, self.bucket_size, x.bit_width, x.signed,
-            self.training)
+            self.training, x.average_size)
 
 
 class _CachedBucketwise:
@@ -148,6 +153,7 @@ class _CachedBucketwise:
         self.bit_width = quant_tensor.bit_width
         self.signed = quant_tensor.signed
         self.bucket_size = quant_tensor.bucket_size
+        self.average_size = quant_tensor.average_size
 
 
 def _activation(injector: Any) -> nn.Module:

@@ -6,7 +6,8 @@ import torch
 from brevitas.quant_tensor.base_quant_tensor import QuantTensor, _unpack_quant_tensor
 from torch import Tensor
 
-from brevitas_bp.core.bucket import flatten, unflatten
+from brevitas_bp.core.average import spread
+from brevitas_bp.core.bucket import flatten, memory_order, unflatten
 from brevitas_bp.kernels.reference import reciprocal, to_buckets
 
 
@@ -23,6 +24,7 @@ class _BucketwiseIntQuantTensorFields(NamedTuple):
     bit_width: Tensor
     signed_t: Tensor
     training_t: Tensor
+    average_size: int = 1
 
 
 class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
@@ -39,15 +41,16 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         bit_width: 0-d or [N, 1], bits.
         signed_t: 0-d bool.
         training_t: 0-d bool.
+        average_size: neighbours along the last dimension that share one code.
     """
 
     def __new__(
             cls, value: Tensor, scale: Tensor, zero_point: Tensor, bucket_size: int | None,
             bit_width: Tensor, signed: bool | Tensor,
-            training: bool | Tensor) -> "BucketwiseIntQuantTensor":
+            training: bool | Tensor, average_size: int = 1) -> "BucketwiseIntQuantTensor":
         return super().__new__(
             cls, value, scale, zero_point, bucket_size, bit_width, torch.as_tensor(signed),
-            torch.as_tensor(training))
+            torch.as_tensor(training), average_size)
 
     @property
     def signed(self) -> bool:
@@ -71,10 +74,22 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
 
     def int(self, float_datatype: bool = False) -> Tensor:
         """Codes, shaped as the value; recomputed from it. Use ``tensor_quant.quantize`` for speed."""
-        buckets = to_buckets(flatten(self.value.to(self.scale.dtype)), self.bucket_size)
+        values = self._stored().to(self.scale.dtype)
+        buckets = to_buckets(flatten(values), self.bucket_size)
         codes = torch.round(buckets * reciprocal(self.scale) + self.zero_point)
-        codes = unflatten(codes.reshape(-1)[:self.value.numel()], self.value)
+        codes = unflatten(codes.reshape(-1)[:values.numel()], values)
+        if self.average_size > 1:
+            length = self.value.shape[-1] if self.value.dim() else 1
+            flat = spread(codes, self.average_size, length, memory_order(self.value))
+            codes = unflatten(flat, self.value)
         return codes if float_datatype else codes.to(torch.int32)
+
+    def _stored(self) -> Tensor:
+        """The values that have a code of their own: where groups are averaged, one of each."""
+        if self.average_size == 1:
+            return self.value
+        value = self.value if self.value.dim() else self.value.reshape(1)
+        return value[..., ::self.average_size].contiguous()
 
     @classmethod
     def __torch_function__(

@@ -9,6 +9,7 @@ from brevitas.nn import QuantIdentity
 from torch import Tensor, nn
 
 from brevitas_bp import quant, seeded
+from brevitas_bp.core.average import group_means
 from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.quant_tensor import BucketwiseIntQuantTensor
 from tests.strategies import LAYOUTS, normals
@@ -88,3 +89,14 @@ def test_detach_keeps_the_metadata() -> None:
     y = quant_tensor(normals((300,)).float().requires_grad_())
     assert y.value.requires_grad and not y.detach().value.requires_grad
     assert torch.equal(y.detach().int(), y.int())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_averages_give_one_code_to_each_group(layout: Callable[[Tensor], Tensor]) -> None:
+    config: Any = quant.ShiftedUint4Avg2DynamicActPerBucketFloatStochastic
+    x = layout(normals((2, 3, 4, 51)).float())
+    with seeded(2):
+        made = config.tensor_quant.bucket_quant.quantize(group_means(x, 2))[0]
+    made = made.flatten()[:2 * 3 * 4 * 26].view(*x.shape[:-1], 26)
+    codes = quant_tensor(x, config).int(float_datatype=True)
+    assert torch.equal(codes, made.repeat_interleave(2, -1)[..., :51])

@@ -23,7 +23,7 @@ from brevitas_bp.errors import InfeasibleBudgetError, UnknownNameError, nearest
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 Method = Literal["optimal", "greedy"]
-CANDIDATES = (1, 2, 3, 4, 6, 8, "exact")
+CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8, "exact")
 
 _WHERE = "brevitas_bp.plan_bit_widths"
 _METHODS = {"optimal": optimal, "greedy": greedy}
@@ -173,7 +173,7 @@ class BitPlan:
         for site, chosen in self.choices.items():
             module, candidate = site.partition(":")[0], Candidate.parse(chosen)
             before = found.get(module, candidate)
-            found[module] = max(before, candidate, key=lambda c: c.bits or 64)
+            found[module] = max(before, candidate, key=lambda c: c.nominal_bits)
         return {module: str(c) for module, c in found.items()}
 
     def save(self, path: str | Path) -> None:
@@ -256,7 +256,9 @@ def plan_bit_widths(
         budget: all bytes that forward may keep for backward of this batch, such as 400_000_000, "400MB"
             or "381MiB"; what is kept exact counts.
         average_bits: instead, bits for each element that has a width, metadata counted.
-        candidates: widths in 1..8, "exact", or width and bucket size such as "2@64".
+        candidates: widths in 1..8, "exact", width and bucket size such as "2@64", or 2-bit means of
+            neighbours: 0.5, 0.25, "2avg2" (Average Quantization; only where its bias stays in the
+            gradient of one weight).
         sensitivity: "empirical" (one or two backward passes for each tensor that reaches further
         than its own
             weight), "closed_form" (one in all), "gradient_norms", or a
@@ -333,8 +335,10 @@ def _options(
         errors: Sequence[float]) -> PlannedTensor:
     """The candidates worth having: none that another beats in bytes and error."""
     group = profile.groups[index]
+    # The bias of averages must not reach other gradients than that of the tensor's own weight.
     all_options = {
-        str(c): (profile.stored_bytes(group, c), error) for c, error in zip(candidates, errors)}
+        str(c): (profile.stored_bytes(group, c), error) for c, error in zip(candidates, errors)
+        if c.average_size == 1 or group.parameters is not None}
     options: dict[str, tuple[float, float]] = {}
     for name, option in sorted(all_options.items(), key=lambda item: item[1]):
         if not options or option[1] < min(o[1] for o in options.values()):

@@ -3,7 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brevitas_bp.allocate.unchanged import point
 from brevitas_bp.backward.parameters import shown_leaf
 from brevitas_bp.backward.planned import Candidate, is_quantized, site_of
 from brevitas_bp.backward.policy import ExplainedPolicy, explained
@@ -82,7 +83,7 @@ class Group:
     def reaches(self) -> str:
         """The farthest that any of them reaches."""
         far = set().union(*(t.reaches for t in self.tensors))
-        return next(reach for reach in ("all", "norm", "weight") if reach in far)
+        return next(reach for reach in ("all", "sum", "norm", "weight") if reach in far)
 
     @property
     def parameters(self) -> set[int] | None:
@@ -124,7 +125,7 @@ class Profile:
         self.outputs: dict[int, tuple[int, ...]] = {}
         self._observing = True
         probing = _Probing(explained(model._policy), self)
-        with _unchanged(model.module), _policy(model, probing), torch.enable_grad():
+        with _back(model.module), _policy(model, probing), torch.enable_grad():
             with track_saved_memory(model) as report:
                 self.loss = loss_fn(model, batch)
             _check_loss(self.loss)
@@ -163,7 +164,7 @@ class Profile:
         self.rounded, self.draw = rounded, draw
         try:
             # Checkpointed parts run again, and their norms would count the batch again.
-            with _unchanged(self.module):
+            with _back(self.module):
                 return list(torch.autograd.grad(
                     self.loss, self.parameters, retain_graph=True, allow_unused=True))
         finally:
@@ -331,15 +332,10 @@ def _check_loss(loss: Any) -> None:
 
 
 @contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Buffers and torch's random states are afterwards as before."""
-    before = [(b, b.detach().clone()) for b in module.buffers()]
-    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        try:
-            yield
-        finally:
-            for buffer, value in before:
-                # Through .data: autograd need not hear of it, the value is the one that it saw.
-                buffer.data.copy_(value)
+def _back(module: nn.Module) -> Iterator[None]:
+    """Generators, modes and buffers are afterwards as before."""
+    restore = point(module)
+    try:
+        yield
+    finally:
+        restore()

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from torch import Tensor
 
@@ -121,7 +122,9 @@ class Empirical(Sensitivity):
             error = sum(sum(part) for part in parts) / self.draws
             distance = _distance(profile, group, self.reference)
             ratio = error / distance if distance > 0 else 0.0
-            found[i] = [ratio * _distance(profile, group, c) for c in candidates]
+            found[i] = [
+                ratio * _distance(profile, group, c) if c.average_size == 1 else inf
+                for c in candidates]
         return found
 
     def _measured(

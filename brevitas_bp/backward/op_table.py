@@ -23,6 +23,7 @@ from brevitas_bp.backward.operations import (
 from brevitas_bp.backward.rewrites import Passing, ReplayAttention, SaveDerivative
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
+from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.lossless import narrow_to
 from brevitas_bp.codec.pooling import adaptive_max_pool_index, max_pool_index, plane_index
 from brevitas_bp.codec.regions import (
@@ -192,7 +193,8 @@ def _rrelu(saved: SavedTensor) -> Decision:
 def _prelu(saved: SavedTensor) -> Decision:
     if saved.position != 0 or isinstance(saved.codec, StatefulCodec) or saved.codec is None:
         return Decision(None, "slopes")
-    return Decision(sign_exact(saved.codec), "sign exact; the slope's gradient is linear in the rest")
+    return Decision(
+        sign_exact(unaveraged(saved.codec)), "sign exact; the slope's gradient is linear in the rest")
 
 
 def _dropout(saved: SavedTensor) -> Codec | None:

@@ -128,10 +128,11 @@ def quotient() -> OpRule:
     return OpRule(_floats(decide))
 
 
-def _reach(factors: list[Tensor], size: int) -> Literal["weight", "all"]:
-    """No further than a parameter beside it, or a factor in whose gradient many roundings are summed."""
-    few = any(isinstance(t, nn.Parameter) or t.numel() * _AVERAGED <= size for t in factors)
-    return "weight" if few else "all"
+def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
+    """No further than a parameter beside it, or summed in the gradient of a small factor."""
+    if any(isinstance(t, nn.Parameter) for t in factors):
+        return "weight"
+    return "sum" if any(t.numel() * _AVERAGED <= size for t in factors) else "all"
 
 
 def normalization() -> OpRule:

@@ -25,6 +25,7 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
+from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.regions import relu_region
 from brevitas_bp.codec.shard import is_storable, shard_of
 from brevitas_bp.core.few_bit import few_bit_table
@@ -98,6 +99,10 @@ class OpAware:
     products, inputs of norms, derivatives of smooth activations (saved instead of their inputs), the
     value of attention. Exact in 1 to 8 bits: masks of piecewise linear activations, dropout masks,
     indices. Not kept: tensors of which backward reads the shape only. All else is kept as it is.
+
+    A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages what reaches the gradient
+    of one weight only, such as inputs of convolutions and linear layers; elsewhere each element has a
+    code of its own, as wide. ``multiplier_quant`` and ``attention_quant`` are used as given.
 
     Args:
         multiplier_bits: least width of what multiplies the gradient that passes: derivatives, factors
@@ -185,14 +190,20 @@ class OpAware:
         return functools.partial(_with_table, rule, self.few_bit)
 
     def _widened(self, decision: Decision, codec: Codec) -> Decision:
-        """A decision for the configured codec, with the width that the tensor's reach asks for."""
+        """A decision for the configured codec, with the width that the tensor's reach asks for.
+
+        Averages of groups (biased, and not less so at more bits) stay where they reach one weight only.
+        Measured on EfficientNetV2-tiny: with inputs of norms averaged in pairs the median bias of all
+        gradients is 0.43 of their norm, and 0.06 with those inputs in the codes of the averages.
+        """
         if decision.codec is not codec or decision.reaches == "weight":
             return decision
         if decision.reaches == "all":
             return decision._replace(
                 codec=self._multiplier or at_least(codec, self.multiplier_bits))
-        return decision if self.norm_bits is None else decision._replace(
-            codec=at_least(codec, self.norm_bits))
+        bits = self.norm_bits if decision.reaches == "norm" else None
+        return decision._replace(
+            codec=unaveraged(codec) if bits is None else at_least(codec, bits))
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
         if role == CHECKPOINT_INPUT:
@@ -227,7 +238,7 @@ class OpAware:
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
 # At the configured width: four bits were measured not to lower the noise of whole transformers.
-_VALUE = Decision(None, "value: backward is linear in it", shared=False)
+_VALUE = Decision(None, "value: backward is linear in it", shared=False, reaches="sum")
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)

@@ -133,15 +133,16 @@ class Decision(NamedTuple):
             is unbiased only if they are independent.
         known: whether the policy knows the operation.
         reaches: how far a rounding of it goes, which decides its width: "weight", into one weight's
-            gradient only; "norm", weakly into all gradients further up; "all", as a factor into all of
-            them.
+            gradient only; "sum", into gradients further up, but summed with so many others that no more
+            bits are needed; "norm", weakly into all gradients further up; "all", as a factor into all
+            of them. Only what reaches no further than a weight may be averaged.
     """
 
     codec: Codec | None
     reason: str
     shared: bool = True
     known: bool = True
-    reaches: Literal["weight", "norm", "all"] = "weight"
+    reaches: Literal["weight", "sum", "norm", "all"] = "weight"
 
 
 def storage_id(x: Tensor) -> int:

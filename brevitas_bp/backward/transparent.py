@@ -29,7 +29,8 @@ class Transparent(nn.Module):
         """To be called last in ``__init__``: until then everything set is the wrapper's own."""
         self.__dict__[_OWN] = module
         for table in _TABLES:
-            self.__dict__[table] = module.__dict__[table]
+            # Not from its __dict__: TorchScript computes some of them.
+            self.__dict__[table] = getattr(module, table)
         self.training = module.training
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,6 +69,12 @@ class Transparent(nn.Module):
             return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            # torch.nn.utils.parametrize puts properties on a class made for one module.
+            raise TypeError(
+                f"brevitas_bp.{type(self).__name__}: its class cannot be changed, since it is the "
+                "module that runs; parametrize wrapper.module (and build that anew: the parameter to be "
+                "computed is gone already)")
         if not self._is_own(name) and (
                 isinstance(value, (nn.Module, nn.Parameter)) or hasattr(self.module, name)):
             setattr(self.module, name, value)

@@ -1,9 +1,10 @@
-"""The configured codec with other bits."""
+"""The configured codec with other bits, with or without averages."""
 
 from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 from brevitas_bp.codec import Codec, codec_from
+from brevitas_bp.codec.average import AverageCodec, unaveraged
 from brevitas_bp.codec.lowering import is_stochastic
 from brevitas_bp.codec.per_sample import PerSampleCodec
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
@@ -13,13 +14,14 @@ from brevitas_bp.quant import (
 )
 
 # Hooks share an encoding by the identity of its codec, so each is made once.
-_made: WeakKeyDictionary[Codec, dict[tuple[int, int | None], Codec]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Codec, dict[tuple[int, int | None, int], Codec]] = WeakKeyDictionary()
 
 
 def at_least(configured: Codec, bits: int) -> Codec:
     """``configured`` itself if it has ``bits`` bits, else a min-max codec that has.
 
-    Bucket size, metadata and rounding are those of the configured one. Widths per sample stay so, with
+    Bucket size, metadata and rounding are those of the configured one. Averages of groups become codes
+    of elements: more bits of an average would not take its bias away. Widths per sample stay so, with
     none below ``bits``, where their average is above. Codecs that are no bucket quantizers (FP8, per
     channel, your own) and running ranges stay as they are.
 
@@ -29,6 +31,7 @@ def at_least(configured: Codec, bits: int) -> Codec:
     """
     if isinstance(configured, PerSampleCodec):
         return _per_sample_at_least(configured, bits)
+    configured = unaveraged(configured)
     if not has_bits(configured) or min(configured.quantizer.bit_widths) >= bits:
         return configured
     return with_bits(configured, bits)
@@ -40,21 +43,32 @@ def has_bits(codec: Codec) -> TypeGuard[LoweredCodec | ModuleCodec]:
 
 
 def with_bits(
-        configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | None = None) -> Codec:
-    """A min-max codec of ``bits`` bits; all else is as configured, but for a given bucket size."""
+        configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | None = None,
+        average_size: int = 1) -> Codec:
+    """A min-max codec of ``bits`` bits; all else is as configured, but for what is given.
+
+    Args:
+        configured: has the rounding, the metadata and, if none is given, the bucket size.
+        bits: of each code.
+        bucket_size: codes per bucket; None as configured.
+        average_size: elements whose mean is one code.
+    """
     made = _made.setdefault(configured, {})
-    if (bits, bucket_size) not in made:
-        made[bits, bucket_size] = _make(configured, bits, bucket_size)
-    return made[bits, bucket_size]
+    key = bits, bucket_size, average_size
+    if key not in made:
+        codec = _make(configured, bits, bucket_size)
+        made[key] = codec if average_size == 1 else AverageCodec(codec, average_size)
+    return made[key]
 
 
 def _per_sample_at_least(configured: PerSampleCodec, bits: int) -> Codec:
     if min(configured.bit_widths) >= bits:
         return configured
     made = _made.setdefault(configured, {})
-    if (bits, None) not in made:
-        made[bits, None] = configured.at_least(bits)
-    return made[bits, None]
+    key = bits, None, 1
+    if key not in made:
+        made[key] = configured.at_least(bits)
+    return made[key]
 
 
 def _make(configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | None) -> Codec:

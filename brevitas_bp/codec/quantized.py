@@ -11,6 +11,7 @@ from brevitas.inject import ExtendedInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
+from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.base import Codec, Keep, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
@@ -23,6 +24,7 @@ from brevitas_bp.codec.stock import (
     kind_of,
     stock_codec,
 )
+from brevitas_bp.core.average import AverageQuant
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
@@ -270,7 +272,7 @@ def _codec_from_recipe(recipe: Recipe) -> Codec:
 
 def _is_one_per_tensor(quantizer: nn.Module) -> bool:
     """Whether tensors must not share it. Parameters of a bucket quantizer's own parts are shared."""
-    if isinstance(quantizer, BucketRescalingIntQuant):
+    if isinstance(quantizer, (AverageQuant, BucketRescalingIntQuant)):
         return keeps_statistics(quantizer)
     return is_stateful(quantizer)
 
@@ -295,6 +297,8 @@ def _tensor_quant_of(proxy: Any) -> nn.Module:
 
 
 def _codec_of(quantizer: nn.Module) -> Codec:
+    if type(quantizer) is AverageQuant:
+        return AverageCodec(_codec_of(quantizer.bucket_quant), quantizer.average_size)
     if not isinstance(quantizer, BucketRescalingIntQuant):
         return stock_codec(quantizer)
     if any(True for _ in quantizer.msb_clamp_bit_width_impl.parameters()):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import few_bit, masks, reference
+from brevitas_bp.kernels import averages, few_bit, masks, reference
 from brevitas_bp.kernels.masks import Interval, Windows
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
@@ -131,3 +131,22 @@ def decode_few_bit(
     """See :func:`brevitas_bp.kernels.few_bit.decode`."""
     form = few_bit_backend(payload.device)
     return form.decode(payload, flags, levels, bit_width, numel, dtype)
+
+
+def averages_backend(device: torch.device) -> ModuleType:
+    """The module whose ``group_means`` and ``spread`` serve tensors there."""
+    if device.type == "cpu" and _cpu_kernels() is not None:
+        from brevitas_bp.kernels import averages_cpu
+
+        return averages_cpu
+    return averages
+
+
+def group_means(x: Tensor, size: int) -> Tensor:
+    """See :func:`brevitas_bp.kernels.averages.group_means`; ``x`` [A, L, I] is contiguous."""
+    return averages_backend(x.device).group_means(x, size)
+
+
+def spread(means: Tensor, size: int, length: int) -> Tensor:
+    """See :func:`brevitas_bp.kernels.averages.spread`; ``means`` [A, n, I] is contiguous."""
+    return averages_backend(means.device).spread(means, size, length)

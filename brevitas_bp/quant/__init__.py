@@ -6,6 +6,7 @@ from brevitas_bp.quant import act
 from brevitas_bp.quant.act import *  # noqa: F403
 from brevitas_bp.quant.base import (
     BucketQuant,
+    GroupAverage,
     PerBucketL2,
     PerBucketMax,
     PerBucketMinMax,
@@ -19,7 +20,7 @@ from brevitas_bp.quant.base import (
 )
 
 __all__ = [
-    "ActQuantSolver", "BucketQuant", "PerBucketL2", "PerBucketMax", "PerBucketMinMax", "PerTensorL2",
-    "PerTensorMax", "PerTensorMinMax", "RunningRange", "SignMagnitude", "StochasticRounding",
-    "TwoBitWidth"]
+    "ActQuantSolver", "BucketQuant", "GroupAverage", "PerBucketL2", "PerBucketMax", "PerBucketMinMax",
+    "PerTensorL2", "PerTensorMax", "PerTensorMinMax", "RunningRange", "SignMagnitude",
+    "StochasticRounding", "TwoBitWidth"]
 __all__ += act.__all__

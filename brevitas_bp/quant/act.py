@@ -1,7 +1,8 @@
 """Ready-made quantizers, named in Brevitas' grammar.
 
-``[Shifted](U)int{bits}[Mix{bits}]DynamicActPer{Tensor|Bucket}Float[L2][Stochastic]``: "Shifted" has a
-zero point, "Dynamic" takes its range from the tensor at hand, "Mix" chooses between two widths.
+``[Shifted](U)int{bits}[Mix{bits}|Avg{size}]DynamicActPer{Tensor|Bucket}Float[L2][Stochastic]``:
+"Shifted" has a zero point, "Dynamic" takes its range from the tensor at hand, "Mix" chooses between two
+widths, "Avg" quantizes the mean of so many neighbours, which then take ``bits / size`` bits each.
 """
 
 # pyright: reportAssignmentType=false
@@ -15,6 +16,7 @@ from brevitas.quant.base import IntQuant
 from brevitas.quant.solver.act import ActQuantSolver
 
 from brevitas_bp.quant.base import (
+    GroupAverage,
     PerBucketL2,
     PerBucketMax,
     PerBucketMinMax,
@@ -300,6 +302,66 @@ class ShiftedUint4Mix8DynamicActPerBucketFloatStochastic(
     mix_prob = 0.2
 
 
+class ShiftedUint2Avg2DynamicActPerBucketFloat(GroupAverage, PerBucketMinMax, ActQuantSolver):
+    """Affine, 2 bits for the mean of 2: 1 bit for each, rounded to nearest."""
+
+    bit_width = 2
+    average_size = 2
+
+
+class ShiftedUint2Avg2DynamicActPerBucketFloatStochastic(
+        GroupAverage, StochasticRounding, PerBucketMinMax, ActQuantSolver):
+    """Affine, 2 bits for the mean of 2: 1 bit for each, rounded stochastically."""
+
+    bit_width = 2
+    average_size = 2
+
+
+class ShiftedUint2Avg4DynamicActPerBucketFloat(GroupAverage, PerBucketMinMax, ActQuantSolver):
+    """Affine, 2 bits for the mean of 4: 0.5 bits for each, rounded to nearest."""
+
+    bit_width = 2
+    average_size = 4
+
+
+class ShiftedUint2Avg4DynamicActPerBucketFloatStochastic(
+        GroupAverage, StochasticRounding, PerBucketMinMax, ActQuantSolver):
+    """Affine, 2 bits for the mean of 4: 0.5 bits for each, rounded stochastically."""
+
+    bit_width = 2
+    average_size = 4
+
+
+class ShiftedUint2Avg8DynamicActPerBucketFloat(GroupAverage, PerBucketMinMax, ActQuantSolver):
+    """Affine, 2 bits for the mean of 8: 0.25 bits for each, rounded to nearest."""
+
+    bit_width = 2
+    average_size = 8
+
+
+class ShiftedUint2Avg8DynamicActPerBucketFloatStochastic(
+        GroupAverage, StochasticRounding, PerBucketMinMax, ActQuantSolver):
+    """Affine, 2 bits for the mean of 8: 0.25 bits for each, rounded stochastically."""
+
+    bit_width = 2
+    average_size = 8
+
+
+class ShiftedUint4Avg2DynamicActPerBucketFloat(GroupAverage, PerBucketMinMax, ActQuantSolver):
+    """Affine, 4 bits for the mean of 2: 2 bits for each, rounded to nearest."""
+
+    bit_width = 4
+    average_size = 2
+
+
+class ShiftedUint4Avg2DynamicActPerBucketFloatStochastic(
+        GroupAverage, StochasticRounding, PerBucketMinMax, ActQuantSolver):
+    """Affine, 4 bits for the mean of 2: 2 bits for each, rounded stochastically."""
+
+    bit_width = 4
+    average_size = 2
+
+
 class ThesisLevels4DynamicActPerBucketFloatStochastic(
         StochasticRounding, SignMagnitude, ActQuantSolver):
     """Listing 5.1 of Li, 2025, at ``base_levels=4``, its "2 bits": 9 values, so 4 true bits."""
@@ -370,6 +432,12 @@ __all__ = [
     "ShiftedUint1DynamicActPerBucketFloatStochastic",
     "ShiftedUint1DynamicActPerTensorFloat",
     "ShiftedUint1DynamicActPerTensorFloatStochastic",
+    "ShiftedUint2Avg2DynamicActPerBucketFloat",
+    "ShiftedUint2Avg2DynamicActPerBucketFloatStochastic",
+    "ShiftedUint2Avg4DynamicActPerBucketFloat",
+    "ShiftedUint2Avg4DynamicActPerBucketFloatStochastic",
+    "ShiftedUint2Avg8DynamicActPerBucketFloat",
+    "ShiftedUint2Avg8DynamicActPerBucketFloatStochastic",
     "ShiftedUint2DynamicActPerBucketFloat",
     "ShiftedUint2DynamicActPerBucketFloatStochastic",
     "ShiftedUint2DynamicActPerTensorFloat",
@@ -381,6 +449,8 @@ __all__ = [
     "ShiftedUint3DynamicActPerTensorFloat",
     "ShiftedUint3DynamicActPerTensorFloatStochastic",
     "ShiftedUint3Mix6DynamicActPerBucketFloatStochastic",
+    "ShiftedUint4Avg2DynamicActPerBucketFloat",
+    "ShiftedUint4Avg2DynamicActPerBucketFloatStochastic",
     "ShiftedUint4DynamicActPerBucketFloat",
     "ShiftedUint4DynamicActPerBucketFloatStochastic",
     "ShiftedUint4DynamicActPerTensorFloat",

@@ -139,3 +139,13 @@ class RunningRange(SolveRunningRange):
     """
 
     range_momentum = 0.1
+
+
+class GroupAverage(ExtendedInjector):
+    """Quantizes the mean of ``average_size`` neighbours along the last dimension: less than one bit.
+
+    An element takes ``bit_width / average_size`` bits: 1, 0.5 and 0.25 for 2, 4 and 8 at 2 bits. Biased
+    for elements and for gradients of weights, see :class:`~brevitas_bp.core.average.AverageQuant`.
+    """
+
+    average_size = 4

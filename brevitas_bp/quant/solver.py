@@ -7,6 +7,7 @@ from brevitas.inject import ExtendedInjector, value
 from brevitas.inject.enum import FloatToIntImplType, QuantType
 from brevitas.quant.solver.common import solve_float_to_int_impl_from_enum
 
+from brevitas_bp.core.average import AverageQuant, check_average_size
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.rounding import StochasticRound
 from brevitas_bp.core.running import RunningStatistic
@@ -32,14 +33,21 @@ class SolveFloatToIntImpl(ExtendedInjector):
 
 
 class SolveBucketTensorQuant(ExtendedInjector):
-    """``INT`` means :class:`~brevitas_bp.core.int_quant.BucketRescalingIntQuant`, ``FP`` nothing."""
+    """``INT`` means :class:`~brevitas_bp.core.int_quant.BucketRescalingIntQuant`, ``FP`` nothing.
+
+    With an ``average_size`` above 1 it is put into an :class:`~brevitas_bp.core.average.AverageQuant`.
+    """
+
+    bucket_quant = BucketRescalingIntQuant
 
     @value
-    def tensor_quant(quant_type: Any) -> Any:  # noqa: N805
+    def tensor_quant(quant_type: Any, average_size: Any = 1) -> Any:  # noqa: N805
+        # Optional, so that the fragment that sets it may stand left or right of the others.
         if quant_type == QuantType.FP:
             return None
         if quant_type == QuantType.INT:
-            return BucketRescalingIntQuant
+            size = check_average_size("brevitas_bp.quant", average_size)
+            return BucketRescalingIntQuant if size == 1 else AverageQuant
         raise ValueError(
             f"brevitas_bp.quant: a bucket quantizer has quant_type INT, or FP to switch it off, got "
             f"{quant_type}; use Brevitas' own binary or ternary quantizers")

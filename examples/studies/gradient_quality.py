@@ -26,14 +26,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from small_gpt import SmallGPT
 from tables import show_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
+from brevitas_bp.allocate import measure_gradient_error
 from brevitas_bp.backward import OpAware
 from brevitas_bp.quant import (
     ShiftedUint4DynamicActPerBucketFloatStochastic,
@@ -46,8 +45,11 @@ from vision import import_torchvision
 Uint4, Uint8 = (
     ShiftedUint4DynamicActPerBucketFloatStochastic, ShiftedUint8DynamicActPerBucketFloatStochastic)
 
+Ways = dict[str, dict[str, Any]]
+Models = dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]]
+
 #: Way of storing -> options of the wrapper.
-WAYS: dict[str, dict[str, Any]] = {
+WAYS: Ways = {
     "op-aware, 2 bits": {},
     "op-aware, 2 bits, q and k 8": {"policy": OpAware(attention_quant=Uint8)},
     "op-aware, 3 bits, q and k 4": {
@@ -98,7 +100,7 @@ def gpt() -> tuple[nn.Module, Tensor, Tensor]:
     return SmallGPT(), tokens[:, :-1], tokens[:, 1:].flatten()
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {
+MODELS: Models = {
     "gpt": gpt, "vit": vit, "resnet50": lambda: vision("resnet50", 8, 64),
     "efficientnet_v2_s": lambda: vision("efficientnet_v2_s", 8, 64, dropout=0.0),
 }
@@ -129,50 +131,41 @@ class Result:
         return [n / max(s, 1e-9) for n, s in zip(self.noise, self.signal)]
 
 
-def gradients(model: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
-    """Gradients of all parameters; masks of dropout and stochastic depth are always the same."""
-    model.zero_grad()
-    torch.manual_seed(1)
-    run().backward()
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def measure(name: str, way: str, seeds: int) -> Result:
-    """Exact gradients, then ``seeds`` rounded ones."""
+def prepare(
+        name: str,
+        models: Models = MODELS) -> tuple[nn.Module, Tensor, Callable[[nn.Module], Tensor]]:
+    """A network, always the same, with its inputs, and what computes the loss."""
     torch.manual_seed(0)
-    model, inputs, labels = MODELS[name]()
-    model.train()
-    wrapped = QuantBackwardWrapper(
-        model, bucket_size=256, metadata_dtype=torch.bfloat16, seed=0, **WAYS[way])
+    model, inputs, labels = models[name]()
+    return model.train(), inputs, lambda network: F.cross_entropy(
+        network(inputs).flatten(0, -2), labels)
 
-    def run(network: nn.Module) -> Callable[[], Tensor]:
-        return lambda: F.cross_entropy(network(inputs).flatten(0, -2), labels)
 
-    exact = gradients(model, run(model))
-    with track_saved_memory(wrapped) as report:
-        loss = run(wrapped)()
+def wrap(model: nn.Module, **options: Any) -> QuantBackwardWrapper:
+    """Buckets and metadata as in all studies."""
+    return QuantBackwardWrapper(model, bucket_size=256, metadata_dtype=torch.bfloat16, **options)
+
+
+def saved(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> SavedMemoryReport:
+    """What one forward pass keeps."""
+    with track_saved_memory(model) as report:
+        loss = run(model)
     del loss
-    mean = [torch.zeros_like(g, dtype=torch.float64) for g in exact]
-    square = [0.0] * len(exact)
-    for _ in track(range(seeds), f"{name}, {way}", console=Console(stderr=True)):
-        for i, (g, e) in enumerate(zip(gradients(model, run(wrapped)), exact)):
-            difference = g.double() - e.double()
-            mean[i] += difference / seeds
-            square[i] += float(difference.square().sum()) / seeds
-    size = [float(e.norm()) for e in exact]
-    along = [float((m * e).sum()) for m, e in zip(mean, exact)]
-    offset = [float(m.square().sum()) for m in mean]
-    # Of the squared distance of the mean, a share 1 / seeds of the variance is chance.
-    variance = [(s - o) * seeds / (seeds - 1) for s, o in zip(square, offset)]
-    bias = [max(o - v / seeds, 0) ** 0.5 for o, v in zip(offset, variance)]
-    # Gradients that are zero but for float32 rounding (a bias before a norm) have no relative error.
-    largest = max(size)
-    kept = [i for i, s in enumerate(size) if s > 1e-6 * largest]
-    names = [n for n, p in model.named_parameters() if p.grad is not None]
+    return report
+
+
+def measure(
+        name: str, way: str, seeds: int, models: Models = MODELS, ways: Ways = WAYS) -> Result:
+    """Bytes, and ``seeds`` rounded gradients against the exact ones."""
+    model, _, run = prepare(name, models)
+    wrapped = wrap(model, **ways[way])
+    report = saved(wrapped, run)
+    print(f"{name}, {way}", file=sys.stderr)
+    error = measure_gradient_error(wrapped, run, draws=seeds, progress=True)
+    kept = [row for row in error.parameters if not row.negligible]
     return Result(
-        name, way, seeds, report.stored_bytes, report.exact_bytes, [names[i] for i in kept],
-        [1 + along[i] / size[i]**2 for i in kept],
-        [variance[i] ** 0.5 / size[i] for i in kept], [bias[i] / size[i] for i in kept])
+        name, way, seeds, report.stored_bytes, report.exact_bytes, [row.name for row in kept],
+        [row.signal for row in kept], [row.noise for row in kept], [row.bias for row in kept])
 
 
 def load(path: Path) -> list[Result]:

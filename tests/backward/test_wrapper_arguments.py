@@ -164,7 +164,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "pattern": ({"overrides": {"0.7": None}}, UnknownNameError, "'0.7' in overrides matches no module"),
     "overrides as a list": ({"overrides": [("0", None)]}, TypeError, "overrides must map globs"),
     "pattern that is no text": ({"overrides": {0: None}}, TypeError, "overrides must map globs"),
-    "override as a number": ({"overrides": {"0": 9}}, ValueError, "bits must be in 1..8"),
+    "override as a number": ({"overrides": {"0": 9}}, ValueError, "must be an integer in 1..8, got 9"),
     "override of no quantizer": (
         {"act_quant": None, "overrides": {"0": 4}}, TypeError, "a width of act_quant, which is None"),
 }

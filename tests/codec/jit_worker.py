@@ -45,6 +45,7 @@ CONFIGS: dict[str, Any] = {
     "norm": quant.Int4DynamicActPerBucketFloatL2Stochastic,
     "whole tensor": quant.Int4DynamicActPerTensorFloat,
     "mixed": quant.ShiftedUint2Mix4DynamicActPerBucketFloatStochastic,
+    "averages": quant.ShiftedUint2Avg4DynamicActPerBucketFloatStochastic,
     "thesis": quant.ThesisLevels4DynamicActPerBucketFloatStochastic,
     "thesis baseline": quant.ThesisInt2DynamicActPerTensorFloat,
     "own part": Own,

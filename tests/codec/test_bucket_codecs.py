@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from brevitas_bp import codec_from, quant, seeded
 from brevitas_bp.codec import Codec
+from brevitas_bp.codec.average import AverageCodec, unaveraged
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
@@ -44,15 +45,20 @@ each_dtype = pytest.mark.parametrize(
 
 
 @cache
-def lowered(name: str, metadata_dtype: torch.dtype = torch.float32) -> LoweredCodec:
+def lowered(name: str, metadata_dtype: torch.dtype = torch.float32) -> Codec:
     codec = codec_from(getattr(quant, name), metadata_dtype=metadata_dtype)
-    assert isinstance(codec, LoweredCodec)
+    assert isinstance(codec, AverageCodec) is ("Avg" in name)
+    assert isinstance(unaveraged(codec), LoweredCodec)
     return codec
 
 
 @cache
-def general(name: str, metadata_dtype: torch.dtype = torch.float32) -> ModuleCodec:
-    return ModuleCodec(lowered(name, metadata_dtype).quantizer)
+def general(name: str, metadata_dtype: torch.dtype = torch.float32) -> Codec:
+    codec = lowered(name, metadata_dtype)
+    inner = unaveraged(codec)
+    assert isinstance(inner, LoweredCodec)
+    modules = ModuleCodec(inner.quantizer)
+    return AverageCodec(modules, codec.average_size) if isinstance(codec, AverageCodec) else modules
 
 
 def forward_value(quantizer: nn.Module, x: Tensor, seed: int) -> Tensor:

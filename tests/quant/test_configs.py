@@ -8,21 +8,24 @@ import torch
 from brevitas.inject import ExtendedInjector
 
 from brevitas_bp import codec_from, quant
+from brevitas_bp.codec.average import AverageCodec, unaveraged
 from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
 GRAMMAR = re.compile(
-    r"(?P<shifted>Shifted)?(?P<kind>Uint|Int)(?P<bits>\d)(Mix(?P<mix>\d))?DynamicAct"
-    r"Per(?P<per>Tensor|Bucket)Float(?P<l2>L2)?(?P<stochastic>Stochastic)?")
+    r"(?P<shifted>Shifted)?(?P<kind>Uint|Int)(?P<bits>\d)(Mix(?P<mix>\d)|Avg(?P<avg>\d))?"
+    r"DynamicActPer(?P<per>Tensor|Bucket)Float(?P<l2>L2)?(?P<stochastic>Stochastic)?")
 NAMED = [name for name in quant.act.__all__ if not name.startswith("Thesis")]
 # Li, 2025: the four mixes of two widths, with the probability of the second.
 MIXES = {(2, 4): 0.5, (2, 6): 0.3, (3, 6): 0.4, (4, 8): 0.2}
 
 
-def spec_of(name: str) -> BucketQuantSpec:
+def spec_of(name: str) -> tuple[BucketQuantSpec, int]:
+    """What the kernel does, and how many elements it gets as one."""
     codec = codec_from(getattr(quant, name))
-    assert isinstance(codec, LoweredCodec)
-    return codec.spec
+    lowered = unaveraged(codec)
+    assert isinstance(lowered, LoweredCodec)
+    return lowered.spec, codec.average_size if isinstance(codec, AverageCodec) else 1
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -31,7 +34,9 @@ def test_a_config_is_what_its_name_says(name: str) -> None:
     assert match is not None
     shifted, bits = match["shifted"] is not None, int(match["bits"])
     mix = int(match["mix"]) if match["mix"] else None
-    assert spec_of(name) == BucketQuantSpec(
+    spec, average_size = spec_of(name)
+    assert average_size == int(match["avg"] or 1)
+    assert spec == BucketQuantSpec(
         bit_width=bits,
         bucket_size=256 if match["per"] == "Bucket" else None,
         scale_rule="min_max" if shifted else "l2" if match["l2"] else "max",
@@ -51,7 +56,8 @@ def test_the_grid_of_configs_is_complete() -> None:
         *(f"ShiftedUint{b}DynamicActPer{p}Float" for b in (1, 2, 3, 4, 8)
           for p in ("Bucket", "Tensor")),
         *(f"Int{b}DynamicActPer{p}Float" for b in (2, 4, 8) for p in ("Bucket", "Tensor")),
-        *(f"Int{b}DynamicActPerBucketFloatL2" for b in (2, 4, 8))}
+        *(f"Int{b}DynamicActPerBucketFloatL2" for b in (2, 4, 8)),
+        *(f"ShiftedUint{b}DynamicActPerBucketFloat" for b in ("2Avg2", "2Avg4", "2Avg8", "4Avg2"))}
     assert {name for name in NAMED if "Stochastic" not in name} == expected
 
 

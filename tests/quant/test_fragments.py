@@ -18,6 +18,7 @@ from brevitas_bp.kernels.spec import BucketQuantSpec
 from brevitas_bp.proxy import BucketwiseActQuantProxyFromInjector
 from brevitas_bp.quant import (
     ActQuantSolver,
+    GroupAverage,
     PerBucketL2,
     PerBucketMax,
     PerBucketMinMax,
@@ -121,7 +122,8 @@ def test_a_solver_on_the_left_hides_the_fragments() -> None:
 
 
 @pytest.mark.parametrize("fragment", [
-    StochasticRounding, TwoBitWidth, PerBucketMinMax, PerBucketMax, PerBucketL2, SignMagnitude])
+    GroupAverage, StochasticRounding, TwoBitWidth, PerBucketMinMax, PerBucketMax, PerBucketL2,
+    SignMagnitude])
 def test_no_fragment_inherits_the_solver(fragment: Any) -> None:
     # It would override what stands to its right.
     assert not issubclass(fragment, ActQuantSolver)

@@ -1,0 +1,102 @@
+"""Measuring on a user's model: taking every gradient at one point, and leaving no trace."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brevitas_bp.backward.policy import keep_all
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.kernels.random import SeedStream, derive
+
+# Keys of a wrapper that a forward pass may change, and those that hold quantizers with statistics.
+_CODECS = ("_codec", "_overrides", "_codec_by_module")
+_CHANGING = (*_CODECS, "_policy", "_noise", "_explanation")
+
+
+@contextmanager
+def unchanged(
+        model: nn.Module, wrappers: list[QuantBackwardWrapper], seed: int
+        ) -> Iterator[Callable[[], None]]:
+    """Leaves model and generators as they are; yields what goes back to that point meanwhile."""
+    restore = point(model)
+    before = [{key: wrapper.__dict__[key] for key in _CHANGING} for wrapper in wrappers]
+    for i, (wrapper, kept) in enumerate(zip(wrappers, before)):
+        wrapper.__dict__.update(copy.deepcopy({key: kept[key] for key in _CODECS}))
+        wrapper._noise = SeedStream(derive(seed, i))
+    try:
+        yield restore
+    finally:
+        for wrapper, kept in zip(wrappers, before):
+            wrapper.__dict__.update(kept)
+        restore()
+
+
+def point(model: nn.Module) -> Callable[[], None]:
+    """What brings torch's generators, modes and buffers back to what they are now."""
+    generators = _generators()
+    # What a wrapper stands for is not among the modules.
+    inside = [wrapper.module for _, wrapper in wrappers_in(model)]
+    modes = [(module, module.training) for module in (*model.modules(), *inside)]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone()) for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)]
+
+    def restore() -> None:
+        _set_generators(generators)
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            # Through .data: graphs that hold the buffer saw this very value.
+            buffer.data.copy_(value)
+
+    return restore
+
+
+@contextmanager
+def exact_policy(wrappers: list[QuantBackwardWrapper]) -> Iterator[None]:
+    """Within the block, wrappers keep everything."""
+    policies = [wrapper._policy for wrapper in wrappers]
+    for wrapper in wrappers:
+        wrapper._policy = keep_all
+    try:
+        yield
+    finally:
+        for wrapper, policy in zip(wrappers, policies):
+            wrapper._policy = policy
+
+
+def apart(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields ``items``, which may be drawn at random: what goes on between two of them is not seen.
+
+    Batches drawn after the generators went back to one point would all be the same.
+    """
+    iterator, inside = iter(items), _generators()
+    while True:
+        outside = _generators()
+        _set_generators(inside)
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            inside = _generators()
+            _set_generators(outside)
+        yield item
+
+
+def _generators() -> tuple[Tensor, list[Tensor]]:
+    """States of torch's generators: that of the CPU, and those of the GPUs if any was used."""
+    used = torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if used else []
+
+
+def _set_generators(states: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])

@@ -1,0 +1,66 @@
+"""Averages of groups of neighbours, stored by another codec."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.core.average import check_average_size, group_means, spread, to_dtype
+from brevitas_bp.kernels import dispatch
+from brevitas_bp.kernels.averages import group_count
+from brevitas_bp.kernels.reference import compute_dtype
+
+
+@final
+class AverageCodec(Codec):
+    """Stores the mean of every ``average_size`` neighbours along the last dimension through ``inner``.
+
+    Decoded is the stored mean for each element of the group. It is what
+    :class:`~brevitas_bp.core.average.AverageQuant` computes; see there for groups, bias and edges.
+
+    **Gradients of weights are biased**: with an averaged input, the gradient of a linear or convolution
+    weight is that of an input in which neighbours are equal. So the op-aware policy does not average
+    what passes on to other layers (derivatives, factors, attention), see :func:`unaveraged`.
+
+    Args:
+        inner: stores the means, float32 (float64 for float64) and contiguous.
+        average_size: elements of a group.
+    """
+
+    def __init__(self, inner: Codec, average_size: int) -> None:
+        self.inner = inner
+        self.average_size = check_average_size("brevitas_bp.codec.AverageCodec", average_size)
+        self.quantizer = getattr(inner, "quantizer", None)
+        self.name = f"{inner.name}, means of {average_size}"
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Averages, then encodes the averages."""
+        layout = TensorLayout.of(x)
+        # Kernels read memory, and a lazy negation is not in it.
+        base = TensorLayout.base(x.detach()).resolve_neg()
+        means = group_means(base, self.average_size, dispatch.group_means)
+        stored = self.inner.encode(means, seed=seed, where=where)
+        return Packed(self, stored.tensors, layout, stored, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Decodes the averages and repeats them."""
+        layout, stored = packed.layout, packed.facts
+        length = layout.base_shape[-1] if layout.base_shape else 1
+        order = sorted(range(len(layout.stride)), key=lambda d: -layout.stride[d])
+        with torch.no_grad():
+            means = to_dtype(stored.decode(), layout.dtype)
+            flat = spread(means, self.average_size, length, order, dispatch.spread)
+        return layout.restore_flat(flat)
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        shape = layout.base_shape or torch.Size((1,))
+        shape = torch.Size((*shape[:-1], group_count(shape[-1], self.average_size)))
+        return self.inner.stored_nbytes(
+            TensorLayout(shape, (), shape, compute_dtype(layout.dtype), layout.device))
+
+
+def unaveraged(codec: Codec) -> Codec:
+    """What stores the averages of an :class:`AverageCodec`, for each element; any other codec itself."""
+    return codec.inner if isinstance(codec, AverageCodec) else codec

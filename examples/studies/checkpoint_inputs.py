@@ -1,0 +1,132 @@
+"""What it costs the gradient to recompute blocks from rounded inputs, and what it saves.
+
+    python examples/studies/checkpoint_inputs.py [--models gpt,vit] [--draws 20] [--markdown]
+
+Four networks (those of gradient_quality.py), stored in these ways: every block checkpointed; so with
+the inputs of the blocks rounded to 8, 4 and 2 bits, and nothing else; so with 4-bit inputs and 2 bits
+for what the rest saves (stem, head, loss); and without checkpointing, everything at 2 bits. At 2 bits
+norms take 4 where they are batch norms. Bytes are those that autograd keeps after the forward pass:
+what the block needs that is being recomputed comes on top. Signal, noise and bias are medians over the
+parameters, and of the bias also the largest; "cosine" is that of one gradient of the whole network with
+the exact one, on average. Results are appended as they come, and are not measured again.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gradient_quality import prepare, saved, wrap
+from tables import show_table
+from torch import Tensor, nn
+
+from brevitas_bp import OpAware, QuantBackwardWrapper
+from brevitas_bp import quant as configs
+from brevitas_bp.allocate import measure_gradient_error
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from step_time import Checkpointed, Task
+
+#: Network -> its blocks, which checkpointing recomputes one by one.
+BLOCKS: dict[str, Callable[[Any], list[nn.Module]]] = {
+    "gpt": lambda model: list(model.blocks),
+    "vit": lambda model: list(model.encoder.layers),
+    "resnet50": lambda model: [
+        block for stage in (model.layer1, model.layer2, model.layer3, model.layer4)
+        for block in stage],
+    # Without its stem and the last convolution.
+    "efficientnet_v2_s": lambda model: [block for stage in model.features[1:-1] for block in stage],
+}
+
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a network is stored.
+
+    Attributes:
+        checkpointed: blocks are recomputed.
+        input_bits: of their inputs; None: exact.
+        rest_bits: of all else; None: exact.
+    """
+
+    checkpointed: bool = True
+    input_bits: int | None = None
+    rest_bits: int | None = None
+
+    def wrapped(self, name: str, model: nn.Module, inputs: Tensor) -> QuantBackwardWrapper:
+        """A network of :data:`BLOCKS`, stored so."""
+        if self.checkpointed:
+            model = Checkpointed(Task(model, inputs, BLOCKS[name](model)))
+        aware = OpAware(
+            norm_bits=None if name in ("gpt", "vit") else 4,
+            checkpoint_quant=None if self.input_bits is None else quantizer(self.input_bits))
+        if self.rest_bits is not None:
+            return wrap(model, bit_width=self.rest_bits, policy=aware)
+        return wrap(model, policy=lambda saved: aware(saved) if saved.op == "checkpoint" else None)
+
+
+WAYS: dict[str, Way] = {
+    "checkpoint": Way(), "checkpoint, 8-bit inputs": Way(input_bits=8),
+    "checkpoint, 4-bit inputs": Way(input_bits=4), "checkpoint, 2-bit inputs": Way(input_bits=2),
+    "checkpoint, 4-bit inputs, rest 2 bits": Way(input_bits=4, rest_bits=2),
+    "no checkpoint, 2 bits": Way(checkpointed=False, rest_bits=2),
+}
+
+
+def quantizer(bits: int) -> type:
+    """The stochastic quantizer of a width, with metadata as in all studies."""
+    config = getattr(configs, f"ShiftedUint{bits}DynamicActPerBucketFloatStochastic")
+    return config.let(bucket_size=256, metadata_dtype=torch.bfloat16)
+
+
+def measure(name: str, way: str, draws: int) -> dict[str, Any]:
+    """Bytes and errors of one network stored in one way."""
+    model, inputs, run = prepare(name)
+    exact_bytes = saved(model, run).exact_bytes
+    wrapped = WAYS[way].wrapped(name, model, inputs)
+    stored_bytes = saved(wrapped, run).stored_bytes
+    print(f"{name}, {way}", file=sys.stderr)
+    error = measure_gradient_error(wrapped, run, draws=draws, progress=True)
+    return {
+        "network": name, "stored as": way, "draws": draws, "MiB": stored_bytes / 2**20,
+        "ratio": exact_bytes / stored_bytes, "signal": error.median("signal"),
+        "noise": error.median("noise"), "bias": error.median("bias"),
+        "largest bias": error.largest("bias"), "cosine": error.total.cosine}
+
+
+def show(rows: list[dict[str, Any]], markdown: bool) -> None:
+    """The table, on the console or as Markdown."""
+    formats = {"MiB": ".2f", "ratio": ".2f", "signal": ".3f", "noise": ".3f", "bias": ".4f",
+               "largest bias": ".3f", "cosine": ".4f"}
+    cells = [[format(value, formats.get(key, "")) for key, value in row.items()] for row in rows]
+    show_table(list(rows[0]), cells, markdown, width=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", default=",".join(BLOCKS))
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("runs/checkpoint_inputs.jsonl"))
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args()
+    chosen = options.models.split(",")
+    if unknown := set(chosen) - set(BLOCKS):
+        parser.error(f"unknown models {sorted(unknown)}; there are {sorted(BLOCKS)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = options.out.read_text().splitlines() if options.out.exists() else []
+    done = {(row["network"], row["stored as"]): row for row in map(json.loads, lines)}
+    for key in ((name, way) for name in chosen for way in WAYS):
+        if key not in done:
+            done[key] = measure(*key, options.draws)
+            with options.out.open("a") as file:
+                file.write(json.dumps(done[key]) + "\n")
+    show([done[name, way] for name in chosen for way in WAYS], options.markdown)
+
+
+if __name__ == "__main__":
+    main()
