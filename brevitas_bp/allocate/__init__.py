@@ -1,11 +1,13 @@
-"""Which saved tensor gets how many bits, and what that costs the gradient."""
+"""Which saved tensor gets how many bits, and when, and what that costs the gradient."""
 
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
 from brevitas_bp.allocate.gradient_error import measure_gradient_error
 from brevitas_bp.allocate.plan import BitPlan, plan_bit_widths
+from brevitas_bp.allocate.schedule import QuantizerSchedule
 from brevitas_bp.allocate.sensitivity import ClosedForm, Empirical, GradientNorms, Sensitivity
 from brevitas_bp.backward.planned import Candidate
 
 __all__ = [
     "BitPlan", "Candidate", "ClosedForm", "Empirical", "GradientError", "GradientErrorRow",
-    "GradientNorms", "Sensitivity", "measure_gradient_error", "plan_bit_widths"]
+    "GradientNorms", "QuantizerSchedule", "Sensitivity", "measure_gradient_error",
+    "plan_bit_widths"]

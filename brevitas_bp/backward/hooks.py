@@ -116,7 +116,7 @@ class ForwardPass:
         self.verify = verify
         self._hooked = self._closed = False
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
-        self._slots: defaultdict[StatefulCodec, itertools.count[int]] = defaultdict(itertools.count)
+        self._slots: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
         self._substitution: Substitution | None = None
 
     def pack(self, x: Tensor) -> Packed:
@@ -206,7 +206,7 @@ class ForwardPass:
         x = saved.tensor
         shard, where = shard_of(x), _where(saved.op, saved.module)
         if isinstance(codec, StatefulCodec):
-            codec = codec.slot(next(self._slots[codec]))
+            codec = codec.slot((where, next(self._slots[codec, where])))
         if shard is not x and not isinstance(codec, Keep):
             codec = ShardCodec(codec)
         if not codec.compresses:

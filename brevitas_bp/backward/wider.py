@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.average import AverageCodec, unaveraged
 from brevitas_bp.codec.lowering import is_stochastic
+from brevitas_bp.codec.per_sample import PerSampleCodec
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
 from brevitas_bp.quant import (
     ShiftedUint4DynamicActPerBucketFloat,
@@ -20,13 +21,16 @@ def at_least(configured: Codec, bits: int) -> Codec:
     """``configured`` itself if it has ``bits`` bits, else a min-max codec that has.
 
     Bucket size, metadata and rounding are those of the configured one. Averages of groups become codes
-    of elements: more bits of an average would not take its bias away. Codecs that are no bucket
-    quantizers (FP8, per channel, your own) stay as they are.
+    of elements: more bits of an average would not take its bias away. Widths per sample stay so, with
+    none below ``bits``, where their average is above. Codecs that are no bucket quantizers (FP8, per
+    channel, your own) and running ranges stay as they are.
 
     >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
     >>> at_least(codec_from(ShiftedUint2DynamicActPerBucketFloat), 4).name
     '4-bit nearest'
     """
+    if isinstance(configured, PerSampleCodec):
+        return _per_sample_at_least(configured, bits)
     configured = unaveraged(configured)
     if not has_bits(configured) or min(configured.quantizer.bit_widths) >= bits:
         return configured
@@ -54,6 +58,16 @@ def with_bits(
     if key not in made:
         codec = _make(configured, bits, bucket_size)
         made[key] = codec if average_size == 1 else AverageCodec(codec, average_size)
+    return made[key]
+
+
+def _per_sample_at_least(configured: PerSampleCodec, bits: int) -> Codec:
+    if min(configured.bit_widths) >= bits:
+        return configured
+    made = _made.setdefault(configured, {})
+    key = bits, None, 1
+    if key not in made:
+        made[key] = configured.at_least(bits)
     return made[key]
 
 

@@ -16,6 +16,7 @@ from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from brevitas_bp.backward.checkpointing import inside_checkpoint
+from brevitas_bp.backward.configure import ConfiguredCodec
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, Listener
 from brevitas_bp.backward.planned import (
@@ -127,7 +128,8 @@ class QuantBackwardWrapper(Transparent):
                 raise TypeError(f"{_WHERE}: {setting} must be an integer or None, got {number!r}")
         self._storage = storage
         self._verify = verify
-        self._codec = _build_codec("act_quant", act_quant, act_quant_overrides)
+        self._act_quant = ConfiguredCodec(
+            _build_codec("act_quant", act_quant, act_quant_overrides))
         self._overrides = _check_overrides(
             module, {} if overrides is None else overrides, self._codec)
         self._codec_by_module: dict[str, Codec | None] = {}
@@ -198,15 +200,32 @@ class QuantBackwardWrapper(Transparent):
         """Continues the noise stream from :meth:`noise_state`."""
         self._stream().set_state(state)
 
+    def configure(self, **settings: Any) -> None:
+        """Changes settings of ``act_quant`` from the next forward pass on; ``overrides`` stay.
+
+        What is not named is as the constructor was told. What is stored already decodes as it was
+        encoded. A quantizer that keeps statistics begins anew.
+
+        Raises:
+            TypeError: there is no quantizer, or it was built before it was handed over.
+            UnknownNameError: a setting that the quantizer does not know.
+        """
+        self._act_quant.configure(settings)
+        self._codec_by_module.clear()
+
     def quantizer_modules(self) -> Iterator[nn.Module]:
         """The quantizers in use. They are not submodules: they add no parameters and no keys."""
         codecs = [self._codec, *(codec for _, codec in self._overrides)]
         for codec in codecs:
-            slots = codec.slots if isinstance(codec, StatefulCodec) else [codec]
+            slots = codec.slots.values() if isinstance(codec, StatefulCodec) else [codec]
             for slot in slots:
                 quantizer = getattr(slot, "quantizer", None)
                 if isinstance(quantizer, nn.Module):
                     yield quantizer
+
+    @property
+    def _codec(self) -> Codec | None:
+        return self._act_quant.codec
 
     def _forward_pass(self) -> ForwardPass:
         self._explanation = Explanation()

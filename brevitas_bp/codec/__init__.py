@@ -3,7 +3,9 @@
 from brevitas_bp.codec.base import Codec, Copy, Keep, Packed
 from brevitas_bp.codec.few_bit import FewBitCodec
 from brevitas_bp.codec.lossless import BitMask, NarrowInt
+from brevitas_bp.codec.per_sample import PerSampleCodec
 from brevitas_bp.codec.quantized import codec_from
 
 __all__ = [
-    "BitMask", "Codec", "Copy", "FewBitCodec", "Keep", "NarrowInt", "Packed", "codec_from"]
+    "BitMask", "Codec", "Copy", "FewBitCodec", "Keep", "NarrowInt", "Packed", "PerSampleCodec",
+    "codec_from"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from brevitas_bp.codec.checksum import checksum
 from brevitas_bp.codec.integrity import Form, check_forms, refuse, versions_of
 from brevitas_bp.codec.layout import TensorLayout, shape_of
+from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError
 
 
@@ -87,6 +88,8 @@ class Codec(ABC):
     name: str = "codec"
     #: Whether there is a point in encoding only if the result is smaller.
     compresses: bool = True
+    #: What it was built from, where that is known; None: it cannot be built again with other settings.
+    recipe: Recipe | None = None
     #: Whether the stored tensors are memory of the codec's own, which nobody else may write to.
     owns: bool = True
 

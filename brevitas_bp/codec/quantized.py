@@ -1,8 +1,9 @@
 """Any Brevitas activation quantizer -> codes -> bytes."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from brevitas_bp.codec.base import Codec, Keep, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lowering import lower
-from brevitas_bp.codec.stock import StatefulCodec, is_stateful, kind_of, stock_codec
+from brevitas_bp.codec.recipe import Recipe
+from brevitas_bp.codec.stock import (
+    StatefulCodec,
+    is_stateful,
+    keeps_statistics,
+    kind_of,
+    stock_codec,
+)
 from brevitas_bp.core.average import AverageQuant
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
@@ -226,9 +234,9 @@ def _codec_from(quantizer: Any, overrides: dict[str, Any]) -> Codec:
             f"{where}: keyword overrides {sorted(overrides)} need a config class, got an instance of "
             f"{type(quantizer).__name__}, which is built already; set them where it is built")
     if hasattr(quantizer, "fused_activation_quant_proxy"):
-        return _from_tensor_quant(_tensor_quant_of(quantizer), None)
+        return _codec_of(_tensor_quant_of(quantizer))
     if isinstance(quantizer, nn.Module):
-        return _from_tensor_quant(quantizer, None)
+        return _codec_of(quantizer)
     raise TypeError(
         f"{where}: expected a Brevitas config class, an activation proxy or a tensor_quant module, "
         f"got {quantizer!r}; ready-made configs are in brevitas_bp.quant")
@@ -239,25 +247,38 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
         raise UnsupportedQuantizerError(
             f"{where}: {config.__name__} quantizes weights or biases, and saved tensors are "
             "activations; use an activation quantizer, for instance one of brevitas_bp.quant")
-    injector = config.let(**overrides)
+    recipe = Recipe(config, overrides)
     try:
-        check_override_names(where, injector, sorted(overrides))
-        quantizer = _build(injector)
+        check_override_names(where, config.let(**overrides), sorted(overrides))
+        quantizer = _build(recipe)
     except RuntimeError as error:
         if "group_dim" in str(error):
             raise ValueError(
                 f"{where}: {config.__name__} needs group_dim, the dimension that its groups run "
                 "along; pass for instance group_dim=1") from error
         raise
-    return _from_tensor_quant(quantizer, lambda: _build(injector))
+    codec = _codec_of(quantizer)
+    if _is_one_per_tensor(quantizer):
+        codec = StatefulCodec(partial(_codec_from_recipe, recipe), codec.name)
+    codec.recipe = recipe
+    return codec
 
 
-def _on_host(build: Callable[[], nn.Module]) -> Codec:
+def _codec_from_recipe(recipe: Recipe) -> Codec:
+    # On the host, as codec_from does.
     with torch.device("cpu"):
-        return stock_codec(build())
+        return _codec_of(_build(recipe))
 
 
-def _build(injector: Any) -> nn.Module:
+def _is_one_per_tensor(quantizer: nn.Module) -> bool:
+    """Whether tensors must not share it. Parameters of a bucket quantizer's own parts are shared."""
+    if isinstance(quantizer, (AverageQuant, BucketRescalingIntQuant)):
+        return keeps_statistics(quantizer)
+    return is_stateful(quantizer)
+
+
+def _build(recipe: Recipe) -> nn.Module:
+    injector = recipe.config.let(**recipe.settings)
     return _tensor_quant_of(injector.proxy_class(nn.Identity(), injector))
 
 
@@ -275,18 +296,14 @@ def _tensor_quant_of(proxy: Any) -> nn.Module:
     return fused.tensor_quant
 
 
-def _from_tensor_quant(quantizer: nn.Module, build: Callable[[], nn.Module] | None) -> Codec:
+def _codec_of(quantizer: nn.Module) -> Codec:
     if type(quantizer) is AverageQuant:
-        return AverageCodec(
-            _from_tensor_quant(quantizer.bucket_quant, None), quantizer.average_size)
-    if isinstance(quantizer, BucketRescalingIntQuant):
-        if any(True for _ in quantizer.msb_clamp_bit_width_impl.parameters()):
-            raise UnsupportedQuantizerError(
-                "brevitas_bp.codec: a learned bit width would have to be read from the device for "
-                "every saved tensor; use a constant bit_width, or two with the fragment TwoBitWidth")
-        spec = lower(quantizer)
-        return ModuleCodec(quantizer) if spec is None else LoweredCodec(quantizer, spec)
-    codec = stock_codec(quantizer)
-    if build is not None and is_stateful(quantizer):
-        return StatefulCodec(lambda: _on_host(build), codec.name)
-    return codec
+        return AverageCodec(_codec_of(quantizer.bucket_quant), quantizer.average_size)
+    if not isinstance(quantizer, BucketRescalingIntQuant):
+        return stock_codec(quantizer)
+    if any(True for _ in quantizer.msb_clamp_bit_width_impl.parameters()):
+        raise UnsupportedQuantizerError(
+            "brevitas_bp.codec: a learned bit width would have to be read from the device for "
+            "every saved tensor; use a constant bit_width, or two with the fragment TwoBitWidth")
+    spec = lower(quantizer)
+    return ModuleCodec(quantizer) if spec is None else LoweredCodec(quantizer, spec)

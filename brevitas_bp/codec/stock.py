@@ -1,7 +1,7 @@
 """Brevitas' own quantizers: integer and minifloat codes, packed."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,11 @@ def kind_of(module: nn.Module) -> str:
 
 def is_stateful(quantizer: nn.Module) -> bool:
     """Whether a quantizer learns or collects anything between calls."""
-    if any(True for _ in quantizer.parameters()):
-        return True
+    return any(True for _ in quantizer.parameters()) or keeps_statistics(quantizer)
+
+
+def keeps_statistics(quantizer: nn.Module) -> bool:
+    """Whether a part of a quantizer remembers what it saw."""
     names = ("collect_stats_steps", "running_stats", "first_batch")
     return any(hasattr(m, name) for m in quantizer.modules() for name in names)
 
@@ -180,23 +183,24 @@ class StockFloatCodec(StockCodec):
 
 
 class StatefulCodec(Codec):
-    """One quantizer per saved tensor, for stock quantizers that collect statistics.
+    """One quantizer per saved tensor, for quantizers that collect statistics.
 
-    Sharing one would average the ranges of unrelated tensors. Tensors are told apart by the order in
-    which one forward pass saves them, so the graph must be the same in every step. The statistics are
-    not part of a checkpoint: they are collected anew.
+    Sharing one would average the ranges of unrelated tensors. Tensors are told apart by the operation
+    and the module that save them, and by their order within: layers may be skipped, and a new layer
+    begins anew. The statistics are not part of a checkpoint: they are collected anew. Copies and
+    pickles of the codec (of the wrapper) have them.
     """
 
     def __init__(self, build: Callable[[], Codec], name: str) -> None:
         self.build = build
         self.name = name
-        self.slots: list[Codec] = []
+        self.slots: dict[Hashable, Codec] = {}
 
-    def slot(self, index: int) -> Codec:
-        """The codec of the ``index``-th tensor of a forward pass."""
-        while len(self.slots) <= index:
-            self.slots.append(self.build())
-        return self.slots[index]
+    def slot(self, key: Hashable) -> Codec:
+        """The codec of the tensor that is told apart by ``key``."""
+        if key not in self.slots:
+            self.slots[key] = self.build()
+        return self.slots[key]
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Encodes with the first slot."""

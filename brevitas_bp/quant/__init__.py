@@ -13,6 +13,7 @@ from brevitas_bp.quant.base import (
     PerTensorL2,
     PerTensorMax,
     PerTensorMinMax,
+    RunningRange,
     SignMagnitude,
     StochasticRounding,
     TwoBitWidth,
@@ -20,6 +21,6 @@ from brevitas_bp.quant.base import (
 
 __all__ = [
     "ActQuantSolver", "BucketQuant", "GroupAverage", "PerBucketL2", "PerBucketMax", "PerBucketMinMax",
-    "PerTensorL2", "PerTensorMax", "PerTensorMinMax", "SignMagnitude", "StochasticRounding",
-    "TwoBitWidth"]
+    "PerTensorL2", "PerTensorMax", "PerTensorMinMax", "RunningRange", "SignMagnitude",
+    "StochasticRounding", "TwoBitWidth"]
 __all__ += act.__all__

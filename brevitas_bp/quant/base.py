@@ -28,7 +28,11 @@ from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
 from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.proxy import BucketwiseActQuantProxyFromInjector
-from brevitas_bp.quant.solver import SolveBucketTensorQuant, SolveFloatToIntImpl
+from brevitas_bp.quant.solver import (
+    SolveBucketTensorQuant,
+    SolveFloatToIntImpl,
+    SolveRunningRange,
+)
 
 
 class StochasticRounding(ExtendedInjector):
@@ -124,6 +128,17 @@ class TwoBitWidth(ExtendedInjector):
     mix_bit_width = 4
     mix_prob = 0.5
     mix_per = "bucket"
+
+
+class RunningRange(SolveRunningRange):
+    """Encodes in the moving average of the ranges of earlier steps. For configs per tensor.
+
+    Values outside are clipped: **biased**, unlike the configs it is put before, see
+    :class:`~brevitas_bp.core.running.RunningStatistic`. In a wrapper every saved tensor has an average
+    of its own, which is no part of a checkpoint; in a Brevitas layer it is a buffer of the layer.
+    """
+
+    range_momentum = 0.1
 
 
 class GroupAverage(ExtendedInjector):

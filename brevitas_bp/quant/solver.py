@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from brevitas.core.zero_point import ZeroZeroPoint
 from brevitas.inject import ExtendedInjector, value
 from brevitas.inject.enum import FloatToIntImplType, QuantType
 from brevitas.quant.solver.common import solve_float_to_int_impl_from_enum
@@ -9,6 +10,12 @@ from brevitas.quant.solver.common import solve_float_to_int_impl_from_enum
 from brevitas_bp.core.average import AverageQuant, check_average_size
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.rounding import StochasticRound
+from brevitas_bp.core.running import RunningStatistic
+from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
+from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
+
+# Stock quantizers have no such setting.
+_NO_BUCKETS = "no such setting"
 
 
 class SolveFloatToIntImpl(ExtendedInjector):
@@ -44,3 +51,32 @@ class SolveBucketTensorQuant(ExtendedInjector):
         raise ValueError(
             f"brevitas_bp.quant: a bucket quantizer has quant_type INT, or FP to switch it off, got "
             f"{quant_type}; use Brevitas' own binary or ternary quantizers")
+
+
+class SolveRunningRange(ExtendedInjector):
+    """The statistics of a per-tensor config, as moving averages."""
+
+    @value
+    def scaling_impl(
+            scaling_stats_impl: Any,  # noqa: N805
+            input_view_impl: Any, restrict_scaling_impl: Any,
+            range_momentum: float, bucket_size: Any = _NO_BUCKETS) -> Any:
+        if bucket_size is not None:
+            raise ValueError(
+                "brevitas_bp.quant.RunningRange: a running range belongs to a tensor, so it needs one "
+                f"bucket per tensor, got bucket_size={bucket_size!r}; use bucket_size=None or a "
+                "DynamicActPerTensor config (Brevitas' own quantizers keep statistics by themselves)")
+        return RuntimeDynamicBucketScaling(
+            RunningStatistic(scaling_stats_impl, range_momentum), input_view_impl,
+            restrict_scaling_impl)
+
+    @value
+    def zero_point_impl(
+            signed: Any,  # noqa: N805
+            input_view_impl: Any, range_momentum: float,
+            zero_point_stats_impl: Any = None, quantize_zero_point: bool = False) -> Any:
+        if signed:
+            return ZeroZeroPoint
+        return RuntimeDynamicBucketZeroPoint(
+            RunningStatistic(zero_point_stats_impl, range_momentum), input_view_impl,
+            quantize_zero_point)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brevitas_bp import Codec, Packed, codec_from, quant
-from brevitas_bp.codec import BitMask, Copy, FewBitCodec, NarrowInt
+from brevitas_bp.codec import BitMask, Copy, FewBitCodec, NarrowInt, PerSampleCodec
 from brevitas_bp.codec.lossless import narrow_to
 from brevitas_bp.codec.pooling import max_pool_index
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
@@ -43,6 +43,11 @@ def _general() -> Codec:
     lowered = codec_from(quant.ShiftedUint2Mix4DynamicActPerBucketFloatStochastic, bucket_size=64)
     assert isinstance(lowered, LoweredCodec)
     return ModuleCodec(lowered.quantizer)
+
+
+def _per_sample(ratio: float) -> tuple[Codec, Tensor]:
+    codec = PerSampleCodec(quant.ShiftedUint2DynamicActPerBucketFloat, bucket_size=64)
+    return codec, torch.cat([activation()[:1], activation()[:1] * ratio])
 
 
 def _with_nan() -> Tensor:
@@ -86,7 +91,9 @@ LOSSLESS: dict[str, Callable[[], tuple[Codec, Tensor]]] = {
     "prelu": lambda: (
         sign_exact(codec_from(quant.ShiftedUint2DynamicActPerBucketFloat)), activation()),
     "prelu, stock": lambda: (sign_exact(codec_from(config_of("Fp8e4m3Act"))), activation()),
-    "modules": lambda: (_general(), activation())}
+    "modules": lambda: (_general(), activation()),
+    "per sample, of one width": lambda: _per_sample(1),
+    "per sample": lambda: _per_sample(100)}
 
 #: name -> payload: all ready-made configs, Brevitas' own, and everything lossless.
 PAYLOADS: dict[str, Callable[[], Packed]] = {

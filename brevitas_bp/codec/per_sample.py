@@ -1,0 +1,259 @@
+"""Bit widths chosen for each sample of a tensor."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec, codec_from
+from brevitas_bp.core.bucket import memory_order
+from brevitas_bp.errors import UnsupportedQuantizerError
+from brevitas_bp.kernels.random import derive
+from brevitas_bp.kernels.reference import compute_dtype, to_buckets
+from brevitas_bp.kernels.spec import check_bit_width
+
+_WHERE = "brevitas_bp.codec.PerSampleCodec"
+# Elements whose ranges are taken at once, where they must be converted first.
+_CHUNK = 1 << 18
+
+
+class _Facts(NamedTuple):
+    """Static facts of a payload: what each width stored, and how many samples that are."""
+
+    parts: tuple[Packed, ...]
+    counts: tuple[int, ...]
+
+
+@final
+class PerSampleCodec(Codec):
+    """Gives the samples of a tensor (its first dimension) widths that average to ``average_bits``.
+
+    The widths ``b_n`` are those of :func:`greedy_widths`, which minimise the variance of rounding ::
+
+        sum C_n / T(b_n)**2    subject to  sum b_n <= average_bits * N,    C_n = sum of R**2
+
+    with the range ``R`` of each bucket, shared out to samples by elements, and top code ``T``. Samples
+    of one width are stored one after another by the ordinary codec of that width; its buckets run on
+    from one sample to the next.
+
+    Unbiased, as the codec of each width is: widths follow from ranges, not from the noise. Samples of
+    equal ranges get equal widths, and then bytes are those of that codec, bit for bit. A bucket with NaN
+    or Inf decodes to NaN and does not count. Tensors of fewer than two dimensions, expanded ones and
+    batches of one are one sample.
+
+    **Bytes** depend on the data only through what is left of the budget: less than one step between
+    candidates for one sample, one padded bucket for each width in use, and one byte per sample (for its
+    width, where there are several). **Costs** a pass for the ranges, a copy of the tensor sorted by
+    width, and on a device one wait for the ranges.
+
+    Args:
+        quantizer: config class of a bucket quantizer.
+        average_bits: bits per element that widths average to, metadata not counted.
+        bit_widths: candidates.
+        **settings: of the quantizer.
+
+    Raises:
+        ValueError: an average that the candidates do not include, fewer than two of them, or no buckets.
+        UnsupportedQuantizerError: no bucket quantizer of one width without memory.
+
+    Source: Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed
+    Training", 2021, without its gradient magnitudes.
+
+    >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+    >>> codec = PerSampleCodec(ShiftedUint2DynamicActPerBucketFloatStochastic, average_bits=2)
+    >>> x = torch.linspace(-1, 1, 1024) * torch.logspace(0, 3, 8).unsqueeze(-1)
+    >>> codec.widths(x).tolist()
+    [1, 1, 1, 1, 2, 2, 4, 4]
+    """
+
+    def __init__(
+            self,
+            quantizer: Any,
+            average_bits: float = 2,
+            bit_widths: Sequence[int] = (1, 2, 3, 4, 8),
+            **settings: Any) -> None:
+        self.bit_widths = tuple(sorted({check_bit_width(_WHERE, bits) for bits in bit_widths}))
+        self.average_bits = average_bits
+        if len(self.bit_widths) < 2:
+            raise ValueError(
+                f"{_WHERE}: there is nothing to choose between the bit_widths {tuple(bit_widths)}; name "
+                "two or more, or use the quantizer itself")
+        if not self.bit_widths[0] <= average_bits <= self.bit_widths[-1]:
+            raise ValueError(
+                f"{_WHERE}: average_bits must lie between the smallest and the largest of bit_widths, "
+                f"{self.bit_widths[0]} and {self.bit_widths[-1]}, got {average_bits!r}")
+        self._codecs = {
+            bits: _bucket_codec(codec_from(quantizer, bit_width=bits, **settings))
+            for bits in self.bit_widths}
+        quantizers = [codec.quantizer for codec in self._codecs.values()]
+        self._variance = torch.tensor([
+            float(q.int_scaling_impl(torch.tensor(float(bits)))) ** -2
+            for q, bits in zip(quantizers, self.bit_widths)], dtype=torch.float64)
+        self._view: Any = quantizers[0].input_view_impl
+        self.name = f"{average_bits:g}-bit average per sample"
+
+    def widths(self, x: Tensor) -> Tensor:
+        """The width of each sample of ``x``, int64 on the CPU."""
+        return self._widths(*_by_sample(x.detach(), TensorLayout.of(x)))
+
+    def at_least(self, bits: int) -> Codec:
+        """The same with no width below ``bits``; one width where that leaves no choice."""
+        recipe = self._codecs[self.bit_widths[0]].recipe
+        assert recipe is not None
+        settings = {k: v for k, v in recipe.settings.items() if k != "bit_width"}
+        widths = (bits, *(w for w in self.bit_widths if w > bits))
+        if self.average_bits <= bits or len(widths) == 1:
+            return codec_from(recipe.config, bit_width=bits, **settings)
+        return PerSampleCodec(recipe.config, self.average_bits, widths, **settings)
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Chooses widths, sorts the samples by them, and encodes those of each."""
+        layout = TensorLayout.of(x)
+        flat, samples = _by_sample(x.detach(), layout)
+        widths = self._widths(flat, samples)
+        used: list[int] = widths.unique().tolist()
+        if len(used) == 1:
+            packed = self._codecs[used[0]].encode(flat, seed=seed, where=where)
+            return Packed(self, packed.tensors, layout, _Facts((packed,), (samples,)), where)
+        rows = flat.view(samples, -1)
+        parts, counts = [], []
+        for bits in used:
+            chosen = (widths == bits).nonzero().view(-1)
+            part = rows.index_select(0, chosen.to(flat.device)).view(-1)
+            parts.append(self._codecs[bits].encode(part, seed=derive(seed, bits), where=where))
+            counts.append(len(chosen))
+        tensors = (*(t for p in parts for t in p.tensors), widths.to(torch.uint8).to(flat.device))
+        return Packed(self, tensors, layout, _Facts(tuple(parts), tuple(counts)), where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Decodes each width, and puts the samples back in order."""
+        parts, counts, layout = _parts(packed), packed.facts.counts, packed.layout
+        flat = parts[0].decode()
+        if len(parts) > 1:
+            rows = torch.cat([flat, *(part.decode() for part in parts[1:])]).view(sum(counts), -1)
+            # Where each sample went: no need to wait for a device to tell.
+            place = packed.tensors[-1].argsort(stable=True).argsort()
+            flat = rows.index_select(0, place).view(-1)
+        if _is_sample_major(layout):
+            return layout.restore_flat(flat)
+        return layout.restore(flat.view(layout.base_shape))
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        parts, counts = packed.facts
+        dtypes = {part.layout.dtype for part in parts}
+        if sum(p.layout.numel for p in parts) != packed.layout.numel or dtypes != {
+                packed.layout.dtype}:
+            refuse(packed, f"{packed.layout.numel} elements of {dtypes}", packed.layout)
+        # Whether they belong to their layout is compared by the parts, when they are decoded.
+        forms = [Form(tuple(t.shape), t.dtype) for part in parts for t in part.tensors]
+        return [*forms, Form.flat(sum(counts))] if len(parts) > 1 else forms
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return self._codecs[self.bit_widths[0]].stored_nbytes(layout)
+
+    def _widths(self, flat: Tensor, samples: int) -> Tensor:
+        if flat.numel() == 0:
+            return torch.tensor(self.bit_widths[:1])
+        total = int(self.average_bits * samples)
+        costs = _shared_out(self._squared_ranges(flat), self._view.bucket_size, flat.numel(), samples)
+        return greedy_widths(costs, total, self.bit_widths, self._variance)
+
+    def _squared_ranges(self, flat: Tensor) -> Tensor:
+        """R**2 of the buckets of the whole tensor [n], float64 on the CPU, 0 where not finite."""
+        size = self._view.bucket_size
+        buckets = to_buckets(flat, size, self._view.bucket_pad_zero)
+        dtype = compute_dtype(flat.dtype)
+        scaling: Any = self._codecs[self.bit_widths[0]].quantizer.scaling_impl
+        with torch.no_grad():
+            ranges = torch.cat([
+                scaling.scaling_stats_impl(part.to(dtype))
+                for part in buckets.split(max(1, _CHUNK // size))])
+        squares = ranges.view(-1).cpu().double().square()
+        return torch.where(squares.isfinite(), squares, 0)
+
+
+def _parts(packed: Packed) -> list[Packed]:
+    """What each width stored, of the tensors that the whole was checked with."""
+    tensors, parts = packed.tensors, []
+    for part in packed.facts.parts:
+        parts.append(replace(part, tensors=tensors[:len(part.tensors)]))
+        tensors = tensors[len(part.tensors):]
+    return parts
+
+
+def greedy_widths(
+        costs: Tensor, total: int, bit_widths: Sequence[int], variance: Tensor) -> Tensor:
+    """Widths [N] that minimise ``sum costs * variance(width)`` with ``sum widths <= total``.
+
+    From the largest candidate on, the width whose next lowering adds least for each bit that it frees is
+    lowered, until the sum fits. Of equals the widest goes first (so that samples without cost share the
+    bits), then the last. Since each lowering of a sample adds more than the one before, all lowerings
+    can be sorted at once. Optimal for candidates one bit apart; else less than one step is left over.
+
+    Args:
+        costs: [N], float64, not negative.
+        total: bits to be spent, at least N times the smallest candidate.
+        bit_widths: candidates, ascending.
+        variance: of rounding a unit range with each candidate [len(bit_widths)], falling and convex.
+
+    >>> costs = torch.tensor([1000, 100, 10, 1, 0.1, 0.01], dtype=torch.float64)
+    >>> widths = torch.arange(1, 9)
+    >>> greedy_widths(costs, 12, widths.tolist(), (2.0**widths - 1)**-2.0).tolist()
+    [4, 3, 2, 1, 1, 1]
+    """
+    n, widths = len(costs), torch.tensor(bit_widths).flip(0)
+    freed = widths[:-1] - widths[1:]
+    slope = variance.flip(0).diff() / freed
+    # Row k is the k-th lowering of all samples, the last sample first: the order among equals.
+    added = (costs.flip(0) * slope.unsqueeze(-1)).view(-1)
+    order = added.argsort(stable=True)
+    bits = freed.repeat_interleave(n)[order].cumsum(0)
+    count = int((bits < n * bit_widths[-1] - total).sum()) + 1
+    taken = torch.zeros(len(added), dtype=torch.bool)
+    if n * bit_widths[-1] > total:
+        taken[order[:count]] = True
+    return widths[taken.view(-1, n).sum(0)].flip(0)
+
+
+def _shared_out(squares: Tensor, bucket_size: int, numel: int, samples: int) -> Tensor:
+    """Cost [samples] of buckets [n], each shared out to samples by the elements that it has of them."""
+    size = numel // samples
+    if size % bucket_size == 0:
+        return squares.view(samples, -1).sum(1)
+    cuts = torch.cat([torch.arange(0, numel, bucket_size), torch.arange(0, numel, size)]).unique()
+    lengths = torch.diff(cuts, append=torch.tensor([numel]))
+    shares = squares[cuts // bucket_size] * lengths / bucket_size
+    return torch.zeros(samples, dtype=torch.float64).index_add(0, cuts // size, shares)
+
+
+def _by_sample(x: Tensor, layout: TensorLayout) -> tuple[Tensor, int]:
+    """Stored elements [numel], sample after sample, and the number of samples."""
+    shape = layout.base_shape
+    samples = shape[0] if len(shape) > 1 and layout.numel else 1
+    if _is_sample_major(layout):
+        return layout.flatten(x), samples
+    return layout.base(x).resolve_neg().reshape(-1), samples
+
+
+def _is_sample_major(layout: TensorLayout) -> bool:
+    """Whether each sample is one run of the memory that :meth:`TensorLayout.flatten` reads."""
+    order = memory_order(torch.empty_strided(layout.shape, layout.stride, device="meta"))
+    return order is None or order[0] == 0
+
+
+def _bucket_codec(codec: Codec) -> LoweredCodec | ModuleCodec:
+    if not isinstance(codec, (LoweredCodec, ModuleCodec)) or len(codec.quantizer.bit_widths) > 1 or (
+            not hasattr(codec.quantizer.scaling_impl, "scaling_stats_impl")):
+        raise UnsupportedQuantizerError(
+            f"{_WHERE}: expected a bucket quantizer of one width that takes its ranges from the tensor "
+            f"at hand, got {codec.name!r}; use one of brevitas_bp.quant, without Mix or RunningRange")
+    if getattr(codec.quantizer.input_view_impl, "bucket_size", None) is None:
+        raise ValueError(
+            f"{_WHERE}: one bucket for all samples of a width would have the range of the widest; set "
+            "bucket_size, for instance 256")
+    return codec
