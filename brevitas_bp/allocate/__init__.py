@@ -3,11 +3,12 @@
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
 from brevitas_bp.allocate.gradient_error import measure_gradient_error
 from brevitas_bp.allocate.plan import BitPlan, plan_bit_widths
+from brevitas_bp.allocate.replan import Replanner
 from brevitas_bp.allocate.schedule import QuantizerSchedule
 from brevitas_bp.allocate.sensitivity import ClosedForm, Empirical, GradientNorms, Sensitivity
 from brevitas_bp.backward.planned import Candidate
 
 __all__ = [
     "BitPlan", "Candidate", "ClosedForm", "Empirical", "GradientError", "GradientErrorRow",
-    "GradientNorms", "QuantizerSchedule", "Sensitivity", "measure_gradient_error",
+    "GradientNorms", "QuantizerSchedule", "Replanner", "Sensitivity", "measure_gradient_error",
     "plan_bit_widths"]

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -176,11 +176,41 @@ class BitPlan:
             found[module] = max(before, candidate, key=lambda c: c.nominal_bits)
         return {module: str(c) for module, c in found.items()}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"format": 1, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BitPlan":
+        """The plan of :meth:`to_dict`, perhaps edited: ``chosen`` of each tensor.
+
+        Raises:
+            ValueError: these are no values of a plan, or a tensor has a candidate without a measurement.
+        """
+        try:
+            values = dict(values)
+            if values.pop("format") != 1:
+                raise ValueError("format is not 1")
+            tensors = [PlannedTensor(**{
+                **t, "sites": tuple(t["sites"]),
+                "options": {k: (size, error) for k, (size, error) in t["options"].items()},
+                "chosen": str(Candidate.parse(t["chosen"]))}) for t in values.pop("tensors")]
+            plan = cls(tensors=tuple(tensors), **values)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"brevitas_bp.BitPlan: this is no plan ({error!r}); write plans with save()") from error
+        for t in plan.tensors:
+            if t.chosen not in t.options:
+                raise ValueError(
+                    f"brevitas_bp.BitPlan: the plan chooses {t.chosen!r} for {t.sites[0]!r}, which was "
+                    f"not measured; there are {list(t.options)}")
+        return plan
+
     def save(self, path: str | Path) -> None:
         """Writes JSON, atomically. Widths may be edited by hand: ``chosen`` of each tensor."""
         path = Path(path)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"format": 1, **asdict(self)}, indent=1) + "\n")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         os.replace(temporary, path)
 
     @classmethod
@@ -188,27 +218,12 @@ class BitPlan:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no plan, or a tensor has a candidate without a measurement.
+            ValueError: the file is no plan; see :meth:`from_dict`.
         """
         try:
-            values = json.loads(Path(path).read_text())
-            if values.pop("format") != 1:
-                raise ValueError("format is not 1")
-            tensors = [PlannedTensor(**{
-                **t, "sites": tuple(t["sites"]),
-                "options": {k: (bytes_, error) for k, (bytes_, error) in t["options"].items()},
-                "chosen": str(Candidate.parse(t["chosen"]))}) for t in values.pop("tensors")]
-            plan = cls(tensors=tuple(tensors), **values)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"brevitas_bp.BitPlan.load: {path} is no plan ({error}); write plans with save()"
-            ) from error
-        for t in plan.tensors:
-            if t.chosen not in t.options:
-                raise ValueError(
-                    f"brevitas_bp.BitPlan.load: {path} chooses {t.chosen!r} for {t.sites[0]!r}, "
-                    f"which was not measured; there are {list(t.options)}")
-        return plan
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"brevitas_bp.BitPlan.load: {path}: {error}") from error
 
     def __str__(self) -> str:
         unit = self.gradient_energy or 1.0
@@ -253,8 +268,8 @@ def plan_bit_widths(
         model: a network, or one that is wrapped: then its own settings count.
         batch: handed to ``loss_fn``.
         loss_fn: ``(model, batch) -> scalar loss``.
-        budget: all bytes that forward may keep for backward of this batch, such as 400_000_000, "400MB"
-            or "381MiB"; what is kept exact counts.
+        budget: all bytes that forward may keep for backward of this batch, such as 400_000_000, "400MB",
+            "381MiB", or "5%" of what plain autograd keeps; what is kept exact counts.
         average_bits: instead, bits for each element that has a width, metadata counted.
         candidates: widths in 1..8, "exact", width and bucket size such as "2@64", or 2-bit means of
             neighbours: 0.5, 0.25, "2avg2" (Average Quantization; only where its bias stays in the
@@ -353,7 +368,7 @@ def _limit(plan: BitPlan, budget: int | str | None, average_bits: float | None) 
     if (budget is None) == (average_bits is None):
         raise ValueError(f"{_WHERE}: exactly one of budget and average_bits must be given")
     if budget is not None:
-        return parse_bytes(budget) - plan.fixed_bytes
+        return parse_bytes(budget, plan.exact_bytes) - plan.fixed_bytes
     assert average_bits is not None
     return average_bits * sum(t.elements for t in plan.tensors) / 8
 
@@ -369,20 +384,22 @@ def _check_budget(plan: BitPlan, sizes: list[list[float]], limit: float) -> None
             "raise the budget")
 
 
-def parse_bytes(given: int | str) -> int:
-    """A number of bytes, or text such as "400MB", "1.5 GiB".
+def parse_bytes(given: int | str, whole: int = 0) -> int:
+    """A number of bytes, or text such as "400MB", "1.5 GiB", "5%" of ``whole``.
 
     Raises:
         ValueError: neither.
 
-    >>> parse_bytes("400MB"), parse_bytes("1.5 GiB")
-    (400000000, 1610612736)
+    >>> parse_bytes("400MB"), parse_bytes("1.5 GiB"), parse_bytes("5%", 2000)
+    (400000000, 1610612736, 100)
     """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", str(given).strip())
-    if match is None or match[2].upper() not in _UNITS:
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*|%)", str(given).strip())
+    if match is None or match[2].upper() not in (*_UNITS, "%"):
         raise ValueError(
-            f"{_WHERE}: budget must be bytes, such as 400_000_000, '400MB' or '381MiB', got {given!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+            f"{_WHERE}: budget must be bytes, such as 400_000_000, '400MB', '381MiB' or '5%', got "
+            f"{given!r}")
+    unit = whole / 100 if match[2] == "%" else _UNITS[match[2].upper()]
+    return int(float(match[1]) * unit)
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Variant:
     quant: str
     color: str
     policy: Literal["op_aware", "all"] | None = None
+    budget: str = ""
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -72,6 +73,25 @@ VARIANTS: Mapping[str, Variant] = {
         "2/4-bit mix", "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic", "#2a8f7b"
     ),
 }
+#: Compared by name only: `--only`.
+MORE_VARIANTS: Mapping[str, Variant] = {
+    "average-0.5bit": Variant(
+        "0.5-bit averages", "ShiftedUint2Avg4DynamicActPerBucketFloatStochastic", "#c05299"
+    ),
+    "planned-5%": Variant(
+        "planned, 1/20",
+        "ShiftedUint2DynamicActPerBucketFloatStochastic",
+        "#1d8348",
+        budget="5%",
+    ),
+    "planned-9%": Variant(
+        "planned, 1/11",
+        "ShiftedUint2DynamicActPerBucketFloatStochastic",
+        "#7d9d2c",
+        budget="9%",
+    ),
+}
+ALL = {**VARIANTS, **MORE_VARIANTS}
 SET_HERE = ("quant", "quant_override", "seed", "out", "resume", "overwrite")
 
 
@@ -87,10 +107,12 @@ class Plan:
 
     def knobs_of(self, name: str, seed: int) -> Knobs:
         """The knobs of one run."""
-        variant, out = VARIANTS[name], str(self.out / f"{name}-seed{seed}")
+        variant, out = ALL[name], str(self.out / f"{name}-seed{seed}")
         knobs = replace(self.knobs, quant=variant.quant, seed=seed, out=out)
         if variant.policy is not None:
             knobs = replace(knobs, policy=variant.policy)
+        if variant.budget:
+            knobs = replace(knobs, budget=variant.budget)
         if variant.quant == "none":  # these knobs belong to a quantizer
             knobs = replace(knobs, policy="op_aware", storage="save_quantized")
         return knobs
@@ -103,9 +125,9 @@ def compare(plan: Plan) -> list[Entry]:
         find_quantizer(knobs.quant)
         if not plan.overwrite:
             _finished(knobs)
-    entries = {name: Entry(VARIANTS[name].label, VARIANTS[name].color) for name in plan.only}
+    entries = {name: Entry(ALL[name].label, ALL[name].color) for name in plan.only}
     for number, (name, knobs) in enumerate(todo, start=1):
-        print(f"[{number}/{len(todo)}] {VARIANTS[name].label}, seed {knobs.seed}", flush=True)
+        print(f"[{number}/{len(todo)}] {ALL[name].label}, seed {knobs.seed}", flush=True)
         entries[name].runs.append(_do(knobs, plan.overwrite))
     return list(entries.values())
 
@@ -147,9 +169,9 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(parsed: argparse.Namespace) -> Plan:
     only = tuple(dict.fromkeys(parsed.only.split(",")))
     for name in only:
-        if name not in VARIANTS:
-            hint = nearest(name, VARIANTS)
-            raise InputError(f"--only {name}: expected some of {', '.join(VARIANTS)}{hint}")
+        if name not in ALL:
+            hint = nearest(name, ALL)
+            raise InputError(f"--only {name}: expected some of {', '.join(ALL)}{hint}")
     try:
         seeds = tuple(dict.fromkeys(int(word) for word in parsed.seeds.split(",")))
     except ValueError as error:

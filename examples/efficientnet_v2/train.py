@@ -75,6 +75,10 @@ class Knobs:
     policy: Literal["op_aware", "all", "all_but_relu", "exact"] = knob(
         "op_aware", "which saved tensors to quantize, and how"
     )
+    budget: str = knob(
+        "", "bytes that a step may save, as '2MB' or '5%%' of FP32's: a width is planned for each tensor"
+    )
+    plan_every: int = knob(400, "steps from one plan to the next")
     storage: Literal["save_quantized", "quantize_on_backward"] = knob(
         "save_quantized", "when to quantize; the second form saves no memory"
     )
@@ -128,7 +132,7 @@ class Knobs:
 def _ranges(knobs: Knobs) -> list[tuple[str, bool, str]]:
     """`(knob, whether it is in range, what was expected)`."""
     positive = [("lr", knobs.lr), ("epochs", knobs.epochs), ("batch_size", knobs.batch_size)]
-    positive.append(("image_size", knobs.image_size))
+    positive += [("image_size", knobs.image_size), ("plan_every", knobs.plan_every)]
     counts = (
         "weight_decay",
         "clip_norm",
@@ -194,8 +198,12 @@ def build(knobs: Knobs) -> Trainer:
         device, knobs.label_smoothing, knobs.clip_norm, knobs.amp == "bf16", knobs.channels_last
     )
     schedule = make_schedule(optimizer, rate)
+    planned = {"budget": knobs.budget, "every": knobs.plan_every} if knobs.budget else None
     torch.manual_seed(knobs.seed)  # dropout then does not depend on how the weights were drawn
-    return Trainer(model, optimizer, schedule, dataset, batches, options)
+    trainer = Trainer(model, optimizer, schedule, dataset, batches, options)
+    if planned is not None:
+        trainer.plan(**planned)
+    return trainer
 
 
 def _device(knobs: Knobs) -> torch.device:
@@ -245,7 +253,7 @@ def _refuse_idle(knobs: Knobs) -> None:
     for field in dataclasses.fields(knobs):
         name = field.name
         if (
-            name in ("quant_override", "policy", "storage")
+            name in ("quant_override", "policy", "storage", "budget", "plan_every")
             and getattr(knobs, name) != field.default
         ):
             option = "--" + name.replace("_", "-")

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp.allocate import Empirical, Replanner
 
 StepHook = Callable[["Progress"], object]
 
@@ -64,6 +65,19 @@ class Trainer:
     batches: Batches
     options: StepOptions
     progress: Progress = field(default_factory=Progress)
+    replanner: Replanner | None = None
+
+    def plan(self, budget: str, every: int) -> None:
+        """Plan widths within `budget` now and then, from the batch of that step."""
+        assert isinstance(self.model, QuantBackwardWrapper)
+        self.replanner = Replanner(
+            self.model,
+            lambda _, batch: self._loss(*batch),
+            every=every,
+            budget=budget,
+            sensitivity=Empirical(draws=1),
+            candidates=(0.25, 0.5, "2avg2", "1@1024", 1, 2, 3, 4, 6, 8, "exact"),
+        )
 
     def train_epoch(self, on_step: StepHook, stop: Callable[[], bool]) -> bool:
         """Finish the epoch in progress; False if `stop` asked to leave before its end."""
@@ -82,6 +96,8 @@ class Trainer:
         images, labels = self.batches.next()
         start = self._now()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.replanner is not None:
+            self.replanner.step((images, labels))
         loss = (
             self._tracked_loss(images, labels)
             if self.progress.step == 0
@@ -168,6 +184,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "random": random_state(self.options.device),
             "noise": None if wrapper is None else wrapper.noise_state(),
+            "plan": None if self.replanner is None else self.replanner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,3 +197,5 @@ class Trainer:
         set_random_state(state["random"], self.options.device)
         if isinstance(self.model, QuantBackwardWrapper):
             self.model.set_noise_state(state["noise"])
+        if self.replanner is not None:
+            self.replanner.load_state_dict(state["plan"])
