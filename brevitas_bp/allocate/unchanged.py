@@ -13,7 +13,7 @@ from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
 from brevitas_bp.kernels.random import SeedStream, derive
 
 # Keys of a wrapper that a forward pass may change, and those that hold quantizers with statistics.
-_CODECS = ("_codec", "_overrides", "_codec_by_module")
+_CODECS = ("_act_quant", "_overrides", "_codec_by_module")
 _CHANGING = (*_CODECS, "_policy", "_noise", "_explanation")
 
 
