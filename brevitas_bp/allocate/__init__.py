@@ -2,7 +2,8 @@
 
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
 from brevitas_bp.allocate.gradient_error import measure_gradient_error
-from brevitas_bp.allocate.plan import BitPlan, plan_bit_widths
+from brevitas_bp.allocate.plan import BitPlan
+from brevitas_bp.allocate.planning import plan_bit_widths
 from brevitas_bp.allocate.replan import Replanner
 from brevitas_bp.allocate.schedule import QuantizerSchedule
 from brevitas_bp.allocate.sensitivity import ClosedForm, Empirical, GradientNorms, Sensitivity

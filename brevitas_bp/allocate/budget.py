@@ -4,6 +4,7 @@ A multiple-choice knapsack. ``costs[i][j]`` and ``sizes[i][j]`` are those of opt
 one option is taken for each item; sizes and the budget are in one unit (bytes or bits).
 """
 
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -60,14 +61,11 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
         ImportError: SciPy is not installed.
     """
     check_feasible(sizes, budget)
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError as error:
-        raise ImportError(
-            "brevitas_bp.allocate.optimal needs SciPy: pip install 'brevitas-bp[allocate]', or choose "
-            "method='greedy'") from error
+    require_scipy()
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     # An option that costs more than all of another choice is in no better one.
     rival = greedy(costs, sizes, budget)
     most = total(costs, rival)
@@ -93,6 +91,18 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     # What the solver's tolerances leave: never worse than greedy, and never above the budget.
     fits = total(sizes, taken) <= budget
     return taken if fits and total(costs, taken) <= total(costs, rival) else rival
+
+
+def require_scipy() -> None:
+    """Raises where SciPy is not installed.
+
+    Raises:
+        ImportError: says what to do.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError(
+            "brevitas_bp.allocate: method='optimal' needs SciPy: pip install "
+            "'brevitas-bp[allocate]', or choose method='greedy'")
 
 
 def lower_bound(costs: Table, sizes: Table, budget: float) -> float:

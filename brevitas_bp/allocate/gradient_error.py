@@ -156,7 +156,7 @@ def _gradients(
         raise ValueError(
             f"{_WHERE}: run must return the loss, a tensor of one element that depends on the "
             f"parameters, got {got}; leave backward to this function")
-    if _reentrant_parts(loss):
+    if has_reentrant_parts(loss):
         raise ValueError(
             f"{_WHERE}: the loss must reach every parameter through its graph, and parts that are "
             "checkpointed with use_reentrant=True hide theirs; use use_reentrant=False")
@@ -165,7 +165,7 @@ def _gradients(
     return gradients, loss.detach()
 
 
-def _reentrant_parts(loss: Tensor) -> bool:
+def has_reentrant_parts(loss: Tensor) -> bool:
     """Whether the graph of a loss has a part that calls backward on a graph of its own."""
     seen, left = set(), [loss.grad_fn]
     while left:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from brevitas_bp.allocate.plan import BitPlan, plan_bit_widths
+from brevitas_bp.allocate.plan import BitPlan
+from brevitas_bp.allocate.planning import plan_bit_widths
 from brevitas_bp.allocate.profile import LossFn
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 
@@ -54,8 +55,6 @@ class Replanner:
         """Counts a step; plans with ``batch`` if it is time, and returns the plan then."""
         due = self.steps % self.every == 0
         if due:
-            # Measured under the policy alone: a plan may keep exact what another would round.
-            self.model.use_plan(None)
             self.plan = plan_bit_widths(self.model, batch, self.loss_fn, **self.options)
             self.model.use_plan(self.plan)
         self.steps += 1

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from brevitas_bp.backward import QuantBackwardWrapper
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
 
 Settings = Mapping[str, Any]
 Stages = Mapping[int, Settings]
@@ -82,9 +82,7 @@ class QuantizerSchedule:
 
     def _wrappers(self) -> list[QuantBackwardWrapper]:
         """Found anew each time: models are wrapped, copied and rebuilt."""
-        found = [
-            module for module in self.root.modules()
-            if isinstance(module, QuantBackwardWrapper) and not module._act_quant.is_exact]
+        found = [w for _, w in wrappers_in(self.root) if not w._act_quant.is_exact]
         if not found:
             raise ValueError(
                 f"{_WHERE}: {type(self.root).__name__} neither is nor contains a QuantBackwardWrapper "

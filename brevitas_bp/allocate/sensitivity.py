@@ -18,7 +18,9 @@ from math import inf
 
 from torch import Tensor
 
-from brevitas_bp.allocate.profile import Probed, Profile
+from brevitas_bp.allocate.moments import real
+from brevitas_bp.allocate.probe import Probed
+from brevitas_bp.allocate.profile import Profile
 from brevitas_bp.backward.planned import Candidate
 from brevitas_bp.errors import UnknownNameError, nearest
 
@@ -138,7 +140,7 @@ class Empirical(Sensitivity):
     def _error(self, rounded: Tensor | None, exact: Tensor | None) -> float:
         if rounded is None or exact is None:
             return 0.0
-        return float((rounded.double() - exact.double()).square().sum())
+        return float((real(rounded).double() - real(exact).double()).square().sum())
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class GradientNorms(Empirical):
     def _error(self, rounded: Tensor | None, exact: Tensor | None) -> float:
         if rounded is None or exact is None:
             return 0.0
-        return float(rounded.double().norm() - exact.double().norm()) ** 2
+        return float(real(rounded).double().norm() - real(exact).double().norm()) ** 2
 
 
 ESTIMATORS: dict[str, Sensitivity] = {
@@ -194,17 +196,22 @@ def _distance(profile: Profile, tensor: Probed, candidate: Candidate) -> float:
 
 def _amplified(profile: Profile, tensor: Probed) -> float:
     """Expected squared error of a gradient for each unit of squared distance of the tensor."""
+    energy = profile.probing.energy
+    for call in tensor.calls:
+        if call not in energy:
+            raise ValueError(
+                f"brevitas_bp.allocate.ClosedForm: {sorted(tensor.sites)[0]!r} is saved outside "
+                "of torch's functions, where no gradient is seen; use sensitivity='empirical'")
     return sum(
-        profile.output_energy[call] * _fan_in(profile, call, own)
+        energy[call] * _fan_in(profile, tensor, own)
         for call, own in tensor.calls.items()) / tensor.numel
 
 
-def _fan_in(profile: Profile, call: int, own: set[int] | None) -> float:
-    """Elements of the weight for each channel that the call returns; 1 for what is no layer."""
-    shape = profile.outputs.get(call)
+def _fan_in(profile: Profile, tensor: Probed, own: set[int] | None) -> float:
+    """Elements of the weight for each channel that a layer returns; 1 for what is no layer."""
     weights = [w for w in (profile.parameters[p] for p in own or ()) if w.dim() > 1]
-    if not weights or not shape:
+    if not weights or tensor.reaches != {"weight"}:
         return 1.0
     weight = max(weights, key=lambda w: w.numel())
-    channels = shape[1 if weight.dim() > 2 else len(shape) - 1]
-    return weight.numel() / max(channels, 1)
+    transposed = any("transpose" in site for site in tensor.sites)
+    return weight.numel() / weight.shape[1 if transposed else 0]

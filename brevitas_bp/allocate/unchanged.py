@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp.backward.policy import keep_all
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.backward.transparent import all_modules
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.kernels.random import SeedStream, derive
 
 # Keys of a wrapper that a forward pass may change, and those that hold quantizers with statistics.
-_CODECS = ("_act_quant", "_overrides", "_codec_by_module")
-_CHANGING = (*_CODECS, "_policy", "_noise", "_explanation")
+_CODECS = ("_act_quant", "_overrides", "_codec_by_module", "_policy", "_base_policy")
+_CHANGING = (*_CODECS, "_noise", "_explanation")
 
 
 @contextmanager
@@ -38,9 +39,7 @@ def unchanged(
 def point(model: nn.Module) -> Callable[[], None]:
     """What brings torch's generators, modes and buffers back to what they are now."""
     generators = _generators()
-    # What a wrapper stands for is not among the modules.
-    inside = [wrapper.module for _, wrapper in wrappers_in(model)]
-    modes = [(module, module.training) for module in (*model.modules(), *inside)]
+    modes = [(module, module.training) for module in all_modules(model)]
     buffers = [
         (module, name, buffer, buffer.detach().clone()) for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)]

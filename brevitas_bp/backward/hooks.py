@@ -137,8 +137,10 @@ class ForwardPass:
         packed = self._encode_once(saved, decision)
         if self.explanation is not None and decision is not PARAMETER:
             self.explanation.add(saved, packed, decision)
-        for listener in self.listeners:
-            listener(saved, packed, decision, self._originals(x))
+        if self.listeners:
+            originals = self._originals(x)
+            for listener in self.listeners:
+                listener(saved, packed, decision, originals)
         return packed
 
     @contextmanager

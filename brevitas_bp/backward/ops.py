@@ -1,5 +1,6 @@
 """Which operation and which module are running, for the thread that runs a forward pass."""
 
+import itertools
 import threading
 from collections.abc import Callable
 from types import FunctionType, MethodWrapperType
@@ -32,7 +33,6 @@ class Location:
         self.prefix = prefix
         self.modules: list[tuple[str, type | None]] = [("", type(root))]
         self.call = NO_CALL
-        self.calls = 0
         self.rewrites: Rewrites | None = None
         self.observer: Callable[[Call, Any], None] | None = None
         self.ended = False
@@ -74,6 +74,10 @@ def is_compiled(module: nn.Module) -> bool:
         getattr(module, "_compiled_call_impl", None) is not None)
 
 
+# Of calls, so that no two of a process have the same.
+_numbers = itertools.count()
+
+
 class _Running(threading.local):
     """The forward passes that this thread is inside of, innermost last."""
 
@@ -105,8 +109,7 @@ class _OpMode(TorchFunctionMode):
             return func(*args, **kwargs)
         location = self.location
         before = location.call
-        location.calls += 1
-        call = location.call = Call(func, args, kwargs, location.calls)
+        call = location.call = Call(func, args, kwargs, next(_numbers))
         try:
             rewrite = None if location.rewrites is None else location.rewrites[func]
             output = NotImplemented if rewrite is None else rewrite(call)

@@ -4,13 +4,13 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from brevitas_bp.backward.policy import ExplainedPolicy
+from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
-from brevitas_bp.backward.saved import Decision, SavedTensor
-from brevitas_bp.backward.wider import has_bits, with_bits
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor
+from brevitas_bp.backward.wider import has_bits, is_variant, with_bits
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.errors import UnknownNameError, nearest
@@ -53,10 +53,11 @@ class Candidate:
     def __post_init__(self) -> None:
         if self.bits is not None:
             check_bit_width(_WHERE, self.bits)
-        if self.average_size < 1 or (self.bucket_size is not None and self.bucket_size < 8):
+        if self.average_size < 1 or (
+                self.bucket_size is not None and (self.bucket_size < 8 or self.bucket_size % 8)):
             raise ValueError(
-                f"{_WHERE}: expected an average_size of 1 or more and a bucket_size of 8 or more, got "
-                f"{self.average_size} and {self.bucket_size}")
+                f"{_WHERE}: expected an average_size of 1 or more and a bucket_size that is a "
+                f"multiple of 8, got {self.average_size} and {self.bucket_size}")
 
     @classmethod
     def parse(cls, given: "Candidate | float | str") -> "Candidate":
@@ -118,7 +119,7 @@ def site_of(saved: SavedTensor) -> str:
     """
     what = saved.role
     if what is None:
-        position = saved.position
+        position = saved.made_of
         what = "output" if position is None else f"argument {position}"
     return f"{saved.path}:{saved.op or 'custom function'}:{what}"
 
@@ -136,6 +137,7 @@ class PlannedPolicy:
         self.policy = policy
         self.choices = {pattern: Candidate.parse(given) for pattern, given in choices.items()}
         self._chosen: dict[str, Candidate | None] = {}
+        self._observing = policy if isinstance(policy, ObservingPolicy) else None
 
     def decide(self, saved: SavedTensor) -> Decision:
         """The policy's decision, with the planned width."""
@@ -148,8 +150,17 @@ class PlannedPolicy:
         candidate = self._chosen[name]
         if candidate is None:
             return decision
-        assert saved.codec is not None
-        return decision._replace(codec=candidate.codec(saved.codec))
+        assert decision.codec is not None
+        if decision.reaches != "weight":
+            # The bias of averages must not reach other gradients than that of the tensor's own weight.
+            candidate = replace(candidate, average_size=1)
+        return decision._replace(
+            codec=candidate.codec(configured_of(saved, decision.codec)))
+
+    def observe(self, call: Call, output: Any) -> None:
+        """Tells the policy, if it wants to know."""
+        if self._observing is not None:
+            self._observing.observe(call, output)
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """As the policy does."""
@@ -157,10 +168,21 @@ class PlannedPolicy:
 
 
 def is_quantized(saved: SavedTensor, decision: Decision) -> bool:
-    """Whether a decision rounds the tensor at a width that may be chosen: no mask, no index."""
+    """Whether a decision rounds the tensor at a width that may be chosen.
+
+    That is no mask and no index; not what the policy was given a quantizer for (query and key, inputs of
+    checkpointed parts); and no quantizer without widths to choose from.
+    """
     codec = decision.codec
-    return codec is not None and (codec is saved.codec or has_bits(unaveraged(codec))) and (
-        saved.tensor.is_floating_point())
+    if codec is None or not saved.tensor.is_floating_point():
+        return False
+    configured = configured_of(saved, codec)
+    return has_bits(unaveraged(configured)) and is_variant(codec, configured)
+
+
+def configured_of(saved: SavedTensor, codec: Codec) -> Codec:
+    """The module's codec; where it has none, the one that a policy chose by itself."""
+    return codec if saved.codec is None else saved.codec
 
 
 def first_match(choices: Mapping[str, Candidate], name: str) -> Candidate | None:

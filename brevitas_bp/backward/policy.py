@@ -80,7 +80,8 @@ class PlainPolicy:
             raise TypeError(
                 "brevitas_bp.QuantBackwardWrapper: policy must return a Codec or None, got "
                 f"{codec!r}; codec_from makes a codec of a quantizer")
-        return Decision(codec, self.reason)
+        # It does not say how far a rounding goes.
+        return Decision(codec, self.reason, reaches="all")
 
     def rewrite(self, function: Any) -> Rewrite | None:
         return None
@@ -220,7 +221,9 @@ class OpAware:
             return self._widened(_VALUE._replace(codec=codec), codec)
         if role == ATTENTION_INPUT:
             if self._attention is not None:
-                return Decision(self._attention, "query and key: biased, as asked for", shared=False)
+                return Decision(
+                    self._attention, "query and key: biased, as asked for", shared=False,
+                    reaches="all")
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # A view would keep the value alive that lies in the same memory.
@@ -232,7 +235,7 @@ class OpAware:
             return _MASK
         if self._checkpoint is None or not x.requires_grad or x.dtype not in FLOAT_DTYPES:
             return _RUN_AGAIN
-        return Decision(self._checkpoint, "run again from it: biased, as asked for")
+        return Decision(self._checkpoint, "run again from it: biased, as asked for", reaches="all")
 
 
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")

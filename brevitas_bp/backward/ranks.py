@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from brevitas_bp.backward.transparent import all_modules
 from brevitas_bp.codec.shard import is_dtensor
 
 _AMBIGUOUS = (
@@ -42,7 +43,8 @@ def replica_group(root: nn.Module) -> tuple[int, ...]:
 
     Warns where parameters live on several meshes.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    # Who has a DTensor has imported them: others are spared a walk over all parameters.
+    if "torch.distributed.tensor" not in sys.modules or not dist.is_initialized():
         return ()
     groups = set(_groups(root))
     if len(groups) > 1:
@@ -65,7 +67,7 @@ def _sharded_by_fsdp(root: nn.Module) -> set[int]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return set()
-    modules = (m for m in root.modules() if isinstance(m, fsdp.FSDPModule))
+    modules = (m for m in all_modules(root) if isinstance(m, fsdp.FSDPModule))
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 

@@ -21,7 +21,7 @@ CHECKPOINT_INPUT = "input of a checkpointed part"
 
 
 class Call:
-    """One call of a torch function: the function, its arguments, and a number within the pass."""
+    """One call of a torch function: the function, its arguments, and a number of its own."""
 
     __slots__ = ("args", "function", "kwargs", "number")
 
@@ -106,6 +106,20 @@ class SavedTensor:
                     return position
                 sharing.append(position)
         return sharing[0] if len(sharing) == 1 else None
+
+    @property
+    def made_of(self) -> int | None:
+        """As ``position``; or else index of the only argument of the same shape, if there is just one.
+
+        What autocast casts, and what an operation makes contiguous, is saved in another memory.
+        """
+        position = self.position
+        if position is not None or self.role is not None:
+            return position
+        alike = [
+            i for i, argument in enumerate(self.call.arguments)
+            if isinstance(argument, Tensor) and own_shape(argument) == own_shape(self.tensor)]
+        return alike[0] if len(alike) == 1 else None
 
     @property
     def is_norm_statistic(self) -> bool:

@@ -1,34 +1,48 @@
 """A module that takes the place of another one: same names, keys and attributes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 _OWN = "module"
-_TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+TABLES = (
+    "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _Self = TypeVar("_Self", bound="Transparent")
+
+
+def all_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """Modules of a network, those included that wrappers stand for."""
+    for module in root.modules():
+        yield module
+        while isinstance(module, Transparent):
+            module = module.module
+            yield module
 
 
 class Transparent(nn.Module):
     """Base of a wrapper of one module, ``self.module``.
 
-    What the wrapper does not have is read, set and deleted there: ``wrapper.fc = nn.Linear(512, 10)``
-    replaces the module's own ``fc``.
+    What the wrapper does not have is read from the module; modules, parameters, tensors and what the
+    module has already are set and deleted there: ``wrapper.fc = nn.Linear(512, 10)`` replaces the
+    module's own ``fc``.
 
     NOTE [ The wrapper takes the place of the module ]
-    1. The tables of parameters, buffers and submodules are the module's own, the very same objects:
-       names, keys, and what is set, replaced or deleted through either of the two are those of both.
+    1. The tables of parameters, buffers, submodules and hooks of ``state_dict`` are the module's own,
+       the very same objects: names, keys, and what is set, replaced or deleted through either of the
+       two are those of both.
     2. So the module is no submodule of the wrapper, and no name has a step more than without it. Tools
        that match names of parameters with keys of a state_dict (PEFT) depend on that.
-    3. What a module does to itself (``to``, ``train``, ``state_dict``) it is asked to do, since its
+    3. What a module does to itself (``_apply``, ``train``, ``state_dict``) it is asked to do, since its
        class may do it in its own way.
+    4. Methods of the module that the wrapper does not have run on the module: what they save is exact.
     """
 
     def _stand_for(self, module: nn.Module) -> None:
         """To be called last in ``__init__``: until then everything set is the wrapper's own."""
         self.__dict__[_OWN] = module
-        for table in _TABLES:
+        for table in TABLES:
             # Not from its __dict__: TorchScript computes some of them.
             self.__dict__[table] = getattr(module, table)
         self.training = module.training
@@ -69,14 +83,14 @@ class Transparent(nn.Module):
             return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "__class__":
+        if name == "__class__" and value.__name__.startswith("Parametrized"):
             # torch.nn.utils.parametrize puts properties on a class made for one module.
             raise TypeError(
                 f"brevitas_bp.{type(self).__name__}: its class cannot be changed, since it is the "
                 "module that runs; parametrize wrapper.module (and build that anew: the parameter to be "
                 "computed is gone already)")
         if not self._is_own(name) and (
-                isinstance(value, (nn.Module, nn.Parameter)) or hasattr(self.module, name)):
+                isinstance(value, (nn.Module, Tensor)) or hasattr(self.module, name)):
             setattr(self.module, name, value)
         else:
             super().__setattr__(name, value)

@@ -42,6 +42,13 @@ def has_bits(codec: Codec) -> TypeGuard[LoweredCodec | ModuleCodec]:
     return isinstance(codec, (LoweredCodec, ModuleCodec))
 
 
+def is_variant(codec: Codec, configured: Codec) -> bool:
+    """Whether ``codec`` is the configured one, perhaps at another width or without averages."""
+    plain = unaveraged(configured)
+    return codec is configured or codec is plain or any(
+        codec is made for made in _made.get(plain, {}).values())
+
+
 def with_bits(
         configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | None = None,
         average_size: int = 1) -> Codec:

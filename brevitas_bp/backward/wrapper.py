@@ -27,8 +27,10 @@ from brevitas_bp.backward.planned import (
 )
 from brevitas_bp.backward.policy import POLICIES, ExplainedPolicy, Policy, explained
 from brevitas_bp.backward.ranks import noise_rank, replica_group
-from brevitas_bp.backward.transparent import Transparent
+from brevitas_bp.backward.transparent import TABLES, Transparent
+from brevitas_bp.backward.wider import has_bits
 from brevitas_bp.codec import Codec, codec_from
+from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.kernels.random import SeedStream, derive
@@ -147,7 +149,7 @@ class QuantBackwardWrapper(Transparent):
         if not torch.is_grad_enabled() or _is_traced():
             return self.module(*args, **kwargs)
         _refuse_symbols(args, kwargs)
-        if inside_checkpoint():
+        if not is_compiling() and inside_checkpoint():
             warnings.warn(_CHECKPOINT_HINT, stacklevel=2)
             return self.module(*args, **kwargs)
         forward_pass = self._forward_pass()
@@ -186,6 +188,12 @@ class QuantBackwardWrapper(Transparent):
                 f"{_WHERE}: plan must come from plan_bit_widths, or map names of saved tensors to bits, "
                 f"got {plan!r}")
         check_choices(_WHERE, choices, [name for name, _ in self.module.named_modules()])
+        codecs = (self._codec, *(codec for _, codec in self._overrides))
+        if not any(codec is not None and has_bits(unaveraged(codec)) for codec in codecs):
+            raise TypeError(
+                f"{_WHERE}: a plan chooses widths of bucket quantizers, but act_quant is "
+                f"{'None' if self._codec is None else self._codec.name!r}; pass one of "
+                "brevitas_bp.quant")
         self._policy = PlannedPolicy(explained(self._base_policy), choices)
 
     def noise_state(self) -> dict[str, int]:
@@ -210,6 +218,10 @@ class QuantBackwardWrapper(Transparent):
             TypeError: there is no quantizer, or it was built before it was handed over.
             UnknownNameError: a setting that the quantizer does not know.
         """
+        if "bit_width" in settings and self._policy is not self._base_policy:
+            raise TypeError(
+                f"{_WHERE}.configure: a plan says the bit widths, so "
+                f"bit_width={settings['bit_width']!r} would do nothing; leave it out, or call use_plan(None) first")
         self._act_quant.configure(settings)
         self._codec_by_module.clear()
 
@@ -262,7 +274,8 @@ class QuantBackwardWrapper(Transparent):
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantBackwardWrapper":
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
-        for key, value in self.__dict__.items():
+        for key in self.__dict__.keys() - set(TABLES):
+            value = self.__dict__[key]
             other.__dict__[key] = [] if key == "_listeners" else copy.deepcopy(value, memo)
         other._stand_for(other.module)
         # A copy draws noise of its own.

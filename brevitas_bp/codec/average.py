@@ -1,11 +1,14 @@
 """Averages of groups of neighbours, stored by another codec."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import final
 
 import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.average import check_average_size, group_means, spread, to_dtype
 from brevitas_bp.kernels import dispatch
@@ -46,7 +49,9 @@ class AverageCodec(Codec):
 
     def decode(self, packed: Packed) -> Tensor:
         """Decodes the averages and repeats them."""
-        layout, stored = packed.layout, packed.facts
+        layout = packed.layout
+        # Through what is stored now: it is compared with what was.
+        stored = replace(packed.facts, tensors=packed.tensors)
         length = layout.base_shape[-1] if layout.base_shape else 1
         order = sorted(range(len(layout.stride)), key=lambda d: -layout.stride[d])
         with torch.no_grad():
@@ -54,11 +59,19 @@ class AverageCodec(Codec):
             flat = spread(means, self.average_size, length, order, dispatch.spread)
         return layout.restore_flat(flat)
 
+    def forms(self, packed: Packed) -> Sequence[Form] | None:
+        stored, means = packed.facts, self._layout_of_means(packed.layout)
+        if (stored.layout.shape, stored.layout.dtype) != (means.shape, means.dtype):
+            refuse(packed, f"means {means.dtype} {list(means.shape)}", stored.layout)
+        return stored.codec.forms(stored)
+
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return self.inner.stored_nbytes(self._layout_of_means(layout))
+
+    def _layout_of_means(self, layout: TensorLayout) -> TensorLayout:
         shape = layout.base_shape or torch.Size((1,))
         shape = torch.Size((*shape[:-1], group_count(shape[-1], self.average_size)))
-        return self.inner.stored_nbytes(
-            TensorLayout(shape, (), shape, compute_dtype(layout.dtype), layout.device))
+        return TensorLayout(shape, (), shape, compute_dtype(layout.dtype), layout.device)
 
 
 def unaveraged(codec: Codec) -> Codec:

@@ -259,6 +259,10 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
         raise
     codec = _codec_of(quantizer)
     if _is_one_per_tensor(quantizer):
+        if isinstance(codec, AverageCodec):
+            raise UnsupportedQuantizerError(
+                f"{where}: {config.__name__} averages groups and has a running range; what is not "
+                "averaged would have to run on another range. Leave out one of the two")
         codec = StatefulCodec(partial(_codec_from_recipe, recipe), codec.name)
     codec.recipe = recipe
     return codec

@@ -1,17 +1,20 @@
 """One forward, many backwards: exact where nothing is rounded, the wrapper's own where something is."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp import OpAware, QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.allocate import Candidate
 from brevitas_bp.allocate.profile import Profile
 from tests.allocate.networks import Checkpointed, images, loss, residual
-from tests.backward.support import SeeSaved
+from tests.backward.support import Encoder, SeeSaved, Square
 
 CANDIDATES = ["1", "2", "3", "8", "exact", "2@128", "2avg2", "2avg4@32"]
 
@@ -85,7 +88,7 @@ def test_tensors_are_grouped_by_name_and_by_memory() -> None:
 
 def test_reach_tells_where_errors_go() -> None:
     profile = profile_of(residual())
-    names = [name for name, _ in profile.named_parameters]
+    names = [name for name, _ in residual().module.named_parameters()]
     found = {g.sites[0]: g for g in profile.groups}
     own = found["stem:conv2d:argument 0"].parameters
     assert own is not None
@@ -102,6 +105,7 @@ class State:
         self.rng = torch.get_rng_state()
         self.noise = model.noise_state()
         self.policy, self.listeners = model._policy, list(model._listeners)
+        self.explanation = model._explanation
 
     def assert_same(self, model: QuantBackwardWrapper) -> None:
         for name, buffer in model.named_buffers():
@@ -110,6 +114,7 @@ class State:
         assert model.noise_state() == self.noise
         assert model._policy is self.policy
         assert model._listeners == self.listeners
+        assert model._explanation is self.explanation
         assert all(p.grad is None for p in model.parameters())
 
 
@@ -155,3 +160,151 @@ def test_backward_may_write_to_what_it_gets() -> None:
 def test_bad_losses_are_refused(run: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Profile(QuantBackwardWrapper(nn.Linear(64, 64)), torch.randn(64, 64), run)
+
+
+# What a reviewer found.
+
+
+@pytest.mark.parametrize("name", ["encoder", "residual"])
+def test_exact_bytes_are_those_of_plain_autograd(name: str) -> None:
+    # Rewritten operations save other tensors than plain autograd does.
+    x = torch.randn(8, 16, 32) if name == "encoder" else images()[0]
+    net = Encoder() if name == "encoder" else residual().module
+    with track_saved_memory(net) as report:
+        kept = net(x).square().mean()
+    del kept
+    profile = Profile(QuantBackwardWrapper(net), x, lambda m, b: m(b).square().mean())
+    assert profile.exact_bytes == report.exact_bytes
+
+
+def test_profile_is_freed() -> None:
+    profile = profile_of(residual())
+    profile.gradients({0: Candidate(2)})
+    alive = weakref.ref(profile)
+    del profile
+    gc.collect()
+    assert alive() is None
+    seen = []
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        y = model(batch[0])
+        seen.append(weakref.ref(y))
+        return y  # no scalar
+
+    with pytest.raises(ValueError, match="must return a scalar"):
+        Profile(residual(), images(), failing)
+    gc.collect()
+    assert seen[0]() is None
+
+
+def test_names_are_the_same_under_autocast() -> None:
+    class Stream(nn.Module):
+        """A residual stream of float32 before a layer that computes in bfloat16."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x + self.a(x).float())
+
+    def names(cast: bool) -> list[tuple[list[str], set[int] | None]]:
+        def run(model: nn.Module, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, cast):
+                return model(x).float().square().mean()
+
+        profile = Profile(QuantBackwardWrapper(Stream()), torch.randn(128, 64), run)
+        return [(g.sites, g.parameters) for g in profile.groups]
+
+    assert names(True) == names(False)
+    assert names(True)[1][0] == ["b:linear:argument 0"]
+
+
+def test_norms_reach_far_under_every_policy() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 4))
+    model = QuantBackwardWrapper(net, policy="all")
+    profile = Profile(model, torch.randn(128, 64), lambda m, b: m(b).square().mean())
+    found = {g.sites[0]: g.parameters for g in profile.groups}
+    assert found["1:layer_norm:argument 0"] is None
+
+
+def test_parameters_in_one_memory_are_told_apart() -> None:
+    layer = nn.Linear(64, 4)
+    flat = torch.nn.utils.parameters_to_vector(layer.parameters())
+    torch.nn.utils.vector_to_parameters(flat, layer.parameters())
+    profile = Profile(
+        QuantBackwardWrapper(layer), torch.randn(128, 64), lambda m, b: m(b).square().mean())
+    assert profile.groups[0].parameters == {0, 1}
+
+
+class Unused(nn.Module):
+    """A branch whose result nobody needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(2 * x).relu()
+        return self.used(x)
+
+
+def test_what_the_graph_does_not_hold_needs_no_width() -> None:
+    model = QuantBackwardWrapper(Unused())
+    profile = Profile(model, torch.randn(128, 64), lambda m, b: m(b).square().mean())
+    assert [g.sites for g in profile.groups] == [["used:linear:argument 0"]]
+
+
+def test_checksums_are_not_counted_twice() -> None:
+    sizes = [profile_of(residual(verify=verify)).fixed_bytes for verify in (False, True)]
+    assert sizes[0] == sizes[1]
+
+
+def test_what_the_policy_was_given_a_quantizer_for_is_left_to_it() -> None:
+    from brevitas_bp.quant import ShiftedUint4DynamicActPerBucketFloat as Uint4
+
+    model = QuantBackwardWrapper(Checkpointed(), policy=OpAware(checkpoint_quant=Uint4))
+    batch = torch.randn(64, 64), torch.arange(64) % 4
+    sites = [s for g in Profile(model, batch, loss).groups for s in g.sites]
+    assert not any("checkpoint" in site for site in sites)
+    assert any("tanh" in site for site in sites)
+
+
+def far_batch() -> Tensor:
+    return torch.full((128, 64), float("inf"))
+
+
+REFUSED: dict[str, tuple[Callable[[], QuantBackwardWrapper], Any, type[Exception], str]] = {
+    "nested": (
+        lambda: QuantBackwardWrapper(nn.Sequential(QuantBackwardWrapper(nn.Linear(64, 4)))), None,
+        TypeError, "further wrappers"),
+    "storage": (
+        lambda: QuantBackwardWrapper(nn.Linear(64, 4), storage="quantize_on_backward"), None,
+        TypeError, "saves nothing"),
+    "frozen": (
+        lambda: QuantBackwardWrapper(nn.Linear(64, 4).requires_grad_(False)), None, ValueError,
+        "no parameter requires"),
+    "infinite": (lambda: QuantBackwardWrapper(nn.Linear(64, 4)), far_batch, ValueError, "finite"),
+    "zero": (
+        lambda: QuantBackwardWrapper(nn.Linear(64, 4)), lambda: torch.zeros(128, 64), ValueError,
+        "zero or missing"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_planned_says_why(name: str) -> None:
+    make, batch, error, message = REFUSED[name]
+    x = torch.randn(128, 64) if batch is None else batch()
+    with pytest.raises(error, match=message):
+        # Of zeros, the gradient of the weight is zero, and of the bias as well.
+        _ = Profile(make(), x, lambda m, b: F.relu(m(b) - 10).square().mean()).exact
+
+
+def test_custom_functions_are_far() -> None:
+    net = nn.Sequential(nn.Linear(64, 64))
+    net[0].forward = lambda x: Square.apply(F.linear(x, net[0].weight))
+    profile = Profile(
+        QuantBackwardWrapper(net, policy="all"), torch.randn(128, 64),
+        lambda m, b: m(b).square().mean())
+    found = {s: g.parameters for g in profile.groups for s in g.sites}
+    assert found["0:custom function:output"] is None

@@ -13,6 +13,7 @@ from brevitas_bp.allocate.sensitivity import ESTIMATORS, estimator
 from brevitas_bp.errors import UnknownNameError
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 from tests.allocate.networks import Residual, images, loss
+from tests.backward.support import Square
 
 CANDIDATES = [Candidate.parse(c) for c in ("1", "2", "4", "2avg2", "exact")]
 
@@ -133,3 +134,31 @@ def test_own_estimator() -> None:
         name = "mine"
 
     assert isinstance(estimator(Mine()), Sensitivity)
+
+
+def test_closed_form_of_several_calls_is_their_sum() -> None:
+    def twice(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss(model, batch) + loss(model, batch)
+
+    torch.manual_seed(2)
+    wrapped = QuantBackwardWrapper(Wide(), bucket_size=64)
+    once = ClosedForm().errors(Profile(wrapped, images(), loss), CANDIDATES)
+    both = ClosedForm().errors(Profile(wrapped, images(), twice), CANDIDATES)
+    # Two independent roundings of one tensor; but for the draw of a thousand elements.
+    assert both[0][1] == pytest.approx(2 * once[0][1], rel=0.1)
+
+
+def test_closed_form_says_what_it_cannot_see() -> None:
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(768))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Square.apply(x.flatten(1) * self.weight)[:, :10]
+
+    torch.manual_seed(2)
+    profile = Profile(QuantBackwardWrapper(Custom(), policy="all"), images(), loss)
+    with pytest.raises(ValueError, match=r"outside of torch's functions.*use sensitivity='empirical'"):
+        ClosedForm().errors(profile, CANDIDATES)
+    assert all(row[1] > 0 for row in Empirical().errors(profile, CANDIDATES))

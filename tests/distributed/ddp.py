@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.modules import module as torch_module
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 from brevitas_bp.backward import ops
@@ -141,7 +142,9 @@ class Fails(nn.Module):
 
 def installed() -> list[Any]:
     """What a pass installs: hooks, the location of this thread, module hooks."""
-    return [_top_hooks(True) is not None, ops.current_location() is not None, ops._watch._users]
+    hooks = torch_module._global_forward_pre_hooks.values()
+    watching = any(isinstance(getattr(h, "__self__", None), ops.Location) for h in hooks)
+    return [_top_hooks(True) is not None, ops.current_location() is not None, watching]
 
 
 @contextmanager

@@ -1,0 +1,166 @@
+"""The one call: measures, and chooses a width for every saved tensor within a budget of bytes."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from brevitas_bp.allocate.plan import BitPlan, Method, PlannedTensor, check_budget, check_method
+from brevitas_bp.allocate.profile import LossFn, Profile
+from brevitas_bp.allocate.sensitivity import Sensitivity, estimator
+from brevitas_bp.backward.planned import Candidate
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+
+CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8, "exact")
+
+_WHERE = "brevitas_bp.plan_bit_widths"
+# Of the gradient's energy, for each unit of squared distance: less than any error that is measured.
+_UNSEEN = 1e-12
+
+
+def plan_bit_widths(
+        model: nn.Module,
+        batch: Any,
+        loss_fn: LossFn,
+        *,
+        budget: int | str | None = None,
+        average_bits: float | None = None,
+        candidates: Sequence[Candidate | float | str] = CANDIDATES,
+        sensitivity: str | Sensitivity = "empirical",
+        method: Method = "optimal",
+        act_quant: Any = ShiftedUint2DynamicActPerBucketFloatStochastic,
+        seed: int = 0,
+        progress: bool | Callable[[str], None] = False,
+        **wrapper_options: Any) -> BitPlan:
+    """Chooses a width for every saved tensor: least error of the gradient within a budget of bytes.
+
+    Forward runs once, backward as often as the estimator needs; buffers, random states and ``.grad`` are
+    afterwards as before. Memory is that of plain autograd twice, so a small batch will do: widths
+    carry over, bytes grow with the batch.
+
+    Args:
+        model: a network, or one that is wrapped: then its own settings count.
+        batch: handed to ``loss_fn``.
+        loss_fn: ``(model, batch) -> scalar loss``.
+        budget: all bytes that forward may keep for backward of this batch, such as 400_000_000, "400MB",
+            "381MiB", or "5%" of what plain autograd keeps; what is kept exact counts.
+        average_bits: instead, bits for each element that has a width, metadata counted.
+        candidates: widths in 1..8, "exact", width and bucket size such as "2@64", or 2-bit means of
+            neighbours: 0.5, 0.25, "2avg2" (Average Quantization; only where its bias stays in the
+            gradient of one weight).
+        sensitivity: "empirical" (one or two backward passes for each tensor that reaches further
+        than its own
+            weight), "closed_form" (one in all), "gradient_norms", or a
+            :class:`~brevitas_bp.allocate.sensitivity.Sensitivity`.
+        method: "optimal" (integer programming; needs SciPy) or "greedy".
+        act_quant: quantizer whose rounding, bucket size and metadata all candidates share.
+        seed: of the roundings.
+        progress: True shows a bar on stderr (with rich, if installed); a function is told in words what
+            it costs, beforehand, and then how far it is.
+        **wrapper_options: further arguments of :class:`QuantBackwardWrapper`, for a network that is not
+            wrapped: ``policy``, ``overrides``, ``bucket_size``, ...
+
+    Raises:
+        InfeasibleBudgetError: the smallest widths take more than the budget; says by how much.
+        ValueError: an argument out of range, or a loss that is no scalar.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+        >>> plan = plan_bit_widths(
+        ...     net, torch.randn(64, 64), lambda model, x: model(x).square().mean(), average_bits=3)
+        >>> plan.average_bits <= 3
+        True
+        >>> model = QuantBackwardWrapper(net, plan=plan)
+    """
+    check_budget(budget, average_bits)
+    check_method(method)
+    chosen, estimate = _check_candidates(candidates), estimator(sensitivity)
+    wrapped = _wrapped(model, act_quant, wrapper_options)
+    start = time.perf_counter()
+    profile = Profile(wrapped, batch, loss_fn, seed)
+    passes, before = estimate.passes(profile, chosen), time.perf_counter()
+    profile.exact  # noqa: B018  (timed: it tells what is to come)
+    cost = (
+        f"{len(profile.groups)} tensors, {passes} backward passes of about "
+        f"{time.perf_counter() - before:.2g} s")
+    with _progress(progress, cost, passes) as tick:
+        errors = estimate.errors(profile, chosen, tick)
+    plan = BitPlan(
+        tuple(_planned(profile, i, chosen, row) for i, row in enumerate(errors)),
+        profile.fixed_bytes, profile.exact_bytes, profile.energy, estimate.name, method, passes,
+        time.perf_counter() - start)
+    return plan.within(budget=budget, average_bits=average_bits, method=method)
+
+
+def _wrapped(model: nn.Module, act_quant: Any, options: dict[str, Any]) -> QuantBackwardWrapper:
+    if not isinstance(model, QuantBackwardWrapper):
+        if any(True for _ in wrappers_in(model)):
+            raise TypeError(
+                f"{_WHERE}: {type(model).__name__} contains wrappers, which round by themselves; "
+                "plan for each of them, or wrap the whole once")
+        return QuantBackwardWrapper(model, act_quant, **options)
+    if options or act_quant is not ShiftedUint2DynamicActPerBucketFloatStochastic:
+        raise TypeError(
+            f"{_WHERE}: the model is wrapped already, so the settings "
+            f"{sorted(options) or ['act_quant']} would do nothing; change those of the "
+            "wrapper, or pass wrapper.module")
+    return model
+
+
+def _check_candidates(given: Sequence[Candidate | float | str]) -> list[Candidate]:
+    found = list(dict.fromkeys(Candidate.parse(c) for c in given))
+    if len(found) < 2:
+        raise ValueError(f"{_WHERE}: candidates must hold two or more widths, got {list(given)}")
+    return found
+
+
+def _planned(
+        profile: Profile, index: int, candidates: list[Candidate],
+        errors: Sequence[float]) -> PlannedTensor:
+    """All candidates that a group may have; the smallest is chosen for now."""
+    group = profile.groups[index]
+    if not any(errors):
+        # No gradient has come here yet (a last layer that starts at zero): what the budget leaves over.
+        errors = [
+            _UNSEEN * profile.energy * sum(
+                0.0 if c.bits is None else profile.distance(t, c) for t in group.tensors)
+            for c in candidates]
+    # The bias of averages must not reach other gradients than that of the tensor's own weight.
+    options = {
+        str(c): (float(profile.stored_bytes(group, c)), error) for c, error in zip(candidates, errors)
+        if c.average_size == 1 or group.parameters is not None}
+    return PlannedTensor(
+        tuple(group.sites), group.numel, group.exact_bytes, group.reaches, options,
+        min(options, key=lambda name: options[name]))
+
+
+@contextmanager
+def _progress(
+        shown: bool | Callable[[str], None], cost: str, passes: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each backward pass."""
+    if callable(shown):
+        yield from _told(shown, cost, passes)
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda: None
+        return
+    with Progress(console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(f"sensitivity: {cost}", total=passes)
+        yield lambda: bar.advance(task)
+
+
+def _told(tell: Callable[[str], None], cost: str, passes: int) -> Iterator[Callable[[], None]]:
+    tell(f"sensitivity: {cost}")
+    done = iter(range(1, passes + 1))
+
+    def tick() -> None:
+        tell(f"{next(done)} of {passes} backward passes")
+
+    yield tick

@@ -1,0 +1,222 @@
+"""Notes every tensor that a policy quantizes, and what saves it."""
+
+import itertools
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from brevitas_bp.backward.parameters import shown_leaf
+from brevitas_bp.backward.planned import configured_of, is_quantized, site_of
+from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
+from brevitas_bp.backward.rewrites import Rewrite
+from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, tensors_in
+from brevitas_bp.codec import Codec, Packed
+from brevitas_bp.codec.layout import TensorLayout
+
+
+@dataclass(eq=False)
+class Probed:
+    """A tensor that the policy quantizes, kept exact, and what saved it.
+
+    Attributes:
+        flat: an exact copy, in memory order.
+        layout: of the tensor.
+        configured: the module's own codec, of which candidates are variants.
+        sites: names of what saves it.
+        calls: number of each call that saves it -> indices of the parameters beside it in the call;
+            None where there is another trained tensor, or no call to be seen.
+        reaches: as the policy says; see :class:`~brevitas_bp.backward.saved.Decision`.
+    """
+
+    flat: Tensor
+    layout: TensorLayout
+    configured: Codec
+    sites: set[str] = field(default_factory=set)
+    calls: dict[int, set[int] | None] = field(default_factory=dict)
+    reaches: set[str] = field(default_factory=set)
+
+    @property
+    def numel(self) -> int:
+        """Elements that are stored."""
+        return self.layout.numel
+
+    @property
+    def exact(self) -> Tensor:
+        """The tensor."""
+        return self.layout.restore_flat(self.flat)
+
+
+@dataclass(eq=False)
+class Group:
+    """Tensors that get one width: of one name, or one tensor under several names."""
+
+    tensors: list[Probed]
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of all that saves them."""
+        return sorted(set().union(*(t.sites for t in self.tensors)))
+
+    @property
+    def numel(self) -> int:
+        """Elements that are stored."""
+        return sum(t.numel for t in self.tensors)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of the tensors as they are."""
+        return sum(t.layout.nbytes for t in self.tensors)
+
+    @property
+    def reaches(self) -> str:
+        """The farthest that any of them reaches."""
+        far = set().union(*(t.reaches for t in self.tensors))
+        return next(reach for reach in ("all", "sum", "norm", "weight") if reach in far)
+
+    @property
+    def parameters(self) -> set[int] | None:
+        """Parameters whose gradients alone the rounding is in; None where it goes further."""
+        found: set[int] = set()
+        for tensor in self.tensors:
+            for own in tensor.calls.values():
+                if not own or tensor.reaches != {"weight"}:
+                    return None
+                found |= own
+        return found
+
+
+def grouped(tensors: list[Probed]) -> list[Group]:
+    """Tensors that have a name in common, directly or through others, in the order of the forward."""
+    groups: list[Group] = []
+    for tensor in tensors:
+        joined = [g for g in groups if any(t.sites & tensor.sites for t in g.tensors)]
+        merged = Group([*itertools.chain.from_iterable(g.tensors for g in joined), tensor])
+        position = groups.index(joined[0]) if joined else len(groups)
+        groups = [g for g in groups if g not in joined]
+        groups.insert(position, merged)
+    return groups
+
+
+Decode = Callable[[Probed], Tensor]
+
+
+class ProbeCodec(Codec):
+    """Keeps an exact copy, and lets another say what is decoded.
+
+    Args:
+        decode: says so; held weakly, for the graph holds this codec.
+    """
+
+    name = "probe"
+    compresses = False
+
+    def __init__(self, decode: "weakref.WeakMethod[Decode]") -> None:
+        self._decode = decode
+
+    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
+        layout = TensorLayout.of(x)
+        # The place of a Probed, once it is known what saves the tensor.
+        return Packed(self, (layout.flatten(x.detach()).clone(),), layout, [], where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        decode = self._decode()
+        return packed.layout.restore_flat(packed.tensors[0]) if decode is None else (
+            decode(packed.facts[0]))
+
+
+class Probing:
+    """A policy that stores exactly what another one quantizes, and notes what saves it.
+
+    Args:
+        policy: the other one.
+        decode: says what backward gets to see of a tensor.
+        parameters: the trained parameters.
+    """
+
+    def __init__(
+            self, policy: ExplainedPolicy, decode: Decode, parameters: Sequence[Tensor]) -> None:
+        self.policy = policy
+        #: Number of a call -> squared norm of the gradient of what it returned.
+        self.energy: defaultdict[int, float] = defaultdict(float)
+        self.observing = True
+        # Weakly: the graph holds the pass, and with it this.
+        self._decode = weakref.WeakMethod(decode)
+        # Tensors share an encoding by the identity of its codec: so do their probes. The codec is kept
+        # beside, or another might get its address.
+        self._probes: dict[int, tuple[Codec, ProbeCodec]] = {}
+        self._parameters = {id(p): i for i, p in enumerate(parameters)}
+        self._saving: set[int] = set()
+        self._packed: list[weakref.ref[Packed]] = []
+
+    @property
+    def tensors(self) -> list[Probed]:
+        """Those that the graph still holds."""
+        return [packed.facts[0] for ref in self._packed if (packed := ref()) is not None]
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        """The other's decision, with a probe for its codec."""
+        decision = self.policy.decide(saved)
+        codec = decision.codec
+        if codec is None or not is_quantized(saved, decision):
+            return decision
+        if id(codec) not in self._probes:
+            self._probes[id(codec)] = codec, ProbeCodec(self._decode)
+        self._saving.add(saved.call.number)
+        return decision._replace(codec=self._probes[id(codec)][1])
+
+    def rewrite(self, function: Any) -> Rewrite | None:
+        """As the other does."""
+        return self.policy.rewrite(function)
+
+    def observe(self, call: Call, output: Any) -> None:
+        """Notes the gradient of what an operation returned that saved something."""
+        if isinstance(self.policy, ObservingPolicy):
+            self.policy.observe(call, output)
+        if call.number in self._saving:
+            for tensor in tensors_in((output,)):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(_note_energy, weakref.ref(self), call.number))
+
+    def note(
+            self, saved: SavedTensor, packed: Packed, decision: Decision,
+            originals: Sequence[Tensor]) -> None:
+        """Listener: one more name for a tensor."""
+        if not isinstance(packed.codec, ProbeCodec):
+            return
+        if not packed.facts:
+            configured = configured_of(saved, self._probed_codec(packed.codec))
+            packed.facts.append(Probed(packed.tensors[0], packed.layout, configured))
+            self._packed.append(weakref.ref(packed))
+        tensor = packed.facts[0]
+        tensor.sites.add(site_of(saved))
+        tensor.calls[saved.call.number] = self._own_parameters(saved)
+        tensor.reaches.add(decision.reaches)
+
+    def _probed_codec(self, probe: ProbeCodec) -> Codec:
+        return next(codec for codec, other in self._probes.values() if other is probe)
+
+    def _own_parameters(self, saved: SavedTensor) -> set[int] | None:
+        """The parameters beside the tensor in the call; None if there is another trained tensor."""
+        if saved.call is NO_CALL:
+            return None
+        found, position = set(), saved.made_of
+        for i, argument in enumerate(saved.arguments):
+            for other in tensors_in((argument,)):
+                if i == position or saved.shows(other) or not other.requires_grad:
+                    continue
+                leaf = shown_leaf(other)
+                if leaf is None or id(leaf) not in self._parameters:
+                    return None
+                found.add(self._parameters[id(leaf)])
+        return found
+
+
+def _note_energy(probing: "weakref.ref[Probing]", call: int, gradient: Tensor) -> None:
+    noted = probing()
+    if noted is not None and noted.observing:
+        noted.energy[call] += float(gradient.double().square().sum())
