@@ -221,7 +221,8 @@ class QuantBackwardWrapper(Transparent):
         if "bit_width" in settings and self._policy is not self._base_policy:
             raise TypeError(
                 f"{_WHERE}.configure: a plan says the bit widths, so "
-                f"bit_width={settings['bit_width']!r} would do nothing; leave it out, or call use_plan(None) first")
+                f"bit_width={settings['bit_width']!r} would do nothing; leave it out, or call "
+                "use_plan(None) first")
         self._act_quant.configure(settings)
         self._codec_by_module.clear()
 
