@@ -16,7 +16,6 @@ from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.ops import Location, Rewrites, current_location, enter, leave
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import (
-    ObservingPolicy,
     PlainPolicy,
     Policy,
     can_encode,
@@ -107,8 +106,7 @@ class ForwardPass:
         self.policy = explained(policy)
         if not isinstance(self.policy, PlainPolicy):
             self.location.rewrites = Rewrites(self._rewrite_of)
-        if isinstance(self.policy, ObservingPolicy):
-            self.location.observer = self.policy.observe
+        self.location.observer = getattr(self.policy, "observe", None)
         self.next_seed = next_seed
         self.on_backward = on_backward
         self.listeners = listeners

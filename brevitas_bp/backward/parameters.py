@@ -31,15 +31,17 @@ class ParameterSet:
         self._frozen: set[int] = set()
         self._gathered: nn.Module | None = None
         for tensor in (*root.parameters(), *root.buffers()):
-            if is_lazy(tensor):
+            ordinary = type(tensor) in (Tensor, nn.Parameter)
+            if not ordinary and is_lazy(tensor):
                 continue
-            self._storages.add(storage_id(tensor))
-            if is_dtensor(tensor):
+            storage = storage_id(tensor)
+            self._storages.add(storage)
+            if not ordinary and is_dtensor(tensor):
                 self._gathered = root
             # A buffer [C] is a statistic: the one of this batch has its shape and is no copy of it.
             statistic = tensor.dim() < 2 and not isinstance(tensor, nn.Parameter)
             if tensor.is_floating_point() and not (tensor.requires_grad or statistic):
-                self._frozen.add(storage_id(tensor))
+                self._frozen.add(storage)
 
     def contains(self, x: Tensor, arguments: tuple[Any, ...] = ()) -> bool:
         """Whether ``x`` is, or shows, a parameter or buffer.

@@ -409,3 +409,22 @@ def test_arguments_are_checked_before_anything_runs() -> None:
     for arguments in ({"average_bits": 2, "method": "best"}, {"budget": "lots"}, {}):
         with pytest.raises(ValueError, match=r"method|budget"):
             plan_bit_widths(module(), images(), never, **arguments)
+
+
+def test_globs_average_only_what_stays_in_one_weight() -> None:
+    model = wrapped({"*": 0.5})
+    loss(model, images())
+    stored = {(s.module, s.op): s.stored for s in model.explain().sites.values()}
+    assert "means of 4" in stored["stem", "conv2d"]
+    assert stored["", "silu"] == stored["norm", "batch_norm"] == "2-bit stochastic"
+
+
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(TypeError, match="a plan chooses widths of bucket quantizers"):
+        QuantBackwardWrapper(module(), Int8ActPerTensorFloat, plan={"*": 2})
+    model = wrapped({"*": 2})
+    with pytest.raises(TypeError, match="a plan says the bit widths"):
+        model.configure(bit_width=8)
+    model.configure(bucket_size=64)
+    model.use_plan(None)
+    model.configure(bit_width=8)

@@ -50,6 +50,8 @@ def test_rounding_one_group_is_what_the_wrapper_does(candidate: str) -> None:
     model = residual()
     profile = profile_of(model)
     for i, group in enumerate(profile.groups):
+        if "avg" in candidate and group.reaches != "weight":
+            continue  # a plan does not average what reaches further
         ours = profile.gradients({i: Candidate.parse(candidate)})
         plan = {"*": "exact", **dict.fromkeys(group.sites, candidate)}
         assert_equal(ours, gradients(residual(plan=plan)))
@@ -65,6 +67,8 @@ def test_bytes_are_those_of_live_tensors(candidate: str) -> None:
     model = residual()
     profile = profile_of(model)
     for group in profile.groups:
+        if "avg" in candidate and group.reaches != "weight":
+            continue
         planned = residual(plan={"*": "exact", **dict.fromkeys(group.sites, candidate)})
         with track_saved_memory(planned) as report:
             kept = loss(planned, images())
