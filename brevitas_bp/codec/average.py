@@ -61,6 +61,8 @@ class AverageCodec(Codec):
 
     def forms(self, packed: Packed) -> Sequence[Form] | None:
         stored, means = packed.facts, self._layout_of_means(packed.layout)
+        if not packed.layout.dtype.is_floating_point:
+            refuse(packed, "a tensor of floats", packed.layout)
         if (stored.layout.shape, stored.layout.dtype) != (means.shape, means.dtype):
             refuse(packed, f"means {means.dtype} {list(means.shape)}", stored.layout)
         return stored.codec.forms(stored)

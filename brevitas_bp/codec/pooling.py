@@ -97,9 +97,10 @@ class WindowIndex(Codec):
 def _refuse_outside(packed: Packed, x: Tensor, limit: int) -> None:
     """CPU kernels, ours and PyTorch's, do not look where an index points before they write there."""
     if x.device.type == "cpu" and x.numel():
-        lo, hi = x.aminmax()
+        # As Python's numbers: 256 does not fit into the dtype of 8-bit codes, and wraps around in torch.
+        lo, hi = (int(v) for v in x.aminmax())
         if lo < 0 or hi >= limit:
-            refuse(packed, f"numbers in 0..{limit - 1}", f"{int(lo)}..{int(hi)}")
+            refuse(packed, f"numbers in 0..{limit - 1}", f"{lo}..{hi}")
 
 
 def _is_channels_last(codec: WindowIndex, layout: TensorLayout) -> bool:

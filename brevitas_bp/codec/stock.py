@@ -59,6 +59,8 @@ class StockCodec(Codec):
     """What stock codecs share: sound input, codes packed flat, a scale that is NaN for bad values."""
 
     bit_width: int
+    #: Dimension that is split into groups; None: no groups.
+    group_dim: int | None
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Quantizes and packs a float tensor."""
@@ -75,7 +77,8 @@ class StockCodec(Codec):
         shape, beside = packed.facts
         layout, numel = packed.layout, torch.Size(shape).numel()
         inner = compute_dtype(layout.dtype) if layout.dtype.is_floating_point else None
-        if numel < layout.numel or beside[0].dtype != inner:
+        grouped = self.group_dim is None or _fits(shape, self.group_dim, layout.base_shape)
+        if numel < layout.numel or beside[0].dtype != inner or not grouped:
             refuse(packed, f"codes {list(shape)} with a scale of {beside[0].dtype}", layout)
         return [Form.flat(-(-numel // 8) * self.bit_width), *beside]
 
@@ -222,6 +225,14 @@ def _static_width(width: Any) -> int:
 
 def _group_dim(view: Any) -> int | None:
     return view.group_dim if kind_of(view) == "DynamicOverSubChannelBlockView" else None
+
+
+def _fits(codes: Sequence[int], group_dim: int, shape: Sequence[int]) -> bool:
+    """Whether codes [..., groups, size of a group, ...] are those of a tensor of this shape."""
+    dim = group_dim % len(shape)
+    groups, size = codes[dim:dim + 2]
+    return (*codes[:dim], -(-shape[dim] // size), *codes[dim + 2:]) == (
+        *shape[:dim], groups, *shape[dim + 1:])
 
 
 def _finite_input(x: Tensor) -> tuple[Tensor, Tensor]:

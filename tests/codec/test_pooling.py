@@ -67,6 +67,9 @@ POOLINGS: dict[str, Pool] = {
     "1x1": Pool((2, 3, 5, 5), 2, {"kernel_size": 1}, 1),
     "global": Pool((2, 3, 5, 5), 2, {"kernel_size": 5}, 5),
     "13x13": Pool((1, 2, 26, 26), 2, {"kernel_size": 13, "stride": 1, "padding": 6}, 8),
+    # As many positions as there are codes: the limit itself is no number of the codes' dtype.
+    "16x16": Pool((1, 2, 18, 18), 2, {"kernel_size": 16, "stride": 1}, 8),
+    "128x256": Pool((1, 2, 129, 257), 2, {"kernel_size": (128, 256), "stride": 1}, 16),
     "17x17": Pool((1, 2, 20, 20), 2, {"kernel_size": 17, "stride": 1}, 16),
     "200x200": Pool((1, 2, 201, 201), 2, {"kernel_size": 200, "stride": 1}, 32),
     "3d": Pool((2, 3, 6, 7, 8), 3, {"kernel_size": 2}, 3),
@@ -154,7 +157,7 @@ def test_any_max_pool2d(data: st.DataObject) -> None:
     ((2, 3, 21), 1, 5, 3), ((3, 21), 1, 21, 1), ((2, 3, 21), 1, 1, 5), ((2, 3, 5), 1, 9, 1),
     ((2, 3, 9, 8), 2, 4, 3), ((2, 3, 9, 8), 2, (2, None), 3), ((3, 9, 8), 2, (5, 3), 4),
     ((2, 3, 4, 5), 2, 7, 2), ((2, 3, 9, 8), 2, 1, 7), ((2, 3, 6, 7, 8), 3, (2, 3, 4), 5),
-    ((2, 3, 17, 17), 2, 1, 16)])
+    ((2, 3, 16, 16), 2, 1, 8), ((2, 3, 17, 17), 2, 1, 16)])
 def test_adaptive_max_pool_indices_are_exact(
         shape: tuple[int, ...], dims: int, size: int | tuple[int | None, ...], bits: int) -> None:
     def op(x: Tensor) -> Tensor:

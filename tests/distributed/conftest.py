@@ -1,13 +1,16 @@
-"""Launches the scenarios under torchrun: all of them in two processes, and three jobs in a row."""
+"""Launches the scenarios: all of them in two processes, and three jobs in a row."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed import worker
+from tests.distributed.launch import ENVIRONMENT, forked
 from tests.distributed.support import Facts
 from tests.distributed.worker import SCENARIOS
+from tests.kernels.gpu_worker import Worker
 
 #: (processes, scenarios) of the jobs; the later ones start from checkpoints of the earlier ones.
 JOBS = [
@@ -15,20 +18,31 @@ JOBS = [
     (1, ["state alone"]), (2, ["state in two"])]
 
 
-def launch(processes: int, folder: Path, scenarios: list[str]) -> dict[str, list[Facts]]:
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Worker]:
+    """A process that only imports, and starts jobs as copies of itself."""
+    process = Worker(**ENVIRONMENT)
+    yield process
+    process.close()
+
+
+def launch(
+        launcher: Worker, processes: int, folder: Path,
+        scenarios: list[str]) -> dict[str, list[Facts]]:
     """Facts of each scenario, one entry for each process."""
-    done = torchrun(processes, "-m", "tests.distributed.worker", str(folder), *scenarios)
-    assert done.returncode == 0, done.stderr
+    done = launcher.run(forked, processes, worker.main, [str(folder), *scenarios])
+    assert done.returncode == 0, done.output
     found = [json.loads((folder / f"{processes}-{rank}.json").read_text())
              for rank in range(processes)]
     return {name: [facts[name] for facts in found] for name in scenarios}
 
 
 @pytest.fixture(scope="session")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Facts]]:
+def facts(
+        tmp_path_factory: pytest.TempPathFactory, launcher: Worker) -> dict[str, list[Facts]]:
     """Scenario -> facts of each process."""
     folder = tmp_path_factory.mktemp("distributed")
     found: dict[str, list[Facts]] = {}
     for processes, scenarios in JOBS:
-        found |= launch(processes, folder, scenarios)
+        found |= launch(launcher, processes, folder, scenarios)
     return found

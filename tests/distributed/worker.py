@@ -1,6 +1,6 @@
-"""Runs scenarios in one process of a torchrun job, and writes what was found as JSON.
+"""Runs scenarios in one process of a job, and writes what was found as JSON.
 
-Launch: python -m torch.distributed.run --standalone --nproc-per-node 2 \\
+By hand: python -m torch.distributed.run --standalone --nproc-per-node 2 \\
     -m tests.distributed.worker FOLDER SCENARIO...
 """
 
@@ -37,9 +37,9 @@ def run(name: str, folder: Path) -> Facts:
     return {"warnings": ours, "seconds": time.monotonic() - start, **facts}
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     """All scenarios, in order, in one process group; the first error ends the job."""
-    folder, *names = sys.argv[1:]
+    folder, *names = arguments
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     results: dict[str, Facts] = {}
@@ -54,7 +54,8 @@ def main() -> None:
     if any("error" in facts for facts in results.values()):
         os._exit(1)
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(sys.argv[1:]))

@@ -7,7 +7,8 @@ loads a hypothesis profile, in the whole process.
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,17 +92,40 @@ VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which operators and modules are run, by their full names.
+
+    Attributes:
+        only: these; none means all.
+        part: one of the disjoint parts that the names are divided into, from 0.
+        parts: how many there are.
+    """
+
+    only: Container[str] = ()
+    part: int = 0
+    parts: int = 1
+
+    def __contains__(self, name: str) -> bool:
+        # By a checksum: another version of PyTorch moves no operator to another part.
+        return zlib.crc32(name.encode()) % self.parts == self.part and (
+            not self.only or name in self.only)
+
+
 def op_cases(
-        dtype: torch.dtype, variants: Sequence[str], limit: int | None) -> Iterator[Case]:
+        dtype: torch.dtype, variants: Sequence[str], limit: int | None,
+        selection: Selection) -> Iterator[Case]:
     """Samples of ``op_db``, on CPU.
 
     Args:
         dtype: of the samples.
         variants: keys of :data:`VARIANTS`.
         limit: most samples of one operator; None: all.
+        selection: of operators.
     """
     for name, op in _ops().items():
-        if not op.supports_autograd or dtype not in op.supported_dtypes("cpu"):
+        if name not in selection or not op.supports_autograd or (
+                dtype not in op.supported_dtypes("cpu")):
             continue
         samples = _samples(name, dtype, limit and limit * _DRAWN_FROM)
         chosen = _spread(len(samples), limit)
@@ -152,7 +176,8 @@ def _op_build(op: Any, variant: str, sample: Any) -> Build:
     return build
 
 
-def module_cases(dtype: torch.dtype, limit: int | None) -> Iterator[Case]:
+def module_cases(
+        dtype: torch.dtype, limit: int | None, selection: Selection) -> Iterator[Case]:
     """Samples of ``module_db``, on CPU, in training and in evaluation mode; arguments as above."""
     from torch.testing._internal.common_modules import module_db
 
@@ -160,10 +185,12 @@ def module_cases(dtype: torch.dtype, limit: int | None) -> Iterator[Case]:
         if dtype not in info.supported_dtypes("cpu"):
             continue
         for training in (True, False) if info.train_and_eval_differ else (True,):
+            name = f"{info.name}{'' if training else ' (eval)'}"
+            if name not in selection:
+                continue
             torch.manual_seed(0)
             samples = info.module_inputs_func(
                 info, device="cpu", dtype=dtype, requires_grad=True, training=training)
-            name = f"{info.name}{'' if training else ' (eval)'}"
             for index in _spread(len(samples), limit):
                 yield Case(
                     name, "module", index, _module_build(info, samples[index], dtype, training),

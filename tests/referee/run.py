@@ -14,13 +14,13 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.referee.cases import VARIANTS, module_cases, op_cases
+from tests.referee.cases import VARIANTS, Selection, module_cases, op_cases
 from tests.referee.checks import CHECKS, IRREPRODUCIBLE, Tally, tallies_of
 
 MODULE = "module"
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     report = referee(
         options.policy, options.dtype, options.variant or ALL_VARIANTS, options.samples,
-        options.op)
+        Selection(options.op, *options.part))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     _show(report)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def referee(
         policy: str, dtype: str, variants: Sequence[str], limit: int | None,
-        only: Container[str] = ()) -> dict[str, Any]:
+        selection: Selection | None = None) -> dict[str, Any]:
     """Everything that was counted, ready for JSON.
 
     Args:
@@ -50,23 +50,23 @@ def referee(
         dtype: of the samples.
         variants: of :data:`ALL_VARIANTS`.
         limit: most samples of one operator or module; None: all.
-        only: full names of operators and modules; none means all.
+        selection: of operators and modules; None: all.
     """
-    in_dtype = getattr(torch, dtype)
+    in_dtype, selection = getattr(torch, dtype), selection or Selection()
     of_ops = [variant for variant in variants if variant in VARIANTS]
     cases = itertools.chain(
-        op_cases(in_dtype, of_ops, limit) if of_ops else (),
-        module_cases(in_dtype, limit) if MODULE in variants else ())
+        op_cases(in_dtype, of_ops, limit, selection) if of_ops else (),
+        module_cases(in_dtype, limit, selection) if MODULE in variants else ())
     started = time.perf_counter()
     with warnings.catch_warnings():
         # PyTorch's own, of how its samples are made.
         warnings.simplefilter("ignore")
-        tallies = tallies_of(
-            CHECKS[policy], (case for case in cases if not only or case.op in only))
+        tallies = tallies_of(CHECKS[policy], cases)
     failed = [(case, text) for tally in tallies.values() for case, text in tally.failures]
     unsteady = {op for tally in tallies.values() for op in tally.irreproducible} - IRREPRODUCIBLE
     return {
         "policy": policy, "dtype": dtype, "samples_per_op": limit, "torch": torch.__version__,
+        "part": f"{selection.part}/{selection.parts}",
         "seconds": round(time.perf_counter() - started, 1),
         "variants": {variant: _counts(tally) for variant, tally in tallies.items()},
         "failures": [f"{case}: {text}" for case, text in failed] + [
@@ -105,8 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variant", action="append", choices=ALL_VARIANTS)
     parser.add_argument("--samples", type=int, help="most samples of one operator")
     parser.add_argument("--op", action="append", default=[], help="full name of one operator")
+    parser.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N",
+        help="the I-th, from 0, of N disjoint parts of the operators")
     parser.add_argument("--json", type=Path)
     return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, parts = (int(number) for number in text.split("/"))
+    if not 0 <= part < parts:
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text}")
+    return part, parts
 
 
 if __name__ == "__main__":

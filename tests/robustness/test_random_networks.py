@@ -167,7 +167,7 @@ class RandomNetwork(RuleBasedStateMachine):
 @pytest.mark.filterwarnings("ignore:.*checkpoint")
 class TestRandomNetworks(RandomNetwork.TestCase):
     settings = settings(
-        max_examples=4 * settings.default.max_examples, stateful_step_count=14)
+        max_examples=2 * settings.default.max_examples, stateful_step_count=14)
 
 
 def test_programs_are_replayed_from_their_description() -> None:
