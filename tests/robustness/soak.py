@@ -130,8 +130,7 @@ class Soak:
 
     def gradients(self, model: nn.Module, i: int) -> list[Tensor]:
         """Of batch ``i``, with dropout masks of its own."""
-        # torch.manual_seed notes the stack for each kind of device: slower than the step.
-        torch.default_generator.manual_seed(i)
+        torch.manual_seed(i)
         x = self.batches[i].clone().requires_grad_()
         return list(torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()]))
 
