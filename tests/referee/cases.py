@@ -151,8 +151,12 @@ _DRAWN_FROM = 5
 @functools.cache
 def _samples(name: str, dtype: torch.dtype, most: int | None) -> list[Any]:
     """The first samples of an operator. Nobody writes to them, see :func:`_copied`."""
-    torch.manual_seed(0)
-    made = _ops()[name].sample_inputs("cpu", dtype, requires_grad=True)
+    from torch.testing._internal.common_utils import set_rng_seed
+
+    set_rng_seed(0)  # NumPy's and Python's too
+    op = _ops()[name]
+    # What op.sample_inputs calls, which also looks for a test in the stack: slower than the rest.
+    made = op.sample_inputs_func(op, "cpu", dtype, True)
     return list(itertools.islice(made, most))
 
 
