@@ -119,8 +119,8 @@ def test_torchs_own_hooks_stay_where_an_interrupt_falls_between() -> None:
 
 
 def test_soak(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ctrl-C that falls into a destructor (torch's weak references have one) is reported and ignored. pytest
-    # keeps such reports until the test ends, with the frames of the step and all tensors in them.
+    # Ctrl-C that falls into a destructor (torch's weak references have one) is reported and ignored.
+    # pytest keeps such reports until the test ends, with the frames of the step and their tensors.
     monkeypatch.setattr(sys, "unraisablehook", lambda report: None)
     counts = soak(steps=100, faults=100)
     for name, count in counts.items():
