@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
+from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import Cosines, Facts, Moments, real
 from brevitas_bp.allocate.unchanged import apart, exact_policy, unchanged
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
@@ -150,33 +151,10 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _gradients(
         run: Callable[..., Tensor], model: nn.Module, named: dict[str, nn.Parameter],
         arguments: tuple[Any, ...]) -> tuple[Sequence[Tensor], Tensor]:
-    loss = run(model, *arguments)
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"{_WHERE}: run must return the loss, a tensor of one element that depends on the "
-            f"parameters, got {got}; leave backward to this function")
-    if has_reentrant_parts(loss):
-        raise ValueError(
-            f"{_WHERE}: the loss must reach every parameter through its graph, and parts that are "
-            "checkpointed with use_reentrant=True hide theirs; use use_reentrant=False")
+    loss = checked_loss(f"{_WHERE}: run", run(model, *arguments))
     gradients = torch.autograd.grad(
         loss, list(named.values()), torch.ones_like(loss), allow_unused=True, materialize_grads=True)
     return gradients, loss.detach()
-
-
-def has_reentrant_parts(loss: Tensor) -> bool:
-    """Whether the graph of a loss has a part that calls backward on a graph of its own."""
-    seen, left = set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        left += [parent for parent, _ in node.next_functions]
-    return False
 
 
 def _check_finite(gradients: Sequence[Tensor], named: dict[str, nn.Parameter]) -> None:

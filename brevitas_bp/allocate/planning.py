@@ -126,8 +126,7 @@ def _planned(
     if not any(errors):
         # No gradient has come here yet (a last layer that starts at zero): what the budget leaves over.
         errors = [
-            _UNSEEN * profile.energy * sum(
-                0.0 if c.bits is None else profile.distance(t, c) for t in group.tensors)
+            _UNSEEN * profile.energy * sum(profile.distance(t, c) for t in group.tensors)
             for c in candidates]
     # The bias of averages must not reach other gradients than that of the tensor's own weight.
     options = {

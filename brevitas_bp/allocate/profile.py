@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp.allocate.gradient_error import has_reentrant_parts
+from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import real
 from brevitas_bp.allocate.probe import Group, Probed, Probing, grouped
 from brevitas_bp.allocate.unchanged import point, unchanged
@@ -55,7 +55,7 @@ class Profile:
         with unchanged(model, [model], seed), torch.enable_grad():
             self.probing = Probing(explained(model._base_policy), self.decode, self.parameters)
             with _probed(model, self.probing), track_saved_memory(model) as report:
-                self.loss = _checked(loss_fn(model, batch))
+                self.loss = checked_loss(f"{_WHERE}: loss_fn", loss_fn(model, batch))
             # Only now: what the graph does not hold any more needs no width.
             self.tensors = self.probing.tensors
         if not self.tensors:
@@ -115,6 +115,8 @@ class Profile:
 
     def distance(self, tensor: Probed, candidate: Candidate, draw: int = 0) -> float:
         """Sum of squared differences between a tensor and what is decoded."""
+        if candidate.bits is None:
+            return 0.0
         decoded = self._decoded(tensor, candidate, draw)
         return float((decoded.double() - tensor.exact.double()).square().sum())
 
@@ -165,19 +167,6 @@ def _check_model(model: QuantBackwardWrapper) -> None:
     if not any(p.requires_grad for p in model.module.parameters()):
         raise ValueError(
             f"{_WHERE}: no parameter requires a gradient, so there is no gradient to keep right")
-
-
-def _checked(loss: Any) -> Tensor:
-    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
-        got = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"{_WHERE}: loss_fn(model, batch) must return a scalar tensor that requires a gradient, got "
-            f"{got}; return for instance cross_entropy(model(batch[0]), batch[1])")
-    if has_reentrant_parts(loss):
-        raise ValueError(
-            f"{_WHERE}: parts that are checkpointed with use_reentrant=True hide their gradients; use "
-            "use_reentrant=False")
-    return loss
 
 
 def _check_gradients(gradients: list[Tensor | None]) -> None:

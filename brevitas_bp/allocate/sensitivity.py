@@ -70,7 +70,7 @@ class ClosedForm(Sensitivity):
         profile.exact  # noqa: B018  (its hooks note the energies)
         tick()
         return [
-            [sum(_amplified(profile, t) * _distance(profile, t, c) for t in group.tensors)
+            [sum(_amplified(profile, t) * profile.distance(t, c) for t in group.tensors)
              for c in candidates] for group in profile.groups]
 
 
@@ -118,10 +118,10 @@ class Empirical(Sensitivity):
             group = profile.groups[i]
             parts = self._measured(profile, {i: self.reference}, tick)
             error = sum(sum(part) for part in parts) / self.draws
-            distance = sum(_distance(profile, t, self.reference) for t in group.tensors)
+            distance = sum(profile.distance(t, self.reference) for t in group.tensors)
             ratio = error / distance if distance > 0 else 0.0
             found[i] = [
-                ratio * sum(_distance(profile, t, c) for t in group.tensors)
+                ratio * sum(profile.distance(t, c) for t in group.tensors)
                 if c.average_size == 1 else inf for c in candidates]
         return found
 
@@ -188,10 +188,6 @@ def _local_and_far(profile: Profile) -> tuple[list[int], list[int]]:
         i for i, g in enumerate(profile.groups)
         if g.parameters and all(owners[p] == 1 for p in g.parameters)]
     return local, sorted(set(range(len(profile.groups))) - set(local))
-
-
-def _distance(profile: Profile, tensor: Probed, candidate: Candidate) -> float:
-    return 0.0 if candidate.bits is None else profile.distance(tensor, candidate)
 
 
 def _amplified(profile: Profile, tensor: Probed) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor
+from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.backward.wider import has_bits, is_variant, with_bits
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.average import unaveraged
@@ -137,7 +137,9 @@ class PlannedPolicy:
         self.policy = policy
         self.choices = {pattern: Candidate.parse(given) for pattern, given in choices.items()}
         self._chosen: dict[str, Candidate | None] = {}
-        self._observing = policy if isinstance(policy, ObservingPolicy) else None
+        if isinstance(policy, ObservingPolicy):
+            # Not a method: who has none is spared a call for each operation.
+            self.observe = policy.observe
 
     def decide(self, saved: SavedTensor) -> Decision:
         """The policy's decision, with the planned width."""
@@ -151,16 +153,11 @@ class PlannedPolicy:
         if candidate is None:
             return decision
         assert decision.codec is not None
-        if decision.reaches != "weight":
+        if candidate.average_size > 1 and decision.reaches != "weight":
             # The bias of averages must not reach other gradients than that of the tensor's own weight.
             candidate = replace(candidate, average_size=1)
         return decision._replace(
             codec=candidate.codec(configured_of(saved, decision.codec)))
-
-    def observe(self, call: Call, output: Any) -> None:
-        """Tells the policy, if it wants to know."""
-        if self._observing is not None:
-            self._observing.observe(call, output)
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """As the policy does."""

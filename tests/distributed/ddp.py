@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tests.distributed.support import (
     batch,
     digest,
     float_net,
+    for_each,
     grads,
     integer_net,
     integers,
@@ -58,9 +58,7 @@ ORDERS: dict[str, Callable[..., nn.Module]] = {"inside": inside, "outside": outs
 
 def compare(folder: Path) -> Facts:
     """Both orders with all options, with exact and default policy."""
-    return {
-        f"{order} {option}": compare_one(partial(make, **OPTIONS[option]))
-        for order, make in ORDERS.items() for option in OPTIONS}
+    return for_each(ORDERS, OPTIONS, compare_one)
 
 
 def compare_one(strategy: Strategy) -> Facts:

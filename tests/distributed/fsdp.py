@@ -25,6 +25,7 @@ from tests.distributed.support import (
     batch,
     digest,
     float_net,
+    for_each,
     grads,
     naive_count,
     rank,
@@ -65,9 +66,7 @@ ORDERS: dict[str, Callable[..., nn.Module]] = {"inside": inside, "outside": outs
 
 def compare(folder: Path) -> Facts:
     """Both orders, resharding after forward or not."""
-    return {
-        f"{order} {option}": compare_one(partial(make, **OPTIONS[option]))
-        for order, make in ORDERS.items() for option in OPTIONS}
+    return for_each(ORDERS, OPTIONS, compare_one)
 
 
 def bfloat16(folder: Path) -> Facts:

@@ -5,9 +5,10 @@ processes, and jobs of different size.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +126,15 @@ def step(model: nn.Module, x: Tensor) -> Tensor:
     output = model(x)
     loss_of(output).backward()
     return output.detach()
+
+
+def for_each(
+        orders: Mapping[str, Callable[..., nn.Module]], options: Mapping[str, dict[str, Any]],
+        found: Callable[[Strategy], Facts]) -> Facts:
+    """What is found for every order of wrapping with every option."""
+    return {
+        f"{order} {option}": found(partial(make, **settings))
+        for order, make in orders.items() for option, settings in options.items()}
 
 
 def train(
