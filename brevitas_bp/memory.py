@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.explain import mib, table, unknown_note, unknown_operations
 from brevitas_bp.backward.hooks import PARAMETER, ForwardPass
+from brevitas_bp.backward.inlined import CompiledSite
 from brevitas_bp.backward.policy import keep_all
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
@@ -55,6 +56,20 @@ class _Record:
     storage: StorageWeakRef | None
 
 
+@dataclass
+class _GraphRecord:
+    """A tensor that a compiled graph keeps: what it was, and the live parts that stand for it."""
+
+    key: tuple[str, str, str]
+    given_bytes: int
+    parts: list[tuple["_Extent", StorageWeakRef | None]]
+
+    @property
+    def alive(self) -> bool:
+        """Whether backward can still run."""
+        return any(storage is not None and not storage.expired() for _, storage in self.parts)
+
+
 class SavedMemoryReport:
     """What a forward pass keeps for backward. Made by :func:`track_saved_memory`.
 
@@ -65,6 +80,7 @@ class SavedMemoryReport:
 
     def __init__(self) -> None:
         self._records: list[_Record] = []
+        self._graph_records: list[_GraphRecord] = []
         self._seen: list[tuple[str, bool, int]] = []
         self._rows: list[SavedMemoryRow] | None = None
 
@@ -139,6 +155,18 @@ class SavedMemoryReport:
             self._records.append(_Record(
                 (saved.module, op, dtype), weakref.ref(packed), None, None))
 
+    def _record_graph(self, site: CompiledSite | None, tensors: list[Tensor]) -> None:
+        stored = sum(t.numel() * t.element_size() for t in tensors)
+        if site is None:
+            key, given = ("", "input of a compiled graph", str(tensors[0].dtype)), stored
+        else:
+            key = (site.saved.module, site.saved.op or "", str(site.saved.tensor.dtype))
+            # A graph of symbolic sizes was made with others.
+            given = site.given_bytes * stored // site.stored_bytes if site.stored_bytes else 0
+        self._graph_records.append(_GraphRecord(
+            (key[0], key[1], key[2].removeprefix("torch.")), given,
+            [(_Extent.of(t), _weak_storage(t)) for t in tensors]))
+
     def _finish(self) -> None:
         self._rows = self._count()
 
@@ -158,6 +186,12 @@ class SavedMemoryReport:
                 row[1] += exact.add(record.extent)
             for tensor in packed.tensors:
                 row[2] += stored.add(_Extent.of(tensor))
+        for record in self._graph_records:
+            if record.alive:
+                row = counted.setdefault(record.key, [0, 0, 0])
+                row[0] += 1
+                row[1] += record.given_bytes
+                row[2] += sum(stored.add(extent) for extent, _ in record.parts)
         return [SavedMemoryRow(*key, *numbers) for key, numbers in counted.items() if any(numbers)]
 
 
@@ -196,6 +230,8 @@ def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
         for wrapper in wrappers:
             wrapper._listeners.append(report._record)
             stack.callback(wrapper._listeners.remove, report._record)
+            wrapper._graph_listeners.append(report._record_graph)
+            stack.callback(wrapper._graph_listeners.remove, report._record_graph)
         forward_pass = ForwardPass(
             root, lambda name: None, keep_all, lambda: 0, listeners=(report._record,))
         stack.callback(forward_pass.close)

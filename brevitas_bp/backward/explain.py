@@ -35,25 +35,35 @@ class ExplainedSite:
 
 @dataclass
 class Explanation:
-    """Every decision of one forward pass. Parameters and buffers are not in it: they are kept."""
+    """Every decision of one forward pass. Parameters and buffers are not in it: they are kept.
+
+    What compiled graphs save was decided when they were made, and is in it at the sizes of then.
+    """
 
     sites: dict[tuple[str, str, str, str], ExplainedSite] = field(default_factory=dict)
+    compiled: bool = field(default=False, repr=False)
 
     def add(self, saved: SavedTensor, packed: Packed, decision: Decision) -> None:
         """Notes one saved tensor."""
+        stored = packed.nbytes
+        given = packed.layout.nbytes if packed.codec.compresses else stored
+        self.add_stored(saved, decision, packed.codec.name, given, stored)
+
+    def add_stored(
+            self, saved: SavedTensor, decision: Decision, name: str, given: int,
+            stored: int) -> None:
+        """Notes a saved tensor of ``given`` bytes that a codec called ``name`` has stored."""
         op = saved.op or "custom function"
         reason = decision.reason
-        if decision.codec is not None and packed.codec.name == "exact":
+        if decision.codec is not None and name == "exact":
             reason = "encoded it would not be smaller"
-        key = (saved.module, op, packed.codec.name, reason)
+        key = (saved.module, op, name, reason)
         site = self.sites.get(key)
         if site is None:
-            site = self.sites[key] = ExplainedSite(
-                saved.module, op, packed.codec.name, reason, decision.known)
+            site = self.sites[key] = ExplainedSite(saved.module, op, name, reason, decision.known)
         site.tensors += 1
-        stored = packed.nbytes
         site.stored_bytes += stored
-        site.given_bytes += packed.layout.nbytes if packed.codec.compresses else stored
+        site.given_bytes += given
 
     @property
     def unknown(self) -> list[str]:

@@ -4,7 +4,7 @@ import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.explain import Explanation
+from brevitas_bp.backward.inlined import CompiledSite, InlinedHooks, hooks_for_inputs
 from brevitas_bp.backward.ops import Location, Rewrites, current_location, enter, leave
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import (
@@ -63,6 +64,9 @@ class Listener(Protocol):
         ...
 
 
+#: Is told what a compiled graph keeps: the site, where known, and the live tensors.
+GraphListener = Callable[[CompiledSite | None, list[Tensor]], None]
+
 #: The decision for parameters and buffers: no policy is asked.
 PARAMETER = Decision(None, "parameter or buffer")
 
@@ -87,6 +91,9 @@ class ForwardPass:
         listeners: told of every saved tensor.
         explanation: told what was decided for every saved tensor.
         verify: seal what is packed with a checksum.
+        inlined: asked, where there are compiled modules, for hooks to set in place of those of the pass,
+            which they call.
+        compiled: whether the root is compiled by what calls it.
     """
 
     def __init__(
@@ -98,21 +105,30 @@ class ForwardPass:
             on_backward: bool = False,
             listeners: tuple[Listener, ...] = (),
             explanation: Explanation | None = None,
-            verify: bool = False) -> None:
+            verify: bool = False,
+            inlined: Callable[[], InlinedHooks | None] | None = None,
+            compiled: bool = False) -> None:
         outer = current_location()
-        self.location = Location(root, "" if outer is None else outer.qualified_module)
+        self.location = Location(
+            root, "" if outer is None else outer.qualified_module, compiled)
         self.parameters = ParameterSet(root)
         self.codec_of = codec_of
         self.policy = explained(policy)
         if not isinstance(self.policy, PlainPolicy):
             self.location.rewrites = Rewrites(self._rewrite_of)
         self.location.observer = getattr(self.policy, "observe", None)
-        self.next_seed = next_seed
+        self.location.next_seed = self.next_seed = next_seed
         self.on_backward = on_backward
         self.listeners = listeners
         self.explanation = explanation
         self.verify = verify
+        self.hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] = (self.pack, unpack)
+        self.inlined = inlined() if inlined is not None and self.location.compiled else None
+        if self.inlined is not None:
+            self.location.passing = self
+            self.hooks = self.inlined.pack, self.inlined.unpack
         self._hooked = self._closed = False
+        self._resources = ExitStack()
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._slots: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
         self._substitution: Substitution | None = None
@@ -140,6 +156,15 @@ class ForwardPass:
             for listener in self.listeners:
                 listener(saved, packed, decision, originals)
         return packed
+
+    def graphs(
+            self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
+        """Tensors that compiled graphs of this pass keep, but for parameters; where known with site."""
+        if self.inlined is not None:
+            for site, tensors in self.inlined.live(output, inputs):
+                if tensors and not (
+                        site is None and self.parameters.contains(tensors[0], ())):
+                    yield site, tensors
 
     @contextmanager
     def saving(self, *roles: str) -> Iterator[Substitution]:
@@ -171,7 +196,7 @@ class ForwardPass:
         same: there the operations must be themselves.
         """
         top: Any = _top_hooks(True)
-        return top is not None and top[0] == self.pack
+        return top is not None and top[0] == self.hooks[0]
 
     def _saved(self, x: Tensor, codec: Codec | None, role: str | None) -> SavedTensor:
         location = self.location
@@ -228,8 +253,10 @@ class ForwardPass:
     def __enter__(self) -> "ForwardPass":
         try:
             enter(self.location)
+            if self.inlined is not None:
+                self._resources.enter_context(hooks_for_inputs())
             self._hooked = True
-            _push_hooks(self.pack, unpack)
+            _push_hooks(*self.hooks)
         except RuntimeError as error:
             self._hooked = False
             self.close()
@@ -249,12 +276,13 @@ class ForwardPass:
         """
         if not self._closed:
             if self._hooked:
-                _remove_hooks(self.pack)
+                _remove_hooks(self.hooks[0])
             leave(self.location)
+            self._resources.close()
             self._closed = True
 
 
-def _remove_hooks(pack: Callable[[Tensor], Packed]) -> None:
+def _remove_hooks(pack: Callable[[Tensor], Any]) -> None:
     """Takes the hooks of a pass, and all above them, from the stack of this thread."""
     others = []
     while (top := _top_hooks(True)) is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import warnings
 from collections.abc import Callable
 from types import FunctionType, MethodWrapperType
 from typing import Any
@@ -12,6 +13,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
+from brevitas_bp.backward.dynamo import no_graph_of_its_own
 from brevitas_bp.backward.saved import NO_CALL, Call
 
 
@@ -21,20 +23,24 @@ class Location:
     Args:
         root: the module that names are relative to.
         prefix: qualified name of ``root`` itself, where an outer pass knows one.
+        compiled: whether it is called from something that is compiled, and so compiled too.
     """
 
-    def __init__(self, root: nn.Module, prefix: str = "") -> None:
+    def __init__(self, root: nn.Module, prefix: str = "", compiled: bool = False) -> None:
         self.names: dict[int, str] = {}
-        self.compiled = False
+        self.compiled = compiled
         for name, module in root.named_modules():
             self.names[id(module)] = name
             self.compiled = self.compiled or is_compiled(module)
-        self.root_compiled = is_compiled(root)
+        self.root_compiled = compiled or is_compiled(root)
         self.prefix = prefix
         self.modules: list[tuple[str, type | None]] = [("", type(root))]
         self.call = NO_CALL
         self.rewrites: Rewrites | None = None
         self.observer: Callable[[Call, Any], None] | None = None
+        # The pass itself, and the seed of its next encode, for hooks that serve several passes.
+        self.passing: Any = None
+        self.next_seed: Callable[[], int] | None = None
         self.ended = False
 
     @property
@@ -59,12 +65,13 @@ class Location:
 
     def enter_module(self, module: nn.Module, args: Any) -> None:
         """Global forward pre-hook."""
-        if current_location() is self:
+        # Dynamo, which traces hooks too, must not make graphs that hold for one name only.
+        if not is_compiling() and current_location() is self:
             self.modules.append((self.names.get(id(module), self.module), type(module)))
 
     def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         """Global forward hook, called after exceptions too."""
-        if current_location() is self and len(self.modules) > 1:
+        if not is_compiling() and current_location() is self and len(self.modules) > 1:
             self.modules.pop()
 
 
@@ -105,7 +112,7 @@ class _OpMode(TorchFunctionMode):
         kwargs = kwargs or {}
         # Dynamo traces this very code: a compiled graph has no calls to note or rewrite. And attributes
         # of tensors come here too, which save nothing.
-        if type(func) is MethodWrapperType or is_compiling():
+        if is_compiling() or type(func) is MethodWrapperType:
             return func(*args, **kwargs)
         location = self.location
         before = location.call
@@ -120,6 +127,9 @@ class _OpMode(TorchFunctionMode):
             return output
         finally:
             location.call = before
+
+
+no_graph_of_its_own(_OpMode.__torch_function__, Location.enter_module, Location.leave_module)
 
 
 class Rewrites(dict[Any, Callable[[Call], Any] | None]):
@@ -164,6 +174,9 @@ def _finds_none(*arguments: Any) -> bool:
     return False
 
 
+_SHELL_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
+
+
 def _watch_modules(location: Location) -> None:
     """Notes which module runs.
 
@@ -172,12 +185,19 @@ def _watch_modules(location: Location) -> None:
     Global ones leave the modules alone; each pass has its own, which do nothing in other threads and
     while another pass is innermost. So passes share nothing, and no lock is left held by an interrupt.
     """
-    torch_module.register_module_forward_pre_hook(location.enter_module)
-    torch_module.register_module_forward_hook(location.leave_module, always_call=True)
+    # Compiled graphs are guarded by the keys: they are the same in every step, and no two passes of a
+    # process have the same.
+    if location.compiled:
+        # It says that our hooks run once more for the shell around a compiled module: they may.
+        warnings.filterwarnings("ignore", _SHELL_WARNING)
+    key: Any = f"brevitas_bp {threading.get_ident()} {len(_running.locations)}"
+    torch_module._global_forward_pre_hooks[key] = location.enter_module
+    torch_module._global_forward_hooks_always_called[key] = True
+    torch_module._global_forward_hooks[key] = location.leave_module
 
 
 def _unwatch_modules(location: Location) -> None:
-    # By value: an interrupt may have come before there was a handle to remove.
+    # By value: an interrupt may have come anywhere.
     _remove(location.enter_module, torch_module._global_forward_pre_hooks)
     _remove(location.leave_module, torch_module._global_forward_hooks)
 
@@ -217,7 +237,7 @@ def leave(location: Location) -> None:
     """Undoes :func:`enter`, wherever that came to; see NOTE [ Interrupts ]."""
     location.ended = True
     # It holds the pass, which would wait for the garbage collector.
-    location.rewrites = location.observer = None
+    location.rewrites = location.observer = location.passing = location.next_seed = None
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]
     _remove_mode(location)

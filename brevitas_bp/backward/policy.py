@@ -125,6 +125,9 @@ class OpAware:
             None keeps them exact. A part is run again from what was rounded, so its gradients are those
             at a slightly different point: biased, but consistent. Only what a gradient goes
             through is rounded, no mask and no position embedding.
+        recomputed_bits: least width of what a compiled graph saves to compute other functions of it in
+            backward than linear ones, such as the input of an activation. That is biased, by the
+            variance of the rounding, which is small at 8 bits; None keeps such tensors exact.
 
     Raises:
         ValueError: an argument out of range.
@@ -138,12 +141,14 @@ class OpAware:
     attention: Literal["replay", "exact"] = "replay"
     attention_quant: Any = None
     checkpoint_quant: Any = None
+    recomputed_bits: int | None = 8
     _multiplier: Codec | None = field(init=False, repr=False, compare=False, default=None)
     _attention: Codec | None = field(init=False, repr=False, compare=False, default=None)
     _checkpoint: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        for bits in (self.multiplier_bits, self.norm_bits, self.few_bit):
+        for bits in (
+                self.multiplier_bits, self.norm_bits, self.few_bit, self.recomputed_bits):
             if bits is not None:
                 check_bit_width(_WHERE, bits)
         if self.attention not in ("replay", "exact"):
@@ -174,8 +179,7 @@ class OpAware:
         if x.dtype not in FLOAT_DTYPES and x.dtype != torch.int64:
             return _OTHER_DTYPE
         if saved.compiled:
-            warnings.warn(_COMPILED_HINT, stacklevel=2)
-            return _COMPILED
+            return self._decide_compiled(saved, codec)
         rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
         if rule is None:
             return _UNKNOWN if x.is_floating_point() else _INTEGERS
@@ -207,6 +211,16 @@ class OpAware:
         bits = self.norm_bits if decision.reaches == "norm" else None
         return decision._replace(
             codec=unaveraged(codec) if bits is None else at_least(codec, bits))
+
+    def _decide_compiled(self, saved: SavedTensor, codec: Codec) -> Decision:
+        if saved.reach is None:
+            warnings.warn(_COMPILED_HINT, stacklevel=2)
+            return _COMPILED
+        if saved.reach != "nonlinear":
+            return self._widened(Decision(codec, _LINEAR[saved.reach], reaches=saved.reach), codec)
+        bits = self.recomputed_bits
+        return _RECOMPUTED_EXACT if bits is None else Decision(
+            at_least(codec, bits), "backward recomputes functions of it: slightly biased", reaches="all")
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
         if role == CHECKPOINT_INPUT:
@@ -240,6 +254,11 @@ class OpAware:
         return Decision(self._checkpoint, "run again from it: biased, as asked for", reaches="all")
 
 
+#: Why a tensor of a compiled graph is quantized, by its reach.
+_LINEAR = {
+    "weight": "backward is linear in it", "sum": "backward is linear in it",
+    "norm": "input of a norm, run backward", "all": "factor of the passing gradient"}
+_RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
 # At the configured width: four bits were measured not to lower the noise of whole transformers.
@@ -249,8 +268,9 @@ _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)
 _COMPILED = Decision(None, "compiled graph: its operations are not visible", known=False)
 _COMPILED_HINT = (
-    "brevitas_bp: a compiled graph saves tensors that belong to no operation any more, so the op-aware "
-    "policy keeps them exact; wrap compiled modules with policy='all'")
+    "brevitas_bp: a compiled graph saves tensors that belong to no operation any more, and this one "
+    "cannot be read (TorchScript, a backend of torch.compile without AOTAutograd, verify=True or "
+    "storage='quantize_on_backward'): the op-aware policy keeps them exact, policy='all' rounds them")
 _OTHER_DTYPE = Decision(None, "neither real numbers of 16 to 64 bits nor indices")
 _INTEGERS = Decision(None, "integers")
 

@@ -10,6 +10,9 @@ from brevitas_bp.codec import Codec
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import shard_of
 
+#: How far a rounding goes, see :class:`Decision`; "nonlinear": backward is not linear in the tensor.
+Reach = Literal["weight", "sum", "norm", "all", "nonlinear"]
+
 #: Roles of what a rewritten operation saves; see :mod:`brevitas_bp.backward.rewrites`.
 DERIVATIVE = "derivative"
 FEW_BIT_INPUT = "input of a few-bit table"
@@ -65,6 +68,8 @@ class SavedTensor:
         module_type: class of that module.
         path: name of the module in the wrapped one; ``module`` is that in a larger network.
         compiled: whether a compiled graph saves it, whose operations nobody sees.
+        reach: what the backward graph does with it, where that is known: how far a rounding goes, as in
+            :class:`Decision`, or "nonlinear".
         role: what the tensor is to a rewritten operation, or to checkpointing; else None.
     """
 
@@ -77,6 +82,7 @@ class SavedTensor:
     role: str | None = None
     path: str = ""
     compiled: bool = False
+    reach: Reach | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:

@@ -17,8 +17,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.configure import ConfiguredCodec
+from brevitas_bp.backward.dynamo import call_with, not_traced, set_callback
 from brevitas_bp.backward.explain import Explanation
-from brevitas_bp.backward.hooks import ForwardPass, Listener
+from brevitas_bp.backward.hooks import ForwardPass, GraphListener, Listener, unpack
+from brevitas_bp.backward.inlined import InlinedHooks
 from brevitas_bp.backward.planned import (
     Candidate,
     HasChoices,
@@ -140,7 +142,9 @@ class QuantBackwardWrapper(Transparent):
         self._replicas: tuple[int, ...] = ()
         self._index = next(_created)
         self._listeners: list[Listener] = []
+        self._graph_listeners: list[GraphListener] = []
         self._explanation: Explanation | None = None
+        self._inlined: InlinedHooks | None = None
         self._stand_for(module)
         self.use_plan(plan)
 
@@ -149,16 +153,7 @@ class QuantBackwardWrapper(Transparent):
         if not torch.is_grad_enabled() or _is_traced():
             return self.module(*args, **kwargs)
         _refuse_symbols(args, kwargs)
-        if not is_compiling() and inside_checkpoint():
-            warnings.warn(_CHECKPOINT_HINT, stacklevel=2)
-            return self.module(*args, **kwargs)
-        forward_pass = self._forward_pass()
-        try:
-            with forward_pass:
-                return self.module(*args, **kwargs)
-        finally:
-            # Once more: an interrupt may have cut short the end of the block.
-            forward_pass.close()
+        return _run(self, args, kwargs)
 
     def explain(self) -> Explanation:
         """What was decided in the last forward pass for each call site, and why; ``print`` it.
@@ -170,6 +165,8 @@ class QuantBackwardWrapper(Transparent):
             raise RuntimeError(
                 f"{_WHERE}.explain: decisions are made while the module runs, and it has not run with "
                 "gradients enabled yet; run one forward pass first")
+        if self._inlined is not None:
+            self._inlined.explain(self._explanation)
         return self._explanation
 
     def use_plan(self, plan: "Plan | None") -> None:
@@ -179,6 +176,7 @@ class QuantBackwardWrapper(Transparent):
             UnknownNameError: the plan names a module that the network does not have.
             ValueError: it names a width that there is not.
         """
+        self._inlined = None
         if plan is None:
             self._policy = self._base_policy
             return
@@ -225,6 +223,7 @@ class QuantBackwardWrapper(Transparent):
                 "use_plan(None) first")
         self._act_quant.configure(settings)
         self._codec_by_module.clear()
+        self._inlined = None
 
     def quantizer_modules(self) -> Iterator[nn.Module]:
         """The quantizers in use. They are not submodules: they add no parameters and no keys."""
@@ -240,13 +239,22 @@ class QuantBackwardWrapper(Transparent):
     def _codec(self) -> Codec | None:
         return self._act_quant.codec
 
-    def _forward_pass(self) -> ForwardPass:
+    def _forward_pass(self, compiled: bool) -> ForwardPass:
         self._explanation = Explanation()
         next_seed = partial(self._stream().next, self._noise_rank())
         return ForwardPass(
             self.module, self._configured, self._policy, next_seed,
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
-            explanation=self._explanation, verify=self._verify)
+            explanation=self._explanation, verify=self._verify, inlined=self._inlined_hooks,
+            compiled=compiled)
+
+    def _inlined_hooks(self) -> InlinedHooks | None:
+        """The hooks for compiled modules; None where no graph can do what is asked for."""
+        if self._verify or self._storage != "save_quantized":
+            return None
+        if self._inlined is None:
+            self._inlined = InlinedHooks(unpack)
+        return self._inlined
 
     def _noise_rank(self) -> int:
         if self._rank is not None:
@@ -270,14 +278,14 @@ class QuantBackwardWrapper(Transparent):
 
     def __getstate__(self) -> dict[str, Any]:
         # What listens to this wrapper does not listen to its copies and pickles.
-        return {**self.__dict__, "_listeners": []}
+        return {**self.__dict__, "_listeners": [], "_graph_listeners": [], "_inlined": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantBackwardWrapper":
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
+        state = self.__getstate__()
         for key in self.__dict__.keys() - set(TABLES):
-            value = self.__dict__[key]
-            other.__dict__[key] = [] if key == "_listeners" else copy.deepcopy(value, memo)
+            other.__dict__[key] = copy.deepcopy(state[key], memo)
         other._stand_for(other.module)
         # A copy draws noise of its own.
         other._index = next(_created)
@@ -288,6 +296,29 @@ class QuantBackwardWrapper(Transparent):
     def extra_repr(self) -> str:
         codec = "exact" if self._codec is None else self._codec.name
         return f"{type(self.module).__name__}, {codec}, storage={self._storage!r}"
+
+
+@not_traced
+def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Runs the module of a wrapper with hooks. See NOTE [ A compiled wrapper ]."""
+    callback = set_callback(None)
+    try:
+        if inside_checkpoint():
+            warnings.warn(_CHECKPOINT_HINT, stacklevel=4)
+            return call_with(callback, wrapper.module, args, kwargs)
+        forward_pass = wrapper._forward_pass(callable(callback))
+        try:
+            with forward_pass:
+                output = call_with(callback, wrapper.module, args, kwargs)
+            for listener in wrapper._graph_listeners:
+                for site, tensors in forward_pass.graphs(output, (args, kwargs)):
+                    listener(site, tensors)
+            return output
+        finally:
+            # Once more: an interrupt may have cut short the end of the block.
+            forward_pass.close()
+    finally:
+        set_callback(callback)
 
 
 def wrappers_in(model: nn.Module) -> Iterator[tuple[str, QuantBackwardWrapper]]:

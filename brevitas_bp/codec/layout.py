@@ -34,7 +34,7 @@ class TensorLayout:
         if x.is_contiguous():
             return cls(x.shape, x.stride(), x.shape, x.dtype, x.device)
         base = cls.base(x)
-        stride = base.stride() if _is_dense(base) else _dense_strides(base)
+        stride = base.stride() if is_dense(base) else _dense_strides(base)
         restored = tuple(
             0 if size > 1 and step == 0 else new
             for size, step, new in zip(x.shape, x.stride(), stride))
@@ -103,7 +103,7 @@ class TensorLayout:
         return x
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Whether the elements of ``x`` fill one gapless run of memory, each once."""
     expected = 1
     for stride, size in sorted(

@@ -116,8 +116,7 @@ def l2_norm(x: Tensor) -> Tensor:
     while total.shape[-1] > 1:
         half = (total.shape[-1] + 1) // 2
         rest = total[..., half:]
-        total = total[..., :half].clone()
-        total[..., :rest.shape[-1]] += rest
+        total = total[..., :half] + torch.nn.functional.pad(rest, (0, half - rest.shape[-1]))
     return (total.sqrt() * unit).to(x.dtype)
 
 

@@ -1,0 +1,55 @@
+"""What our own functions are to Dynamo, the part of ``torch.compile`` that runs Python.
+
+NOTE [ A compiled wrapper ]
+1. Under ``torch.compile(wrapper)`` the wrapper breaks the graph once, where it sets its hooks: it
+   runs in Python, with Dynamo switched off, as do the hooks.
+2. Around the wrapped module Dynamo is on again, in a frame of its own, so that the module is compiled as
+   in ``QuantBackwardWrapper(torch.compile(module))``, with the hooks inlined.
+3. Without gradients nothing is stored: the wrapper is traced as its module, without a break.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo import eval_frame
+from torch._dynamo.external_utils import wrap_inline
+
+
+def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which Dynamo leaves to Python; what it calls may be compiled.
+
+    ``torch.compiler.disable`` is that and a check of its own that fails while a graph is exported.
+    """
+    function._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
+    no_graph_of_its_own(function)
+    return function
+
+
+def no_graph_of_its_own(*functions: Any) -> None:
+    """Tells Dynamo to make no graph that begins at one of these functions.
+
+    Where it leaves a frame to Python it tries those that are called from there, and for what runs around
+    every operation it would do so again and again, for each function and shape. As part of another graph
+    it may still trace them.
+    """
+    skip: Callable[[Any], None] = getattr(eval_frame, "skip_code", lambda code: None)
+    for function in functions:
+        skip(function.__code__)
+
+
+#: Sets what Dynamo does with the frames of this thread (None: nothing), and returns what it did.
+set_callback: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
+
+
+def call_with(callback: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Calls a function while Dynamo does what ``callback``, from :data:`set_callback`, says."""
+    if not callable(callback):
+        return function(*args, **kwargs)
+    # In a frame that Dynamo does not skip, as it does those of torch's own modules.
+    compiled = wrap_inline(function)
+    previous = set_callback(callback)
+    try:
+        return compiled(*args, **kwargs)
+    finally:
+        set_callback(previous)

@@ -1,0 +1,254 @@
+"""Hooks that ``torch.compile`` inlines into the graphs of compiled modules.
+
+NOTE [ Hooks as graph modules ]
+1. Dynamo inlines a pair of hooks if both are graph modules: each holds a call of one Python function,
+   which runs again for every saved tensor while the graphs are made, and again, as it is, for tensors
+   that are saved outside of compiled graphs. So one pair serves both.
+2. The graphs are guarded by the identity of the pair: a wrapper has one pair, and makes another when
+   its settings change.
+3. Inputs of a graph come here too: what one compiled block gives to the next would be kept otherwise.
+   Parameters and buffers do not.
+4. What a graph stores is decided when it is made: which part of the network saves a tensor, and what the
+   backward graph does with it (:mod:`brevitas_bp.backward.linearity`), can be read from the graphs.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
+from torch._guards import TracingContext
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from brevitas_bp.backward.explain import Explanation
+from brevitas_bp.backward.linearity import inputs_of, is_tangent, reach_of
+from brevitas_bp.backward.ops import Location, current_location
+from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.codec.inlined import Inlined, inlined
+from brevitas_bp.kernels.random import key_tensor
+
+_META = "brevitas_bp"
+_library = torch.library.Library("brevitas_bp", "FRAGMENT")
+# Two calls with equal arguments would be merged: each has a number of its own.
+_library.define(
+    "noise_keys(int site, Device device) -> Tensor",
+    tags=tuple(
+        getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
+        if hasattr(torch.Tag, name)))
+_sites = itertools.count()
+
+
+def _noise_keys(site: int, device: torch.device) -> Tensor:
+    """Keys [2] for one encode of the forward pass that runs in this thread."""
+    location = current_location()
+    assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
+    return key_tensor(location.next_seed()).to(device, non_blocking=True)
+
+
+_library.impl("noise_keys", _noise_keys, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("brevitas_bp::noise_keys", lib=_library)
+def _noise_keys_fake(site: int, device: torch.device) -> Tensor:
+    return torch.empty(2, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class CompiledSite:
+    """A tensor that a compiled graph saves.
+
+    Attributes:
+        saved: the tensor, a fake one, and where.
+        decision: how it is stored.
+        form: stores it; None where it is kept.
+        given_bytes: its bytes.
+        stored_bytes: bytes of what is kept, for the sizes that the graph was made with.
+    """
+
+    saved: SavedTensor
+    decision: Decision
+    form: Inlined | None
+    given_bytes: int
+    stored_bytes: int
+
+
+Eager = Callable[[Tensor], Any]
+Decide = Callable[[SavedTensor], Decision]
+
+
+class InlinedHooks:
+    """The pair of hooks of one wrapper around compiled modules. See NOTE [ Hooks as graph modules ].
+
+    Args:
+        unpack: what undoes the hook of the running pass, for tensors saved outside of graphs.
+    """
+
+    def __init__(self, unpack: Callable[[Any], Tensor]) -> None:
+        self._unpack_eager = unpack
+        self.pack, self.unpack = _as_graph(self._pack), _as_graph(self._unpack)
+        # Number of a graph -> what it saves, in order; None for what comes to no hook.
+        self.graphs: dict[int, dict[str, CompiledSite | None]] = {}
+
+    @property
+    def sites(self) -> list[CompiledSite]:
+        """All tensors decided for, of all graphs."""
+        return [s for saved in self.graphs.values() for s in saved.values() if s is not None]
+
+    def explain(self, explanation: Explanation) -> None:
+        """Notes what was decided for compiled graphs, when they were made; once for each explanation."""
+        if explanation.compiled:
+            return
+        explanation.compiled = True
+        for site in self.sites:
+            explanation.add_stored(
+                site.saved, site.decision, "exact" if site.form is None else site.form.name,
+                site.given_bytes, site.stored_bytes)
+
+    def live(self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
+        """What compiled graphs between ``inputs`` and ``output`` keep: site and live tensors."""
+        for node in compiled_nodes(output, inputs):
+            tensors = iter(node.saved_tensors)
+            for site in self.graphs.get(node._forward_cls._aot_id, {}).values():
+                count = 1 if site is None or site.form is None else site.form.parts
+                yield site, list(itertools.islice(tensors, count))
+
+    def _pack(self, x: Tensor) -> Any:
+        context, location = _context(), current_location()
+        assert location is not None and location.passing is not None
+        if context is None:
+            return location.passing.pack(x)
+        node: Node = context["_node"]
+        if _META not in node.meta:
+            site = _decide(x, node, context, location)
+            node.meta[_META] = site.form
+            graph = self.graphs.setdefault(_graph_number(), _saved_by(context["_bw_graph"]))
+            graph[node.name] = site
+        form: Inlined | None = node.meta[_META]
+        return x if form is None else _packed(form, x)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        context = _context()
+        if context is None:
+            return self._unpack_eager(packed)
+        form: Inlined | None = context["_node"].meta[_META]
+        return packed if form is None else form.unpack(*packed)
+
+
+def hooks_for_inputs() -> Any:
+    """While it is active, graphs that are made call their hooks for all but parameters and buffers."""
+    return functorch_config.patch(saved_tensors_hooks_filtering_mode="no_static")
+
+
+def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
+    graph = Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+    return GraphModule({}, graph)
+
+
+def _context() -> dict[str, Any] | None:
+    """The graphs that are being made and the tensor they save; None outside of compilation."""
+    from torch._functorch._aot_autograd.graph_compile import _get_saved_tensor_hook_context
+
+    return _get_saved_tensor_hook_context()
+
+
+def _packed(form: Inlined, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
+    keys = None
+    if form.stochastic:
+        keys = torch.ops.brevitas_bp.noise_keys(next(_sites), x.device)
+    return form.pack(x, keys)
+
+
+def _decide(
+        x: Tensor, node: Node, context: dict[str, Any], location: Location) -> CompiledSite:
+    passing = location.passing
+    assert passing is not None
+    path = _module_of(node, location)
+    origin = str(node.meta.get("original_aten", node.name)).removeprefix("aten.").partition(".")[0]
+    saved = SavedTensor(
+        x, origin, ".".join(part for part in (location.prefix, path) if part),
+        passing.codec_of(path), path=path, compiled=True)
+    decision, form = _KEPT, None
+    if x.dtype != torch.bool and not x.is_floating_point():
+        decision = _INTEGERS
+    elif _is_of_parameters(node):
+        decision = _PARAMETER
+    elif x.numel() > 0:
+        saved.reach = reach_of(context["_bw_graph"], node.name)
+        decision = passing.policy.decide(saved)
+        form = None if decision.codec is None else inlined(decision.codec, x)
+    given = stored = x.numel() * x.element_size()
+    if form is not None:
+        stored = sum(t.numel() * t.element_size() for t in _packed(form, x)[0])
+        if not stored < given:
+            form, stored = None, given
+    return CompiledSite(saved, decision, form, _hint(given), _hint(stored))
+
+
+_KEPT = Decision(None, "not an ordinary tensor")
+_INTEGERS = Decision(None, "integers")
+_PARAMETER = Decision(None, "computed from parameters and buffers alone")
+
+
+def _module_of(node: Node, location: Location) -> str:
+    """Name of the innermost module that computed a node, relative to the root."""
+    for key in reversed(node.meta.get("nn_module_stack") or {}):
+        # Dynamo's keys are identities, perhaps with the number of a call behind.
+        identity = str(key).partition("@")[0]
+        if identity.isdecimal() and int(identity) in location.names:
+            return location.names[int(identity)]
+    return location.module
+
+
+def _is_of_parameters(node: Node) -> bool:
+    """Whether a node is a parameter or buffer in disguise, such as a copy that autocast made."""
+    context = TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is None:
+        return False
+    placeholders = node.graph.find_nodes(op="placeholder")
+    static = {placeholders[i] for i in metadata.static_input_indices if i < len(placeholders)}
+    sources = list(inputs_of(node))
+    return bool(sources) and all(source in static for source in sources)
+
+
+def _graph_number() -> int:
+    """The number that AOTAutograd gave the graph being made; its node in autograd's graph has it too."""
+    names, _, _ = get_aot_compilation_context()
+    return int(names[0].partition("_")[0]) if names else -1
+
+
+def _saved_by(backward: Graph) -> dict[str, CompiledSite | None]:
+    """Names of the tensors that a backward graph takes from the forward graph, in order."""
+    return {
+        node.name: None for node in backward.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), Tensor) and not is_tangent(node)}
+
+
+def _hint(number: Any) -> int:
+    """A size; a symbolic one as it is now."""
+    return number if isinstance(number, int) else int(number.node.hint)
+
+
+def compiled_nodes(output: Any, inputs: Any) -> Iterator[Any]:
+    """Nodes of autograd's graph that compiled graphs put between ``inputs`` and ``output``."""
+    seen: set[Any] = {None, *(t.grad_fn for t in tensors_of(inputs))}
+    waiting: list[Any] = [t.grad_fn for t in tensors_of(output)]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(getattr(node, "_forward_cls", None), "_aot_id"):
+            yield node
+        waiting += [source for source, _ in node.next_functions]
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in a structure of containers."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,0 +1,126 @@
+"""Codecs as operations of a compiled graph, where ``torch.compile`` inlines the hooks."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.codec.average import unaveraged
+from brevitas_bp.codec.base import Codec
+from brevitas_bp.codec.layout import is_dense
+from brevitas_bp.codec.lossless import BitMask
+from brevitas_bp.codec.quantized import LoweredCodec, codec_name
+from brevitas_bp.core.bucket import flatten, memory_order
+from brevitas_bp.kernels import traced
+from brevitas_bp.kernels.spec import BucketQuantSpec
+
+
+@dataclass(frozen=True)
+class Inlined(ABC):
+    """A codec for one tensor of a graph that is being made.
+
+    Attributes:
+        name: shown in reports.
+        order: dimensions from the slowest to the fastest in memory; None: as they are.
+        dtype: of the tensor.
+    """
+
+    name: str
+    order: tuple[int, ...] | None
+    dtype: torch.dtype
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether :meth:`encode` wants keys of noise."""
+        return False
+
+    @property
+    def parts(self) -> int:
+        """Number of stored tensors."""
+        return 1
+
+    @abstractmethod
+    def encode(self, flat: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
+        """Stored tensors of the elements in memory order [numel]; ``keys`` int32 [2]."""
+
+    @abstractmethod
+    def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
+        """The elements in memory order."""
+
+    def pack(self, x: Tensor, keys: Tensor | None) -> tuple[tuple[Tensor, ...], list[Any]]:
+        """Stored tensors, and the sizes in memory order that :meth:`unpack` wants."""
+        sizes = list(x.shape) if self.order is None else [x.shape[d] for d in self.order]
+        return self.encode(flatten(x), keys), sizes
+
+    def unpack(self, tensors: tuple[Tensor, ...], sizes: list[Any]) -> Tensor:
+        """The tensor, with its strides."""
+        numel = 1
+        for size in sizes:
+            numel = numel * size
+        x = self.decode(tensors, numel).view(sizes)
+        if self.order is None:
+            return x
+        return x.permute([self.order.index(d) for d in range(len(self.order))])
+
+
+@dataclass(frozen=True)
+class InlinedQuantizer(Inlined):
+    """A bucket quantizer of one width.
+
+    Attributes:
+        spec: its lowered form.
+    """
+
+    spec: BucketQuantSpec
+
+    @property
+    def stochastic(self) -> bool:
+        return self.spec.stochastic
+
+    @property
+    def parts(self) -> int:
+        return 2 + self.spec.affine
+
+    def encode(self, flat: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
+        # To nearest, nothing reads the keys.
+        return traced.encode(flat, self.spec, flat if keys is None else keys)
+
+    def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
+        return traced.decode(tensors, self.spec, numel, self.dtype)
+
+
+@dataclass(frozen=True)
+class InlinedMask(Inlined):
+    """Bools, 1 bit each."""
+
+    def encode(self, flat: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
+        return (traced.pack_bits(flat),)
+
+    def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
+        return traced.unpack_bits(tensors[0], numel)
+
+
+def inlined(codec: Codec, x: Tensor) -> Inlined | None:
+    """``codec`` for a tensor of a graph; None where the graph has to keep the tensor as it is.
+
+    A graph has sizes that no seed may change and no groups across channels: of two widths the larger
+    serves, and instead of averages their codes for each element, which are as wide.
+
+    Args:
+        codec: the codec that was decided for.
+        x: a fake tensor.
+    """
+    if not is_dense(x):
+        return None
+    order = memory_order(x)
+    settings = (None if order is None else tuple(order), x.dtype)
+    if isinstance(codec, BitMask):
+        return InlinedMask(codec.name, *settings)
+    codec = unaveraged(codec)
+    if isinstance(codec, LoweredCodec):
+        return InlinedQuantizer(
+            codec_name((width := max(codec.spec.bit_widths),), codec.spec.stochastic), *settings,
+            replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0))
+    return None
