@@ -29,7 +29,7 @@ def cases() -> list[tuple[str, Codec, torch.dtype]]:
 
 
 def rates(numel: int, seconds: float) -> list[dict[str, Any]]:
-    """One row for each codec; "x memcpy" divides by a copy of the same tensor into an existing buffer."""
+    """One row for each codec; "x memcpy" divides by a copy of the same into an existing buffer."""
     values = torch.randn(numel)
     tensors: dict[torch.dtype, Tensor] = {}
     copies: dict[torch.dtype, float] = {}

@@ -19,7 +19,7 @@ import codec_rates
 import libraries
 import small_tensors
 import torch
-from output import Measured, add_output_options, publish
+from output import Measured, add_output_options, on_threads, publish
 from timing import best_of, best_on_device
 from torch import Tensor
 
@@ -112,7 +112,7 @@ def on_cpu(options: argparse.Namespace) -> list[Measured]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     mib, seconds = options.mib or 64, options.seconds
-    numel, threads = mib << 18, f"{options.threads} thread{'s' if options.threads > 1 else ''}"
+    numel, threads = mib << 18, on_threads(options.threads)
     x = torch.randn(numel)
     measure: dict[str, Callable[[], Measured]] = {
         "widths": lambda: Measured(

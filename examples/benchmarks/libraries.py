@@ -5,9 +5,12 @@ nearest; ours is measured both ways. The number of threads is torch's for all: b
 OpenMP runtime, torchao is made of torch operations.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,9 +57,21 @@ def ours(bits: int, stochastic: bool, numel: int) -> Rival:
         lambda x: dispatch.encode(x, spec, 1), decode, lambda encoded: encoded.tensors)
 
 
+@contextmanager
+def scripts_hidden() -> Iterator[None]:
+    """Takes this folder from the path: bitsandbytes looks for a package named ``kernels``."""
+    before = list(sys.path)
+    sys.path[:] = [entry for entry in before if Path(entry).resolve() != Path(__file__).parent]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def bitsandbytes() -> list[Rival]:
     """Its 8-bit dynamic type and NF4."""
-    import bitsandbytes.functional as bnb
+    with scripts_hidden():
+        import bitsandbytes.functional as bnb
 
     def stored(encoded: Any) -> tuple[Tensor, ...]:
         codes, state = encoded

@@ -21,9 +21,7 @@ import torch
 from largest_batch import largest_batch
 from networks import TASKS, step
 from output import Measured, add_output_options, publish
-from variants import EAGER
-
-from brevitas_bp import track_saved_memory
+from variants import EAGER, saved_bytes
 
 #: What save_on_cpu keeps takes the same memory here.
 VARIANTS = [key for key in EAGER if key != "save_on_cpu" or torch.cuda.is_available()]
@@ -53,10 +51,7 @@ def worker(name: str, variant: str, batch: int, size: int, count: bool) -> dict[
     del output
     found = {"growth": growth, "peak": peak}
     if count:
-        with track_saved_memory(model) as report:
-            output = model(inputs)
-        found["saved"] = report.stored_bytes
-        del output
+        found["saved"] = saved_bytes(model, inputs)
     return found
 
 

@@ -61,6 +61,11 @@ def publish(tables: list[Measured], options: argparse.Namespace) -> None:
     options.out.write_text(json.dumps({"machine": facts, "tables": found}, indent=2))
 
 
+def on_threads(count: int) -> str:
+    """For titles."""
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
 def _text(value: Any) -> str:
     """A cell: three digits, more where they are before the point.
 

@@ -19,11 +19,9 @@ from typing import Any
 import torch
 import variants
 from networks import TASKS, step
-from output import Measured, add_output_options, publish
+from output import Measured, add_output_options, on_threads, publish
 from timing import interleaved
 from torch import Tensor, nn
-
-from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 
 #: A wrapper around the same compiled module is a reason to compile again.
 _RECOMPILATIONS = 64
@@ -42,16 +40,6 @@ def first_step(name: str, model: nn.Module, inputs: Tensor) -> str:
     return ""
 
 
-def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
-    """What a forward pass keeps for backward."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        model = QuantBackwardWrapper(model, policy="exact")
-    with track_saved_memory(model) as report:
-        # Its graph, which holds what is counted, ends with this function.
-        loss = model(inputs).sum()
-    return report.stored_bytes if loss.requires_grad else 0
-
-
 def measure(
         name: str, chosen: dict[str, variants.Variant], batch: int | None, size: int,
         rounds: int) -> list[dict[str, Any]]:
@@ -63,7 +51,7 @@ def measure(
     failed = {key: first_step(f"{name}, {key}", model, task.inputs) for key, model in models.items()}
     steps = {key: partial(step, models[key], task.inputs) for key in models if not failed[key]}
     seconds = interleaved(steps, rounds)
-    saved = {key: saved_bytes(models[key], task.inputs) for key in steps}
+    saved = {key: variants.saved_bytes(models[key], task.inputs) for key in steps}
     reference = next(iter(models))
     rows = []
     for key in models:
@@ -113,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows += measure(name, chosen, options.batch, options.size, options.rounds)
         torch._dynamo.reset()
     how = f"compiled ({options.backend})" if options.compiled else "eager"
-    title = f"A training step, {how}, {options.size} px, {options.threads} threads"
+    title = f"A training step, {how}, {options.size} px, {on_threads(options.threads)}"
     publish([Measured("step_time", title, rows)], options)
 
 

@@ -9,7 +9,7 @@ from networks import Checkpointed, Task
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
-from brevitas_bp import OpAware, QuantBackwardWrapper
+from brevitas_bp import OpAware, QuantBackwardWrapper, track_saved_memory
 from brevitas_bp import quant as configs
 
 Variant = Callable[[Task], nn.Module]
@@ -77,3 +77,15 @@ def compiled_variants(backend: str) -> dict[str, Variant]:
         "plain": partial(compiled, backend=backend),
         **{f"ours, {bits} bits": partial(inside, bits=bits) for bits in (2, 4, 8)},
         "ours, 2 bits, policy all": partial(inside, bits=2, policy="all")}
+
+
+def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
+    """What a forward pass of a variant keeps for backward, wherever it is kept."""
+    if isinstance(model, Offloaded):
+        model = model.module
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = QuantBackwardWrapper(model, policy="exact")
+    with track_saved_memory(model) as report:
+        loss = model(inputs).sum()
+    del loss
+    return report.stored_bytes
