@@ -52,7 +52,7 @@ def largest_batch(
         batch = _next_probe(peaks, limit, fits, too_large, part)
         if probes % 3 == 2:
             # Not linear, or the measurement is noisy: halve what is open.
-            batch = 2 * fits + 1 if too_large is None else (fits + too_large) // 2
+            batch = fits + fits // 4 + 1 if too_large is None else (fits + too_large) // 2
         batch = min(max(batch, fits + 1), highest if too_large is None else too_large - 1)
         peaks[batch] = peak(batch)
         probes += 1
