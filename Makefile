@@ -20,8 +20,8 @@ lint: $(STAMP)
 # Compiling takes most of the time, so it comes last.
 BENCH := $(BIN)/python examples/benchmarks
 bench: $(STAMP)
-	$(BENCH)/kernels.py
-	$(BENCH)/kernels.py --threads 1 --only libraries --out runs/bench/libraries.json
+	$(BENCH)/kernels.py --only widths
+	$(BENCH)/kernels.py --threads 1 --only codecs libraries small --out runs/bench/one_thread.json
 	$(BENCH)/step_time.py --model every
 	$(BENCH)/memory.py
 	$(BENCH)/step_time.py --compiled --model gpt efficientnet_v2_s --out runs/bench/step_time_compiled.json

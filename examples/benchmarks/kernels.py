@@ -1,7 +1,7 @@
 """Encode and decode against memcpy, the torch reference and other libraries, in one run.
 
     python examples/benchmarks/kernels.py [--mib 64] [--threads 2] [--only widths codecs libraries small]
-    python examples/benchmarks/kernels.py --threads 1 --only libraries --out runs/bench/libraries.json
+    python examples/benchmarks/kernels.py --threads 1 --only libraries --out runs/bench/one_thread.json
     python examples/benchmarks/kernels.py --device cuda [--mib 1024] [--dtype bfloat16]
 
 Ratios of one run are what counts: "x memcpy" divides by a copy of the same tensor into an existing

@@ -188,11 +188,12 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2g}"
 
 
-#: Measurement -> the picture of it and the table it needs.
-FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure], str]] = {
-    "kernels": (kernels, "widths"), "libraries": (libraries, "libraries"),
-    "step_time": (step_time, "step_time"), "step_time_compiled": (step_time, "step_time"),
-    "memory": (memory, "memory")}
+#: Picture -> how it is drawn, the file it is drawn from, and the table in there.
+FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure], str, str]] = {
+    "kernels": (kernels, "kernels", "widths"), "libraries": (libraries, "one_thread", "libraries"),
+    "step_time": (step_time, "step_time", "step_time"),
+    "step_time_compiled": (step_time, "step_time_compiled", "step_time"),
+    "memory": (memory, "memory", "memory")}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -201,11 +202,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figures", type=Path, default=Path("runs/bench"), help="folder to write to")
     options = parser.parse_args(arguments)
     options.figures.mkdir(parents=True, exist_ok=True)
-    for name, (draw, needed) in FIGURES.items():
-        source = options.runs / f"{name}.json"
+    for name, (draw, file, needed) in FIGURES.items():
+        source = options.runs / f"{file}.json"
         tables = json.loads(source.read_text())["tables"] if source.is_file() else {}
         if needed not in tables:
-            print(f"{source}: not measured, no picture")
+            print(f"{source}: has no {needed}, so there is no {name}.png")
             continue
         target = options.figures / f"{name}.png"
         draw(tables).savefig(target)
