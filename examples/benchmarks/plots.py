@@ -125,7 +125,7 @@ def _scatter(axes: Axes, rows: Rows) -> None:
     for row in rows:
         name, x, y = row["variant"], row["saved MiB"], row["x plain"]
         color = BLUE if name.startswith("ours") else INK if name == "plain" else ORANGE
-        axes.plot(x, y, "o", color=color, markersize=6)
+        axes.plot(x, y, "o", color=color, markersize=6, zorder=4)
         axes.annotate(
             name, (x, y), (0, 0), textcoords="offset points", fontsize=7.5, color=color, va="center",
             arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0, "shrinkB": 5})
