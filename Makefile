@@ -24,7 +24,7 @@ bench: $(STAMP)
 	$(BENCH)/kernels.py --threads 1 --only codecs libraries small --out runs/bench/one_thread.json
 	$(BENCH)/step_time.py --model every
 	$(BENCH)/memory.py
-	$(BENCH)/step_time.py --compiled --model gpt efficientnet_v2_s --out runs/bench/step_time_compiled.json
+	$(BENCH)/step_time.py --compiled --model every --out runs/bench/step_time_compiled.json
 	$(BENCH)/plots.py
 
 # Configs are injectors, which pydoc cannot read: docs/quantizers.md lists them.
