@@ -16,10 +16,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# bitsandbytes and torchao are compared where they are installed: pip install -e ".[bench]"
+# Compiling takes most of the time, so it comes last.
+BENCH := $(BIN)/python examples/benchmarks
 bench: $(STAMP)
-	$(BIN)/python examples/benchmarks/kernels.py
-	$(BIN)/python examples/benchmarks/step_time.py --model every
-	$(BIN)/python examples/benchmarks/memory.py
+	$(BENCH)/kernels.py --only widths
+	$(BENCH)/kernels.py --threads 1 --only codecs libraries small --out runs/bench/one_thread.json
+	$(BENCH)/step_time.py --model every
+	$(BENCH)/memory.py
+	$(BENCH)/step_time.py --compiled --model every --out runs/bench/step_time_compiled.json
+	$(BENCH)/plots.py
 
 # Configs are injectors, which pydoc cannot read: docs/quantizers.md lists them.
 DOCUMENTED := brevitas_bp brevitas_bp.allocate brevitas_bp.plots brevitas_bp.backward brevitas_bp.backward.operations brevitas_bp.backward.policy \

@@ -1,37 +1,46 @@
 """Encode and decode against memcpy, the torch reference and other libraries, in one run.
 
-    python examples/benchmarks/kernels.py [--mib 64] [--threads 2] [--out runs/bench/kernels.json]
+    python examples/benchmarks/kernels.py [--mib 64] [--threads 2] [--only widths codecs libraries small]
+    python examples/benchmarks/kernels.py --threads 1 --only libraries --out runs/bench/one_thread.json
     python examples/benchmarks/kernels.py --device cuda [--mib 1024] [--dtype bfloat16]
 
 Ratios of one run are what counts: "x memcpy" divides by a copy of the same tensor into an existing
-buffer. Other libraries (bitsandbytes, torchao) are measured where they are installed. On a CUDA device
-times come from events, and the rate (bytes read and written by the second) of each kernel is held
-against that of a copy on the device that moves as many bytes.
+buffer. Tables: "widths" (kernels), "codecs" (dtypes, averages, masks), "libraries" (bitsandbytes and
+torchao, where they are installed), "small" (tensors of 4 KiB). On a CUDA device times come from events,
+and the rate (bytes read and written by the second) of each kernel is held against that of a copy on the
+device that moves as many bytes.
 """
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import codec_rates
+import libraries
+import small_tensors
 import torch
-from timing import best_of, best_on_device, show
+from output import Measured, add_output_options, on_threads, publish
+from timing import best_of, best_on_device
 from torch import Tensor
 
 from brevitas_bp.kernels import dispatch, reference
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
 SPECS = {
-    "2-bit stochastic, 256": BucketQuantSpec(2, 256),
-    "2-bit stochastic, 512": BucketQuantSpec(2, 512),
-    "2-bit stochastic, 256, bf16": BucketQuantSpec(2, 256, metadata_dtype=torch.bfloat16),
-    "2-bit nearest, 256": BucketQuantSpec(2, 256, stochastic=False),
-    "4-bit stochastic, 256": BucketQuantSpec(4, 256),
-    "8-bit stochastic, 256": BucketQuantSpec(8, 256),
-    "3-bit stochastic, 256": BucketQuantSpec(3, 256),
-    "2/4-bit mix at 0.5, 256": BucketQuantSpec(2, 256, mix_bit_width=4, mix_prob=0.5),
-    "4-bit symmetric, 256": BucketQuantSpec(4, 256, "max", "narrow"),
+    "2-bit stochastic, bucket 256": BucketQuantSpec(2, 256),
+    "2-bit stochastic, bucket 512": BucketQuantSpec(2, 512),
+    "2-bit stochastic, bucket 256, bfloat16 metadata": BucketQuantSpec(
+        2, 256, metadata_dtype=torch.bfloat16),
+    "2-bit nearest, bucket 256": BucketQuantSpec(2, 256, stochastic=False),
+    "3-bit stochastic, bucket 256": BucketQuantSpec(3, 256),
+    "4-bit stochastic, bucket 256": BucketQuantSpec(4, 256),
+    "8-bit stochastic, bucket 256": BucketQuantSpec(8, 256),
+    "2/4-bit mix at 0.5, bucket 256": BucketQuantSpec(2, 256, mix_bit_width=4, mix_prob=0.5),
+    "4-bit symmetric, bucket 256": BucketQuantSpec(4, 256, "max", "narrow"),
 }
+#: The one that the reference is measured with.
+USUAL = "2-bit stochastic, bucket 256"
+TABLES = ("widths", "codecs", "libraries", "small")
 
 
 def thesis_listing(x: Tensor, levels: int = 4, bucket: int = 512) -> Tensor:
@@ -44,99 +53,101 @@ def thesis_listing(x: Tensor, levels: int = 4, bucket: int = 512) -> Tensor:
     return (buckets.sign() * magnitude / levels * scale).view(-1)[:x.numel()]
 
 
-def others(x: Tensor) -> dict[str, Callable[[], Any]]:
-    """Encoders of other libraries, where they are installed."""
-    found: dict[str, Callable[[], Any]] = {}
-    try:
-        import bitsandbytes.functional as bnb
+def widths(x: Tensor, seconds: float) -> list[dict[str, Any]]:
+    """Kernels of every width: encoding allocates its output, decoding is into an existing buffer."""
+    buffer = torch.empty_like(x)
+    copy = best_of(lambda: buffer.copy_(x), seconds)
+    rows = []
 
-        found["bitsandbytes 8-bit blockwise, 256"] = lambda: bnb.quantize_blockwise(x, blocksize=256)
-        found["bitsandbytes NF4, 256"] = lambda: bnb.quantize_4bit(
-            x, blocksize=256, quant_type="nf4")
-    except ImportError:
-        pass
-    return found
+    def row(name: str, encode: float, decode: float | None, ratio: float) -> None:
+        known = decode is not None
+        rows.append({
+            "what": name, "encode, ns/element": encode / x.numel() * 1e9,
+            "encode, x memcpy": encode / copy,
+            "decode, ns/element": decode / x.numel() * 1e9 if known else "",
+            "decode, x memcpy": decode / copy if known else "", "bytes ratio": ratio})
+
+    row("memcpy into an existing buffer", copy, copy, 1.0)
+    cases = [(name, spec, dispatch.backend(x.device, x.dtype, spec)) for name, spec in SPECS.items()]
+    for name, spec, form in [*cases, (f"torch reference, {USUAL}", SPECS[USUAL], reference)]:
+        encoded = form.encode(x, spec, 1)
+        row(name, best_of(lambda spec=spec, form=form: form.encode(x, spec, 1), seconds),
+            best_of(_decoding(form, encoded, spec, buffer), seconds),
+            x.nbytes / sum(t.nbytes for t in encoded.tensors))
+    row("thesis listing, floats to floats", best_of(lambda: thesis_listing(x), seconds), None, 1.0)
+    return rows
 
 
-def on_cuda(numel: int, dtype: torch.dtype, out: Path) -> None:
+def on_cuda(numel: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Rates of the kernels that serve CUDA tensors, and of the reference."""
     x = torch.randn(numel, device="cuda").to(dtype)
     decoded = torch.empty_like(x)
     rows = []
     cases = [(name, spec, dispatch.backend(x.device, dtype, spec)) for name, spec in SPECS.items()]
-    cases.append(("torch reference, 2-bit stochastic, 256", BucketQuantSpec(2, 256), reference))
-    for name, spec, form in cases:
+    for name, spec, form in [*cases, (f"torch reference, {USUAL}", SPECS[USUAL], reference)]:
         encoded = form.encode(x, spec, 1)
         stored = sum(t.nbytes for t in encoded.tensors)
         moved = x.nbytes + stored
         source, target = torch.empty((2, moved // 2), dtype=torch.uint8, device="cuda")
-
-        def decode(spec: Any = spec, encoded: Any = encoded, form: Any = form) -> Any:
-            if hasattr(form, "decode_into"):
-                return form.decode_into(decoded, encoded, spec, 1)
-            return form.decode(encoded, spec, 1, numel, dtype)
-
         copy = best_on_device(lambda a=target, b=source: a.copy_(b))
         there = best_on_device(lambda form=form, spec=spec: form.encode(x, spec, 1))
-        back = best_on_device(decode)
+        back = best_on_device(_decoding(form, encoded, spec, decoded))
         rows.append({
             "what": name, "kernels": form.__name__.rpartition(".")[2],
-            "copy GB/s": moved / copy / 1e9, "encode GB/s": moved / there / 1e9,
-            "encode / copy": copy / there, "decode GB/s": moved / back / 1e9,
+            "copy, GB/s": moved / copy / 1e9, "encode, GB/s": moved / there / 1e9,
+            "encode / copy": copy / there, "decode, GB/s": moved / back / 1e9,
             "decode / copy": copy / back, "bytes ratio": x.nbytes / stored})
-    show(f"{x.nbytes / 2**20:.0f} MiB of {str(dtype).removeprefix('torch.')} on CUDA", rows, out)
+    return rows
 
 
-def main() -> None:
+def _decoding(form: Any, encoded: Any, spec: BucketQuantSpec, buffer: Tensor) -> Callable[[], Any]:
+    """Decodes into ``buffer`` where the kernels can, else into new memory."""
+    if hasattr(form, "decode_into"):
+        return lambda: form.decode_into(buffer, encoded, spec, 1)
+    return lambda: form.decode(encoded, spec, 1, buffer.numel(), buffer.dtype)
+
+
+def on_cpu(options: argparse.Namespace) -> list[Measured]:
+    """The tables that were asked for."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    mib, seconds = options.mib or 64, options.seconds
+    numel, threads = mib << 18, on_threads(options.threads)
+    x = torch.randn(numel)
+    measure: dict[str, Callable[[], Measured]] = {
+        "widths": lambda: Measured(
+            "widths", f"Kernels: {mib} MiB of float32, {threads}", widths(x, seconds)),
+        "codecs": lambda: Measured(
+            "codecs", f"Codecs: {numel} elements, {threads}; outputs are new memory",
+            codec_rates.rates(numel, seconds)),
+        "libraries": lambda: Measured(
+            "libraries", f"Equal bits: {mib} MiB of float32, {threads}, buckets of {libraries.BUCKET}; "
+            "outputs are new memory",
+            libraries.compare(x, libraries.rivals(), rounds=max(2, round(20 * seconds)))),
+        "small": lambda: Measured(
+            "small", f"One saved tensor of 4 KiB (1024 float32), {threads}",
+            small_tensors.overheads(rounds=max(3, round(60 * seconds))))}
+    return [measure[key]() for key in TABLES if key in options.only]
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
                         help="of the tensor on a CUDA device")
     parser.add_argument("--mib", type=int, help="size of the tensor; 64, or 1024 on a CUDA device")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels.json"))
-    options = parser.parse_args()
-    if options.device == "cuda":
-        dtype: torch.dtype = getattr(torch, options.dtype)
-        on_cuda((options.mib or 1024) * 2**20 // dtype.itemsize, dtype, options.out)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables (CPU)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each figure (CPU)")
+    add_output_options(parser, "runs/bench/kernels.json")
+    options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        publish(on_cpu(options), options)
         return
-    torch.set_num_threads(options.threads)
-    mib = options.mib or 64
-    x = torch.randn(mib << 18)
-    buffer = torch.empty_like(x)
-    copy = best_of(lambda: buffer.copy_(x))
-
-    def row(name: str, encode: float, decode: float | None, ratio: float | None) -> dict[str, Any]:
-        return {
-            "what": name, "encode ms": encode * 1e3, "encode x memcpy": encode / copy,
-            "decode ms": "" if decode is None else decode * 1e3,
-            "decode x memcpy": "" if decode is None else decode / copy,
-            "bytes ratio": "" if ratio is None else ratio}
-
-    rows = [row("memcpy into an existing buffer", copy, copy, 1.0)]
-    for name, spec in SPECS.items():
-        encoded = dispatch.encode(x, spec, 1)
-        ratio = x.nbytes / sum(t.nbytes for t in encoded.tensors)
-        form = dispatch.backend(x.device, x.dtype, spec)
-        into = getattr(form, "decode_into", None)
-
-        def decode(spec: Any = spec, encoded: Any = encoded, into: Any = into) -> Any:
-            if into is not None:
-                return into(buffer, encoded, spec, 1)
-            return dispatch.decode(encoded, spec, 1, x.numel(), x.dtype)
-
-        rows.append(row(name, best_of(lambda spec=spec: dispatch.encode(x, spec, 1)),
-                        best_of(decode), ratio))
-    spec = SPECS["2-bit stochastic, 256"]
-    encoded = reference.encode(x, spec, 1)
-    rows.append(row(
-        "torch reference, 2-bit stochastic, 256", best_of(lambda: reference.encode(x, spec, 1)),
-        best_of(lambda: reference.decode(encoded, spec, 1, x.numel(), x.dtype)),
-        x.nbytes / sum(t.nbytes for t in encoded.tensors)))
-    rows.append(row("thesis listing (floats to floats)", best_of(lambda: thesis_listing(x)), None,
-                    1.0))
-    rows += [row(name, best_of(run), None, None) for name, run in others(x).items()]
-    show(f"{mib} MiB of float32, {options.threads} threads", rows, options.out)
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    mib = options.mib or 1024
+    rows = on_cuda(mib * 2**20 // dtype.itemsize, dtype)
+    publish([Measured("cuda", f"{mib} MiB of {options.dtype} on CUDA", rows)], options)
 
 
 if __name__ == "__main__":

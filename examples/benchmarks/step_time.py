@@ -1,168 +1,108 @@
 """A training step: plain, wrapped, checkpointed, offloaded; in turns, in one run.
 
-    python examples/benchmarks/step_time.py [--model efficientnet_v2_s] [--batch 32] [--rounds 5]
+    python examples/benchmarks/step_time.py [--model efficientnet_v2_s gpt] [--batch 32] [--rounds 5]
+    python examples/benchmarks/step_time.py --compiled --out runs/bench/step_time_compiled.json
 
 Every variant runs the same step (forward, loss, backward) on the same batch. "x plain" is the ratio of
 the smallest times; saved bytes are those of live tensors. Models: efficientnet_v2_s (CIFAR stem),
-resnet50, vit (four blocks of width 256), gpt (four blocks of width 256), or "every".
+resnet50, vit (four blocks of width 256), gpt (four blocks of width 256), or "every". ``--only`` names
+variants, for instance ``--only plain "ours, 2 bits"``. ``--compiled`` measures the network compiled with
+torch.compile, alone and in wrappers; compiling takes minutes. A variant that raises has no figures.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import interleaved, show
+import variants
+from networks import TASKS, step
+from output import Measured, add_output_options, on_threads, publish
+from timing import interleaved
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
-from brevitas_bp import OpAware, QuantBackwardWrapper, track_saved_memory
-from brevitas_bp import quant as configs
-from brevitas_bp.models import efficientnet_v2
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "efficientnet_v2"))
-from small_gpt import SmallGPT
-from vision import import_torchvision
-
-WIDTHS = (2, 4, 8)
+#: A wrapper around the same compiled module is a reason to compile again.
+_RECOMPILATIONS = 64
 
 
-@dataclass(frozen=True)
-class Task:
-    """A network, an input, and the parts of the network that checkpointing recomputes."""
-
-    model: nn.Module
-    inputs: Tensor
-    parts: list[nn.Module]
-
-
-def efficientnet(batch: int, size: int) -> Task:
-    """EfficientNetV2-S with a stem for small images."""
-    model: Any = efficientnet_v2.efficientnet_v2_s(num_classes=10, stem_stride=1)
-    return Task(
-        model, torch.randn(batch, 3, size, size), [layer for part in model.features for layer in part])
+def first_step(name: str, model: nn.Module, inputs: Tensor) -> str:
+    """Runs one step, which compiles; what it raised, in a word, or nothing."""
+    start = time.perf_counter()
+    try:
+        step(model, inputs)
+    except Exception as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return type(error).__name__
+    finally:
+        print(f"{name}: first step {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return ""
 
 
-def resnet(batch: int, size: int) -> Task:
-    """torchvision's ResNet-50."""
-    import_torchvision()
-    model = import_torchvision("torchvision.models").resnet50(weights=None)
-    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-    return Task(model, torch.randn(batch, 3, size, size), [block for s in stages for block in s])
-
-
-def vit(batch: int, size: int) -> Task:
-    """torchvision's ViT of four blocks."""
-    import_torchvision()
-    transformer = import_torchvision("torchvision.models.vision_transformer").VisionTransformer(
-        size, 4, 4, 8, 256, 1024)
-    return Task(transformer, torch.randn(batch, 3, size, size), list(transformer.encoder.layers))
-
-
-def gpt(batch: int, size: int) -> Task:
-    """A GPT of four blocks; ``size`` times eight tokens."""
-    model = SmallGPT(context=8 * size, width=256, heads=8)
-    return Task(model, torch.randint(256, (batch, 8 * size)), list(model.blocks))
-
-
-#: Name -> task and default batch.
-TASKS: dict[str, tuple[Callable[[int, int], Task], int]] = {
-    "efficientnet_v2_s": (efficientnet, 32), "resnet50": (resnet, 32), "vit": (vit, 64),
-    "gpt": (gpt, 16)}
-
-
-def step(model: Callable[[Tensor], Tensor], inputs: Tensor) -> None:
-    """Forward, loss, backward."""
-    model(inputs).logsumexp(-1).mean().backward()
-
-
-class Checkpointed(nn.Module):
-    """Recomputes each part of a network in backward."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.model, self.parts = task.model, task.parts
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        forwards = [part.forward for part in self.parts]
-        for part, forward in zip(self.parts, forwards):
-            part.forward = partial(checkpoint, forward, use_reentrant=False)
-        try:
-            return self.model(inputs)
-        finally:
-            for part in self.parts:
-                del part.forward
-
-
-def with_rounded_inputs(task: Task) -> QuantBackwardWrapper:
-    """Recomputes each part from an input of 2 bits; what the rest saves takes 2 bits too."""
-    quantizer = configs.ShiftedUint2DynamicActPerBucketFloatStochastic.let(
-        metadata_dtype=torch.bfloat16)
-    return QuantBackwardWrapper(
-        Checkpointed(task), quantizer, policy=OpAware(checkpoint_quant=quantizer))
-
-
-def measure(name: str, batch: int | None, size: int, rounds: int) -> list[dict[str, Any]]:
-    """One row for each way to keep saved tensors."""
+def measure(
+        name: str, chosen: dict[str, variants.Variant], batch: int | None, size: int,
+        rounds: int) -> list[dict[str, Any]]:
+    """One row for each way to keep saved tensors; the first is what the others are compared with."""
     torch.manual_seed(0)
     build, usual = TASKS[name]
     task = build(batch or usual, size)
-    models: dict[str, Callable[[Tensor], Tensor]] = {"plain": task.model}
-    for bits in WIDTHS:
-        quantizer = getattr(configs, f"ShiftedUint{bits}DynamicActPerBucketFloatStochastic")
-        models[f"ours, {bits} bits"] = QuantBackwardWrapper(
-            task.model, quantizer, metadata_dtype=torch.bfloat16)
-    models["ours, 2 bits, policy all"] = QuantBackwardWrapper(
-        task.model, policy="all", metadata_dtype=torch.bfloat16)
-    models["checkpoint, each block"] = Checkpointed(task)
-    models["checkpoint, 2-bit inputs"] = with_rounded_inputs(task)
-
-    def offloaded() -> None:
-        with save_on_cpu():
-            step(task.model, task.inputs)
-
-    variants = {key: partial(step, model, task.inputs) for key, model in models.items()}
-    seconds = interleaved({**variants, "save_on_cpu": offloaded}, rounds)
-
-    def saved(key: str) -> int:
-        model = models.get(key, task.model)
-        with track_saved_memory(model if isinstance(model, nn.Module) else task.model) as report:
-            loss = model(task.inputs).sum()
-        stored = report.stored_bytes
-        del loss
-        return stored
-
-    plain_bytes = saved("plain")
+    models = {key: variant(task) for key, variant in chosen.items()}
+    failed = {key: first_step(f"{name}, {key}", model, task.inputs) for key, model in models.items()}
+    steps = {key: partial(step, models[key], task.inputs) for key in models if not failed[key]}
+    seconds = interleaved(steps, rounds)
+    saved = {key: variants.saved_bytes(models[key], task.inputs) for key in steps}
+    reference = next(iter(models))
     rows = []
-    for key, time in seconds.items():
-        stored = saved(key)
+    for key in models:
+        row: dict[str, Any] = {"model": f"{name}, batch {len(task.inputs)}", "variant": key}
+        if failed[key]:
+            rows.append({**row, "ms": failed[key], "x plain": "", "saved MiB": "", "bytes ratio": ""})
+            continue
+        known = reference in seconds
         rows.append({
-            "model": name, "variant": key, "ms": time * 1e3, "x plain": time / seconds["plain"],
-            "saved MiB": stored / 2**20, "bytes ratio": plain_bytes / stored})
+            **row, "ms": seconds[key] * 1e3,
+            "x plain": seconds[key] / seconds[reference] if known else "",
+            "saved MiB": saved[key] / 2**20,
+            "bytes ratio": saved[reference] / saved[key] if known else ""})
     return rows
 
 
-def main() -> None:
+def select(
+        available: dict[str, variants.Variant],
+        only: list[str] | None) -> dict[str, variants.Variant]:
+    """The named variants and "plain", in their own order."""
+    unknown = set(only or ()) - set(available)
+    if unknown:
+        raise SystemExit(f"--only: expected some of {list(available)}, got {sorted(unknown)}")
+    return {key: v for key, v in available.items() if only is None or key in (*only, "plain")}
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="efficientnet_v2_s", choices=[*TASKS, "every"])
+    parser.add_argument("--model", nargs="+", default=["efficientnet_v2_s"],
+                        choices=[*TASKS, "every"])
+    parser.add_argument("--only", nargs="+", help="variants, beside plain")
     parser.add_argument("--batch", type=int, help="the model's own by default")
     parser.add_argument("--size", type=int, default=32, help="pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/step_time.json"))
-    options = parser.parse_args()
+    parser.add_argument("--compiled", action="store_true", help="compile the networks")
+    parser.add_argument("--backend", default="inductor", help="of --compiled")
+    add_output_options(parser, "runs/bench/step_time.json")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    names = list(TASKS) if options.model == "every" else [options.model]
-    rows = [
-        row for name in names
-        for row in measure(name, options.batch, options.size, options.rounds)]
-    show(f"a training step, {options.size} px, {options.threads} threads", rows, options.out)
+    torch._dynamo.config.recompile_limit = _RECOMPILATIONS
+    available = variants.compiled_variants(options.backend) if options.compiled else variants.EAGER
+    chosen = select(available, options.only)
+    names = list(TASKS) if "every" in options.model else options.model
+    rows = []
+    for name in names:
+        rows += measure(name, chosen, options.batch, options.size, options.rounds)
+        torch._dynamo.reset()
+    how = f"compiled ({options.backend})" if options.compiled else "eager"
+    title = f"A training step, {how}, {options.size} px, {on_threads(options.threads)}"
+    publish([Measured("step_time", title, rows)], options)
 
 
 if __name__ == "__main__":

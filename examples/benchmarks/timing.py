@@ -1,30 +1,31 @@
-"""Timing and output that the benchmarks share."""
+"""Timing that the benchmarks share: smallest times, since others on the machine only ever add."""
 
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 
-def best_of(function: Callable[[], Any], seconds: float = 0.5, least: int = 3) -> float:
-    """Smallest time of a call in seconds: the machine is shared, noise only ever adds."""
+def best_of(function: Callable[[], Any], seconds: float = 0.5, least: int = 3, calls: int = 1) -> float:
+    """Smallest time of a call in seconds.
+
+    Args:
+        function: is called once before, which does not count.
+        seconds: to spend, at least.
+        least: measurements, at least.
+        calls: of each measurement; several where one takes microseconds.
+    """
     function()
-    best, spent, calls = float("inf"), 0.0, 0
-    while spent < seconds or calls < least:
+    best, spent, measured = float("inf"), 0.0, 0
+    while spent < seconds or measured < least:
         start = time.perf_counter()
-        function()
+        for _ in range(calls):
+            function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
-        best, spent, calls = min(best, elapsed), spent + elapsed, calls + 1
+        best, spent, measured = min(best, elapsed / calls), spent + elapsed, measured + 1
     return best
 
 
@@ -60,27 +61,3 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
                 torch.cuda.synchronize()
             best[name] = min(best[name], time.perf_counter() - start)
     return best
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device,
-        "processor": platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__}
-
-
-def show(title: str, rows: list[dict[str, Any]], out: Path | None) -> None:
-    """Prints rows as a table and writes them as JSON with the machine."""
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"title": title, "machine": machine(), "rows": rows}, indent=2))

@@ -29,7 +29,7 @@ from brevitas_bp import quant as configs
 from brevitas_bp.allocate import measure_gradient_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from step_time import Checkpointed, Task
+from networks import Checkpointed, Task
 
 #: Network -> its blocks, which checkpointing recomputes one by one.
 BLOCKS: dict[str, Callable[[Any], list[nn.Module]]] = {

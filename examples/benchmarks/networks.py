@@ -1,0 +1,86 @@
+"""The networks whose training steps are measured."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from brevitas_bp.models import efficientnet_v2
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "efficientnet_v2"))
+from small_gpt import SmallGPT
+from vision import import_torchvision
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, an input, and the parts of the network that checkpointing recomputes."""
+
+    model: nn.Module
+    inputs: Tensor
+    parts: list[nn.Module]
+
+
+def efficientnet(batch: int, size: int) -> Task:
+    """EfficientNetV2-S with a stem for small images."""
+    model: Any = efficientnet_v2.efficientnet_v2_s(num_classes=10, stem_stride=1)
+    return Task(
+        model, torch.randn(batch, 3, size, size), [layer for part in model.features for layer in part])
+
+
+def resnet(batch: int, size: int) -> Task:
+    """torchvision's ResNet-50."""
+    import_torchvision()
+    model = import_torchvision("torchvision.models").resnet50(weights=None)
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    return Task(model, torch.randn(batch, 3, size, size), [block for s in stages for block in s])
+
+
+def vit(batch: int, size: int) -> Task:
+    """torchvision's ViT of four blocks."""
+    import_torchvision()
+    transformer = import_torchvision("torchvision.models.vision_transformer").VisionTransformer(
+        size, 4, 4, 8, 256, 1024)
+    return Task(transformer, torch.randn(batch, 3, size, size), list(transformer.encoder.layers))
+
+
+def gpt(batch: int, size: int) -> Task:
+    """A GPT of four blocks; ``size`` times eight tokens."""
+    model = SmallGPT(context=8 * size, width=256, heads=8)
+    return Task(model, torch.randint(256, (batch, 8 * size)), list(model.blocks))
+
+
+#: Name -> task and default batch.
+TASKS: dict[str, tuple[Callable[[int, int], Task], int]] = {
+    "efficientnet_v2_s": (efficientnet, 32), "resnet50": (resnet, 32), "vit": (vit, 64),
+    "gpt": (gpt, 16)}
+
+
+def step(model: Callable[[Tensor], Tensor], inputs: Tensor) -> None:
+    """Forward, loss, backward."""
+    model(inputs).logsumexp(-1).mean().backward()
+
+
+class Checkpointed(nn.Module):
+    """Recomputes each part of a network in backward."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model, self.parts = task.model, task.parts
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        forwards = [part.forward for part in self.parts]
+        for part, forward in zip(self.parts, forwards):
+            part.forward = partial(checkpoint, forward, use_reentrant=False)
+        try:
+            return self.model(inputs)
+        finally:
+            for part in self.parts:
+                del part.forward
