@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.kernels import reference
-from brevitas_bp.kernels.reference import Encoded
+from brevitas_bp.kernels.reference import Encoded, compute_dtype
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from tests.strategies import RULES
 from tests.support import same_bits
@@ -38,14 +38,14 @@ class Form(Protocol):
 def samples(dtype: torch.dtype) -> dict[str, Tensor]:
     """Flat tensors of all kinds of values."""
     generator = torch.Generator().manual_seed(0)
-    largest = torch.finfo(dtype).max
-    normal = torch.randn(1000, generator=generator)
-    broken = torch.randn(2000, generator=generator)
-    broken[[5, 700, 1500]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    largest, computed = torch.finfo(dtype).max, compute_dtype(dtype)
+    normal = torch.randn(1000, generator=generator, dtype=computed)
+    broken = torch.randn(2000, generator=generator, dtype=computed)
+    broken[[5, 700, 1500]] = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(computed)
     data = {
         "one": normal[:1], "seven": normal[:7], "normal": normal, "whole": normal.repeat(5)[:4608],
         "shifted": normal + 100, "constant": torch.full((700,), 3.7), "zero": torch.zeros(300),
-        "signed zeros": torch.tensor([-0.0, 0.0] * 100), "subnormal": normal * 1e-38,
+        "signed zeros": torch.tensor([-0.0, 0.0] * 100), "subnormal": normal * torch.finfo(computed).tiny,
         "broken": broken}
     out = {name: x.to(dtype) for name, x in data.items()}
     out["huge"] = (normal * largest).clamp(-largest, largest).to(dtype)

@@ -13,10 +13,10 @@ from tests.strategies import dtype_name
 cpu = pytest.importorskip("brevitas_bp.kernels.cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
 def test_bytes_equal_the_reference(dtype: torch.dtype) -> None:
     # 16-bit input differs from float32 only in its conversion: a part of the specs will do.
-    specs = SPECS if dtype == torch.float32 else SPECS[::5]
+    specs = SPECS if dtype in (torch.float32, torch.float64) else SPECS[::5]
     for spec, x in product(specs, samples(dtype).values()):
         check(cpu, x, spec)
 
@@ -54,7 +54,7 @@ def test_python_threads_may_encode_at_once() -> None:
     assert results == [True] * 40
 
 
-def test_double_and_whole_tensors_go_to_the_reference() -> None:
-    assert not cpu.supports(torch.float64, BucketQuantSpec())
+def test_whole_tensors_go_to_the_reference() -> None:
+    assert cpu.supports(torch.float64, BucketQuantSpec())
     assert not cpu.supports(torch.float32, BucketQuantSpec(bucket_size=None))
     assert cpu.supports(torch.bfloat16, BucketQuantSpec())
