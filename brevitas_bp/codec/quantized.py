@@ -28,18 +28,11 @@ from brevitas_bp.core.average import AverageQuant
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
+from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype, to_metadata
 from brevitas_bp.kernels.dispatch import decode, encode
 from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
 from brevitas_bp.kernels.random import seeded
-from brevitas_bp.kernels.reference import (
-    Encoded,
-    bucket_shape,
-    compute_dtype,
-    draw_layout,
-    payload_nbytes,
-    stored_metadata_dtype,
-    to_metadata,
-)
+from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from brevitas_bp.kernels.widths import WidthLayout
 from brevitas_bp.proxy import check_override_names

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
-from brevitas_bp.kernels.reference import compute_dtype, reciprocal, round_down, round_up
+from brevitas_bp.kernels.arithmetic import compute_dtype, reciprocal, round_down, round_up
 from brevitas_bp.kernels.spec import check_bit_width, check_metadata_dtype
 
 

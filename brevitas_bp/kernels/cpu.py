@@ -7,7 +7,8 @@ Kernels release the interpreter lock and run serially on a range of buckets; lar
 over a small pool of threads. numba's own parallel layer is not used: its default one aborts the process
 when two Python threads enter it.
 
-Not here, but in the reference: buckets of a whole tensor.
+Larger buckets, those of a whole tensor among them, have kernels of their own:
+:mod:`brevitas_bp.kernels.cpu_whole`.
 """
 
 import os
@@ -22,15 +23,9 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.kernels import cpu_kernels
+from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.kernels.random import noise_keys
-from brevitas_bp.kernels.reference import (
-    Encoded,
-    bucket_shape,
-    compute_dtype,
-    draw_layout,
-    payload_nbytes,
-    stored_metadata_dtype,
-)
+from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 
 LARGEST_BUCKET = 1 << 16
@@ -46,7 +41,8 @@ _INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
 
 def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
     """Whether these kernels cover a tensor of this dtype."""
-    return spec.bucket_size is not None and spec.bucket_size <= LARGEST_BUCKET
+    return flat_dtype.is_floating_point and spec.bucket_size is not None and (
+        spec.bucket_size <= LARGEST_BUCKET)
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:

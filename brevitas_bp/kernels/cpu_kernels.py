@@ -15,8 +15,8 @@ import numba
 import numpy as np
 import torch
 
+from brevitas_bp.kernels.arithmetic import RANGE_LIMIT
 from brevitas_bp.kernels.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS
-from brevitas_bp.kernels.reference import RANGE_LIMIT
 
 _U = np.uint32
 _F = np.float32
@@ -35,7 +35,7 @@ jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 @jit
 def _round_down_bf16(value: Any, one: Any, view: Any) -> Any:
-    """See ``reference.round_down``; ``one`` and ``view`` are the same four bytes."""
+    """See ``arithmetic.round_down``; ``one`` and ``view`` are the same four bytes."""
     integer = one.dtype.type
     view[0] = value
     truncated = integer(one[0] & integer(-65536))
@@ -47,7 +47,7 @@ def _round_down_bf16(value: Any, one: Any, view: Any) -> Any:
 
 @jit
 def reciprocal(scale: Any, dtype: Any) -> Any:
-    """See ``reference.reciprocal``."""
+    """See ``arithmetic.reciprocal``."""
     return dtype.type(1) / scale if scale >= dtype.type(np.finfo(dtype).tiny) else dtype.type(0)
 
 
@@ -76,7 +76,7 @@ def largest_magnitude(bits: Any) -> Any:
 
 @jit
 def tree_sum(terms: Any) -> Any:
-    """Sum of ``terms``, which are destroyed: the binary tree of ``reference.l2_norm``."""
+    """Sum of ``terms``, which are destroyed: the binary tree of ``arithmetic.l2_norm``."""
     n = terms.size
     while n > 1:
         half = (n + 1) // 2
@@ -105,7 +105,7 @@ def norm_unit(peak: Any, dtype: Any) -> Any:
 
 @jit
 def _norm(x: Any, peak: Any, scratch: Any) -> Any:
-    """See ``reference.l2_norm``."""
+    """See ``arithmetic.l2_norm``."""
     unit = norm_unit(peak, x.dtype)
     squares(x, unit, scratch)
     return x.dtype.type(math.sqrt(tree_sum(scratch)) * unit)
@@ -282,7 +282,7 @@ def unpack(packed: Any, width: Any, codes: Any) -> None:
 
 
 @jit
-def _locate(
+def locate(
         bucket: Any, size: Any, n: Any, mixed: Any, multiplier: Any, shift: Any, widths: Any) -> Any:
     """Which width a bucket has (1: the mixed one) and where its bytes begin."""
     slot = (multiplier * bucket + shift) % n
@@ -347,7 +347,7 @@ def encode(
     scratch = np.empty(size if rule == 2 else 1, np.float64)
     scales, offsets = np.empty(end - begin, x.dtype), np.empty(end - begin, x.dtype)
     for bucket in range(begin, end):
-        kind, position = _locate(bucket, size, n, mixed, multiplier, shift, widths)
+        kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
         nbytes = size * width // 8
         start = (bucket - first) * size
@@ -398,7 +398,7 @@ def decode(
     view = np.empty(1, out.dtype)
     parts = view.view(np.uint16)
     for bucket in range(begin, end):
-        kind, position = _locate(bucket, size, n, mixed, multiplier, shift, widths)
+        kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
         nbytes = size * width // 8
         unpack(payload[position:position + nbytes], width, codes)

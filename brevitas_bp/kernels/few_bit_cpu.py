@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brevitas_bp.kernels.arithmetic import compute_dtype
 from brevitas_bp.kernels.cpu import _run
 from brevitas_bp.kernels.cpu_kernels import jit, pack, unpack
 from brevitas_bp.kernels.few_bit import BLOCK, few_bit_nbytes
-from brevitas_bp.kernels.reference import compute_dtype
 
 # Blocks copied at once where the input is a 16-bit float, or has gaps.
 _CHUNK = 64

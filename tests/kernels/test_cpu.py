@@ -1,16 +1,20 @@
 """The compiled CPU kernels give the reference's bytes."""
 
 import threading
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
+from brevitas_bp.kernels import dispatch, reference
+from brevitas_bp.kernels.packing import pack, unpack
 from brevitas_bp.kernels.spec import BucketQuantSpec
-from tests.kernels.table import DTYPES, SPECS, check, same_bytes, samples
+from tests.kernels.table import DTYPES, LARGE_SPECS, SPECS, check, same_bytes, samples
 from tests.strategies import dtype_name
 
 cpu = pytest.importorskip("brevitas_bp.kernels.cpu")
+cpu_whole = pytest.importorskip("brevitas_bp.kernels.cpu_whole")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
@@ -54,7 +58,41 @@ def test_python_threads_may_encode_at_once() -> None:
     assert results == [True] * 40
 
 
-def test_whole_tensors_go_to_the_reference() -> None:
-    assert cpu.supports(torch.float64, BucketQuantSpec())
-    assert not cpu.supports(torch.float32, BucketQuantSpec(bucket_size=None))
-    assert cpu.supports(torch.bfloat16, BucketQuantSpec())
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
+def test_large_buckets_give_the_reference_bytes(
+        dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Several conversions of 16-bit input, and several pieces of the widest and narrowest planes.
+    monkeypatch.setattr(cpu_whole, "_CHUNK", 1 << 13)
+    values = samples(dtype)
+    values["several pieces"] = values["normal"].repeat(34)[:33_333]
+    specs = LARGE_SPECS if dtype == torch.float32 else LARGE_SPECS[::3]
+    for spec, x in product(specs, values.values()):
+        check(cpu_whole, x, spec)
+
+
+def test_several_large_buckets_give_the_reference_bytes() -> None:
+    x = torch.randn(5 * 4096 + 11, generator=torch.Generator().manual_seed(0))
+    for spec in LARGE_SPECS:
+        for seed in range(2):
+            check(cpu_whole, x, replace(spec, bucket_size=4096), seed)
+
+
+def test_packing_pieces_one_after_another_would_be_noticed() -> None:
+    # Positive control: the bytes of a bucket are not those of its pieces.
+    x = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0))
+    spec = BucketQuantSpec(2, None, stochastic=False)
+    codes = unpack(reference.encode(x, spec, 0).payload.unsqueeze(0), 2, x.numel())
+    in_turn = pack(codes.view(2, -1), 2).view(1, -1)
+    assert not same_bytes(in_turn, pack(codes, 2))
+
+
+def test_an_empty_tensor_has_no_large_bucket() -> None:
+    for spec in LARGE_SPECS:
+        check(cpu_whole, torch.empty(0), spec)
+
+
+def test_each_bucket_size_has_its_kernels() -> None:
+    sizes = {256: cpu, cpu.LARGEST_BUCKET: cpu, cpu.LARGEST_BUCKET + 8: cpu_whole, None: cpu_whole}
+    for dtype, (size, form) in product((*DTYPES, torch.float64), sizes.items()):
+        spec = BucketQuantSpec(bucket_size=size)
+        assert dispatch.backend(torch.device("cpu"), dtype, spec) is form
