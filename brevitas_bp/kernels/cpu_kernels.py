@@ -203,6 +203,13 @@ def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: A
         codes[i] = np.uint8(np.int32(q) - shift)
 
 
+@jit
+def copy_bytes(source: Any, target: Any) -> None:
+    """Copies all of ``source``: an assignment of slices is not turned into vector code."""
+    for i in range(source.size):
+        target[i] = source[i]
+
+
 # Each plane is written out: one loop over its bytes, which the compiler turns into vector code.
 
 
@@ -211,7 +218,7 @@ def pack(codes: Any, width: Any, out: Any) -> None:
     """See ``packing.pack``, of one bucket."""
     size = codes.size
     if width == 8:
-        out[:] = codes
+        copy_bytes(codes, out)
         return
     start, first = 0, np.uint8(0)
     if width & 4:
@@ -248,7 +255,7 @@ def unpack(packed: Any, width: Any, codes: Any) -> None:
     """See ``packing.unpack``, of one bucket."""
     size = codes.size
     if width == 8:
-        codes[:] = packed
+        copy_bytes(packed, codes)
         return
     start, first = 0, np.uint8(0)
     if width & 4:

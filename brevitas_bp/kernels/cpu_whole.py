@@ -16,6 +16,7 @@ from brevitas_bp.kernels.arithmetic import compute_dtype, l2_norm
 from brevitas_bp.kernels.cpu import _INTEGERS, _largest, _run, _Static, _static, _words
 from brevitas_bp.kernels.cpu_kernels import (
     affine_metadata,
+    copy_bytes,
     dequantize,
     extremes,
     jit,
@@ -77,10 +78,11 @@ def _copy_runs(
             runs = segments * bits // 8
             for i in range(runs):
                 start = plane + i * period + column
+                there, here = payload[start:start + length], packed[local:local + length]
                 if into:
-                    payload[start:start + length] = packed[local:local + length]
+                    copy_bytes(here, there)
                 else:
-                    packed[local:local + length] = payload[start:start + length]
+                    copy_bytes(there, here)
                 local += length
             plane += runs * period
 
