@@ -36,7 +36,14 @@ from brevitas_bp.kernels.arithmetic import (
     to_metadata,
 )
 from brevitas_bp.kernels.packing import pack, packed_nbytes, planes, unpack
-from brevitas_bp.kernels.random import WIDTHS, derive, noise_keys, uniform_
+from brevitas_bp.kernels.random import (
+    WIDTHS,
+    derive,
+    noise_keys,
+    row_indices,
+    row_numbers,
+    uniform_,
+)
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 from brevitas_bp.kernels.widths import WidthLayout
 
@@ -131,8 +138,8 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
                 part = flat[rows * size:(rows + 1) * size]
                 scale, offset = _encode_large(part, rows * size, size, spec, width, seed, out[0])
             else:
-                rows = _rows(layout, first, last, flat.device)
-                x = _take(flat, rows, size, spec.pads_with_zero)
+                rows = rows_of(layout, first, last, flat.device)
+                x = take(flat, rows, size, spec.pads_with_zero)
                 starts = _starts(rows, size, flat.device)
                 scale, offset = bucket_metadata(x, size, spec, width)
                 out.copy_(pack(_codes(x, scale, offset, starts, spec, width, seed), width))
@@ -157,7 +164,7 @@ def decode(
             packed = encoded.payload[position:position + nbytes].view(last - first, -1)
             position += nbytes
             large = size > _CHUNK
-            rows = _bucket_at(layout, first) if large else _rows(layout, first, last, device)
+            rows = _bucket_at(layout, first) if large else rows_of(layout, first, last, device)
             scale = encoded.scale[rows].to(inner).unsqueeze(-1)
             offset = None if encoded.offset is None else encoded.offset[rows].to(
                 inner).unsqueeze(-1)
@@ -198,7 +205,7 @@ def _bucket_at(layout: WidthLayout, slot: int) -> int:
     return (slot - layout.shift) * layout.inverse % layout.n
 
 
-def _rows(
+def rows_of(
         layout: WidthLayout, first: int, last: int, device: torch.device) -> Tensor | slice:
     """The buckets of a run of slots: a slice where slots are in bucket order."""
     if layout.multiplier == 1 and layout.shift == 0:
@@ -208,12 +215,10 @@ def _rows(
 
 def _starts(rows: Tensor | slice, size: int, device: torch.device) -> Tensor:
     """Flat index of the first element of each bucket, int64 [r, 1]."""
-    if isinstance(rows, slice):
-        rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
-    return rows.unsqueeze(-1) * size
+    return row_numbers(rows, device).unsqueeze(-1) * size
 
 
-def _take(flat: Tensor, rows: Tensor | slice, size: int, pad_with_zero: bool) -> Tensor:
+def take(flat: Tensor, rows: Tensor | slice, size: int, pad_with_zero: bool) -> Tensor:
     """Buckets [r, size] of a flat tensor; only the last of all is copied in order to be padded."""
     if isinstance(rows, slice):
         return to_buckets(flat[rows.start * size:rows.stop * size], size, pad_with_zero)
@@ -230,9 +235,7 @@ def _take(flat: Tensor, rows: Tensor | slice, size: int, pad_with_zero: bool) ->
 
 def _noise(starts: Tensor, length: int, seed: int) -> Tensor:
     """Rounding noise [r, length] of rows whose first elements have the flat indices ``starts``."""
-    inside = torch.arange(length, dtype=torch.int64, device=starts.device)
-    # The hash wants the index modulo 2**32 as the bits of an int32.
-    return uniform_((starts + inside).to(torch.int32), noise_keys(seed))
+    return uniform_(row_indices(starts, length), noise_keys(seed))
 
 
 # NOTE [ A bucket in pieces ]
