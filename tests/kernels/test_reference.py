@@ -9,7 +9,7 @@ from hypothesis import given
 from torch import Tensor
 
 from brevitas_bp.kernels import arithmetic, reference
-from brevitas_bp.kernels.arithmetic import quantize
+from brevitas_bp.kernels.arithmetic import compute_dtype, quantize
 from brevitas_bp.kernels.packing import unpack
 from brevitas_bp.kernels.random import uniform
 from brevitas_bp.kernels.reference import (
@@ -22,6 +22,7 @@ from brevitas_bp.kernels.reference import (
     to_buckets,
 )
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
+from tests.live_bytes import peak_bytes
 from tests.stats import hoeffding
 from tests.strategies import (
     DTYPES,
@@ -345,6 +346,34 @@ def test_a_sum_from_left_to_right_would_be_noticed() -> None:
     # Positive control: float64 sums in another order are others in some bits.
     x = normals((64, 70), 1)
     assert not torch.equal(arithmetic.l2_norm(x), (x * x).cumsum(-1)[:, -1:].sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("size", [None, 64])
+@each_spec
+def test_temporaries_are_a_few_chunks(
+        spec: BucketQuantSpec, size: int | None, dtype: torch.dtype,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normals((1 << 14,), 5).to(dtype)[:-3]
+    spec = replace(spec, bucket_size=size)
+
+    def most() -> int:
+        encoded = encode(x, spec, seed=8)
+        stored = sum(t.nbytes for t in encoded.tensors)
+        return max(
+            peak_bytes(lambda: encode(x, spec, seed=8)) - stored,
+            peak_bytes(lambda: decode(encoded, spec, 8, x.numel(), dtype)) - x.nbytes)
+
+    monkeypatch.setattr(reference, "_CHUNK", 512)
+    monkeypatch.setattr(arithmetic, "_RUN", 64)
+    # At most eight tensors of a chunk in the dtype computed in, and the runs of a norm: one a level,
+    # the last in four copies. Padding and the slots of buckets are as small.
+    computed = compute_dtype(dtype).itemsize
+    bound = 8 * 512 * computed + (10 + 4) * 64 * 8 + 1024
+    assert most() <= bound
+    # Positive control: in one chunk.
+    monkeypatch.setattr(reference, "_CHUNK", 1 << 20)
+    assert most() > 5 * bound
 
 
 def test_an_integer_zero_point_puts_zero_on_the_grid() -> None:
