@@ -7,8 +7,8 @@ from brevitas_bp.kernels.spec import BucketQuantSpec, top_code
 
 # A bfloat16 scale may be 2**-7 larger than exact: T * s must stay below the largest float.
 RANGE_LIMIT = 1 - 2.0**-6
-# Squares summed at once: the temporaries of a norm are some twenty of such runs.
-_RUN = 1 << 14
+# Squares summed at once, on CPU and elsewhere: the temporaries of a norm are some ten of such runs.
+_RUN, _LARGE_RUN = 1 << 14, 1 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,8 +91,8 @@ def _sum_of_squares(x: Tensor, unit: Tensor | None, size: int) -> Tensor:
     ``sizes[k]`` elements are left after ``k`` levels. A run of them is made of ``2**k`` runs of ``x``;
     bit ``k`` of the number of a run says whether it is added to another at level ``k``.
     """
-    sizes = [size]
-    while sizes[-1] > _RUN:
+    sizes, longest = [size], _RUN if x.device.type == "cpu" else _LARGE_RUN
+    while sizes[-1] > longest:
         sizes.append((sizes[-1] + 1) // 2)
     depth, sums = len(sizes) - 1, []
     for run in range(1 << depth):

@@ -47,8 +47,9 @@ from brevitas_bp.kernels.random import (
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 from brevitas_bp.kernels.widths import WidthLayout
 
-# Elements handled at once: temporaries stay in the cache and small beside the tensor.
-_CHUNK = 1 << 17
+# Elements handled at once: temporaries are small beside the tensor, and on CPU stay in the cache.
+# Elsewhere a launch costs more than memory.
+_CHUNK, _LARGE_CHUNK = 1 << 17, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,13 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
     scales = flat.new_empty((n, 1), dtype=stored_dtype)
     offsets = flat.new_empty((n, 1), dtype=stored_dtype) if spec.affine else None
-    position = 0
+    position, chunk = 0, _chunk(flat.device)
     for start, stop, width in regions(layout, spec):
-        for first, last in _chunks(start, stop, size):
+        for first, last in _chunks(start, stop, size, chunk):
             nbytes = (last - first) * packed_nbytes(size, width)
             out = payload[position:position + nbytes].view(last - first, -1)
             position += nbytes
-            if size > _CHUNK:
+            if size > chunk:
                 rows = _bucket_at(layout, first)
                 part = flat[rows * size:(rows + 1) * size]
                 scale, offset = _encode_large(part, rows * size, size, spec, width, seed, out[0])
@@ -157,13 +158,13 @@ def decode(
     layout = draw_layout(n, spec, seed)
     inner, device = compute_dtype(dtype), encoded.payload.device
     out = torch.empty((n, size), dtype=dtype, device=device)
-    position = 0
+    position, chunk = 0, _chunk(device)
     for start, stop, width in regions(layout, spec):
-        for first, last in _chunks(start, stop, size):
+        for first, last in _chunks(start, stop, size, chunk):
             nbytes = (last - first) * packed_nbytes(size, width)
             packed = encoded.payload[position:position + nbytes].view(last - first, -1)
             position += nbytes
-            large = size > _CHUNK
+            large = size > chunk
             rows = _bucket_at(layout, first) if large else rows_of(layout, first, last, device)
             scale = encoded.scale[rows].to(inner).unsqueeze(-1)
             offset = None if encoded.offset is None else encoded.offset[rows].to(
@@ -195,8 +196,12 @@ def _values(
     return dequantize(codes, scale, offset, dtype)
 
 
-def _chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    step = max(1, _CHUNK // max(size, 1))
+def _chunk(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _LARGE_CHUNK
+
+
+def _chunks(start: int, stop: int, size: int, chunk: int) -> list[tuple[int, int]]:
+    step = max(1, chunk // max(size, 1))
     return [(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
@@ -268,10 +273,10 @@ def _runs(width: int, period: int, start: int, stop: int) -> list[tuple[slice, s
     return found
 
 
-def _pieces(size: int, width: int) -> list[tuple[int, int]]:
+def _pieces(size: int, width: int, chunk: int) -> list[tuple[int, int]]:
     """Columns (start, stop) of the pieces of a bucket."""
     period = size // segments_of(width)
-    step = max(1, _CHUNK // segments_of(width))
+    step = max(1, chunk // segments_of(width))
     return [(start, min(start + step, period)) for start in range(0, period, step)]
 
 
@@ -282,7 +287,7 @@ def _encode_large(
     scale, offset = bucket_metadata(x.unsqueeze(0), size, spec, width)
     period = size // segments_of(width)
     starts = torch.arange(segments_of(width), device=x.device).unsqueeze(-1) * period + index
-    for start, stop in _pieces(size, width):
+    for start, stop in _pieces(size, width, _chunk(x.device)):
         piece = x.new_empty((segments_of(width), stop - start))
         for i, row in enumerate(piece):
             part = x[i * period + start:i * period + stop]
@@ -300,7 +305,7 @@ def _decode_large(
         out: Tensor) -> None:
     """Inverse of :func:`_encode_large`; ``out`` [size]."""
     segments = out.view(segments_of(width), -1)
-    for start, stop in _pieces(out.numel(), width):
+    for start, stop in _pieces(out.numel(), width, _chunk(out.device)):
         piece = torch.cat([
             packed[there] for there, _ in _runs(width, segments.shape[1], start, stop)])
         size = segments.shape[0] * (stop - start)

@@ -25,18 +25,22 @@ def test_bytes_equal_the_reference(dtype: torch.dtype) -> None:
         check(cpu, x, spec)
 
 
-def test_bytes_do_not_depend_on_the_number_of_threads() -> None:
-    x = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
-    spec = BucketQuantSpec(mix_bit_width=4, mix_prob=0.5)
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("size", [256, None])
+def test_bytes_do_not_depend_on_the_number_of_threads(size: int | None) -> None:
+    # Enough for two threads to pay.
+    x = torch.randn((1 << 20) + 5, generator=torch.Generator().manual_seed(0))
+    spec = BucketQuantSpec(3, size, mix_bit_width=4, mix_prob=0.5)
+    form = cpu if size else cpu_whole
+    threads, results = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(1)
-        alone = cpu.encode(x, spec, seed=1)
-        torch.set_num_threads(3)
-        split = cpu.encode(x, spec, seed=1)
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            encoded = form.encode(x, spec, seed=1)
+            decoded = form.decode(encoded, spec, 1, x.numel(), x.dtype)
+            results.append((*encoded.tensors, decoded))
     finally:
         torch.set_num_threads(threads)
-    assert all(map(same_bytes, alone.tensors, split.tensors))
+    assert all(map(same_bytes, *results))
 
 
 def test_python_threads_may_encode_at_once() -> None:
