@@ -12,8 +12,8 @@ from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.average import check_average_size, group_means, spread, to_dtype
 from brevitas_bp.kernels import dispatch
+from brevitas_bp.kernels.arithmetic import compute_dtype
 from brevitas_bp.kernels.averages import group_count
-from brevitas_bp.kernels.reference import compute_dtype
 
 
 @final

@@ -13,8 +13,9 @@ from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec, codec_from
 from brevitas_bp.core.bucket import memory_order
 from brevitas_bp.errors import UnsupportedQuantizerError
+from brevitas_bp.kernels.arithmetic import compute_dtype
 from brevitas_bp.kernels.random import derive
-from brevitas_bp.kernels.reference import compute_dtype, to_buckets
+from brevitas_bp.kernels.reference import to_buckets
 from brevitas_bp.kernels.spec import check_bit_width
 
 _WHERE = "brevitas_bp.codec.PerSampleCodec"

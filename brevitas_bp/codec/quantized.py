@@ -12,7 +12,8 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
 from brevitas_bp.codec.average import AverageCodec
-from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.general import ModuleCodec, codec_name, float_dtype
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lowering import lower
@@ -28,20 +29,11 @@ from brevitas_bp.core.average import AverageQuant
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
+from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.kernels.dispatch import decode, encode
-from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
-from brevitas_bp.kernels.random import seeded
-from brevitas_bp.kernels.reference import (
-    Encoded,
-    bucket_shape,
-    compute_dtype,
-    draw_layout,
-    payload_nbytes,
-    stored_metadata_dtype,
-    to_metadata,
-)
+from brevitas_bp.kernels.packing import packed_nbytes
+from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec
-from brevitas_bp.kernels.widths import WidthLayout
 from brevitas_bp.proxy import check_override_names
 
 
@@ -77,7 +69,7 @@ class LoweredCodec(Codec):
         (spec, seed), own = packed.facts, self.spec
         if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
             refuse(packed, own, spec)
-        dtype = _float_dtype(packed)
+        dtype = float_dtype(packed)
         n, size = bucket_shape(packed.layout.numel, spec.bucket_size)
         metadata = Form.flat(n, stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)))
         codes = Form.flat(payload_nbytes(draw_layout(n, spec, seed), spec, size))
@@ -95,112 +87,6 @@ class LoweredCodec(Codec):
                 selector.probability != self.spec.mix_prob):
             self.spec = replace(self.spec, mix_prob=selector.probability)
         return self.spec
-
-
-class ModuleCodec(Codec):
-    """A bucket quantizer with parts of the user's own: modules -> codes -> bytes.
-
-    Draws the same noise from the same seed as :class:`LoweredCodec`, and where both apply gives the
-    same bytes.
-    """
-
-    def __init__(self, quantizer: BucketRescalingIntQuant) -> None:
-        self.quantizer = quantizer
-        self.widths = quantizer.bit_widths
-        top = [int(quantizer.int_quant.max_int(torch.tensor(float(w)))) for w in self.widths]
-        self.lowest = tuple(-t if quantizer.int_quant.signed else 0 for t in top)
-        self.name = codec_name(self.widths, None)
-
-    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Quantizes and packs a float tensor."""
-        if x.numel() == 0:
-            return Keep().encode(x, where=where)
-        layout = TensorLayout.of(x)
-        quantizer = self.quantizer
-        with torch.no_grad(), seeded(seed):
-            codes, scale, offset, _ = quantizer.quantize(layout.flatten(x))
-        # A part of the user's own may hide a NaN: poison the bucket, so that backward sees it.
-        scale = torch.where(codes.isfinite().all(-1, keepdim=True), scale.detach(), torch.nan)
-        n, size = codes.shape
-        width_layout = self._draw_layout(n, seed)
-        packed = []
-        for rows, width, lowest in self._rows(width_layout, "cpu"):
-            part = torch.where(scale[rows].isnan(), 0, codes[rows] - lowest).to(torch.uint8)
-            packed.append(pack(part, width).view(-1))
-        stored = stored_metadata_dtype(quantizer.metadata_dtype, scale.dtype)
-        tensors = [torch.cat(packed), to_metadata(scale, stored).view(-1)]
-        if kind_of(quantizer.zero_point_impl) != "ZeroZeroPoint":
-            tensors.append(to_metadata(offset.expand(n, 1), stored).reshape(-1))
-        return Packed(self, tuple(tensors), layout, (n, size, width_layout), where)
-
-    def decode(self, packed: Packed) -> Tensor:
-        """Unpacks and dequantizes."""
-        n, size, width_layout = packed.facts
-        payload, scale = packed.tensors[:2]
-        inner = compute_dtype(packed.layout.dtype)
-        codes = torch.empty((n, size), dtype=inner, device=payload.device)
-        position = 0
-        for rows, width, lowest in self._rows(width_layout, payload.device):
-            count = len(rows) if isinstance(rows, Tensor) else n
-            nbytes = count * packed_nbytes(size, width)
-            part = payload[position:position + nbytes].view(count, -1)
-            codes[rows] = unpack(part, width, size).to(inner) + lowest
-            position += nbytes
-        scale = scale.to(inner).unsqueeze(-1)
-        offset = packed.tensors[2].to(inner).unsqueeze(-1) if len(packed.tensors) > 2 else scale * 0
-        like = torch.empty(packed.layout.numel, dtype=packed.layout.dtype, device="meta")
-        with torch.no_grad():
-            flat = self.quantizer.dequantize(codes, scale, offset, like)
-        return packed.layout.restore_flat(flat)
-
-    def forms(self, packed: Packed) -> Sequence[Form]:
-        n, size, width_layout = packed.facts
-        inner = compute_dtype(_float_dtype(packed))
-        if width_layout.n != n or not n * size >= packed.layout.numel > (n - 1) * size:
-            refuse(packed, f"{n} buckets of {size}, {width_layout.n} with a width", packed.layout)
-        metadata = Form.flat(n, stored_metadata_dtype(self.quantizer.metadata_dtype, inner))
-        nbytes = sum(
-            (stop - start) * packed_nbytes(size, self.widths[which])
-            for start, stop, which in width_layout.runs())
-        affine = kind_of(self.quantizer.zero_point_impl) != "ZeroZeroPoint"
-        return [Form.flat(nbytes), *[metadata] * (1 + affine)]
-
-    def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        size = getattr(self.quantizer.input_view_impl, "bucket_size", None)
-        n, size = bucket_shape(layout.numel, size)
-        return n * packed_nbytes(size, min(self.widths))
-
-    def _draw_layout(self, n: int, seed: int) -> WidthLayout:
-        """The widths that the quantizer drew from ``seed``, drawn again."""
-        selector = self.quantizer.msb_clamp_bit_width_impl
-        if not isinstance(selector, TwoBitWidthSelector):
-            return WidthLayout(n, 0)
-        with seeded(seed):
-            return selector.draw(n)
-
-    def _rows(self, layout: WidthLayout, device: Any) -> list[Any]:
-        """(buckets, width, lowest code) of each run of one width, in the order of the payload."""
-        if len(self.widths) == 1:
-            return [(slice(None), self.widths[0], self.lowest[0])]
-        return [
-            (layout.buckets(start, stop, device), self.widths[which], self.lowest[which])
-            for start, stop, which in layout.runs()]
-
-
-def _float_dtype(packed: Packed) -> torch.dtype:
-    if not packed.layout.dtype.is_floating_point:
-        refuse(packed, "a float tensor", packed.layout.dtype)
-    return packed.layout.dtype
-
-
-def codec_name(widths: tuple[int, ...], stochastic: bool | None) -> str:
-    """Short name for reports.
-
-    >>> codec_name((2, 4), True)
-    '2/4-bit stochastic'
-    """
-    bits = "/".join(str(w) for w in widths) + "-bit"
-    return bits if stochastic is None else f"{bits} {'stochastic' if stochastic else 'nearest'}"
 
 
 def codec_from(quantizer: Any, **overrides: Any) -> Codec:

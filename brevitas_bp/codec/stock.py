@@ -12,9 +12,10 @@ from brevitas_bp.codec.base import Codec, Keep, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.errors import UnsupportedQuantizerError
+from brevitas_bp.kernels.arithmetic import compute_dtype
 from brevitas_bp.kernels.packing import pack, unpack
 from brevitas_bp.kernels.random import seeded
-from brevitas_bp.kernels.reference import compute_dtype, to_buckets
+from brevitas_bp.kernels.reference import to_buckets
 from brevitas_bp.kernels.spec import MAX_BIT_WIDTH
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.core.bucket import memory_order, unflatten
 from brevitas_bp.kernels import averages
-from brevitas_bp.kernels.reference import compute_dtype
+from brevitas_bp.kernels.arithmetic import compute_dtype
 
 
 def check_average_size(where: str, size: Any) -> int:

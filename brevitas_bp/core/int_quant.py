@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
-from brevitas_bp.kernels.reference import compute_dtype, reciprocal, round_down, round_up
+from brevitas_bp.kernels.arithmetic import compute_dtype, reciprocal, round_down, round_up
 from brevitas_bp.kernels.spec import check_bit_width, check_metadata_dtype
 
 
@@ -161,10 +161,16 @@ class BucketRescalingIntQuant(nn.Module):
                 f"{where}: quantize_zero_point needs metadata_dtype=torch.float32, got "
                 f"{metadata_dtype}; a rounded offset would move zero off the grid")
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes as floats [N, B], scale [N, 1], offset [N, 1] or 0-d, bit width [N, 1] or 0-d."""
+    def quantize(
+            self, x: Tensor, bit_width: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes as floats [N, B], scale [N, 1], offset [N, 1] or 0-d, bit width [N, 1] or 0-d.
+
+        Args:
+            x: any shape.
+            bit_width: the widths of the buckets, where they are drawn already.
+        """
         buckets = self.input_view_impl(x.to(compute_dtype(x.dtype)))
-        bit_width = self._bit_width(buckets)
+        bit_width = self._bit_width(buckets) if bit_width is None else bit_width
         top = self.int_scaling_impl(bit_width).to(buckets.dtype)
         scale = self.scaling_impl(buckets, top)
         rounded = round_up(scale.detach(), self.metadata_dtype)

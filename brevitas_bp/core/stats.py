@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp.kernels.reference import finite_norm, finite_range, l2_norm, round_down
+from brevitas_bp.kernels.arithmetic import finite_norm, finite_range, l2_norm, round_down
 from brevitas_bp.kernels.spec import check_metadata_dtype
 
 

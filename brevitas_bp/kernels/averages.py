@@ -9,7 +9,7 @@ the range of the group, to the same ends. NaN and Inf give NaN or Inf in their o
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels.reference import compute_dtype
+from brevitas_bp.kernels.arithmetic import compute_dtype
 
 # Elements of a CPU tensor handled at once, so that float64 temporaries stay in the cache. Elsewhere a
 # launch costs more than memory.

@@ -29,6 +29,13 @@ def _cpu_kernels() -> ModuleType | None:
 
 
 @lru_cache(maxsize=1)
+def _large_cpu_kernels() -> ModuleType:
+    from brevitas_bp.kernels import cpu_whole
+
+    return cpu_whole
+
+
+@lru_cache(maxsize=1)
 def _gpu_kernels() -> ModuleType | None:
     """The Triton kernels, imported at first use; None, with one hint, where they cannot run."""
     try:
@@ -56,8 +63,8 @@ def backend(device: torch.device, dtype: torch.dtype, spec: BucketQuantSpec) -> 
     """The module whose ``encode`` and ``decode`` serve such tensors."""
     if device.type == "cpu":
         kernels = _cpu_kernels()
-        if kernels is not None and kernels.supports(dtype, spec):
-            return kernels
+        if kernels is not None:
+            return kernels if kernels.supports(dtype, spec) else _large_cpu_kernels()
     elif device.type == "cuda":
         kernels = _gpu_kernels()
         if kernels is not None and kernels.supports(dtype, spec):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from brevitas_bp.kernels.arithmetic import compute_dtype
 from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
-from brevitas_bp.kernels.reference import compute_dtype
 
 BLOCK = 4096
 # Elements handled at once: temporaries stay in the cache and small beside the tensor.

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels.cpu import _jit, _pack, _run, _unpack
+from brevitas_bp.kernels.arithmetic import compute_dtype
+from brevitas_bp.kernels.cpu import _run
+from brevitas_bp.kernels.cpu_kernels import jit, pack, unpack
 from brevitas_bp.kernels.few_bit import BLOCK, few_bit_nbytes
-from brevitas_bp.kernels.reference import compute_dtype
 
 # Blocks copied at once where the input is a 16-bit float, or has gaps.
 _CHUNK = 64
@@ -22,7 +23,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _U8 = np.uint8
 
 
-@_jit
+@jit
 def _encode(
         x: Any, first: Any, begin: Any, end: Any, borders: Any, width: Any, folded: Any,
         payload: Any, flags: Any) -> None:
@@ -50,10 +51,10 @@ def _encode(
             for i in range(count):
                 codes[i] += _U8(values[i] > border)
         position = block * (BLOCK * width // 8)
-        _pack(codes, width, payload[position:position + size * width // 8])
+        pack(codes, width, payload[position:position + size * width // 8])
 
 
-@_jit
+@jit
 def _decode(
         out: Any, begin: Any, end: Any, levels: Any, nan: Any, width: Any, payload: Any,
         flags: Any) -> None:
@@ -69,7 +70,7 @@ def _decode(
         size = (count + 7) // 8 * 8
         codes = buffer[:size]
         position = block * (BLOCK * width // 8)
-        _unpack(payload[position:position + size * width // 8], width, codes)
+        unpack(payload[position:position + size * width // 8], width, codes)
         for i in range(count):
             values[i] = levels[codes[i]]
 

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from brevitas_bp.kernels.arithmetic import RANGE_LIMIT
 from brevitas_bp.kernels.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS, NOISE_STEP
-from brevitas_bp.kernels.reference import RANGE_LIMIT
 
 _FLOAT32 = torch.finfo(torch.float32)
 _LIMIT = tl.constexpr(_FLOAT32.max * RANGE_LIMIT)
@@ -128,7 +128,7 @@ def _from_key(key: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _round_down_bf16(x: tl.tensor) -> tl.tensor:
-    """See ``reference.round_down``."""
+    """See ``arithmetic.round_down``."""
     bits = _bits(x)
     truncated = bits & -65536
     further = (bits < 0) & (truncated != bits)
@@ -166,7 +166,7 @@ def _squares(xs: tl.tuple) -> tl.tuple:
 def _norm(
         xs: tl.tuple, lane: tl.tensor, buckets: tl.constexpr, slice_size: tl.constexpr,
         lanes: tl.constexpr, levels: tl.constexpr) -> tl.tensor:
-    """See ``reference.l2_norm``: the same binary tree."""
+    """See ``arithmetic.l2_norm``: the same binary tree."""
     squares = _squares(xs)
     # The first three halvings add whole slices.
     a0 = (squares[0] + squares[4]) + (squares[2] + squares[6])

@@ -70,6 +70,19 @@ def _indices(numel: int, device: torch.device | str) -> Tensor:
     return torch.arange(numel, dtype=torch.int64, device=device).to(torch.int32)
 
 
+def row_numbers(rows: Tensor | slice, device: torch.device | str) -> Tensor:
+    """Rows as int64 [r]."""
+    if isinstance(rows, Tensor):
+        return rows
+    return torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
+
+
+def row_indices(starts: Tensor, length: int) -> Tensor:
+    """Flat indices modulo 2**32, as the bits of int32, of rows that start at ``starts`` [r, 1]."""
+    inside = torch.arange(length, dtype=torch.int32, device=starts.device)
+    return starts.to(torch.int32) + inside
+
+
 def unit_float(seed: int) -> float:
     """A float64 in [0, 1) made of the top 53 bits of ``seed``."""
     return (seed >> 11) * 2.0**-53
@@ -147,6 +160,7 @@ class _Ambient(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[tuple[int, Counter[int]]] = []
+        self.rows: Tensor | slice | None = None
 
 
 _ambient = _Ambient()
@@ -159,11 +173,31 @@ def seeded(seed: int) -> Iterator[None]:
     The k-th draw of a stream is a pure function of ``(seed, stream, k)``; torch's generators are
     not touched. Outside any block each draw takes its seed from torch's global generator.
     """
+    rows, _ambient.rows = _ambient.rows, None
     _ambient.stack.append((seed, Counter()))
     try:
         yield
     finally:
         _ambient.stack.pop()
+        _ambient.rows = rows
+
+
+@contextmanager
+def seeded_rows(seed: int, rows: Tensor | slice) -> Iterator[None]:
+    """As :func:`seeded`, for tensors that are some rows of a larger one.
+
+    Noise of a tensor [r, ...] is that which these rows of the larger tensor would get.
+
+    >>> whole = torch.zeros(5, 3)
+    >>> with seeded(1):
+    ...     expected = noise_like(whole)[2:4]
+    >>> with seeded_rows(1, slice(2, 4)):
+    ...     bool((noise_like(whole[2:4]) == expected).all())
+    True
+    """
+    with seeded(seed):
+        _ambient.rows = rows
+        yield
 
 
 def next_seed(stream: int) -> int:
@@ -181,7 +215,21 @@ def next_seed(stream: int) -> int:
 def noise_like_reference(x: Tensor) -> Tensor:
     """Noise shaped like ``x`` (flat index in row-major order), seeded by :func:`next_seed`."""
     keys = _split(next_seed(ROUNDING))
-    return uniform_(_indices(x.numel(), x.device), keys).view(x.shape)
+    if _ambient.rows is None:
+        return uniform_(_indices(x.numel(), x.device), keys).view(x.shape)
+    return uniform_(_indices_of_rows(x, _ambient.rows), keys).view(x.shape)
+
+
+def _indices_of_rows(x: Tensor, rows: Tensor | slice) -> Tensor:
+    rows = row_numbers(rows, x.device)
+    if x.dim() == 0 or len(x) != len(rows):
+        raise ValueError(
+            "brevitas_bp.kernels.random.noise_like: a tensor is encoded some buckets at a time, because "
+            f"all parts of its quantizer say bucketwise = True; expected noise [{len(rows)}, ...] for "
+            f"{len(rows)} buckets, got a tensor {list(x.shape)}; draw noise for each bucket, or leave "
+            "bucketwise out")
+    length = x[0].numel()
+    return row_indices(rows.unsqueeze(-1) * length, length)
 
 
 # NOTE [ The noise is an operator ]

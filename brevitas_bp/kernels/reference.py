@@ -26,15 +26,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
-from brevitas_bp.kernels.random import WIDTHS, derive, noise_keys, uniform_
+from brevitas_bp.kernels.arithmetic import (
+    bucket_metadata,
+    compute_dtype,
+    dequantize,
+    quantize,
+    stored_metadata_dtype,
+    to_bytes,
+    to_metadata,
+)
+from brevitas_bp.kernels.packing import pack, packed_nbytes, planes, unpack
+from brevitas_bp.kernels.random import (
+    WIDTHS,
+    derive,
+    noise_keys,
+    row_indices,
+    row_numbers,
+    uniform_,
+)
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 from brevitas_bp.kernels.widths import WidthLayout
 
-# A bfloat16 scale may be 2**-7 larger than exact: T * s must stay below the largest float.
-RANGE_LIMIT = 1 - 2.0**-6
-# Elements handled at once: temporaries stay in the cache and small beside the tensor.
-_CHUNK = 1 << 17
+# Elements handled at once: temporaries are small beside the tensor, and on CPU stay in the cache.
+# Elsewhere a launch costs more than memory.
+_CHUNK, _LARGE_CHUNK = 1 << 17, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class Encoded:
         return (self.payload, self.scale, self.offset)
 
 
+<<<<<<< HEAD
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that values of ``dtype`` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -186,6 +202,8 @@ def to_metadata(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored.isnan(), torch.nan, stored)
 
 
+=======
+>>>>>>> kernels
 def bucket_shape(numel: int, bucket_size: int | None) -> tuple[int, int]:
     """Number and size of the buckets of ``numel`` elements; size is padded to a multiple of 8.
 
@@ -236,24 +254,26 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """
     n, size = bucket_shape(flat.numel(), spec.bucket_size)
     layout = draw_layout(n, spec, seed)
-    dtype = compute_dtype(flat.dtype)
-    stored_dtype = stored_metadata_dtype(spec.metadata_dtype, dtype)
-    buckets = to_buckets(flat, spec.bucket_size, spec.pads_with_zero)
+    stored_dtype = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(flat.dtype))
     payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
     scales = flat.new_empty((n, 1), dtype=stored_dtype)
     offsets = flat.new_empty((n, 1), dtype=stored_dtype) if spec.affine else None
-    position = 0
+    position, chunk = 0, _chunk(flat.device)
     for start, stop, width in regions(layout, spec):
-        for first, last in _chunks(start, stop, size):
-            rows = _rows(layout, first, last, flat.device)
-            x = buckets[rows].to(dtype)
-            scale, offset = bucket_metadata(x, spec, width)
-            noise = _noise(rows, size, seed, flat.device) if spec.stochastic else None
-            lowest = lowest_code(spec.code_range, width)
-            codes = quantize(x, scale, offset, top_code(spec.code_range, width), lowest, noise)
-            packed = pack(to_bytes(codes, lowest, scale), width).view(-1)
-            payload[position:position + packed.numel()] = packed
-            position += packed.numel()
+        for first, last in _chunks(start, stop, size, chunk):
+            nbytes = (last - first) * packed_nbytes(size, width)
+            out = payload[position:position + nbytes].view(last - first, -1)
+            position += nbytes
+            if size > chunk:
+                rows = _bucket_at(layout, first)
+                part = flat[rows * size:(rows + 1) * size]
+                scale, offset = _encode_large(part, rows * size, size, spec, width, seed, out[0])
+            else:
+                rows = rows_of(layout, first, last, flat.device)
+                x = take(flat, rows, size, spec.pads_with_zero)
+                starts = _starts(rows, size, flat.device)
+                scale, offset = bucket_metadata(x, size, spec, width)
+                out.copy_(pack(_codes(x, scale, offset, starts, spec, width, seed), width))
             scales[rows] = to_metadata(scale, stored_dtype)
             if offsets is not None and offset is not None:
                 offsets[rows] = to_metadata(offset, stored_dtype)
@@ -266,33 +286,61 @@ def decode(
     """Unpacks and dequantizes: the flat tensor [numel] of ``dtype`` that :func:`encode` was given."""
     n, size = bucket_shape(numel, spec.bucket_size)
     layout = draw_layout(n, spec, seed)
-    inner = compute_dtype(dtype)
-    device = encoded.payload.device
+    inner, device = compute_dtype(dtype), encoded.payload.device
     out = torch.empty((n, size), dtype=dtype, device=device)
-    position = 0
+    position, chunk = 0, _chunk(device)
     for start, stop, width in regions(layout, spec):
-        nbytes = packed_nbytes(size, width)
-        lowest = lowest_code(spec.code_range, width)
-        for first, last in _chunks(start, stop, size):
-            rows = _rows(layout, first, last, device)
-            packed = encoded.payload[position:position + (last - first) * nbytes]
-            position += packed.numel()
-            codes = unpack(packed.view(-1, nbytes), width, size).to(inner)
-            codes = codes.add_(lowest) if lowest else codes
+        for first, last in _chunks(start, stop, size, chunk):
+            nbytes = (last - first) * packed_nbytes(size, width)
+            packed = encoded.payload[position:position + nbytes].view(last - first, -1)
+            position += nbytes
+            large = size > chunk
+            rows = _bucket_at(layout, first) if large else rows_of(layout, first, last, device)
             scale = encoded.scale[rows].to(inner).unsqueeze(-1)
             offset = None if encoded.offset is None else encoded.offset[rows].to(
                 inner).unsqueeze(-1)
-            out[rows] = dequantize(codes, scale, offset, dtype)
-    flat = out.view(-1)
-    return flat[:numel]
+            if large:
+                _decode_large(packed[0], scale, offset, spec, width, out[rows])
+            else:
+                out[rows] = _values(packed, size, scale, offset, spec, width, dtype)
+    return out.view(-1)[:numel]
 
 
-def _chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    step = max(1, _CHUNK // max(size, 1))
+def _codes(
+        x: Tensor, scale: Tensor, offset: Tensor | None, starts: Tensor, spec: BucketQuantSpec,
+        width: int, seed: int) -> Tensor:
+    """Codes of rows ``x`` [r, L], whose first elements have the flat indices ``starts`` [r, 1]."""
+    noise = _noise(starts, x.shape[-1], seed) if spec.stochastic else None
+    top, lowest = top_code(spec.code_range, width), lowest_code(spec.code_range, width)
+    codes = quantize(x.to(scale.dtype), scale, offset, top, lowest, noise)
+    return to_bytes(codes, lowest, scale)
+
+
+def _values(
+        packed: Tensor, size: int, scale: Tensor, offset: Tensor | None, spec: BucketQuantSpec,
+        width: int, dtype: torch.dtype) -> Tensor:
+    """Bytes to values [r, size]."""
+    lowest = lowest_code(spec.code_range, width)
+    codes = unpack(packed, width, size).to(scale.dtype)
+    codes = codes.add_(lowest) if lowest else codes
+    return dequantize(codes, scale, offset, dtype)
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _LARGE_CHUNK
+
+
+def _chunks(start: int, stop: int, size: int, chunk: int) -> list[tuple[int, int]]:
+    step = max(1, chunk // max(size, 1))
     return [(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
-def _rows(
+def _bucket_at(layout: WidthLayout, slot: int) -> int:
+    """The bucket that owns a slot."""
+    return (slot - layout.shift) * layout.inverse % layout.n
+
+
+def rows_of(
         layout: WidthLayout, first: int, last: int, device: torch.device) -> Tensor | slice:
     """The buckets of a run of slots: a slice where slots are in bucket order."""
     if layout.multiplier == 1 and layout.shift == 0:
@@ -300,11 +348,96 @@ def _rows(
     return layout.buckets(first, last, device)
 
 
-def _noise(rows: Tensor | slice, size: int, seed: int, device: torch.device) -> Tensor:
-    """Rounding noise [rows, size] of the buckets' flat indices."""
+def _starts(rows: Tensor | slice, size: int, device: torch.device) -> Tensor:
+    """Flat index of the first element of each bucket, int64 [r, 1]."""
+    return row_numbers(rows, device).unsqueeze(-1) * size
+
+
+def take(flat: Tensor, rows: Tensor | slice, size: int, pad_with_zero: bool) -> Tensor:
+    """Buckets [r, size] of a flat tensor; only the last of all is copied in order to be padded."""
     if isinstance(rows, slice):
-        rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
-    inside = torch.arange(size, dtype=torch.int64, device=device)
-    # The hash wants the index modulo 2**32 as the bits of an int32.
-    index = (rows.unsqueeze(-1) * size + inside).to(torch.int32)
-    return uniform_(index, noise_keys(seed))
+        return to_buckets(flat[rows.start * size:rows.stop * size], size, pad_with_zero)
+    whole = flat.numel() // size
+    tail = flat[whole * size:]
+    if tail.numel() == 0:
+        return flat.view(-1, size)[rows]
+    tail = to_buckets(tail, size, pad_with_zero)
+    if whole == 0:
+        return tail
+    x = flat[:whole * size].view(-1, size)[rows.clamp(max=whole - 1)]
+    return torch.where(rows.unsqueeze(-1) == whole, tail, x)
+
+
+def _noise(starts: Tensor, length: int, seed: int) -> Tensor:
+    """Rounding noise [r, length] of rows whose first elements have the flat indices ``starts``."""
+    return uniform_(row_indices(starts, length), noise_keys(seed))
+
+
+# NOTE [ A bucket in pieces ]
+# A byte of the planar layout holds codes that lie B / k elements apart. With the narrowest plane of a
+# width, of k codes a byte, a bucket is k segments of B / k elements. A piece is the same columns of all
+# segments: packed as a bucket of its own, each of its planes is one run of bytes, or several, in the
+# plane of the bucket. So a bucket of a whole tensor needs no temporaries of its size.
+
+
+def segments_of(width: int) -> int:
+    """Segments of a bucket: codes in a byte of the narrowest plane.
+
+    >>> [segments_of(width) for width in range(1, 9)]
+    [8, 4, 8, 2, 8, 4, 8, 1]
+    """
+    return 8 // (width & -width)
+
+
+def _runs(width: int, period: int, start: int, stop: int) -> list[tuple[slice, slice]]:
+    """Bytes of the piece of columns ``start .. stop - 1``: (in the bucket, in the piece)."""
+    found, plane, local = [], 0, 0
+    for bits, _ in planes(width):
+        count = segments_of(width) * bits // 8
+        for i in range(count):
+            begin = plane + i * period + start
+            found.append((
+                slice(begin, begin + stop - start), slice(local, local + stop - start)))
+            local += stop - start
+        plane += count * period
+    return found
+
+
+def _pieces(size: int, width: int, chunk: int) -> list[tuple[int, int]]:
+    """Columns (start, stop) of the pieces of a bucket."""
+    period = size // segments_of(width)
+    step = max(1, chunk // segments_of(width))
+    return [(start, min(start + step, period)) for start in range(0, period, step)]
+
+
+def _encode_large(
+        x: Tensor, index: int, size: int, spec: BucketQuantSpec, width: int, seed: int,
+        out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Writes the bytes of one bucket ``x`` [<= size] piece by piece; returns its metadata."""
+    scale, offset = bucket_metadata(x.unsqueeze(0), size, spec, width)
+    period = size // segments_of(width)
+    starts = torch.arange(segments_of(width), device=x.device).unsqueeze(-1) * period + index
+    for start, stop in _pieces(size, width, _chunk(x.device)):
+        piece = x.new_empty((segments_of(width), stop - start))
+        for i, row in enumerate(piece):
+            part = x[i * period + start:i * period + stop]
+            row[:part.numel()] = part
+            row[part.numel():] = 0 if spec.pads_with_zero else x[-1]
+        codes = _codes(piece, scale, offset, starts + start, spec, width, seed)
+        packed = pack(codes.view(1, -1), width)[0]
+        for there, here in _runs(width, period, start, stop):
+            out[there] = packed[here]
+    return scale, offset
+
+
+def _decode_large(
+        packed: Tensor, scale: Tensor, offset: Tensor | None, spec: BucketQuantSpec, width: int,
+        out: Tensor) -> None:
+    """Inverse of :func:`_encode_large`; ``out`` [size]."""
+    segments = out.view(segments_of(width), -1)
+    for start, stop in _pieces(out.numel(), width, _chunk(out.device)):
+        piece = torch.cat([
+            packed[there] for there, _ in _runs(width, segments.shape[1], start, stop)])
+        size = segments.shape[0] * (stop - start)
+        values = _values(piece.unsqueeze(0), size, scale, offset, spec, width, out.dtype)
+        segments[:, start:stop] = values.view(segments.shape[0], -1)

@@ -37,6 +37,7 @@ SPECS = {
     "8-bit stochastic, bucket 256": BucketQuantSpec(8, 256),
     "2/4-bit mix at 0.5, bucket 256": BucketQuantSpec(2, 256, mix_bit_width=4, mix_prob=0.5),
     "4-bit symmetric, bucket 256": BucketQuantSpec(4, 256, "max", "narrow"),
+    "2-bit stochastic, whole tensor": BucketQuantSpec(2, None),
 }
 #: The one that the reference is measured with.
 USUAL = "2-bit stochastic, bucket 256"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.kernels import reference
+from brevitas_bp.kernels.arithmetic import compute_dtype
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from tests.strategies import RULES
@@ -23,6 +24,16 @@ SPECS += [
     BucketQuantSpec(base, 24, mix_bit_width=mix, mix_prob=p, mix_per=per)
     for base, mix in ((2, 4), (4, 2), (3, 6), (4, 8)) for p in (0.0, 0.3, 1.0)
     for per in ("bucket", "tensor")]
+# Buckets that are worked on in pieces: of a whole tensor, or larger than the cache.
+LARGE_SPECS = [
+    BucketQuantSpec(width, size, rule, code_range, stochastic, metadata_dtype=metadata)
+    for width, (rule, code_range), size, (stochastic, metadata) in product(
+        range(1, 9), RULES, (None, 1 << 17), ((False, torch.bfloat16), (True, torch.float32)))
+    if width > 1 or code_range == "unsigned"]
+LARGE_SPECS += [BucketQuantSpec(2, None, integer_zero_point=True)]
+LARGE_SPECS += [
+    BucketQuantSpec(2, size, mix_bit_width=5, mix_prob=0.5, mix_per=per)
+    for size in (None, 4096) for per in ("bucket", "tensor")]
 
 
 class Form(Protocol):
@@ -38,15 +49,15 @@ class Form(Protocol):
 def samples(dtype: torch.dtype) -> dict[str, Tensor]:
     """Flat tensors of all kinds of values."""
     generator = torch.Generator().manual_seed(0)
-    largest = torch.finfo(dtype).max
-    normal = torch.randn(1000, generator=generator)
-    broken = torch.randn(2000, generator=generator)
-    broken[[5, 700, 1500]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    largest, computed = torch.finfo(dtype).max, compute_dtype(dtype)
+    normal = torch.randn(1000, generator=generator, dtype=computed)
+    broken = torch.randn(2000, generator=generator, dtype=computed)
+    broken[[5, 700, 1500]] = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(computed)
     data = {
         "one": normal[:1], "seven": normal[:7], "normal": normal, "whole": normal.repeat(5)[:4608],
         "shifted": normal + 100, "constant": torch.full((700,), 3.7), "zero": torch.zeros(300),
-        "signed zeros": torch.tensor([-0.0, 0.0] * 100), "subnormal": normal * 1e-38,
-        "broken": broken}
+        "signed zeros": torch.tensor([-0.0, 0.0] * 100),
+        "subnormal": normal * torch.finfo(computed).tiny, "broken": broken}
     out = {name: x.to(dtype) for name, x in data.items()}
     out["huge"] = (normal * largest).clamp(-largest, largest).to(dtype)
     return out

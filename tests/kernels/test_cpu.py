@@ -1,38 +1,46 @@
 """The compiled CPU kernels give the reference's bytes."""
 
 import threading
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
+from brevitas_bp.kernels import dispatch, reference
+from brevitas_bp.kernels.packing import pack, unpack
 from brevitas_bp.kernels.spec import BucketQuantSpec
-from tests.kernels.table import DTYPES, SPECS, check, same_bytes, samples
+from tests.kernels.table import DTYPES, LARGE_SPECS, SPECS, check, same_bytes, samples
 from tests.strategies import dtype_name
 
 cpu = pytest.importorskip("brevitas_bp.kernels.cpu")
+cpu_whole = pytest.importorskip("brevitas_bp.kernels.cpu_whole")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
 def test_bytes_equal_the_reference(dtype: torch.dtype) -> None:
-    # 16-bit input differs from float32 only in its conversion: a part of the specs will do.
-    specs = SPECS if dtype == torch.float32 else SPECS[::5]
+    # Other input has the same source, or differs in its conversion: a part of the specs will do.
+    specs = SPECS if dtype == torch.float32 else SPECS[::3]
     for spec, x in product(specs, samples(dtype).values()):
         check(cpu, x, spec)
 
 
-def test_bytes_do_not_depend_on_the_number_of_threads() -> None:
-    x = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
-    spec = BucketQuantSpec(mix_bit_width=4, mix_prob=0.5)
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("size", [256, None])
+def test_bytes_do_not_depend_on_the_number_of_threads(size: int | None) -> None:
+    # Enough for two threads to pay.
+    x = torch.randn((1 << 20) + 5, generator=torch.Generator().manual_seed(0))
+    spec = BucketQuantSpec(3, size, mix_bit_width=4, mix_prob=0.5)
+    form = cpu if size else cpu_whole
+    threads, results = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(1)
-        alone = cpu.encode(x, spec, seed=1)
-        torch.set_num_threads(3)
-        split = cpu.encode(x, spec, seed=1)
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            encoded = form.encode(x, spec, seed=1)
+            decoded = form.decode(encoded, spec, 1, x.numel(), x.dtype)
+            results.append((*encoded.tensors, decoded))
     finally:
         torch.set_num_threads(threads)
-    assert all(map(same_bytes, alone.tensors, split.tensors))
+    assert all(map(same_bytes, *results))
 
 
 def test_python_threads_may_encode_at_once() -> None:
@@ -54,7 +62,41 @@ def test_python_threads_may_encode_at_once() -> None:
     assert results == [True] * 40
 
 
-def test_double_and_whole_tensors_go_to_the_reference() -> None:
-    assert not cpu.supports(torch.float64, BucketQuantSpec())
-    assert not cpu.supports(torch.float32, BucketQuantSpec(bucket_size=None))
-    assert cpu.supports(torch.bfloat16, BucketQuantSpec())
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
+def test_large_buckets_give_the_reference_bytes(
+        dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Several conversions of 16-bit input, and several pieces of the widest and narrowest planes.
+    monkeypatch.setattr(cpu_whole, "_CHUNK", 1 << 13)
+    values = samples(dtype)
+    values["several pieces"] = values["normal"].repeat(18)[:17_777]
+    specs = LARGE_SPECS if dtype == torch.float32 else LARGE_SPECS[::5]
+    for spec, x in product(specs, values.values()):
+        check(cpu_whole, x, spec)
+
+
+def test_several_large_buckets_give_the_reference_bytes() -> None:
+    x = torch.randn(5 * 4096 + 11, generator=torch.Generator().manual_seed(0))
+    for spec in LARGE_SPECS:
+        for seed in range(2):
+            check(cpu_whole, x, replace(spec, bucket_size=4096), seed)
+
+
+def test_packing_pieces_one_after_another_would_be_noticed() -> None:
+    # Positive control: the bytes of a bucket are not those of its pieces.
+    x = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0))
+    spec = BucketQuantSpec(2, None, stochastic=False)
+    codes = unpack(reference.encode(x, spec, 0).payload.unsqueeze(0), 2, x.numel())
+    in_turn = pack(codes.view(2, -1), 2).view(1, -1)
+    assert not same_bytes(in_turn, pack(codes, 2))
+
+
+def test_an_empty_tensor_has_no_large_bucket() -> None:
+    for spec in LARGE_SPECS:
+        check(cpu_whole, torch.empty(0), spec)
+
+
+def test_each_bucket_size_has_its_kernels() -> None:
+    sizes = {256: cpu, cpu.LARGEST_BUCKET: cpu, cpu.LARGEST_BUCKET + 8: cpu_whole, None: cpu_whole}
+    for dtype, (size, form) in product((*DTYPES, torch.float64), sizes.items()):
+        spec = BucketQuantSpec(bucket_size=size)
+        assert dispatch.backend(torch.device("cpu"), dtype, spec) is form

@@ -8,7 +8,7 @@ from hypothesis import given
 from torch import Tensor
 
 from brevitas_bp import codec_from, quant
-from brevitas_bp.kernels import dispatch, reference
+from brevitas_bp.kernels import arithmetic, dispatch, reference
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from tests.kernels.gpu_worker import Compiled, Interpreted, Worker, compile_kernels
@@ -79,23 +79,23 @@ def norms_on_the_edge(size: int) -> Tensor:
 
 
 def swapped_norm(x: Tensor) -> Tensor:
-    """``reference.l2_norm`` with its first two halvings in the wrong order."""
+    """``arithmetic.l2_norm`` with its first two halvings in the wrong order."""
     eighths = x.view(x.shape[0], 8, -1)
     order = [0, 1, 4, 5, 2, 3, 6, 7]
-    return reference.l2_norm(eighths[:, order].reshape(x.shape))
+    return arithmetic.l2_norm(eighths[:, order].reshape(x.shape))
 
 
 def shuffled_norm(x: Tensor) -> Tensor:
-    """``reference.l2_norm`` with other partners within an eighth."""
+    """``arithmetic.l2_norm`` with other partners within an eighth."""
     eighths = x.view(x.shape[0], 8, -1)
     parts = torch.cat([eighths[..., ::2], eighths[..., 1::2]], -1)
-    return reference.l2_norm(parts.reshape(x.shape))
+    return arithmetic.l2_norm(parts.reshape(x.shape))
 
 
 @pytest.mark.parametrize("size", [40, 64])
 def test_interpreted_norms_are_summed_in_order(interpreted: Interpreted, size: int) -> None:
     x = norms_on_the_edge(size)
-    expected = reference.l2_norm(x)
+    expected = arithmetic.l2_norm(x)
     for other in (swapped_norm, shuffled_norm):
         # Positive control: random data would not tell one order from another.
         telling = x[(other(x) != expected).view(-1)][:50]

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from brevitas_bp.kernels import reference
+from brevitas_bp.kernels import arithmetic, reference
+from brevitas_bp.kernels.arithmetic import compute_dtype, quantize
 from brevitas_bp.kernels.packing import unpack
 from brevitas_bp.kernels.random import uniform
 from brevitas_bp.kernels.reference import (
@@ -21,6 +22,7 @@ from brevitas_bp.kernels.reference import (
     to_buckets,
 )
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
+from tests.live_bytes import peak_bytes
 from tests.stats import hoeffding
 from tests.strategies import (
     DTYPES,
@@ -209,7 +211,7 @@ def test_values_on_the_grid_are_exact_at_every_seed(code_range: str, width: int)
 def test_the_smallest_draw_does_not_move_a_grid_point() -> None:
     # It comes once in 2**24 draws.
     x, scale = torch.tensor([[-1.0, 0.0, 2.0, 0.001]]), torch.ones(1, 1)
-    codes = reference.quantize(x, scale, None, 3, -3, torch.zeros(1, 4))
+    codes = quantize(x, scale, None, 3, -3, torch.zeros(1, 4))
     assert codes.tolist() == [[-1, 0, 2, 1]]
 
 
@@ -303,6 +305,75 @@ def test_working_in_chunks_changes_no_byte(
     monkeypatch.setattr(reference, "_CHUNK", 3 * 64)
     assert all(map(same_bits, whole.tensors, encode(x, spec, seed=8).tensors))
     assert same_bits(decode(whole, spec, 8, 1000, x.dtype), decoded)
+
+
+@pytest.mark.parametrize("size", [None, 512])
+@each_spec
+def test_working_in_pieces_of_a_bucket_changes_no_byte(
+        spec: BucketQuantSpec, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normals((1501,), 5).float()
+    spec = replace(spec, bucket_size=size)
+    for width in range(2, 9):
+        spec = replace(spec, bit_width=width)
+        whole = encode(x, spec, seed=8)
+        decoded = decode(whole, spec, 8, 1501, x.dtype)
+        with monkeypatch.context() as context:
+            context.setattr(reference, "_CHUNK", 200)
+            context.setattr(arithmetic, "_RUN", 100)
+            assert all(map(same_bits, whole.tensors, encode(x, spec, seed=8).tensors))
+            assert same_bits(decode(whole, spec, 8, 1501, x.dtype), decoded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_the_tree_of_a_norm_is_that_of_a_naive_oracle(
+        dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "_RUN", 4)
+    for size in range(1, 70):
+        x = normals((3, size), size).to(dtype)
+        unit = x.abs().amax(-1, keepdim=True) if dtype == torch.float64 else torch.ones(3, 1)
+        terms = list((x.double() / unit).square().unbind(-1))
+        while len(terms) > 1:
+            half = (len(terms) + 1) // 2
+            later = [*terms[half:], torch.zeros(3)][:half]
+            terms = [a + b for a, b in zip(terms[:half], later)]
+        expected = (terms[0].sqrt().unsqueeze(-1) * unit).to(dtype)
+        assert same_bits(arithmetic.l2_norm(x), expected)
+        padded = torch.nn.functional.pad(x, (0, 5))
+        assert same_bits(arithmetic.l2_norm(x, size + 5), arithmetic.l2_norm(padded))
+
+
+def test_a_sum_from_left_to_right_would_be_noticed() -> None:
+    # Positive control: float64 sums in another order are others in some bits.
+    x = normals((64, 70), 1)
+    assert not torch.equal(arithmetic.l2_norm(x), (x * x).cumsum(-1)[:, -1:].sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("size", [None, 64])
+@each_spec
+def test_temporaries_are_a_few_chunks(
+        spec: BucketQuantSpec, size: int | None, dtype: torch.dtype,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normals((1 << 14,), 5).to(dtype)[:-3]
+    spec = replace(spec, bucket_size=size)
+
+    def most() -> int:
+        encoded = encode(x, spec, seed=8)
+        stored = sum(t.nbytes for t in encoded.tensors)
+        return max(
+            peak_bytes(lambda: encode(x, spec, seed=8)) - stored,
+            peak_bytes(lambda: decode(encoded, spec, 8, x.numel(), dtype)) - x.nbytes)
+
+    monkeypatch.setattr(reference, "_CHUNK", 512)
+    monkeypatch.setattr(arithmetic, "_RUN", 64)
+    # At most eight tensors of a chunk in the dtype computed in, and the runs of a norm: one a level,
+    # the last in four copies. Padding and the slots of buckets are as small.
+    computed = compute_dtype(dtype).itemsize
+    bound = 8 * 512 * computed + (10 + 4) * 64 * 8 + 1024
+    assert most() <= bound
+    # Positive control: in one chunk.
+    monkeypatch.setattr(reference, "_CHUNK", 1 << 20)
+    assert most() > 5 * bound
 
 
 def test_an_integer_zero_point_puts_zero_on_the_grid() -> None:

@@ -1,0 +1,72 @@
+"""Which parts of a bucket quantizer work bucket by bucket, so that a tensor may be encoded in chunks."""
+
+from typing import Any
+
+import torch
+from brevitas.core.bit_width import BitWidthConst
+from brevitas.core.function_wrapper import (
+    CeilSte,
+    FloorSte,
+    Identity,
+    LogTwo,
+    PowerOfTwo,
+    RoundSte,
+    RoundToZeroSte,
+)
+from brevitas.core.function_wrapper.misc import Abs
+from brevitas.core.restrict_val import FloatRestrictValue, PowerOfTwoRestrictValue
+from brevitas.core.scaling import IntScaling, PowerOfTwoIntScaling
+from brevitas.core.utils import StatelessBuffer
+from brevitas.core.zero_point import ZeroZeroPoint
+from torch import nn
+
+from brevitas_bp.core.bit_width import TwoBitWidthSelector
+from brevitas_bp.core.bucket import OverBucketView
+from brevitas_bp.core.int_quant import (
+    BucketIntQuant,
+    BucketRescalingIntQuant,
+    SignMagnitudeIntScaling,
+)
+from brevitas_bp.core.rounding import StochasticRound
+from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
+from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
+from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+# By name: under BREVITAS_JIT=1 stock parts are scripted copies of their class.
+_KNOWN = frozenset(map(_name, (
+    BucketRescalingIntQuant, BucketIntQuant, SignMagnitudeIntScaling, OverBucketView,
+    RuntimeDynamicBucketScaling, RuntimeDynamicBucketZeroPoint, StochasticRound, TwoBitWidthSelector,
+    BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange, Abs, BitWidthConst, CeilSte,
+    FloatRestrictValue, FloorSte, Identity, nn.Identity, IntScaling, LogTwo, PowerOfTwo,
+    PowerOfTwoIntScaling, PowerOfTwoRestrictValue, RoundSte, RoundToZeroSte, StatelessBuffer,
+    ZeroZeroPoint)))
+
+
+def is_bucketwise(quantizer: BucketRescalingIntQuant) -> bool:
+    """Whether the buckets of a tensor may be quantized a few at a time.
+
+    That is where every part is known, or of a class that says ``bucketwise = True`` itself: a subclass
+    may look across buckets where its base does not, and has to say so again.
+    """
+    view = quantizer.input_view_impl
+    return (
+        type(quantizer) is BucketRescalingIntQuant and type(view) is OverBucketView
+        and view.bucket_size is not None and _works_bucket_by_bucket(quantizer))
+
+
+def _works_bucket_by_bucket(part: nn.Module) -> bool:
+    if vars(type(part)).get("bucketwise") is True:
+        # What it says is said of its own parts too.
+        return True
+    return _class_of(part) in _KNOWN and all(map(_works_bucket_by_bucket, part.children()))
+
+
+def _class_of(part: Any) -> str:
+    if isinstance(part, torch.jit.ScriptModule):
+        return str(part._c._type().qualified_name()).removeprefix("__torch__.")
+    return _name(type(part))

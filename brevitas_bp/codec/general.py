@@ -1,0 +1,200 @@
+"""Bucket quantizers with parts of the user's own: modules -> codes -> bytes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.bucketwise import is_bucketwise
+from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.stock import kind_of
+from brevitas_bp.core.bit_width import TwoBitWidthSelector
+from brevitas_bp.core.bucket import OverBucketView
+from brevitas_bp.core.int_quant import BucketRescalingIntQuant
+from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype, to_metadata
+from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
+from brevitas_bp.kernels.random import seeded, seeded_rows
+from brevitas_bp.kernels.reference import bucket_shape, rows_of, take
+from brevitas_bp.kernels.widths import WidthLayout
+
+# Elements handled at once where all parts work bucket by bucket: modules make temporaries of three to
+# five times what they work on. Beyond the CPU a launch costs more than memory.
+_CHUNK, _LARGE_CHUNK = 1 << 16, 1 << 22
+
+
+# NOTE [ A general encode in chunks ]
+# 1. Only where every part works bucket by bucket (codec/bucketwise.py).
+# 2. A chunk is buckets of one width, in the order of the payload (as in kernels/reference.py).
+# 3. The widths are drawn once, for all buckets. The quantizer is told those of a chunk.
+# 4. Noise is that of the rows of the whole tensor (kernels/random.py, seeded_rows): each chunk begins
+#    the draws of a stream anew, so the k-th draw of a part has one seed in all of them.
+
+
+class ModuleCodec(Codec):
+    """A bucket quantizer with parts of the user's own: modules -> codes -> bytes.
+
+    Draws the same noise from the same seed as :class:`~brevitas_bp.codec.quantized.LoweredCodec`, and
+    where both apply gives the same bytes. A large tensor is worked on in chunks where all parts work
+    bucket by bucket, see :func:`~brevitas_bp.codec.bucketwise.is_bucketwise`: the same bytes again.
+    """
+
+    def __init__(self, quantizer: BucketRescalingIntQuant) -> None:
+        self.quantizer = quantizer
+        self.widths = quantizer.bit_widths
+        top = [int(quantizer.int_quant.max_int(torch.tensor(float(w)))) for w in self.widths]
+        self.lowest = tuple(-t if quantizer.int_quant.signed else 0 for t in top)
+        self.bucketwise = is_bucketwise(quantizer)
+        self.name = codec_name(self.widths, None)
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Quantizes and packs a float tensor."""
+        if x.numel() == 0:
+            return Keep().encode(x, where=where)
+        layout = TensorLayout.of(x)
+        flat = layout.flatten(x.detach())
+        if self.bucketwise and flat.numel() > _chunk(flat):
+            tensors, facts = self._encode_in_chunks(flat, seed)
+        else:
+            tensors, facts = self._encode_at_once(flat, seed)
+        return Packed(self, tensors, layout, facts, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Unpacks and dequantizes."""
+        n, size, widths = packed.facts
+        payload, layout = packed.tensors[0], packed.layout
+        out = torch.empty((n, size), dtype=layout.dtype, device=payload.device)
+        step = max(1, _chunk(out) // size) if self.bucketwise else n
+        metadata = [t.to(compute_dtype(layout.dtype)).unsqueeze(-1) for t in packed.tensors[1:]]
+        if step >= n:
+            # The quantizer is given all buckets at once.
+            codes = torch.empty((n, size), dtype=metadata[0].dtype, device=payload.device)
+            for rows, part, which in self._parts(payload, size, widths, n):
+                codes[rows] = self._unpack(part, size, which, codes.dtype)
+            out.copy_(self._dequantize(codes, metadata, out))
+        else:
+            for rows, part, which in self._parts(payload, size, widths, step):
+                codes = self._unpack(part, size, which, metadata[0].dtype)
+                out[rows] = self._dequantize(codes, [t[rows] for t in metadata], out)
+        return layout.restore_flat(out.view(-1)[:layout.numel])
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        n, size, width_layout = packed.facts
+        inner = compute_dtype(float_dtype(packed))
+        if width_layout.n != n or not n * size >= packed.layout.numel > (n - 1) * size:
+            refuse(packed, f"{n} buckets of {size}, {width_layout.n} with a width", packed.layout)
+        metadata = Form.flat(n, stored_metadata_dtype(self.quantizer.metadata_dtype, inner))
+        return [Form.flat(self._nbytes(size, width_layout)), *[metadata] * (1 + self._is_affine())]
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        size = getattr(self.quantizer.input_view_impl, "bucket_size", None)
+        n, size = bucket_shape(layout.numel, size)
+        return n * packed_nbytes(size, min(self.widths))
+
+    def _encode_at_once(self, flat: Tensor, seed: int) -> tuple[tuple[Tensor, ...], Any]:
+        with seeded(seed):
+            codes, scale, offset = self._quantize(flat, None)
+        n, size = codes.shape
+        widths = self._draw_layout(n, seed)
+        payload = flat.new_empty(self._nbytes(size, widths), dtype=torch.uint8)
+        for rows, part, which in self._parts(payload, size, widths, n):
+            part.copy_(self._pack(codes[rows], scale[rows], which))
+        return self._stored(payload, scale, offset), (n, size, widths)
+
+    def _encode_in_chunks(self, flat: Tensor, seed: int) -> tuple[tuple[Tensor, ...], Any]:
+        """See NOTE [ A general encode in chunks ]."""
+        view = self.quantizer.input_view_impl
+        assert isinstance(view, OverBucketView)
+        n, size = bucket_shape(flat.numel(), view.bucket_size)
+        widths = self._draw_layout(n, seed)
+        payload = flat.new_empty(self._nbytes(size, widths), dtype=torch.uint8)
+        scales, offsets = flat.new_empty((2, n, 1), dtype=compute_dtype(flat.dtype))
+        step = max(1, _chunk(flat) // size)
+        for rows, part, which in self._parts(payload, size, widths, step):
+            x = take(flat, rows, size, view.bucket_pad_zero)
+            with seeded_rows(seed, rows):
+                codes, scales[rows], offsets[rows] = self._quantize(x, self.widths[which])
+            part.copy_(self._pack(codes, scales[rows], which))
+        return self._stored(payload, scales, offsets), (n, size, widths)
+
+    def _quantize(self, x: Tensor, width: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [r, B], scale [r, 1] and offset [r, 1] of all buckets, or of some of one width."""
+        with torch.no_grad():
+            # As a selector gives it: each bucket has its own.
+            widths = None if len(self.widths) == 1 or width is None else x.new_full(
+                (len(x), 1), float(width), dtype=torch.float32)
+            codes, scale, offset, _ = self.quantizer.quantize(x, widths)
+            # A part of the user's own may hide a NaN: poison the bucket, so that backward sees it.
+            scale = torch.where(codes.isfinite().all(-1, keepdim=True), scale, torch.nan)
+        return codes, scale, offset.expand(len(codes), 1)
+
+    def _pack(self, codes: Tensor, scale: Tensor, which: int) -> Tensor:
+        codes = torch.where(scale.isnan(), 0, codes - self.lowest[which]).to(torch.uint8)
+        return pack(codes, self.widths[which])
+
+    def _unpack(self, part: Tensor, size: int, which: int, dtype: torch.dtype) -> Tensor:
+        return unpack(part, self.widths[which], size).to(dtype).add_(self.lowest[which])
+
+    def _dequantize(self, codes: Tensor, metadata: Sequence[Tensor], out: Tensor) -> Tensor:
+        scale = metadata[0]
+        offset = metadata[1] if len(metadata) > 1 else scale * 0
+        like = torch.empty(codes.shape, dtype=out.dtype, device="meta")
+        with torch.no_grad():
+            return self.quantizer.dequantize(codes, scale, offset, like)
+
+    def _stored(self, payload: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        stored = stored_metadata_dtype(self.quantizer.metadata_dtype, scale.dtype)
+        metadata = (scale, offset) if self._is_affine() else (scale,)
+        return payload, *(to_metadata(t, stored).reshape(-1) for t in metadata)
+
+    def _is_affine(self) -> bool:
+        return kind_of(self.quantizer.zero_point_impl) != "ZeroZeroPoint"
+
+    def _nbytes(self, size: int, widths: WidthLayout) -> int:
+        return sum(
+            (stop - start) * packed_nbytes(size, self.widths[which])
+            for start, stop, which in widths.runs())
+
+    def _draw_layout(self, n: int, seed: int) -> WidthLayout:
+        """The widths that the quantizer draws from ``seed``."""
+        selector = self.quantizer.msb_clamp_bit_width_impl
+        if not isinstance(selector, TwoBitWidthSelector):
+            return WidthLayout(n, 0)
+        with seeded(seed):
+            return selector.draw(n)
+
+    def _parts(
+            self, payload: Tensor, size: int, widths: WidthLayout, step: int,
+    ) -> Iterator[tuple[Tensor | slice, Tensor, int]]:
+        """(buckets, their bytes [r, b], which width), at most ``step`` buckets of one width each."""
+        position = 0
+        for start, stop, which in widths.runs():
+            nbytes = packed_nbytes(size, self.widths[which])
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                part = payload[position:position + (last - first) * nbytes]
+                position += part.numel()
+                yield rows_of(widths, first, last, payload.device), part.view(-1, nbytes), which
+
+
+def _chunk(x: Tensor) -> int:
+    return _CHUNK if x.device.type == "cpu" else _LARGE_CHUNK
+
+
+def float_dtype(packed: Packed) -> torch.dtype:
+    """The dtype of a packed tensor, which must be one of floats."""
+    if not packed.layout.dtype.is_floating_point:
+        refuse(packed, "a float tensor", packed.layout.dtype)
+    return packed.layout.dtype
+
+
+def codec_name(widths: tuple[int, ...], stochastic: bool | None) -> str:
+    """Short name for reports.
+
+    >>> codec_name((2, 4), True)
+    '2/4-bit stochastic'
+    """
+    bits = "/".join(str(w) for w in widths) + "-bit"
+    return bits if stochastic is None else f"{bits} {'stochastic' if stochastic else 'nearest'}"
