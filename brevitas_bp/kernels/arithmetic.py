@@ -116,8 +116,8 @@ def _sum_of_squares(x: Tensor, unit: Tensor | None, size: int) -> Tensor:
 
 
 def _add_to_front(longer: Tensor, shorter: Tensor) -> Tensor:
-    longer[:, :shorter.shape[-1]] += shorter
-    return longer
+    # Not in place: this is traced into compiled graphs.
+    return longer + torch.nn.functional.pad(shorter, (0, longer.shape[-1] - shorter.shape[-1]))
 
 
 def bucket_metadata(

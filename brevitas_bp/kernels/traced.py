@@ -14,17 +14,17 @@ import functools
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels.masks import mask_nbytes
-from brevitas_bp.kernels.packing import planes
-from brevitas_bp.kernels.random import uniform_of
-from brevitas_bp.kernels.reference import (
+from brevitas_bp.kernels.arithmetic import (
     bucket_metadata,
     compute_dtype,
     reciprocal,
     stored_metadata_dtype,
-    to_buckets,
     to_metadata,
 )
+from brevitas_bp.kernels.masks import mask_nbytes
+from brevitas_bp.kernels.packing import planes
+from brevitas_bp.kernels.random import uniform_of
+from brevitas_bp.kernels.reference import to_buckets
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 
 
@@ -105,7 +105,7 @@ def _encode_rows(
     """Buckets [n, B], the first of which begins at flat index ``first``."""
     n, size = x.shape
     x = x.to(compute_dtype(x.dtype))
-    scale, offset = bucket_metadata(x, spec, spec.bit_width)
+    scale, offset = bucket_metadata(x, size, spec, spec.bit_width)
     lanes = 8 // min(bits for bits, _ in planes(spec.bit_width))
     length = size // lanes
     index = torch.arange(n, dtype=torch.int64, device=x.device).view(n, 1) * size + torch.arange(
