@@ -31,7 +31,6 @@ SPECS = {
     "3-bit stochastic, 256": BucketQuantSpec(3, 256),
     "2/4-bit mix at 0.5, 256": BucketQuantSpec(2, 256, mix_bit_width=4, mix_prob=0.5),
     "4-bit symmetric, 256": BucketQuantSpec(4, 256, "max", "narrow"),
-    "2-bit stochastic, whole tensor": BucketQuantSpec(2, None),
 }
 
 
