@@ -1,5 +1,6 @@
 """Which parts of a bucket quantizer work bucket by bucket, so that a tensor may be encoded in chunks."""
 
+import re
 from typing import Any
 
 import torch
@@ -63,10 +64,12 @@ def _works_bucket_by_bucket(part: nn.Module) -> bool:
     if vars(type(part)).get("bucketwise") is True:
         # What it says is said of its own parts too.
         return True
-    return _class_of(part) in _KNOWN and all(map(_works_bucket_by_bucket, part.children()))
+    return class_name(part) in _KNOWN and all(map(_works_bucket_by_bucket, part.children()))
 
 
-def _class_of(part: Any) -> str:
+def class_name(part: Any) -> str:
+    """Module and name of the class of a part, also where it is scripted."""
     if isinstance(part, torch.jit.ScriptModule):
-        return str(part._c._type().qualified_name()).removeprefix("__torch__.")
+        # TorchScript gives a class that it compiles for other constants a number.
+        return re.sub(r"^__torch__\.|___torch_mangle_\d+\.", "", part._c._type().qualified_name())
     return _name(type(part))

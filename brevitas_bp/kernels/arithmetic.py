@@ -73,7 +73,8 @@ def l2_norm(x: Tensor, size: int | None = None) -> Tensor:
 
     Args:
         x: [n, B].
-        size: the tree of rows of ``size`` elements, of which those that ``x`` lacks are zero.
+        size: the tree of rows of ``size`` elements, of which those that ``x`` lacks are zero, and no
+            temporary as large as a row; None: the tree of ``x``, at once.
     """
     computed = compute_dtype(x.dtype)
     unit = None
@@ -81,18 +82,18 @@ def l2_norm(x: Tensor, size: int | None = None) -> Tensor:
         # Scaled by the peak first, or squares could overflow.
         peak = largest_magnitude(x)
         unit = torch.where(peak > 0, peak, 1)
-    total = _sum_of_squares(x, unit, x.shape[-1] if size is None else size)
+    total = _sum_of_squares(x, unit, size)
     return (total.sqrt() if unit is None else total.sqrt() * unit).to(computed)
 
 
-def _sum_of_squares(x: Tensor, unit: Tensor | None, size: int) -> Tensor:
+def _sum_of_squares(x: Tensor, unit: Tensor | None, size: int | None) -> Tensor:
     """The tree from its leaves: runs of elements, of which few are there at a time.
 
     ``sizes[k]`` elements are left after ``k`` levels. A run of them is made of ``2**k`` runs of ``x``;
     bit ``k`` of the number of a run says whether it is added to another at level ``k``.
     """
-    sizes, longest = [size], _RUN if x.device.type == "cpu" else _LARGE_RUN
-    while sizes[-1] > longest:
+    sizes, longest = [size or x.shape[-1]], _RUN if x.device.type == "cpu" else _LARGE_RUN
+    while size is not None and sizes[-1] > longest:
         sizes.append((sizes[-1] + 1) // 2)
     depth, sums = len(sizes) - 1, []
     for run in range(1 << depth):
@@ -116,20 +117,19 @@ def _sum_of_squares(x: Tensor, unit: Tensor | None, size: int) -> Tensor:
 
 
 def _add_to_front(longer: Tensor, shorter: Tensor) -> Tensor:
-    # Not in place: this is traced into compiled graphs.
     return longer + torch.nn.functional.pad(shorter, (0, longer.shape[-1] - shorter.shape[-1]))
 
 
 def bucket_metadata(
-        x: Tensor, size: int, spec: BucketQuantSpec,
-        bit_width: int) -> tuple[Tensor, Tensor | None]:
+        x: Tensor, spec: BucketQuantSpec, bit_width: int,
+        size: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Scale and offset [n, 1] of buckets [n, B] in the dtype computed in; offset None if signed.
 
     Args:
-        x: buckets of any float dtype, without their padding.
-        size: elements of a bucket with its padding.
+        x: buckets of any float dtype.
         spec: the quantizer.
         bit_width: of these buckets.
+        size: elements of a bucket, where ``x`` is without its padding and too large for temporaries.
     """
     top, computed = top_code(spec.code_range, bit_width), compute_dtype(x.dtype)
     if spec.affine:

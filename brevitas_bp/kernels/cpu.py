@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import cpu_kernels
+from brevitas_bp.kernels import cpu_calls, cpu_kernels
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.kernels.random import noise_keys
 from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
@@ -37,6 +37,7 @@ _SPLIT = 1 << 19
 _CHUNK = 1 << 20
 
 _INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
+_LIMITS = {dtype: number for number, dtype in enumerate(cpu_calls.LIMITS)}
 
 
 def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
@@ -55,16 +56,25 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     metadata = torch.empty(n * (1 + spec.affine), dtype=static.stored, device="cpu")
     k0, k1 = noise_keys(seed) if spec.stochastic else (0, 0)
-    shared = (
-        size, n, layout.mixed, layout.multiplier, layout.shift, static.widths, static.tops,
-        static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic,
-        np.uint32(k0), np.uint32(k1), payload.numpy(), _words(metadata))
     flat = flat.detach()
     for first, last in _converted(flat.dtype, n, size):
         part = flat if last - first == n else flat[first * size:last * size]
-        x = part.to(static.computed).numpy()
-        head = x, x.view(_INTEGERS[static.computed]), first
-        _run(cpu_kernels.encode, head, first, last, size, shared)
+        x = part if part.dtype == static.computed else part.to(static.computed)
+        if static.computed == torch.float32:
+            cpu_calls.run(cpu_calls.ENCODE, first, last, size, (
+                x.data_ptr(), x.numel(), first, size, n, layout.mixed, layout.multiplier,
+                layout.shift, *static.numbers, spec.integer_zero_point, spec.stochastic, k0, k1,
+                payload.data_ptr(), nbytes, metadata.data_ptr(),
+                metadata.numel() * static.stored.itemsize // 2))
+        else:
+            values = x.numpy()
+            shared = (
+                size, n, layout.mixed, layout.multiplier, layout.shift, static.widths, static.tops,
+                static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic,
+                np.uint32(k0), np.uint32(k1), payload.numpy(), _words(metadata))
+            _run(
+                cpu_kernels.encode, (values, values.view(np.int64), first), first, last, size,
+                shared)
     return Encoded(payload, metadata[:n], metadata[n:]) if spec.affine else Encoded(
         payload, metadata, None)
 
@@ -81,16 +91,24 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
     n, size = bucket_shape(out.numel(), spec.bucket_size)
     layout = draw_layout(n, spec, seed)
     static = _static(spec, compute_dtype(out.dtype))
-    scales = _words(encoded.scale)
-    offsets = scales[:0] if encoded.offset is None else _words(encoded.offset)
-    shared = (
-        size, n, layout.mixed, layout.multiplier, layout.shift, static.widths, static.lowests,
-        static.bf16, encoded.payload.numpy(), scales, offsets, _largest(out.dtype))
+    offset = encoded.scale[:0] if encoded.offset is None else encoded.offset
     for first, last in _converted(out.dtype, n, size):
         part = out if last - first == n else out[first * size:last * size]
         values = part if out.dtype == static.computed else torch.empty(
             part.numel(), dtype=static.computed, device="cpu")
-        _run(cpu_kernels.decode, (values.numpy(), first), first, last, size, shared)
+        if static.computed == torch.float32:
+            words = static.stored.itemsize // 2
+            cpu_calls.run(cpu_calls.DECODE, first, last, size, (
+                values.data_ptr(), values.numel(), first, size, n, layout.mixed, layout.multiplier,
+                layout.shift, *static.widths, *static.lowests, static.bf16,
+                encoded.payload.data_ptr(), encoded.payload.numel(), encoded.scale.data_ptr(),
+                n * words, offset.data_ptr(), offset.numel() * words, _LIMITS[out.dtype]))
+        else:
+            shared = (
+                size, n, layout.mixed, layout.multiplier, layout.shift, static.widths,
+                static.lowests, static.bf16, encoded.payload.numpy(), _words(encoded.scale),
+                _words(offset), _largest(out.dtype))
+            _run(cpu_kernels.decode, (values.numpy(), first), first, last, size, shared)
         if values is not part:
             part.copy_(values)
     return out
@@ -111,6 +129,11 @@ class _Static(NamedTuple):
     bf16: bool
     computed: torch.dtype
     stored: torch.dtype
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What the encoder takes as plain numbers."""
+        return (*self.widths, *self.tops, *self.lowests, self.rule, self.bf16)
 
 
 @lru_cache(maxsize=256)

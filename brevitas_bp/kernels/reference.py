@@ -142,7 +142,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
                 rows = rows_of(layout, first, last, flat.device)
                 x = take(flat, rows, size, spec.pads_with_zero)
                 starts = _starts(rows, size, flat.device)
-                scale, offset = bucket_metadata(x, size, spec, width)
+                scale, offset = bucket_metadata(x, spec, width)
                 out.copy_(pack(_codes(x, scale, offset, starts, spec, width, seed), width))
             scales[rows] = to_metadata(scale, stored_dtype)
             if offsets is not None and offset is not None:
@@ -284,7 +284,7 @@ def _encode_large(
         x: Tensor, index: int, size: int, spec: BucketQuantSpec, width: int, seed: int,
         out: Tensor) -> tuple[Tensor, Tensor | None]:
     """Writes the bytes of one bucket ``x`` [<= size] piece by piece; returns its metadata."""
-    scale, offset = bucket_metadata(x.unsqueeze(0), size, spec, width)
+    scale, offset = bucket_metadata(x.unsqueeze(0), spec, width, size)
     period = size // segments_of(width)
     starts = torch.arange(segments_of(width), device=x.device).unsqueeze(-1) * period + index
     for start, stop in _pieces(size, width, _chunk(x.device)):

@@ -105,7 +105,7 @@ def _encode_rows(
     """Buckets [n, B], the first of which begins at flat index ``first``."""
     n, size = x.shape
     x = x.to(compute_dtype(x.dtype))
-    scale, offset = bucket_metadata(x, size, spec, spec.bit_width)
+    scale, offset = bucket_metadata(x, spec, spec.bit_width)
     lanes = 8 // min(bits for bits, _ in planes(spec.bit_width))
     length = size // lanes
     index = torch.arange(n, dtype=torch.int64, device=x.device).view(n, 1) * size + torch.arange(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from brevitas_bp import codec_from, quant, seeded
 from brevitas_bp.codec import Codec, general
 from brevitas_bp.codec.average import unaveraged
+from brevitas_bp.codec.bucketwise import class_name
 from brevitas_bp.codec.general import ModuleCodec
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.stats import BucketMinMaxRange
@@ -163,6 +164,15 @@ def test_a_subclass_of_a_known_part_has_to_say_so_too() -> None:
     config = ShiftedUint4DynamicActPerBucketFloatStochastic
     assert not of_modules(config, scaling_stats_impl=OwnRange).bucketwise
     assert not of_modules(config, bucket_size=None).bucketwise
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+def test_a_scripted_part_is_known_by_its_class() -> None:
+    plain = [nn.ReLU(), nn.ReLU(inplace=True)]
+    scripted = [torch.jit.script(part) for part in plain]
+    assert len({part._c._type().qualified_name() for part in scripted}) == 2
+    assert {class_name(part) for part in (*plain, *scripted)} == {
+        "torch.nn.modules.activation.ReLU"}
 
 
 def test_a_part_within_a_part_counts() -> None:
