@@ -40,27 +40,44 @@ class Explanation:
     What compiled graphs save was decided when they were made, and is in it at the sizes of then.
     """
 
-    sites: dict[tuple[str, str, str, str], ExplainedSite] = field(default_factory=dict)
+    _sites: dict[tuple[str, str, str, str], ExplainedSite] = field(default_factory=dict)
+    _noted: list[tuple[str, str | None, Decision, str, int, int]] = field(
+        default_factory=list, repr=False)
     compiled: bool = field(default=False, repr=False)
 
     def add(self, saved: SavedTensor, packed: Packed, decision: Decision) -> None:
         """Notes one saved tensor."""
         stored = packed.nbytes
         given = packed.layout.nbytes if packed.codec.compresses else stored
-        self.add_stored(saved, decision, packed.codec.name, given, stored)
+        # Counted when somebody asks: this runs for every tensor of every step.
+        self._noted.append((
+            saved.module, saved.op, decision, packed.codec.name, given, stored))
 
     def add_stored(
             self, saved: SavedTensor, decision: Decision, name: str, given: int,
             stored: int) -> None:
         """Notes a saved tensor of ``given`` bytes that a codec called ``name`` has stored."""
-        op = saved.op or "custom function"
+        self._noted.append((saved.module, saved.op, decision, name, given, stored))
+
+    @property
+    def sites(self) -> dict[tuple[str, str, str, str], ExplainedSite]:
+        """Module, operation, codec and reason -> tensors that were treated alike, in their order."""
+        noted, self._noted = self._noted, []
+        for note in noted:
+            self._count(*note)
+        return self._sites
+
+    def _count(
+            self, module: str, op: str | None, decision: Decision, name: str, given: int,
+            stored: int) -> None:
+        op = op or "custom function"
         reason = decision.reason
         if decision.codec is not None and name == "exact":
             reason = "encoded it would not be smaller"
-        key = (saved.module, op, name, reason)
-        site = self.sites.get(key)
+        key = (module, op, name, reason)
+        site = self._sites.get(key)
         if site is None:
-            site = self.sites[key] = ExplainedSite(saved.module, op, name, reason, decision.known)
+            site = self._sites[key] = ExplainedSite(module, op, name, reason, decision.known)
         site.tensors += 1
         site.stored_bytes += stored
         site.given_bytes += given

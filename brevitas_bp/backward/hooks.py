@@ -111,7 +111,7 @@ class ForwardPass:
         outer = current_location()
         self.location = Location(
             root, "" if outer is None else outer.qualified_module, compiled)
-        self.parameters = ParameterSet(root)
+        self.parameters = ParameterSet(root, self.location.tree)
         self.codec_of = codec_of
         self.policy = explained(policy)
         if not isinstance(self.policy, PlainPolicy):
@@ -145,10 +145,14 @@ class ForwardPass:
                 # Most saved tensors of a small step are parameters: nothing to decide or to share.
                 return _KEEP.encode(x, where=_where(location.op, location.qualified_module))
             saved, decision = self._saved(x, None, None), PARAMETER
+            packed = self._encode_once(saved, decision) if can_encode(x) else _kept(saved)
         else:
             saved = self._saved(x, self.codec_of(location.module), role)
-            decision = self.policy.decide(saved) if can_encode(x) else _NOT_PLAIN
-        packed = self._encode_once(saved, decision)
+            if can_encode(x):
+                decision = self.policy.decide(saved)
+                packed = self._encode_once(saved, decision)
+            else:
+                decision, packed = _NOT_PLAIN, _kept(saved)
         if self.explanation is not None and decision is not PARAMETER:
             self.explanation.add(saved, packed, decision)
         if self.listeners:
@@ -215,16 +219,15 @@ class ForwardPass:
     def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
-        key = (_identity(x), id(codec),
-               -1 if decision.shared else saved.call.number) if can_encode(x) else None
-        if key in self._encoded:
-            packed = self._encoded[key][1]()
+        key = _identity(x), id(codec), -1 if decision.shared else saved.call.number
+        before = self._encoded.get(key)
+        if before is not None:
+            packed = before[1]()
             if packed is not None:
                 return packed
         packed = self._encode(saved, codec)
-        if key is not None:
-            self._encoded[key] = (
-                StorageWeakRef(shard_of(x).untyped_storage()), weakref.ref(packed))
+        self._encoded[key] = (
+            StorageWeakRef(shard_of(x).untyped_storage()), weakref.ref(packed))
         return packed
 
     def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
@@ -299,12 +302,17 @@ def _identity(x: Tensor) -> Hashable:
 
     A change in place of a DTensor counts in its own version, not in that of its shard.
     """
-    shard = shard_of(x)
+    shard = x if type(x) is Tensor else shard_of(x)
     of_shard = (storage_id(shard), shard.storage_offset(), shard.shape, shard.stride(), x.dtype,
                 version_of(shard), shard.is_conj(), shard.is_neg())
     if shard is x:
         return of_shard
     return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
+
+
+def _kept(saved: SavedTensor) -> Packed:
+    """Of what has no elements, or no memory to know it by."""
+    return _KEEP.encode(saved.tensor, where=_where(saved.op, saved.module))
 
 
 def _where(op: str | None, module: str) -> str:

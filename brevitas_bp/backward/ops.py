@@ -3,7 +3,7 @@
 import itertools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType, MethodWrapperType
 from typing import Any
 
@@ -28,10 +28,8 @@ class Location:
 
     def __init__(self, root: nn.Module, prefix: str = "", compiled: bool = False) -> None:
         self.names: dict[int, str] = {}
-        self.compiled = compiled
-        for name, module in root.named_modules():
-            self.names[id(module)] = name
-            self.compiled = self.compiled or is_compiled(module)
+        self.tree = list(_modules_of(root, self.names))
+        self.compiled = compiled or any(map(is_compiled, self.tree))
         self.root_compiled = compiled or is_compiled(root)
         self.prefix = prefix
         self.modules: list[tuple[str, type | None]] = [("", type(root))]
@@ -56,7 +54,8 @@ class Location:
     @property
     def qualified_module(self) -> str:
         """Name of the innermost module, with the prefix."""
-        return ".".join(part for part in (self.prefix, self.module) if part)
+        prefix, module = self.prefix, self.module
+        return f"{prefix}.{module}" if prefix and module else prefix or module
 
     @property
     def op(self) -> str | None:
@@ -73,6 +72,23 @@ class Location:
         """Global forward hook, called after exceptions too."""
         if not is_compiling() and current_location() is self and len(self.modules) > 1:
             self.modules.pop()
+
+
+def _modules_of(root: nn.Module, names: dict[int, str]) -> Iterator[nn.Module]:
+    """The modules of ``root.named_modules()`` in its order, whose names go to ``names``.
+
+    That nests a generator for each level, and this runs in every step.
+    """
+    waiting: list[tuple[str, nn.Module]] = [("", root)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) not in names:
+            names[id(module)] = name
+            yield module
+            prefix = f"{name}." if name else ""
+            waiting += [
+                (prefix + child, part) for child, part in reversed(list(module._modules.items()))
+                if part is not None]
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -1,8 +1,9 @@
 """Recognises parameters and buffers among saved tensors, in whatever disguise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -18,6 +19,15 @@ _DISGUISES = frozenset({
 _MAX_DISGUISES = 16
 
 
+def _tensors(root: nn.Module, modules: Iterable[nn.Module] | None) -> Iterable[Tensor]:
+    """Parameters and buffers, from the modules where these were collected already."""
+    if modules is None or any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        return (*root.parameters(), *root.buffers())
+    return [
+        tensor for module in modules for table in (module._parameters, module._buffers)
+        for tensor in table.values() if tensor is not None]
+
+
 class ParameterSet:
     """The parameters and buffers of a module, by storage.
 
@@ -26,11 +36,11 @@ class ParameterSet:
     are looked up once more.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
         self._storages: set[int] = set()
         self._frozen: set[int] = set()
         self._gathered: nn.Module | None = None
-        for tensor in (*root.parameters(), *root.buffers()):
+        for tensor in _tensors(root, modules):
             ordinary = type(tensor) in (Tensor, nn.Parameter)
             if not ordinary and is_lazy(tensor):
                 continue
@@ -52,10 +62,11 @@ class ParameterSet:
             x: a saved tensor.
             arguments: of the operation that saves it.
         """
+        # The check of an instance has its price, which an ordinary tensor need not pay.
         return (
-            isinstance(x, nn.Parameter) or storage_id(x) in self._storages
-            or self._derives_from_parameter(x) or self._is_gathered_frozen(x)
-            or self._is_cast_of_frozen(x, arguments))
+            (type(x) is not Tensor and isinstance(x, nn.Parameter))
+            or storage_id(x) in self._storages or self._derives_from_parameter(x)
+            or self._is_gathered_frozen(x) or self._is_cast_of_frozen(x, arguments))
 
     def _derives_from_parameter(self, x: Tensor) -> bool:
         leaf = shown_leaf(x)

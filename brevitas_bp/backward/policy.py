@@ -26,6 +26,7 @@ from brevitas_bp.backward.saved import (
 from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
 from brevitas_bp.codec.average import unaveraged
+from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.regions import relu_region
 from brevitas_bp.codec.shard import is_storable, shard_of
 from brevitas_bp.core.few_bit import few_bit_table
@@ -341,4 +342,6 @@ POLICIES: dict[str, Policy] = {
 
 def can_encode(x: Tensor) -> bool:
     """Whether a codec may be asked at all: an ordinary tensor with elements, or such a shard."""
+    if type(x) is Tensor:
+        return is_plain(x) and x.numel() > 0
     return is_storable(x) and shard_of(x).numel() > 0

@@ -170,9 +170,8 @@ def storage_id(x: Tensor) -> int:
 
     Of a DTensor it is that of its shard: the DTensor itself has none that its views would share.
     """
-    x = shard_of(x)
     try:
-        return x.untyped_storage()._cdata
+        return (x if type(x) is Tensor else shard_of(x)).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(x)
 

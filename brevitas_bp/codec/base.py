@@ -16,7 +16,7 @@ from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Packed:
     """A stored tensor: self-contained, immutable, decoded as often as needed to the same bits.
 
@@ -40,12 +40,16 @@ class Packed:
     nbytes: int = field(init=False)
     versions: tuple[int | None, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        nbytes = 0 if self.seal is None else self.seal.element_size()
-        for tensor in self.tensors:
+    def __init__(
+            self, codec: "Codec", tensors: tuple[Tensor, ...], layout: TensorLayout,
+            facts: Any = None, where: str = "", seal: Tensor | None = None) -> None:
+        nbytes = 0 if seal is None else seal.element_size()
+        for tensor in tensors:
             nbytes += tensor.numel() * tensor.element_size()
-        object.__setattr__(self, "nbytes", nbytes)
-        object.__setattr__(self, "versions", versions_of(self.tensors) if self.codec.owns else ())
+        # At once: what a frozen dataclass does for each attribute takes longer than all else here.
+        self.__dict__.update(
+            codec=codec, tensors=tensors, layout=layout, facts=facts, where=where, seal=seal,
+            nbytes=nbytes, versions=versions_of(tensors) if codec.owns else ())
 
     def decode(self) -> Tensor:
         """The tensor, with its original shape, strides, dtype and device.
@@ -66,7 +70,7 @@ class Packed:
         versions = versions_of(self.tensors)
         if versions != self.versions:
             refuse(self, f"stored tensors at versions {self.versions}", f"versions {versions}")
-        if not self.layout.is_sound():
+        if not (self.layout.made_here or self.layout.is_sound()):
             refuse(self, "strides that address every stored element once", self.layout)
         forms = self.codec.forms(self)
         if forms is not None:
@@ -130,8 +134,7 @@ class Keep(Codec):
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Keeps ``x`` (not a copy)."""
         kept = x.detach()
-        shape = shape_of(x)
-        layout = TensorLayout(shape, (), shape, x.dtype, x.device)
+        layout = TensorLayout.without_strides(shape_of(x), x.dtype, x.device)
         return Packed(self, (kept,), layout, version_of(kept), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -210,11 +213,14 @@ class QuantizeOnBackward(Codec):
         return encoded[0].decode() if encoded[0].nbytes < encoded[0].layout.nbytes else x
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary strided tensor that a codec may take apart.
 
     Neither a nested one, which has several shapes, nor one without memory: on the meta device, or a
     zero tangent of forward mode.
     """
-    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and not (
+    return type(x) in _PLAIN and x.layout is torch.strided and not (
         x.is_nested or x.is_meta or x._is_zerotensor())

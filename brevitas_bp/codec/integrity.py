@@ -62,13 +62,14 @@ def check_forms(payload: Any, forms: Sequence[Form]) -> None:
     tensors = payload.tensors
     if len(tensors) != len(forms):
         refuse(payload, f"{len(forms)} stored tensors", len(tensors))
+    device = payload.layout.device
     for i, (tensor, form) in enumerate(zip(tensors, forms)):
         if tensor.shape != form.shape or tensor.dtype != form.dtype:
             refuse(payload, f"tensor {i} to be {form.dtype} {list(form.shape)}",
                    f"{tensor.dtype} {list(tensor.shape)}")
         # A number may stay on the CPU: it can meet tensors of any device.
-        if tensor.device != payload.layout.device and tensor.dim():
-            refuse(payload, f"tensor {i} on {payload.layout.device}", tensor.device)
+        if tensor.device != device and tensor.dim():
+            refuse(payload, f"tensor {i} on {device}", tensor.device)
         if tensor.layout != torch.strided or not tensor.is_contiguous():
             refuse(payload, f"tensor {i} to be contiguous", _described(tensor))
         # A storage that was resized leaves the tensor's shape as it was, without the memory.

@@ -1,6 +1,7 @@
 """Shape, strides, dtype and device of a tensor, kept while its values are packed."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,13 +33,24 @@ class TensorLayout:
     def of(cls, x: Tensor) -> "TensorLayout":
         """The layout of ``x``."""
         if x.is_contiguous():
-            return cls(x.shape, x.stride(), x.shape, x.dtype, x.device)
+            return _contiguous(x.shape, x.stride(), x.dtype, x.device)
         base = cls.base(x)
         stride = base.stride() if is_dense(base) else _dense_strides(base)
         restored = tuple(
             0 if size > 1 and step == 0 else new
             for size, step, new in zip(x.shape, x.stride(), stride))
         return cls(x.shape, restored, base.shape, x.dtype, x.device)
+
+    @classmethod
+    def without_strides(
+            cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "TensorLayout":
+        """The layout of a tensor that is kept, with the strides that it has."""
+        return _contiguous(shape, (), dtype, device)
+
+    @property
+    def made_here(self) -> bool:
+        """Whether it is as :meth:`of` made it for a contiguous tensor: then its strides are sound."""
+        return "_made_here" in self.__dict__
 
     @staticmethod
     def base(x: Tensor) -> Tensor:
@@ -77,6 +89,8 @@ class TensorLayout:
 
     def flatten(self, x: Tensor) -> Tensor:
         """The stored elements in memory order; a view where ``x`` is dense."""
+        if x.is_contiguous() and not x.is_neg():
+            return x.view(-1)
         # A lazy negation is carried out: kernels read memory.
         return flatten(self.base(x)).resolve_neg()
 
@@ -101,6 +115,17 @@ class TensorLayout:
         assert x.shape == self.shape and x.stride() == self.stride, (x.shape, x.stride(), self)
         assert x.dtype == self.dtype and x.device == self.device, (x.dtype, x.device, self)
         return x
+
+
+@lru_cache(maxsize=4096)
+def _contiguous(
+        shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype,
+        device: torch.device) -> TensorLayout:
+    """One layout for all tensors that have it: networks save tensors of few shapes again and again."""
+    layout = TensorLayout(shape, stride, shape, dtype, device)
+    if stride or not shape:
+        layout.__dict__["_made_here"] = True
+    return layout
 
 
 def is_dense(x: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,22 @@ from brevitas_bp.kernels.spec import BucketQuantSpec
 from brevitas_bp.proxy import check_override_names
 
 
+@lru_cache(maxsize=4096)
+def _forms(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, seed: int) -> list[Form]:
+    """What a bucket quantizer stores of ``numel`` elements."""
+    n, size = bucket_shape(numel, spec.bucket_size)
+    metadata = Form.flat(n, stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)))
+    codes = Form.flat(payload_nbytes(draw_layout(n, spec, seed), spec, size))
+    return [codes, metadata, metadata] if spec.affine else [codes, metadata]
+
+
+@lru_cache(maxsize=4096)
+def _least_nbytes(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> int:
+    n, size = bucket_shape(numel, spec.bucket_size)
+    metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)).itemsize
+    return n * (packed_nbytes(size, min(spec.bit_widths)) + metadata * (1 + spec.affine))
+
+
 class LoweredCodec(Codec):
     """A bucket quantizer of known parts: one kernel from values to bytes.
 
@@ -54,7 +70,7 @@ class LoweredCodec(Codec):
         """Quantizes and packs a float tensor."""
         layout = TensorLayout.of(x)
         spec = self._current_spec()
-        encoded = encode(layout.flatten(x.detach()), spec, seed)
+        encoded = encode(layout.flatten(x), spec, seed)
         return Packed(self, encoded.tensors, layout, (spec, seed), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -69,23 +85,18 @@ class LoweredCodec(Codec):
         (spec, seed), own = packed.facts, self.spec
         if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
             refuse(packed, own, spec)
-        dtype = float_dtype(packed)
-        n, size = bucket_shape(packed.layout.numel, spec.bucket_size)
-        metadata = Form.flat(n, stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)))
-        codes = Form.flat(payload_nbytes(draw_layout(n, spec, seed), spec, size))
-        return [codes, metadata, metadata] if spec.affine else [codes, metadata]
+        mixed = spec.mix_bit_width is not None
+        return _forms(spec, packed.layout.numel, float_dtype(packed), seed if mixed else 0)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        spec = self.spec
-        n, size = bucket_shape(layout.numel, spec.bucket_size)
-        metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(layout.dtype)).itemsize
-        return n * (packed_nbytes(size, min(spec.bit_widths)) + metadata * (1 + spec.affine))
+        return _least_nbytes(self.spec, layout.numel, layout.dtype)
 
     def _current_spec(self) -> BucketQuantSpec:
-        selector = self.quantizer.msb_clamp_bit_width_impl
-        if isinstance(selector, TwoBitWidthSelector) and (
-                selector.probability != self.spec.mix_prob):
-            self.spec = replace(self.spec, mix_prob=selector.probability)
+        if self.spec.mix_bit_width is not None:
+            selector = self.quantizer.msb_clamp_bit_width_impl
+            if isinstance(selector, TwoBitWidthSelector) and (
+                    selector.probability != self.spec.mix_prob):
+                self.spec = replace(self.spec, mix_prob=selector.probability)
         return self.spec
 
 

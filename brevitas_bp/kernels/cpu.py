@@ -24,6 +24,7 @@ from torch import Tensor
 
 from brevitas_bp.kernels import cpu_calls, cpu_kernels
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
+from brevitas_bp.kernels.packing import packed_nbytes
 from brevitas_bp.kernels.random import noise_keys
 from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
@@ -46,35 +47,69 @@ def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
         spec.bucket_size <= LARGEST_BUCKET)
 
 
+class _Plan(NamedTuple):
+    """What does not change from one tensor to the next of the same size: made once.
+
+    Attributes:
+        n: buckets.
+        size: elements of a bucket.
+        payload_nbytes: bytes of all codes, of one width.
+        metadata: scales and offsets together.
+        words: 16-bit words of one scale.
+        parts: ranges of buckets handled at once.
+        static: of the spec.
+        encoder: numbers of a spec that the encoder takes.
+        decoder: those that the decoder takes.
+    """
+
+    n: int
+    size: int
+    payload_nbytes: int
+    metadata: int
+    words: int
+    parts: list[tuple[int, int]]
+    static: "_Static"
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> _Plan:
+    n, size = bucket_shape(numel, spec.bucket_size)
+    static = _static(spec, compute_dtype(dtype))
+    return _Plan(
+        n, size, n * packed_nbytes(size, spec.bit_width), n * (1 + spec.affine),
+        static.stored.itemsize // 2, _converted(dtype, n, size), static,
+        (*static.widths, *static.tops, *static.lowests, static.rule, static.bf16,
+         spec.integer_zero_point, spec.stochastic),
+        (*static.widths, *static.lowests, static.bf16))
+
+
+_ONE_WIDTH = (0, 1, 0)
+
+
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.kernels.reference.encode`."""
-    n, size = bucket_shape(flat.numel(), spec.bucket_size)
-    layout = draw_layout(n, spec, seed)
-    static = _static(spec, compute_dtype(flat.dtype))
-    width = spec.bit_width * size // 8
-    nbytes = n * width if layout.mixed == 0 else payload_nbytes(layout, spec, size)
+    # One with gaps may be flat, too.
+    flat = flat.contiguous()
+    plan = _plan(spec, flat.numel(), flat.dtype)
+    n, static, nbytes, mixing = plan.n, plan.static, plan.payload_nbytes, _ONE_WIDTH
+    if spec.mix_bit_width is not None:
+        layout = draw_layout(n, spec, seed)
+        nbytes = payload_nbytes(layout, spec, plan.size)
+        mixing = layout.mixed, layout.multiplier, layout.shift
     payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    metadata = torch.empty(n * (1 + spec.affine), dtype=static.stored, device="cpu")
-    k0, k1 = noise_keys(seed) if spec.stochastic else (0, 0)
-    flat = flat.detach()
-    for first, last in _converted(flat.dtype, n, size):
-        part = flat if last - first == n else flat[first * size:last * size]
+    metadata = torch.empty(plan.metadata, dtype=static.stored, device="cpu")
+    keys = noise_keys(seed) if spec.stochastic else (0, 0)
+    for first, last in plan.parts:
+        part = flat if last - first == n else flat[first * plan.size:last * plan.size]
         x = part if part.dtype == static.computed else part.to(static.computed)
         if static.computed == torch.float32:
-            cpu_calls.run(cpu_calls.ENCODE, first, last, size, (
-                x.data_ptr(), x.numel(), first, size, n, layout.mixed, layout.multiplier,
-                layout.shift, *static.numbers, spec.integer_zero_point, spec.stochastic, k0, k1,
-                payload.data_ptr(), nbytes, metadata.data_ptr(),
-                metadata.numel() * static.stored.itemsize // 2))
+            cpu_calls.run(cpu_calls.ENCODE, first, last, plan.size, (
+                x.data_ptr(), x.numel(), first, plan.size, n, *mixing, *plan.encoder, *keys,
+                payload.data_ptr(), nbytes, metadata.data_ptr(), plan.metadata * plan.words))
         else:
-            values = x.numpy()
-            shared = (
-                size, n, layout.mixed, layout.multiplier, layout.shift, static.widths, static.tops,
-                static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic,
-                np.uint32(k0), np.uint32(k1), payload.numpy(), _words(metadata))
-            _run(
-                cpu_kernels.encode, (values, values.view(np.int64), first), first, last, size,
-                shared)
+            _encode_float64(x, first, last, plan, mixing, keys, payload, metadata)
     return Encoded(payload, metadata[:n], metadata[n:]) if spec.affine else Encoded(
         payload, metadata, None)
 
@@ -88,30 +123,51 @@ def decode(
 
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
-    n, size = bucket_shape(out.numel(), spec.bucket_size)
-    layout = draw_layout(n, spec, seed)
-    static = _static(spec, compute_dtype(out.dtype))
-    offset = encoded.scale[:0] if encoded.offset is None else encoded.offset
-    for first, last in _converted(out.dtype, n, size):
-        part = out if last - first == n else out[first * size:last * size]
+    plan = _plan(spec, out.numel(), out.dtype)
+    n, static, mixing = plan.n, plan.static, _ONE_WIDTH
+    if spec.mix_bit_width is not None:
+        layout = draw_layout(n, spec, seed)
+        mixing = layout.mixed, layout.multiplier, layout.shift
+    payload, scale, offset = encoded.payload, encoded.scale, encoded.offset
+    for first, last in plan.parts:
+        part = out if last - first == n else out[first * plan.size:last * plan.size]
         values = part if out.dtype == static.computed else torch.empty(
             part.numel(), dtype=static.computed, device="cpu")
         if static.computed == torch.float32:
-            words = static.stored.itemsize // 2
-            cpu_calls.run(cpu_calls.DECODE, first, last, size, (
-                values.data_ptr(), values.numel(), first, size, n, layout.mixed, layout.multiplier,
-                layout.shift, *static.widths, *static.lowests, static.bf16,
-                encoded.payload.data_ptr(), encoded.payload.numel(), encoded.scale.data_ptr(),
-                n * words, offset.data_ptr(), offset.numel() * words, _LIMITS[out.dtype]))
+            words = n * plan.words
+            offsets = (0, 0) if offset is None else (offset.data_ptr(), words)
+            cpu_calls.run(cpu_calls.DECODE, first, last, plan.size, (
+                values.data_ptr(), values.numel(), first, plan.size, n, *mixing, *plan.decoder,
+                payload.data_ptr(), payload.numel(), scale.data_ptr(), words, *offsets,
+                _LIMITS[out.dtype]))
         else:
-            shared = (
-                size, n, layout.mixed, layout.multiplier, layout.shift, static.widths,
-                static.lowests, static.bf16, encoded.payload.numpy(), _words(encoded.scale),
-                _words(offset), _largest(out.dtype))
-            _run(cpu_kernels.decode, (values.numpy(), first), first, last, size, shared)
+            _decode_float64(values, first, last, plan, mixing, encoded)
         if values is not part:
             part.copy_(values)
     return out
+
+
+def _encode_float64(
+        x: Tensor, first: int, last: int, plan: _Plan, mixing: tuple[int, int, int],
+        keys: tuple[int, int], payload: Tensor, metadata: Tensor) -> None:
+    values, static = x.detach().numpy(), plan.static
+    bf16, integer, stochastic = map(bool, plan.encoder[-3:])
+    shared = (
+        plan.size, plan.n, *mixing, static.widths, static.tops, static.lowests, static.rule, bf16,
+        integer, stochastic, *map(np.uint32, keys), payload.numpy(), _words(metadata))
+    _run(
+        cpu_kernels.encode, (values, values.view(np.int64), first), first, last, plan.size, shared)
+
+
+def _decode_float64(
+        values: Tensor, first: int, last: int, plan: _Plan, mixing: tuple[int, int, int],
+        encoded: Encoded) -> None:
+    static, scales = plan.static, _words(encoded.scale)
+    offsets = scales[:0] if encoded.offset is None else _words(encoded.offset)
+    shared = (
+        plan.size, plan.n, *mixing, static.widths, static.lowests, static.bf16,
+        encoded.payload.numpy(), scales, offsets, _largest(values.dtype))
+    _run(cpu_kernels.decode, (values.numpy(), first), first, last, plan.size, shared)
 
 
 def _words(metadata: Tensor) -> Any:
@@ -129,11 +185,6 @@ class _Static(NamedTuple):
     bf16: bool
     computed: torch.dtype
     stored: torch.dtype
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """What the encoder takes as plain numbers."""
-        return (*self.widths, *self.tops, *self.lowests, self.rule, self.bf16)
 
 
 @lru_cache(maxsize=256)

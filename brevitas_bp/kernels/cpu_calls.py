@@ -15,6 +15,7 @@ NOTE [ The threads are torch's ]
 
 import ctypes
 import os
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -131,8 +132,11 @@ def run(kernel: Kernel, first: int, last: int, size: int, arguments: Sequence[in
         arguments: what the kernel takes besides, from its fourth number on.
     """
     step = max(1, _CHUNK // size)
-    call = (ctypes.c_int64 * (3 + len(arguments)))(0, step, last, *arguments)
-    threads = min(torch.get_num_threads(), (last - first) * size // _LEAST, -(-(last - first) // step))
+    numbers = array("q", (0, step, last, *arguments))
+    call = numbers.buffer_info()[0]
+    elements = (last - first) * size
+    threads = 1 if elements < 2 * _LEAST else min(
+        torch.get_num_threads(), elements // _LEAST, -(-(last - first) // step))
     if threads <= 1:
         kernel.call(call)
         return

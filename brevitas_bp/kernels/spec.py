@@ -80,6 +80,10 @@ class BucketQuantSpec:
     mix_prob: float = 0.0
     mix_per: MixPer = "bucket"
 
+    def __hash__(self) -> int:
+        # It is looked up for every tensor: what specs differ in most is enough.
+        return hash((self.bit_width, self.bucket_size, self.mix_prob))
+
     def __post_init__(self) -> None:
         where = "brevitas_bp.kernels.BucketQuantSpec"
         check_bucket_size(where, self.bucket_size)
