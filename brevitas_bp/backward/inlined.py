@@ -12,6 +12,7 @@ NOTE [ Hooks as graph modules ]
    backward graph does with it (:mod:`brevitas_bp.backward.linearity`), can be read from the graphs.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
-from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
@@ -179,7 +179,7 @@ def _decide(
     elif _is_of_parameters(node):
         decision = _PARAMETER
     elif x.numel() > 0:
-        saved.reach = reach_of(context["_bw_graph"], node.name)
+        saved.reach = reach_of(context["_bw_graph"], node.name, _parameters_among_inputs())
         decision = passing.policy.decide(saved)
         form = None if decision.codec is None else inlined(decision.codec, x)
     given = stored = x.numel() * x.element_size()
@@ -207,14 +207,21 @@ def _module_of(node: Node, location: Location) -> str:
 
 def _is_of_parameters(node: Node) -> bool:
     """Whether a node is a parameter or buffer in disguise, such as a copy that autocast made."""
-    context = TracingContext.try_get()
-    metadata = None if context is None else context.fw_metadata
-    if metadata is None:
-        return False
     placeholders = node.graph.find_nodes(op="placeholder")
-    static = {placeholders[i] for i in metadata.static_input_indices if i < len(placeholders)}
+    static = {placeholders[i] for i in _parameters_among_inputs() if i < len(placeholders)}
     sources = list(inputs_of(node))
     return bool(sources) and all(source in static for source in sources)
+
+
+def _parameters_among_inputs() -> list[int]:
+    """Positions of parameters and buffers among the inputs of the graph that is being made."""
+    from torch._functorch._aot_autograd.graph_compile import maybe_inline_graph_saved_tensors_hooks
+
+    # Nothing that a hook is given says so, nor does a context: it is a variable of what calls the hook.
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not maybe_inline_graph_saved_tensors_hooks.__code__:
+        frame = frame.f_back
+    return [] if frame is None else frame.f_locals["static_input_indices"]
 
 
 def _graph_number() -> int:
