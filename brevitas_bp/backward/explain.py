@@ -42,6 +42,8 @@ class Explanation:
 
     sites: dict[tuple[str, str, str, str], ExplainedSite] = field(default_factory=dict)
     compiled: bool = field(default=False, repr=False)
+    #: Numbers of the compiled graphs that drew noise.
+    graphs: set[int] = field(default_factory=set, repr=False)
 
     def add(self, saved: SavedTensor, packed: Packed, decision: Decision) -> None:
         """Notes one saved tensor."""

@@ -127,6 +127,8 @@ class ForwardPass:
         if self.inlined is not None:
             self.location.passing = self
             self.hooks = self.inlined.pack, self.inlined.unpack
+            if explanation is not None:
+                self.location.graphs = explanation.graphs
         self._hooked = self._closed = False
         self._resources = ExitStack()
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}

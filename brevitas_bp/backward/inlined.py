@@ -36,17 +36,18 @@ _META = "brevitas_bp"
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 # Two calls with equal arguments would be merged: each has a number of its own.
 _library.define(
-    "noise_keys(int site, Device device) -> Tensor",
+    "noise_keys(int graph, int site, Device device) -> Tensor",
     tags=tuple(
         getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
         if hasattr(torch.Tag, name)))
 _sites = itertools.count()
 
 
-def _noise_keys(site: int, device: torch.device) -> Tensor:
-    """Keys [2] for one encode of the forward pass that runs in this thread."""
+def _noise_keys(graph: int, site: int, device: torch.device) -> Tensor:
+    """Keys [2] for one encode of the forward pass that runs in this thread, in the graph of a number."""
     location = current_location()
     assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
+    location.graphs.add(graph)
     return key_tensor(location.next_seed()).to(device, non_blocking=True)
 
 
@@ -54,7 +55,7 @@ _library.impl("noise_keys", _noise_keys, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("brevitas_bp::noise_keys", lib=_library)
-def _noise_keys_fake(site: int, device: torch.device) -> Tensor:
+def _noise_keys_fake(graph: int, site: int, device: torch.device) -> Tensor:
     return torch.empty(2, dtype=torch.int32, device=device)
 
 
@@ -94,20 +95,19 @@ class InlinedHooks:
         # Number of a graph -> what it saves, in order; None for what comes to no hook.
         self.graphs: dict[int, dict[str, CompiledSite | None]] = {}
 
-    @property
-    def sites(self) -> list[CompiledSite]:
-        """All tensors decided for, of all graphs."""
-        return [s for saved in self.graphs.values() for s in saved.values() if s is not None]
-
     def explain(self, explanation: Explanation) -> None:
         """Notes what was decided for compiled graphs, when they were made; once for each explanation."""
         if explanation.compiled:
             return
         explanation.compiled = True
-        for site in self.sites:
-            explanation.add_stored(
-                site.saved, site.decision, "exact" if site.form is None else site.form.name,
-                site.given_bytes, site.stored_bytes)
+        for number, saved in self.graphs.items():
+            sites = [site for site in saved.values() if site is not None]
+            # Graphs that draw no noise do not tell whether they ran.
+            if number in explanation.graphs or not any(s.form and s.form.stochastic for s in sites):
+                for site in sites:
+                    explanation.add_stored(
+                        site.saved, site.decision, "exact" if site.form is None else site.form.name,
+                        site.given_bytes, site.stored_bytes)
 
     def live(self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
         """What compiled graphs between ``inputs`` and ``output`` keep: site and live tensors."""
@@ -160,7 +160,7 @@ def _context() -> dict[str, Any] | None:
 def _packed(form: Inlined, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
     keys = None
     if form.stochastic:
-        keys = torch.ops.brevitas_bp.noise_keys(next(_sites), x.device)
+        keys = torch.ops.brevitas_bp.noise_keys(_graph_number(), next(_sites), x.device)
     return form.pack(x, keys)
 
 
@@ -182,6 +182,8 @@ def _decide(
         saved.reach = reach_of(context["_bw_graph"], node.name, _parameters_among_inputs())
         decision = passing.policy.decide(saved)
         form = None if decision.codec is None else inlined(decision.codec, x)
+        if form is None and decision.codec is not None:
+            decision = _NO_FORM
     given = stored = x.numel() * x.element_size()
     if form is not None:
         stored = sum(t.numel() * t.element_size() for t in _packed(form, x)[0])
@@ -192,6 +194,7 @@ def _decide(
 
 _KEPT = Decision(None, "not an ordinary tensor")
 _INTEGERS = Decision(None, "integers")
+_NO_FORM = Decision(None, "its codec has no form for compiled graphs, or its elements share memory")
 _PARAMETER = Decision(None, "computed from parameters and buffers alone")
 
 

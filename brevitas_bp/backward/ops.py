@@ -41,6 +41,7 @@ class Location:
         # The pass itself, and the seed of its next encode, for hooks that serve several passes.
         self.passing: Any = None
         self.next_seed: Callable[[], int] | None = None
+        self.graphs: set[int] = set()
         self.ended = False
 
     @property

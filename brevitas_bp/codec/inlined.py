@@ -9,7 +9,6 @@ from torch import Tensor
 
 from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.base import Codec
-from brevitas_bp.codec.layout import is_dense
 from brevitas_bp.codec.lossless import BitMask
 from brevitas_bp.codec.quantized import LoweredCodec, codec_name
 from brevitas_bp.core.bucket import flatten, memory_order
@@ -55,7 +54,7 @@ class Inlined(ABC):
         return self.encode(flatten(x), keys), sizes
 
     def unpack(self, tensors: tuple[Tensor, ...], sizes: list[Any]) -> Tensor:
-        """The tensor, with its strides."""
+        """The tensor, in the same order in memory. Gaps between its elements are gone."""
         numel = 1
         for size in sizes:
             numel = numel * size
@@ -105,6 +104,8 @@ class InlinedMask(Inlined):
 def inlined(codec: Codec, x: Tensor) -> Inlined | None:
     """``codec`` for a tensor of a graph; None where the graph has to keep the tensor as it is.
 
+    That is where the codec has no such form, see :func:`can_inline`, or elements share memory.
+
     A graph has sizes that no seed may change and no groups across channels: of two widths the larger
     serves, and instead of averages their codes for each element, which are as wide.
 
@@ -112,7 +113,7 @@ def inlined(codec: Codec, x: Tensor) -> Inlined | None:
         codec: the codec that was decided for.
         x: a fake tensor.
     """
-    if not is_dense(x):
+    if not _is_apart(x):
         return None
     order = memory_order(x)
     settings = (None if order is None else tuple(order), x.dtype)
@@ -124,3 +125,19 @@ def inlined(codec: Codec, x: Tensor) -> Inlined | None:
             codec_name((width := max(codec.spec.bit_widths),), codec.spec.stochastic), *settings,
             replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0))
     return None
+
+
+def can_inline(codec: Codec) -> bool:
+    """Whether graphs can store anything with ``codec``: bucket quantizers that lower, and masks."""
+    return isinstance(unaveraged(codec), (LoweredCodec, BitMask))
+
+
+def _is_apart(x: Tensor) -> bool:
+    """Whether each element of ``x`` has memory of its own: nothing is expanded, no windows overlap."""
+    end = 1
+    for stride, size in sorted(
+            (stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
+        if stride < end:
+            return False
+        end = stride * (size - 1) + end
+    return True
