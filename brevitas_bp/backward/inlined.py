@@ -25,6 +25,7 @@ from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_con
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from brevitas_bp.backward.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.linearity import inputs_of, is_tangent, reach_of
 from brevitas_bp.backward.ops import Location, current_location
@@ -90,7 +91,7 @@ class InlinedHooks:
     """
 
     def __init__(self, unpack: Callable[[Any], Tensor]) -> None:
-        self._unpack_eager = unpack
+        self._unpack_eager = in_python(unpack)
         self.pack, self.unpack = _as_graph(self._pack), _as_graph(self._unpack)
         # Number of a graph -> what it saves, in order; None for what comes to no hook.
         self.graphs: dict[int, dict[str, CompiledSite | None]] = {}
@@ -121,7 +122,7 @@ class InlinedHooks:
         context, location = _context(), current_location()
         assert location is not None and location.passing is not None
         if context is None:
-            return location.passing.pack(x)
+            return location.passing.pack_in_python(x)
         node: Node = context["_node"]
         if _META not in node.meta:
             site = _decide(x, node, context, location)
@@ -147,7 +148,9 @@ def hooks_for_inputs() -> Any:
 def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
     graph = Graph()
     graph.output(graph.call_function(function, (graph.placeholder("x"),)))
-    return GraphModule({}, graph)
+    module = GraphModule({}, graph)
+    no_graph_of_its_own(module.forward, function)
+    return module
 
 
 def _context() -> dict[str, Any] | None:
@@ -168,7 +171,7 @@ def _decide(
         x: Tensor, node: Node, context: dict[str, Any], location: Location) -> CompiledSite:
     passing = location.passing
     assert passing is not None
-    path = _module_of(node, location)
+    path = _module_of(node, context["_bw_graph"], passing)
     origin = str(node.meta.get("original_aten", node.name)).removeprefix("aten.").partition(".")[0]
     saved = SavedTensor(
         x, origin, ".".join(part for part in (location.prefix, path) if part),
@@ -198,14 +201,27 @@ _NO_FORM = Decision(None, "its codec has no form for compiled graphs, or its ele
 _PARAMETER = Decision(None, "computed from parameters and buffers alone")
 
 
-def _module_of(node: Node, location: Location) -> str:
-    """Name of the innermost module that computed a node, relative to the root."""
-    for key in reversed(node.meta.get("nn_module_stack") or {}):
-        # Dynamo's keys are identities, perhaps with the number of a call behind.
-        identity = str(key).partition("@")[0]
-        if identity.isdecimal() and int(identity) in location.names:
-            return location.names[int(identity)]
-    return location.module
+def _module_of(node: Node, backward: Graph, passing: Any) -> str:
+    """Name of the innermost module whose backward reads a node, relative to the root.
+
+    Of several it is one that is to be kept exact, if there is one.
+    """
+    readers = [n for n in backward.nodes if any(s.name == node.name for s in n.all_input_nodes)]
+    found = [_innermost(reader, passing.location) for reader in (*readers, node)]
+    names = [name for name in found if name is not None]
+    exact = (name for name in names if passing.codec_of(name) is None)
+    return next(exact, names[0] if names else passing.location.module)
+
+
+def _innermost(node: Node, location: Location) -> str | None:
+    """Name of the innermost module that a node, or the one that it is the backward of, belongs to."""
+    for stack in ("fwd_nn_module_stack", "nn_module_stack"):
+        for key in reversed(node.meta.get(stack) or {}):
+            # Dynamo's keys are identities, perhaps with the number of a call behind.
+            identity = str(key).partition("@")[0]
+            if identity.isdecimal() and int(identity) in location.names:
+                return location.names[int(identity)]
+    return None
 
 
 def _is_of_parameters(node: Node) -> bool:

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
-from brevitas_bp.backward.dynamo import no_graph_of_its_own
+from brevitas_bp.backward.dynamo import no_graph_of_its_own, set_callback
 from brevitas_bp.backward.saved import NO_CALL, Call
 
 
@@ -130,7 +130,26 @@ class _OpMode(TorchFunctionMode):
             location.call = before
 
 
-no_graph_of_its_own(_OpMode.__torch_function__, Location.enter_module, Location.leave_module)
+class _OpModeInPython(_OpMode):
+    """The same where something is compiled: Dynamo makes no graphs of what is done here.
+
+    It would where operations of a compiled region run one by one, after a graph break.
+    """
+
+    def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_compiling():
+            return func(*args, **(kwargs or {}))
+        callback = set_callback(None)
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        finally:
+            set_callback(callback)
+
+
+no_graph_of_its_own(
+    _OpMode.__torch_function__, _OpModeInPython.__torch_function__, Location.enter_module,
+    Location.leave_module, current_location)
 
 
 class Rewrites(dict[Any, Callable[[Call], Any] | None]):
@@ -230,7 +249,7 @@ def enter(location: Location) -> None:
     # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
     if not location.root_compiled:
         _watch_modules(location)
-    _OpMode(location).__enter__()
+    (_OpModeInPython if location.compiled else _OpMode)(location).__enter__()
     _running.locations.append(location)
 
 
