@@ -30,6 +30,7 @@ from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.linearity import inputs_of, is_tangent, reach_of
 from brevitas_bp.backward.ops import Location, current_location
 from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.codec.base import Codec
 from brevitas_bp.codec.inlined import Inlined, inlined
 from brevitas_bp.kernels.random import key_tensor
 
@@ -175,7 +176,7 @@ def _decide(
     origin = str(node.meta.get("original_aten", node.name)).removeprefix("aten.").partition(".")[0]
     saved = SavedTensor(
         x, origin, ".".join(part for part in (location.prefix, path) if part),
-        passing.codec_of(path), path=path, compiled=True)
+        _codec_of(path, passing), path=path, compiled=True)
     decision, form = _KEPT, None
     if x.dtype != torch.bool and not x.is_floating_point():
         decision = _INTEGERS
@@ -199,6 +200,22 @@ _KEPT = Decision(None, "not an ordinary tensor")
 _INTEGERS = Decision(None, "integers")
 _NO_FORM = Decision(None, "its codec has no form for compiled graphs, or its elements share memory")
 _PARAMETER = Decision(None, "computed from parameters and buffers alone")
+
+
+def _codec_of(path: str, passing: Any) -> Codec | None:
+    """The codec of a module; where compiled modules may share the graph, one that suits them all.
+
+    Dynamo has one graph for modules of one class with equal sizes, whatever their names. If one is to be
+    exact, all are.
+    """
+    parts: dict[str, type] = passing.location.compiled_parts
+    codec = passing.codec_of(path)
+    for part, kind in parts.items():
+        if part and (path + ".").startswith(part + "."):
+            others = (other + path[len(part):] for other in parts if parts[other] is kind)
+            if any(passing.codec_of(other) is None for other in others):
+                return None
+    return codec
 
 
 def _module_of(node: Node, backward: Graph, passing: Any) -> str:

@@ -29,9 +29,13 @@ class Location:
     def __init__(self, root: nn.Module, prefix: str = "", compiled: bool = False) -> None:
         self.names: dict[int, str] = {}
         self.compiled = compiled
+        # Names and classes of modules that are compiled by themselves.
+        self.compiled_parts: dict[str, type] = {}
         for name, module in root.named_modules():
             self.names[id(module)] = name
-            self.compiled = self.compiled or is_compiled(module)
+            if is_compiled(module):
+                self.compiled = True
+                self.compiled_parts[name] = type(getattr(module, "_orig_mod", module))
         self.root_compiled = compiled or is_compiled(root)
         self.prefix = prefix
         self.modules: list[tuple[str, type | None]] = [("", type(root))]
