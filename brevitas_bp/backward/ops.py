@@ -118,7 +118,7 @@ class _OpMode(TorchFunctionMode):
         # Dynamo traces this very code: a compiled graph has no calls to note or rewrite. And attributes
         # of tensors come here too, which save nothing.
         if is_compiling() or type(func) is MethodWrapperType:
-            return func(*args, **kwargs)
+            return _traceable(func)(*args, **kwargs)
         location = self.location
         before = location.call
         call = location.call = Call(func, args, kwargs, next(_numbers))
@@ -134,6 +134,11 @@ class _OpMode(TorchFunctionMode):
             location.call = before
 
 
+def _traceable(func: Any) -> Any:
+    """A function, or one that Dynamo can trace when a mode calls it: no method that calls super()."""
+    return torch.unflatten if func is torch.Tensor.unflatten else func
+
+
 class _OpModeInPython(_OpMode):
     """The same where something is compiled: Dynamo makes no graphs of what is done here.
 
@@ -143,7 +148,7 @@ class _OpModeInPython(_OpMode):
     def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_compiling():
-            return func(*args, **(kwargs or {}))
+            return _traceable(func)(*args, **(kwargs or {}))
         callback = set_callback(None)
         try:
             return super().__torch_function__(func, types, args, kwargs)
