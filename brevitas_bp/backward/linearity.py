@@ -122,8 +122,9 @@ class _Reader:
         if name == "convolution_backward":
             self.outputs[node] = self._convolution_backward(node)
             return
-        if name.endswith("norm_backward") and self._is_norm_of(node):
-            self.outputs[node] = _norm_backward(self.traces[node.args[1]])
+        norm = self._trace_in_norm(node) if name.endswith("norm_backward") else None
+        if norm is not None:
+            self.outputs[node] = _norm_backward(norm)
             return
         rule = _RULES.get(name) or (_gradient if _gradients_of(node) else None)
         trace = _NONLINEAR if rule is None or not _is_real(node) else rule(self, node)
@@ -156,11 +157,11 @@ class _Reader:
             return replace(trace, passes=True)
         return replace(trace, carries=trace.carries or other in self.tangential)
 
-    def _is_norm_of(self, node: Node) -> bool:
-        """Whether of all arguments of a norm's backward only the input depends on the tensor."""
+    def _trace_in_norm(self, node: Node) -> Trace | None:
+        """The trace of a norm's input, where nothing else of its backward depends on the tensor."""
         gradient, x, *others = node.args
-        return isinstance(x, Node) and x in self.traces and (
-            self.trace([gradient, *others, *node.kwargs.values()]) is None)
+        others = [gradient, *others, *node.kwargs.values()]
+        return self.trace(x) if self.trace(others) is None else None
 
     def _convolution_backward(self, node: Node) -> dict[int, Trace]:
         gradient, x, weight = node.args[:3]
@@ -287,7 +288,7 @@ def _gradients_of(node: Node) -> list[int]:
 
 
 def _is_real(node: Node) -> bool:
-    """Whether a node's value can be linear in anything: no cast to integers, no change of bits' meaning."""
+    """Whether a node's value can be linear in anything: no integer, no bits read as another dtype."""
     value = node.meta.get("val")
     if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
         return False

@@ -182,8 +182,8 @@ def test_forward_is_that_of_the_compiled_module_and_is_stored_in_few_bits(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
-#: Networks whose backward is linear in what is saved, or nearly so, and what bias is left of all gradients
-#: together, relative to them: in 8-bit inputs of activations and in inputs of norms.
+#: Networks whose backward is linear in what is saved, or nearly so, and what bias is left of all
+#: gradients together, relative to them: in 8-bit inputs of activations and in inputs of norms.
 BIAS = {"conv-bn-silu": 0.05, "conv-bn-relu": 0.05, "mlp": 0.05, "product": 0.0, "attention": 0.05}
 
 
@@ -195,8 +195,8 @@ def test_gradients_are_right_on_average(name: str) -> None:
     draws = torch.stack(
         [torch.cat([g.flatten() for g in gradients(model, x)]) for _ in range(64)]).double()
     assert graphs() == 2
-    # |mean - exact|^2 has the expectation sum(var) / n. It is a sum of many terms, but correlated ones:
-    # by Markov's inequality it is not 16 times as large but in one case of 16, for the fixed seed.
+    # |mean - exact|^2 has the expectation sum(var) / n, its square root is noise. It is a sum of many
+    # terms, which deviates from that by far less than 16 times; Markov's inequality alone gives 1/16.
     noise = float((draws.var(0).sum() / len(draws)).sqrt())
     error = float((draws.mean(0) - exact).norm())
     assert error < 4 * noise + BIAS[name] * float(exact.norm())
@@ -333,7 +333,8 @@ def test_two_wrappers_are_independent() -> None:
     first = gradients(few, images())
     exact = gradients(Product(), images())
     second = gradients(many, images())
-    again = gradients(QuantBackwardWrapper(compiled(Product()), seed=1, bit_width=2, policy="all"), images())
+    alone = QuantBackwardWrapper(compiled(Product()), seed=1, bit_width=2, policy="all")
+    again = gradients(alone, images())
     assert all(map(torch.equal, first, again))
     errors = [
         sum(float((a - b).norm()) for a, b in zip(found, exact)) for found in (first, second)]
