@@ -38,6 +38,24 @@ def no_graph_of_its_own(*functions: Any) -> None:
         skip(function.__code__)
 
 
+def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for autograd to call: Dynamo is off while it runs, and what it calls too.
+
+    After a graph break, operations of a compiled region run one by one. Dynamo would make graphs of the
+    hooks that they call.
+    """
+
+    def run(*args: Any) -> Any:
+        callback = set_callback(None)
+        try:
+            return function(*args)
+        finally:
+            set_callback(callback)
+
+    no_graph_of_its_own(run)
+    return run
+
+
 #: Sets what Dynamo does with the frames of this thread (None: nothing), and returns what it did.
 set_callback: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
 

@@ -44,6 +44,8 @@ class Explanation:
     _noted: list[tuple[str, str | None, Decision, str, int, int]] = field(
         default_factory=list, repr=False)
     compiled: bool = field(default=False, repr=False)
+    #: Numbers of the compiled graphs that drew noise.
+    graphs: set[int] = field(default_factory=set, repr=False)
 
     def add(self, saved: SavedTensor, packed: Packed, decision: Decision) -> None:
         """Notes one saved tensor."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
+from brevitas_bp.backward.dynamo import in_python
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.inlined import CompiledSite, InlinedHooks, hooks_for_inputs
 from brevitas_bp.backward.ops import Location, Rewrites, current_location, enter, leave
@@ -124,9 +125,14 @@ class ForwardPass:
         self.verify = verify
         self.hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] = (self.pack, unpack)
         self.inlined = inlined() if inlined is not None and self.location.compiled else None
+        if self.location.compiled:
+            self.pack_in_python = in_python(self.pack)
+            self.hooks = self.pack_in_python, in_python(unpack)
         if self.inlined is not None:
             self.location.passing = self
             self.hooks = self.inlined.pack, self.inlined.unpack
+            if explanation is not None:
+                self.location.graphs = explanation.graphs
         self._hooked = self._closed = False
         self._resources = ExitStack()
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}

@@ -12,6 +12,7 @@ NOTE [ Hooks as graph modules ]
    backward graph does with it (:mod:`brevitas_bp.backward.linearity`), can be read from the graphs.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,41 +22,56 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
-from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from brevitas_bp.backward.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.linearity import inputs_of, is_tangent, reach_of
 from brevitas_bp.backward.ops import Location, current_location
 from brevitas_bp.backward.saved import Decision, SavedTensor
-from brevitas_bp.codec.inlined import Inlined, inlined
-from brevitas_bp.kernels.random import key_tensor
+from brevitas_bp.codec.base import Codec
+from brevitas_bp.codec.inlined import Inlined, InlinedQuantizer, inlined
+from brevitas_bp.kernels import dispatch
+from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
+from brevitas_bp.kernels.packing import packed_nbytes
+from brevitas_bp.kernels.reference import bucket_shape
+from brevitas_bp.kernels.spec import BucketQuantSpec
 
 _META = "brevitas_bp"
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")
-# Two calls with equal arguments would be merged: each has a number of its own.
+# See NOTE [ Encoding is a call ]. Two calls with equal arguments would be merged: each has a number.
 _library.define(
-    "noise_keys(int site, Device device) -> Tensor",
+    "encode(Tensor flat, str spec, int graph, int site) -> (Tensor, Tensor)",
     tags=tuple(
         getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
         if hasattr(torch.Tag, name)))
 _sites = itertools.count()
 
 
-def _noise_keys(site: int, device: torch.device) -> Tensor:
-    """Keys [2] for one encode of the forward pass that runs in this thread."""
+def _encode(flat: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
+    """Payload and metadata of a tensor that a graph saves in the forward pass of this thread."""
     location = current_location()
     assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
-    return key_tensor(location.next_seed()).to(device, non_blocking=True)
+    location.graphs.add(graph)
+    encoded = dispatch.encode(flat, BucketQuantSpec.from_text(spec), location.next_seed())
+    # Not two views of one memory, which a graph may not have as outputs.
+    if encoded.offset is None:
+        return encoded.payload, encoded.scale
+    return encoded.payload, torch.cat((encoded.scale, encoded.offset))
 
 
-_library.impl("noise_keys", _noise_keys, "CompositeExplicitAutograd")
+_library.impl("encode", _encode, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("brevitas_bp::noise_keys", lib=_library)
-def _noise_keys_fake(site: int, device: torch.device) -> Tensor:
-    return torch.empty(2, dtype=torch.int32, device=device)
+@torch.library.register_fake("brevitas_bp::encode", lib=_library)
+def _encode_fake(flat: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
+    own = BucketQuantSpec.from_text(spec)
+    n, size = bucket_shape(flat.numel(), own.bucket_size)
+    stored = stored_metadata_dtype(own.metadata_dtype, compute_dtype(flat.dtype))
+    return (
+        flat.new_empty(n * packed_nbytes(size, own.bit_width), dtype=torch.uint8),
+        flat.new_empty(n * (1 + own.affine), dtype=stored))
 
 
 @dataclass(frozen=True)
@@ -89,25 +105,25 @@ class InlinedHooks:
     """
 
     def __init__(self, unpack: Callable[[Any], Tensor]) -> None:
-        self._unpack_eager = unpack
+        self._unpack_eager = in_python(unpack)
         self.pack, self.unpack = _as_graph(self._pack), _as_graph(self._unpack)
         # Number of a graph -> what it saves, in order; None for what comes to no hook.
         self.graphs: dict[int, dict[str, CompiledSite | None]] = {}
-
-    @property
-    def sites(self) -> list[CompiledSite]:
-        """All tensors decided for, of all graphs."""
-        return [s for saved in self.graphs.values() for s in saved.values() if s is not None]
 
     def explain(self, explanation: Explanation) -> None:
         """Notes what was decided for compiled graphs, when they were made; once for each explanation."""
         if explanation.compiled:
             return
         explanation.compiled = True
-        for site in self.sites:
-            explanation.add_stored(
-                site.saved, site.decision, "exact" if site.form is None else site.form.name,
-                site.given_bytes, site.stored_bytes)
+        for number, saved in self.graphs.items():
+            sites = [site for site in saved.values() if site is not None]
+            # Graphs without a quantizer do not tell whether they ran.
+            if number in explanation.graphs or not any(
+                    isinstance(s.form, InlinedQuantizer) for s in sites):
+                for site in sites:
+                    explanation.add_stored(
+                        site.saved, site.decision, "exact" if site.form is None else site.form.name,
+                        site.given_bytes, site.stored_bytes)
 
     def live(self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
         """What compiled graphs between ``inputs`` and ``output`` keep: site and live tensors."""
@@ -121,7 +137,7 @@ class InlinedHooks:
         context, location = _context(), current_location()
         assert location is not None and location.passing is not None
         if context is None:
-            return location.passing.pack(x)
+            return location.passing.pack_in_python(x)
         node: Node = context["_node"]
         if _META not in node.meta:
             site = _decide(x, node, context, location)
@@ -147,7 +163,9 @@ def hooks_for_inputs() -> Any:
 def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
     graph = Graph()
     graph.output(graph.call_function(function, (graph.placeholder("x"),)))
-    return GraphModule({}, graph)
+    module = GraphModule({}, graph)
+    no_graph_of_its_own(module.forward, function)
+    return module
 
 
 def _context() -> dict[str, Any] | None:
@@ -158,30 +176,32 @@ def _context() -> dict[str, Any] | None:
 
 
 def _packed(form: Inlined, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
-    keys = None
-    if form.stochastic:
-        keys = torch.ops.brevitas_bp.noise_keys(next(_sites), x.device)
-    return form.pack(x, keys)
+    def quantize(flat: Tensor, spec: BucketQuantSpec) -> tuple[Tensor, Tensor]:
+        return torch.ops.brevitas_bp.encode(flat, spec.to_text(), _graph_number(), next(_sites))
+
+    return form.pack(x, quantize)
 
 
 def _decide(
         x: Tensor, node: Node, context: dict[str, Any], location: Location) -> CompiledSite:
     passing = location.passing
     assert passing is not None
-    path = _module_of(node, location)
+    path = _module_of(node, context["_bw_graph"], passing)
     origin = str(node.meta.get("original_aten", node.name)).removeprefix("aten.").partition(".")[0]
     saved = SavedTensor(
         x, origin, ".".join(part for part in (location.prefix, path) if part),
-        passing.codec_of(path), path=path, compiled=True)
+        _codec_of(path, passing), path=path, compiled=True)
     decision, form = _KEPT, None
     if x.dtype != torch.bool and not x.is_floating_point():
         decision = _INTEGERS
     elif _is_of_parameters(node):
         decision = _PARAMETER
     elif x.numel() > 0:
-        saved.reach = reach_of(context["_bw_graph"], node.name)
+        saved.reach = reach_of(context["_bw_graph"], node.name, _parameters_among_inputs())
         decision = passing.policy.decide(saved)
         form = None if decision.codec is None else inlined(decision.codec, x)
+        if form is None and decision.codec is not None:
+            decision = _NO_FORM
     given = stored = x.numel() * x.element_size()
     if form is not None:
         stored = sum(t.numel() * t.element_size() for t in _packed(form, x)[0])
@@ -192,29 +212,66 @@ def _decide(
 
 _KEPT = Decision(None, "not an ordinary tensor")
 _INTEGERS = Decision(None, "integers")
+_NO_FORM = Decision(None, "its codec has no form for compiled graphs, or its elements share memory")
 _PARAMETER = Decision(None, "computed from parameters and buffers alone")
 
 
-def _module_of(node: Node, location: Location) -> str:
-    """Name of the innermost module that computed a node, relative to the root."""
-    for key in reversed(node.meta.get("nn_module_stack") or {}):
-        # Dynamo's keys are identities, perhaps with the number of a call behind.
-        identity = str(key).partition("@")[0]
-        if identity.isdecimal() and int(identity) in location.names:
-            return location.names[int(identity)]
-    return location.module
+def _codec_of(path: str, passing: Any) -> Codec | None:
+    """The codec of a module; where compiled modules may share the graph, one that suits them all.
+
+    Dynamo has one graph for modules of one class with equal sizes, whatever their names. If one is to be
+    exact, all are.
+    """
+    parts: dict[str, type] = passing.location.compiled_parts
+    codec = passing.codec_of(path)
+    for part, kind in parts.items():
+        if part and (path + ".").startswith(part + "."):
+            others = (other + path[len(part):] for other in parts if parts[other] is kind)
+            if any(passing.codec_of(other) is None for other in others):
+                return None
+    return codec
+
+
+def _module_of(node: Node, backward: Graph, passing: Any) -> str:
+    """Name of the innermost module whose backward reads a node, relative to the root.
+
+    Of several it is one that is to be kept exact, if there is one.
+    """
+    readers = [n for n in backward.nodes if any(s.name == node.name for s in n.all_input_nodes)]
+    found = [_innermost(reader, passing.location) for reader in (*readers, node)]
+    names = [name for name in found if name is not None]
+    exact = (name for name in names if passing.codec_of(name) is None)
+    return next(exact, names[0] if names else passing.location.module)
+
+
+def _innermost(node: Node, location: Location) -> str | None:
+    """Name of the innermost module that a node, or the one that it is the backward of, belongs to."""
+    for stack in ("fwd_nn_module_stack", "nn_module_stack"):
+        for key in reversed(node.meta.get(stack) or {}):
+            # Dynamo's keys are identities, perhaps with the number of a call behind.
+            identity = str(key).partition("@")[0]
+            if identity.isdecimal() and int(identity) in location.names:
+                return location.names[int(identity)]
+    return None
 
 
 def _is_of_parameters(node: Node) -> bool:
     """Whether a node is a parameter or buffer in disguise, such as a copy that autocast made."""
-    context = TracingContext.try_get()
-    metadata = None if context is None else context.fw_metadata
-    if metadata is None:
-        return False
     placeholders = node.graph.find_nodes(op="placeholder")
-    static = {placeholders[i] for i in metadata.static_input_indices if i < len(placeholders)}
+    static = {placeholders[i] for i in _parameters_among_inputs() if i < len(placeholders)}
     sources = list(inputs_of(node))
     return bool(sources) and all(source in static for source in sources)
+
+
+def _parameters_among_inputs() -> list[int]:
+    """Positions of parameters and buffers among the inputs of the graph that is being made."""
+    from torch._functorch._aot_autograd.graph_compile import maybe_inline_graph_saved_tensors_hooks
+
+    # Nothing that a hook is given says so, nor does a context: it is a variable of what calls the hook.
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not maybe_inline_graph_saved_tensors_hooks.__code__:
+        frame = frame.f_back
+    return [] if frame is None else frame.f_locals["static_input_indices"]
 
 
 def _graph_number() -> int:

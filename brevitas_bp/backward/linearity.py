@@ -12,14 +12,16 @@ NOTE [ Reading a backward graph ]
 3. A product of two values that both depend is nonlinear, but for norms: there one of the factors is a
    mean over so many elements that the rounding of any one hardly shows (Chen et al., "ActNN", 2021).
 4. Once the gradient that comes in is a factor, another matrix product or convolution carries the
-   rounding into gradients further up.
+   rounding into gradients further up; so does what leaves the graph as the gradient of its input.
+5. What aten calls a backward is linear in the gradients that it takes, whatever it is the backward of.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from brevitas_bp.backward.saved import Reach
@@ -73,11 +75,14 @@ class _Reader:
     Args:
         graph: the backward graph.
         tangential: nodes that depend on the gradients that come in.
+        last: positions among what the graph returns from which nothing goes on further up.
     """
 
-    def __init__(self, graph: Graph, tangential: set[Node]) -> None:
+    def __init__(
+            self, graph: Graph, tangential: set[Node], last: Collection[int] | None = None) -> None:
         self.graph = graph
         self.tangential = tangential
+        self.last = last
         self.traces: dict[Node, Trace] = {}
         # Of operations with several outputs: output -> trace.
         self.outputs: dict[Node, Mapping[int, Trace]] = {}
@@ -88,12 +93,19 @@ class _Reader:
         result: Trace | None = None
         for node in self.graph.nodes:
             if node.op == "output":
-                for returned in node.all_input_nodes:
-                    result = _join(result, self.traces.get(returned))
-            elif node.op == "call_function" and any(
-                    n in self.traces or n in self.outputs for n in node.all_input_nodes):
+                result = self._returned(node.args[0])
+            elif any(n in self.traces or n in self.outputs for n in node.all_input_nodes):
                 self._visit(node)
         return "weight" if result is None else result.reach
+
+    def _returned(self, gradients: Any) -> Trace | None:
+        result: Trace | None = None
+        for position, gradient in enumerate(gradients):
+            trace = self.trace(gradient)
+            if trace is not None and self.last is not None and position not in self.last:
+                trace = replace(trace, passes=trace.passes or trace.carries)
+            result = _join(result, trace)
+        return result
 
     def _visit(self, node: Node) -> None:
         if node.target is operator.getitem:
@@ -105,11 +117,18 @@ class _Reader:
                 self.traces[node] = trace
             return
         name = _name_of(node)
+        if name in _CONSTANT:
+            return
         if name == "convolution_backward":
             self.outputs[node] = self._convolution_backward(node)
             return
-        rule = _RULES.get(name)
-        self.traces[node] = _NONLINEAR if rule is None else rule(self, node)
+        norm = self._trace_in_norm(node) if name.endswith("norm_backward") else None
+        if norm is not None:
+            self.outputs[node] = _norm_backward(norm)
+            return
+        rule = _RULES.get(name) or (_gradient if _gradients_of(node) else None)
+        trace = _NONLINEAR if rule is None or not _is_real(node) else rule(self, node)
+        self.traces[node] = trace
 
     def trace(self, argument: Any) -> Trace | None:
         """How an argument depends on the tensor; None: not at all."""
@@ -138,6 +157,12 @@ class _Reader:
             return replace(trace, passes=True)
         return replace(trace, carries=trace.carries or other in self.tangential)
 
+    def _trace_in_norm(self, node: Node) -> Trace | None:
+        """The trace of a norm's input, where nothing else of its backward depends on the tensor."""
+        gradient, x, *others = node.args
+        others = [gradient, *others, *node.kwargs.values()]
+        return self.trace(x) if self.trace(others) is None else None
+
     def _convolution_backward(self, node: Node) -> dict[int, Trace]:
         gradient, x, weight = node.args[:3]
         found = {
@@ -146,6 +171,16 @@ class _Reader:
         return {output: trace for output, trace in found.items() if trace is not None}
 
 
+def _norm_backward(trace: Trace) -> dict[int, Trace]:
+    """Gradients of a norm's input and weight, of how its input depends on the tensor."""
+    weight = replace(trace, carries=True)
+    return {0: replace(weight, norm=True), 1: weight}
+
+
+#: What they return depends on the shape of their arguments alone.
+_CONSTANT = frozenset({
+    "sym_size", "sym_numel", "sym_stride", "zeros_like", "ones_like", "full_like", "empty_like",
+    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"})
 _Rule = Callable[[_Reader, Node], Trace]
 _RULES: dict[str, _Rule] = {}
 
@@ -167,8 +202,10 @@ def _depends(reader: _Reader, arguments: Any) -> bool:
     "slice", "select", "clone", "alias", "detach", "contiguous", "convert_element_type", "_to_copy",
     "to", "neg", "constant_pad_nd", "flip", "roll", "repeat", "as_strided", "unbind", "split",
     "split_with_sizes", "gather", "index_select", "slice_backward", "select_backward",
+    "index", "_unsafe_index",
     "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest2d", "device_put", "unfold",
-    "diagonal", "view_as_real", "view_as_complex", "real", "cumsum", "lift_fresh_copy")
+    "diagonal", "view_as_real", "view_as_complex", "real", "cumsum", "lift_fresh_copy", "tril", "triu",
+    "masked_fill")
 def _linear_in_first(reader: _Reader, node: Node) -> Trace:
     trace = reader.trace(node.args[0])
     if trace is None or _depends(reader, [*node.args[1:], *node.kwargs.values()]):
@@ -181,9 +218,19 @@ def _linear_in_all(reader: _Reader, node: Node) -> Trace:
     return reader.trace(node.args) or _NONLINEAR
 
 
-@_rule("index")
-def _index(reader: _Reader, node: Node) -> Trace:
-    return _linear_in_first(reader, node)
+@_rule("index_put", "_unsafe_index_put")
+def _index_put(reader: _Reader, node: Node) -> Trace:
+    target, where, source = node.args[:3]
+    trace = reader.trace([target, source])
+    return _NONLINEAR if trace is None or _depends(reader, [where]) else trace
+
+
+def _gradient(reader: _Reader, node: Node) -> Trace:
+    """NOTE [ Reading a backward graph ], rule 5."""
+    gradients = _gradients_of(node)
+    trace = reader.trace([node.args[i] for i in gradients])
+    others = [value for i, value in enumerate(node.args) if i not in gradients]
+    return _NONLINEAR if trace is None or _depends(reader, [*others, *node.kwargs.values()]) else trace
 
 
 @_rule("where")
@@ -230,6 +277,24 @@ def _name_of(node: Node) -> str:
     return getattr(node.target, "_opname", "") if namespace in ("aten", "prims") else ""
 
 
+def _gradients_of(node: Node) -> list[int]:
+    """Positions of the arguments of aten's backward operators that are gradients."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or "_backward" not in _name_of(node):
+        return []
+    return [
+        i for i, argument in enumerate(schema.arguments)
+        if argument.name.startswith("grad") and i < len(node.args)]
+
+
+def _is_real(node: Node) -> bool:
+    """Whether a node's value can be linear in anything: no integer, no bits read as another dtype."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return False
+    return getattr(node.target, "_overloadname", "") != "dtype"
+
+
 def _belongs_to_norm(node: Node) -> bool:
     return "norm" in str(node.meta.get("original_aten", ""))
 
@@ -261,15 +326,16 @@ def tangential_nodes(graph: Graph) -> set[Node]:
     return found
 
 
-def reach_of(graph: Graph, name: str) -> Reach:
+def reach_of(graph: Graph, name: str, last: Collection[int] | None = None) -> Reach:
     """How far a rounding of the saved tensor ``name`` goes in a backward graph of ``torch.compile``.
 
     Args:
         graph: the backward graph, in operators of aten.
         name: of one of its placeholders.
+        last: positions, in what the graph returns, of gradients of parameters; None: of them all.
     """
     saved = next(n for n in graph.nodes if n.op == "placeholder" and n.name == name)
-    return _Reader(graph, tangential_nodes(graph)).reach(saved)
+    return _Reader(graph, tangential_nodes(graph), last).reach(saved)
 
 
 def inputs_of(node: Node) -> Iterator[Node]:

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
-from brevitas_bp.backward.dynamo import no_graph_of_its_own
+from brevitas_bp.backward.dynamo import no_graph_of_its_own, set_callback
 from brevitas_bp.backward.saved import NO_CALL, Call
 
 
@@ -29,7 +29,11 @@ class Location:
     def __init__(self, root: nn.Module, prefix: str = "", compiled: bool = False) -> None:
         self.names: dict[int, str] = {}
         self.tree = list(_modules_of(root, self.names))
-        self.compiled = compiled or any(map(is_compiled, self.tree))
+        # Names and classes of modules that are compiled by themselves.
+        self.compiled_parts: dict[str, type] = {
+            self.names[id(module)]: type(getattr(module, "_orig_mod", module))
+            for module in self.tree if is_compiled(module)}
+        self.compiled = compiled or bool(self.compiled_parts)
         self.root_compiled = compiled or is_compiled(root)
         self.prefix = prefix
         self.modules: list[tuple[str, type | None]] = [("", type(root))]
@@ -39,6 +43,7 @@ class Location:
         # The pass itself, and the seed of its next encode, for hooks that serve several passes.
         self.passing: Any = None
         self.next_seed: Callable[[], int] | None = None
+        self.graphs: set[int] = set()
         self.ended = False
 
     @property
@@ -129,7 +134,7 @@ class _OpMode(TorchFunctionMode):
         # Dynamo traces this very code: a compiled graph has no calls to note or rewrite. And attributes
         # of tensors come here too, which save nothing.
         if is_compiling() or type(func) is MethodWrapperType:
-            return func(*args, **kwargs)
+            return _traceable(func)(*args, **kwargs)
         location = self.location
         before = location.call
         call = location.call = Call(func, args, kwargs, next(_numbers))
@@ -145,7 +150,31 @@ class _OpMode(TorchFunctionMode):
             location.call = before
 
 
-no_graph_of_its_own(_OpMode.__torch_function__, Location.enter_module, Location.leave_module)
+def _traceable(func: Any) -> Any:
+    """A function, or one that Dynamo can trace when a mode calls it: no method that calls super()."""
+    return torch.unflatten if func is torch.Tensor.unflatten else func
+
+
+class _OpModeInPython(_OpMode):
+    """The same where something is compiled: Dynamo makes no graphs of what is done here.
+
+    It would where operations of a compiled region run one by one, after a graph break.
+    """
+
+    def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_compiling():
+            return _traceable(func)(*args, **(kwargs or {}))
+        callback = set_callback(None)
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        finally:
+            set_callback(callback)
+
+
+no_graph_of_its_own(
+    _OpMode.__torch_function__, _OpModeInPython.__torch_function__, Location.enter_module,
+    Location.leave_module, current_location)
 
 
 class Rewrites(dict[Any, Callable[[Call], Any] | None]):
@@ -245,7 +274,7 @@ def enter(location: Location) -> None:
     # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
     if not location.root_compiled:
         _watch_modules(location)
-    _OpMode(location).__enter__()
+    (_OpModeInPython if location.compiled else _OpMode)(location).__enter__()
     _running.locations.append(location)
 
 

@@ -144,11 +144,13 @@ class PlannedPolicy:
     def decide(self, saved: SavedTensor) -> Decision:
         """The policy's decision, with the planned width."""
         decision = self.policy.decide(saved)
-        if not is_quantized(saved, decision):
+        # What a compiled graph recomputes from is rounded finely or not at all, lest it bias gradients.
+        if not is_quantized(saved, decision) or saved.reach == "nonlinear":
             return decision
         name = site_of(saved)
         if name not in self._chosen:
-            self._chosen[name] = first_match(self.choices, name)
+            self._chosen[name] = first_match(self.choices, name) or (
+                self._widest_in(saved.path) if saved.compiled else None)
         candidate = self._chosen[name]
         if candidate is None:
             return decision
@@ -158,6 +160,13 @@ class PlannedPolicy:
             candidate = replace(candidate, average_size=1)
         return decision._replace(
             codec=candidate.codec(configured_of(saved, decision.codec)))
+
+    def _widest_in(self, module: str) -> Candidate | None:
+        """The most bits planned for a tensor of a module: a compiled graph has other names for them."""
+        return max(
+            (candidate for name, candidate in self.choices.items()
+             if fnmatch.fnmatchcase(module, name.partition(":")[0])),
+            key=lambda candidate: candidate.nominal_bits, default=None)
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """As the policy does."""

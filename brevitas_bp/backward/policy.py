@@ -217,6 +217,8 @@ class OpAware:
         if saved.reach is None:
             warnings.warn(_COMPILED_HINT, stacklevel=2)
             return _COMPILED
+        if saved.reach != "weight" and (saved.is_norm_statistic or _is_log_sum(saved)):
+            return _STATISTIC
         if saved.reach != "nonlinear":
             return self._widened(Decision(codec, _LINEAR[saved.reach], reaches=saved.reach), codec)
         bits = self.recomputed_bits
@@ -259,6 +261,7 @@ class OpAware:
 _LINEAR = {
     "weight": "backward is linear in it", "sum": "backward is linear in it",
     "norm": "input of a norm, run backward", "all": "factor of the passing gradient"}
+_STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
@@ -274,6 +277,11 @@ _COMPILED_HINT = (
     "storage='quantize_on_backward'): the op-aware policy keeps them exact, policy='all' rounds them")
 _OTHER_DTYPE = Decision(None, "neither real numbers of 16 to 64 bits nor indices")
 _INTEGERS = Decision(None, "integers")
+
+
+def _is_log_sum(saved: SavedTensor) -> bool:
+    """Whether a kernel of attention saves the denominators of its softmax: one for each query."""
+    return saved.op is not None and "attention" in saved.op and saved.tensor.dim() < 4
 
 
 def _with_table(rule: OpRule, bits: int, passing: Passing, call: Call) -> Any:

@@ -134,7 +134,7 @@ class SavedTensor:
         Smaller than the input; or, where the input is not known, by shape.
         """
         if self.compiled or self.call is NO_CALL:
-            return len(own_shape(self.tensor)) <= 1 or self.tensor.shape[-1] == 1
+            return len(_own_sizes(self.tensor)) <= 1 or self.tensor.shape[-1] == 1
         if self.op is None or "norm" not in self.op or not self.arguments:
             return False
         normalized = self.arguments[0]
@@ -187,4 +187,9 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 def own_shape(x: Tensor) -> list[int]:
     """Sizes that hold values, sorted: the same for a transposed or expanded tensor."""
-    return sorted(size for size in TensorLayout.base(x).shape if size != 1)
+    return sorted(_own_sizes(x))
+
+
+def _own_sizes(x: Tensor) -> list[int]:
+    # Not compared with one another: they may be symbols, and a graph would hold for their order only.
+    return [size for size in TensorLayout.base(x).shape if size != 1]

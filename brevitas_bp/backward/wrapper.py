@@ -33,6 +33,7 @@ from brevitas_bp.backward.transparent import TABLES, Transparent
 from brevitas_bp.backward.wider import has_bits
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.average import unaveraged
+from brevitas_bp.codec.inlined import can_inline
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.kernels.random import SeedStream, derive
@@ -48,6 +49,9 @@ _CHECKPOINT_HINT = (
     "checkpointed part, exact, and runs it again in backward; the wrapper stores nothing here. Wrap "
     "around the checkpointed parts instead, with policy=OpAware(checkpoint_quant=...) to store their "
     "inputs in a few bits too")
+_NOT_INLINED_HINT = (
+    f"{_WHERE}: compiled graphs cannot store with these quantizers, and keep their tensors exact: {{}}. "
+    "They can with the bucket quantizers of brevitas_bp.quant")
 _created = itertools.count()
 
 
@@ -253,8 +257,16 @@ class QuantBackwardWrapper(Transparent):
         if self._verify or self._storage != "save_quantized":
             return None
         if self._inlined is None:
+            self._warn_of_codecs()
             self._inlined = InlinedHooks(unpack)
         return self._inlined
+
+    def _warn_of_codecs(self) -> None:
+        """Names the quantizers whose tensors compiled graphs keep exact."""
+        codecs = (self._codec, *(codec for _, codec in self._overrides))
+        names = {c.name for c in codecs if c is not None and not can_inline(c)}
+        if names:
+            warnings.warn(_NOT_INLINED_HINT.format(", ".join(sorted(names))), stacklevel=2)
 
     def _noise_rank(self) -> int:
         if self._rank is not None:

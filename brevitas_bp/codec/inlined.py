@@ -1,6 +1,7 @@
 """Codecs as operations of a compiled graph, where ``torch.compile`` inlines the hooks."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,12 +10,14 @@ from torch import Tensor
 
 from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.base import Codec
-from brevitas_bp.codec.layout import is_dense
 from brevitas_bp.codec.lossless import BitMask
 from brevitas_bp.codec.quantized import LoweredCodec, codec_name
 from brevitas_bp.core.bucket import flatten, memory_order
 from brevitas_bp.kernels import traced
 from brevitas_bp.kernels.spec import BucketQuantSpec
+
+#: A flat tensor and a spec of one width -> payload, and scales and offsets in one tensor.
+Quantize = Callable[[Tensor, BucketQuantSpec], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,30 +35,25 @@ class Inlined(ABC):
     dtype: torch.dtype
 
     @property
-    def stochastic(self) -> bool:
-        """Whether :meth:`encode` wants keys of noise."""
-        return False
-
-    @property
     def parts(self) -> int:
         """Number of stored tensors."""
         return 1
 
     @abstractmethod
-    def encode(self, flat: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
-        """Stored tensors of the elements in memory order [numel]; ``keys`` int32 [2]."""
+    def encode(self, flat: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        """Stored tensors of the elements in memory order [numel]; ``quantize`` calls the kernels."""
 
     @abstractmethod
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
         """The elements in memory order."""
 
-    def pack(self, x: Tensor, keys: Tensor | None) -> tuple[tuple[Tensor, ...], list[Any]]:
+    def pack(self, x: Tensor, quantize: Quantize) -> tuple[tuple[Tensor, ...], list[Any]]:
         """Stored tensors, and the sizes in memory order that :meth:`unpack` wants."""
         sizes = list(x.shape) if self.order is None else [x.shape[d] for d in self.order]
-        return self.encode(flatten(x), keys), sizes
+        return self.encode(flatten(x), quantize), sizes
 
     def unpack(self, tensors: tuple[Tensor, ...], sizes: list[Any]) -> Tensor:
-        """The tensor, with its strides."""
+        """The tensor, in the same order in memory. Gaps between its elements are gone."""
         numel = 1
         for size in sizes:
             numel = numel * size
@@ -76,26 +74,23 @@ class InlinedQuantizer(Inlined):
     spec: BucketQuantSpec
 
     @property
-    def stochastic(self) -> bool:
-        return self.spec.stochastic
-
-    @property
     def parts(self) -> int:
-        return 2 + self.spec.affine
+        return 2
 
-    def encode(self, flat: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
-        # To nearest, nothing reads the keys.
-        return traced.encode(flat, self.spec, flat if keys is None else keys)
+    def encode(self, flat: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return quantize(flat, self.spec)
 
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
-        return traced.decode(tensors, self.spec, numel, self.dtype)
+        payload, metadata = tensors
+        parts = metadata.view(2, -1).unbind(0) if self.spec.affine else (metadata,)
+        return traced.decode((payload, *parts), self.spec, numel, self.dtype)
 
 
 @dataclass(frozen=True)
 class InlinedMask(Inlined):
     """Bools, 1 bit each."""
 
-    def encode(self, flat: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
+    def encode(self, flat: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
         return (traced.pack_bits(flat),)
 
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
@@ -105,6 +100,8 @@ class InlinedMask(Inlined):
 def inlined(codec: Codec, x: Tensor) -> Inlined | None:
     """``codec`` for a tensor of a graph; None where the graph has to keep the tensor as it is.
 
+    That is where the codec has no such form, see :func:`can_inline`, or elements share memory.
+
     A graph has sizes that no seed may change and no groups across channels: of two widths the larger
     serves, and instead of averages their codes for each element, which are as wide.
 
@@ -112,7 +109,7 @@ def inlined(codec: Codec, x: Tensor) -> Inlined | None:
         codec: the codec that was decided for.
         x: a fake tensor.
     """
-    if not is_dense(x):
+    if not _is_apart(x):
         return None
     order = memory_order(x)
     settings = (None if order is None else tuple(order), x.dtype)
@@ -124,3 +121,19 @@ def inlined(codec: Codec, x: Tensor) -> Inlined | None:
             codec_name((width := max(codec.spec.bit_widths),), codec.spec.stochastic), *settings,
             replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0))
     return None
+
+
+def can_inline(codec: Codec) -> bool:
+    """Whether graphs can store anything with ``codec``: bucket quantizers that lower, and masks."""
+    return isinstance(unaveraged(codec), (LoweredCodec, BitMask))
+
+
+def _is_apart(x: Tensor) -> bool:
+    """Whether each element of ``x`` has memory of its own: nothing is expanded, no windows overlap."""
+    end = 1
+    for stride, size in sorted(
+            (stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
+        if stride < end:
+            return False
+        end = stride * (size - 1) + end
+    return True

@@ -116,33 +116,6 @@ def uniform_(index: Tensor, keys: tuple[int, int]) -> Tensor:
     return bits.to(torch.float32).mul_(NOISE_STEP)
 
 
-def _xor_shift(x: Tensor, shift: int) -> Tensor:
-    return x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))
-
-
-def uniform_of(index: Tensor, key0: Tensor, key1: Tensor) -> Tensor:
-    """:func:`uniform_` for a compiled graph: nothing is written in place, and keys are tensors.
-
-    Args:
-        index: int32 flat indices.
-        key0: int32 scalar tensor, the bits of the first key.
-        key1: of the second.
-    """
-    x = index + key0
-    for step, (shift, multiplier) in enumerate(HASH_ROUNDS):
-        x = _xor_shift(x, shift) * _int32(multiplier)
-        if step == 0:
-            x = x ^ key1
-    x = _xor_shift(x, HASH_LAST_SHIFT)
-    bits = (x >> (32 - NOISE_BITS)) & ((1 << NOISE_BITS) - 1)
-    return bits.to(torch.float32) * NOISE_STEP
-
-
-def key_tensor(seed: int) -> Tensor:
-    """The keys of :func:`noise_keys` as int32 [2]."""
-    return torch.tensor([_int32(key) for key in noise_keys(seed)], dtype=torch.int32, device="cpu")
-
-
 def uniform(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Noise for flat indices ``0 .. prod(shape) - 1``, shaped ``shape``.
 

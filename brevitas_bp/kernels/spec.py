@@ -1,6 +1,8 @@
 """The static facts of one bucket quantizer: what a fused kernel needs to know."""
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from typing import Any, Literal
 
@@ -101,6 +103,19 @@ class BucketQuantSpec:
                 f"{where}: an integer zero point needs metadata_dtype=torch.float32, got "
                 f"{self.metadata_dtype}; a rounded offset would move zero off the grid")
 
+    def to_text(self) -> str:
+        """All of it as text, for operators of compiled graphs, which take no objects.
+
+        >>> BucketQuantSpec.from_text(BucketQuantSpec(3).to_text()) == BucketQuantSpec(3)
+        True
+        """
+        return json.dumps({**vars(self), "metadata_dtype": str(self.metadata_dtype)})
+
+    @classmethod
+    def from_text(cls, text: str) -> "BucketQuantSpec":
+        """What :meth:`to_text` wrote."""
+        return _from_text(text)
+
     @property
     def bit_widths(self) -> tuple[int, ...]:
         """The widths a bucket can have; the first is the base width."""
@@ -117,6 +132,13 @@ class BucketQuantSpec:
     def pads_with_zero(self) -> bool:
         """Whether the tail is padded with zeros (l2) or with its last element (min-max, max)."""
         return self.scale_rule == "l2"
+
+
+@lru_cache(maxsize=256)
+def _from_text(text: str) -> BucketQuantSpec:
+    fields = json.loads(text)
+    name = fields.pop("metadata_dtype").removeprefix("torch.")
+    return BucketQuantSpec(**fields, metadata_dtype=getattr(torch, name))
 
 
 def check_code_range(where: str, code_range: CodeRange, bit_width: int) -> None:

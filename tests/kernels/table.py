@@ -59,7 +59,7 @@ def samples(dtype: torch.dtype) -> dict[str, Tensor]:
         "signed zeros": torch.tensor([-0.0, 0.0] * 100),
         "subnormal": normal * torch.finfo(computed).tiny, "broken": broken}
     out = {name: x.to(dtype) for name, x in data.items()}
-    out["huge"] = (normal * largest).clamp(-largest, largest).to(dtype)
+    out["huge"] = (normal.double() * largest).clamp(-largest, largest).to(dtype)
     return out
 
 
