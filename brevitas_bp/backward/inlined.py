@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
+from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +30,8 @@ from brevitas_bp.backward.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.linearity import inputs_of, is_tangent, reach_of
 from brevitas_bp.backward.ops import Location, current_location
-from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.backward.parameters import ParameterSet
+from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec
 from brevitas_bp.codec.inlined import Inlined, InlinedQuantizer, inlined
 from brevitas_bp.kernels import dispatch
@@ -191,13 +193,15 @@ def _decide(
     saved = SavedTensor(
         x, origin, ".".join(part for part in (location.prefix, path) if part),
         _codec_of(path, passing), path=path, compiled=True)
+    inputs: list[Node] = context["_fw_graph"].find_nodes(op="placeholder")
+    parameters = _parameters_among(inputs, passing.parameters)
     decision, form = _KEPT, None
     if x.dtype != torch.bool and not x.is_floating_point():
         decision = _INTEGERS
-    elif _is_of_parameters(node):
+    elif (sources := set(inputs_of(node))) and sources <= {inputs[i] for i in parameters}:
         decision = _PARAMETER
     elif x.numel() > 0:
-        saved.reach = reach_of(context["_bw_graph"], node.name, _parameters_among_inputs())
+        saved.reach = reach_of(context["_bw_graph"], node.name, parameters)
         decision = passing.policy.decide(saved)
         form = None if decision.codec is None else inlined(decision.codec, x)
         if form is None and decision.codec is not None:
@@ -255,16 +259,19 @@ def _innermost(node: Node, location: Location) -> str | None:
     return None
 
 
-def _is_of_parameters(node: Node) -> bool:
-    """Whether a node is a parameter or buffer in disguise, such as a copy that autocast made."""
-    placeholders = node.graph.find_nodes(op="placeholder")
-    static = {placeholders[i] for i in _parameters_among_inputs() if i < len(placeholders)}
-    sources = list(inputs_of(node))
-    return bool(sources) and all(source in static for source in sources)
+def _parameters_among(inputs: list[Node], parameters: ParameterSet) -> list[int]:
+    """Positions of parameters and buffers, and of what shows them, among the inputs of a graph."""
+    key = f"{_META} parameters"
+    if key not in inputs[0].meta:
+        storages = _storages_of(parameters)
+        inputs[0].meta[key] = sorted({
+            *_static_inputs(),
+            *(i for i, node in enumerate(inputs) if _storage(node.meta.get("val")) in storages)})
+    return inputs[0].meta[key]
 
 
-def _parameters_among_inputs() -> list[int]:
-    """Positions of parameters and buffers among the inputs of the graph that is being made."""
+def _static_inputs() -> list[int]:
+    """Positions of what Dynamo knows to be parameters and buffers."""
     from torch._functorch._aot_autograd.graph_compile import maybe_inline_graph_saved_tensors_hooks
 
     # Nothing that a hook is given says so, nor does a context: it is a variable of what calls the hook.
@@ -272,6 +279,21 @@ def _parameters_among_inputs() -> list[int]:
     while frame is not None and frame.f_code is not maybe_inline_graph_saved_tensors_hooks.__code__:
         frame = frame.f_back
     return [] if frame is None else frame.f_locals["static_input_indices"]
+
+
+def _storages_of(parameters: ParameterSet) -> set[int]:
+    """Storages of fake tensors that stand for parameters, or for views and casts made outside."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return set()
+    fakes = (
+        context.fake_mode.fake_tensor_converter._get_memo(real)
+        for real in context.tensor_to_context if parameters.contains(real, ()))
+    return {storage_id(fake) for fake in fakes if fake is not None}
+
+
+def _storage(value: Any) -> int:
+    return storage_id(value) if isinstance(value, Tensor) else 0
 
 
 def _graph_number() -> int:

@@ -142,7 +142,8 @@ class Attention(nn.Module):
 def conv_net(activation: type[nn.Module]) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), activation(), nn.MaxPool2d(2),
-        nn.Conv2d(4, 4, 3, groups=2), nn.GroupNorm(2, 4), activation(), nn.AvgPool2d(2), nn.Flatten(), nn.LazyLinear(3))
+        nn.Conv2d(4, 4, 3, groups=2), nn.GroupNorm(2, 4), activation(), nn.AvgPool2d(2), nn.Flatten(),
+        nn.LazyLinear(3))
 
 
 NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {

@@ -268,6 +268,36 @@ def test_parameters_and_their_casts_are_never_quantized() -> None:
     assert "computed from parameters and buffers alone" in str(model.explain())
 
 
+class Given(nn.Module):
+    """A network whose compiled part is given a view of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.part = nn.Linear(64, 64), compiled(Times())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x, self.first.weight.t())
+
+
+class Times(nn.Module):
+    """tanh(x w) w"""
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return torch.tanh(x @ w) @ w
+
+
+def test_views_of_weights_that_are_given_to_graphs_are_kept() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def seen(saved: SavedTensor) -> Codec | None:
+        asked.append(tuple(saved.tensor.shape))
+        return saved.codec
+
+    gradients(QuantBackwardWrapper(Given(), policy=seen, seed=1), images())
+    assert asked and (64, 64) not in asked
+
+
 def test_overrides_are_honoured_inside_of_graphs() -> None:
     model = QuantBackwardWrapper(
         compiled(net()), seed=1, overrides={"_orig_mod.3": None, "_orig_mod.0": 5})
