@@ -11,7 +11,7 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.masks import mask_nbytes, pack_bits
+from brevitas_bp.kernels.masks import mask_nbytes
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -24,7 +24,7 @@ class BitMask(Codec):
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Packs a bool tensor."""
         layout = TensorLayout.of(x)
-        return Packed(self, (pack_bits(layout.flatten(x)),), layout, None, where)
+        return Packed(self, (dispatch.pack_bits(layout.flatten(x)),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
         """The bool tensor."""

@@ -100,6 +100,11 @@ def pack_interval(
     return mask_backend(flat.device).pack_interval(flat, interval, watch_nan=watch_nan)
 
 
+def pack_bits(flat: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.pack_bits`."""
+    return mask_backend(flat.device).pack_bits(flat)
+
+
 def unpack_select(
         packed: Tensor, numel: int, outside: float, inside: float, dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.unpack_select`."""

@@ -5,6 +5,7 @@ mirrored: one form serves all dtypes, half precision without conversion. So a su
 taken for zero, not even after ``torch.set_flush_denormal(True)``.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -65,6 +66,27 @@ def _pack_mask(
                     seen[block] |= _has_nan(part, largest, infinity)
             for j in range(valid, size):
                 out[j] |= np.uint8(last[0] << shift)
+
+
+@_jit
+def _pack_bools(begin: Any, end: Any, x: Any, packed: Any) -> None:
+    """Blocks ``begin .. end - 1`` of a mask of bytes that are 0 or 1."""
+    n = packed.size
+    last = np.uint8(x[x.size - 1])
+    for block in range(begin, end):
+        first = block * _BLOCK
+        size = min(_BLOCK, n - first)
+        out = packed[first:first + size]
+        out[:] = 0
+        for i in range(8):
+            shift = np.uint8(i)
+            start = i * n + first
+            valid = max(0, min(size, x.size - start))
+            part = x[start:start + valid]
+            for j in range(part.size):
+                out[j] |= np.uint8(part[j] << shift)
+            for j in range(valid, size):
+                out[j] |= np.uint8(last << shift)
 
 
 @_jit
@@ -129,23 +151,39 @@ def _indices(
 def pack_interval(
         flat: Tensor, interval: Interval, *, watch_nan: bool = False) -> tuple[Tensor, bool]:
     """See :func:`brevitas_bp.kernels.masks.pack_interval`."""
-    dtype = flat.dtype
-    largest = torch.iinfo(INTEGERS[dtype.itemsize]).max
+    constants = _constants(interval, flat.dtype)
+    packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
+    blocks = -(-packed.numel() // _BLOCK)
+    seen = np.zeros(blocks, np.uint8)
+    bits = flat.detach().view(INTEGERS[flat.dtype.itemsize]).numpy()
+    shared = bits, constants, watch_nan, packed.numpy(), seen
+    _run(_pack_mask, (), 0, blocks, 8 * _BLOCK, shared)
+    return packed, bool(seen.any())
+
+
+@lru_cache(maxsize=256)
+def _constants(interval: Interval, dtype: torch.dtype) -> Any:
+    """What the kernel compares with, in an array: numba would promote Python integers to 64 bits."""
+    integer = INTEGERS[dtype.itemsize]
+    largest = torch.iinfo(integer).max
     infinity = order_of(float("inf"), dtype)
     lo, hi = 1, 0
     if interval.lo <= interval.hi:
         lo = order_of(-0.0 if interval.lo == 0 else interval.lo, dtype)
         hi = order_of(0.0 if interval.hi == 0 else interval.hi, dtype)
     limit = infinity if interval.nan else largest
+    return np.array(
+        (lo, hi, dtype.itemsize * 8 - 1, largest, limit, infinity),
+        torch.empty(0, dtype=integer).numpy().dtype)
+
+
+def pack_bits(flat: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.pack_bits`."""
     packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
     blocks = -(-packed.numel() // _BLOCK)
-    seen = np.zeros(blocks, np.uint8)
-    bits = flat.detach().view(INTEGERS[dtype.itemsize]).numpy()
-    # An array of the same type: numba would promote Python integers to 64 bits.
-    constants = np.array((lo, hi, dtype.itemsize * 8 - 1, largest, limit, infinity), bits.dtype)
-    shared = bits, constants, watch_nan, packed.numpy(), seen
-    _run(_pack_mask, (), 0, blocks, 8 * _BLOCK, shared)
-    return packed, bool(seen.any())
+    x = flat.detach().view(torch.uint8).numpy()
+    _run(_pack_bools, (), 0, blocks, 8 * _BLOCK, (x, packed.numpy()))
+    return packed
 
 
 def unpack_select(

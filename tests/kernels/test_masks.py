@@ -15,7 +15,6 @@ from brevitas_bp.kernels.masks import (
     mask_nbytes,
     next_value,
     order_of,
-    pack_bits,
 )
 from brevitas_bp.kernels.packing import pack
 from brevitas_bp.kernels.reference import to_buckets
@@ -90,10 +89,12 @@ def test_every_half_precision_value_and_its_neighbour(dtype: torch.dtype) -> Non
 
 @each_backend
 def test_decoded_bools_are_bools(backend: ModuleType) -> None:
-    bits = torch.rand(1001) > 0.5
-    packed = pack_bits(bits)
-    assert packed.numel() == mask_nbytes(1001)
-    assert torch.equal(backend.unpack_select(packed, 1001, 0, 1, torch.bool), bits)
+    for length in LENGTHS[1:]:
+        bits = torch.rand(length, generator=torch.Generator().manual_seed(length)) > 0.5
+        packed = backend.pack_bits(bits)
+        # One bucket of 1-bit codes, the last one repeated.
+        assert torch.equal(packed, pack(to_buckets(bits.to(torch.uint8), None), 1).view(-1))
+        assert torch.equal(backend.unpack_select(packed, length, 0, 1, torch.bool), bits)
 
 
 PLANES: dict[str, tuple[Windows, int, int]] = {
