@@ -155,13 +155,12 @@ def test_exact_policy_around_a_compiled_module_changes_no_bit(name: str) -> None
     assert_same(ours.buffers, plain.buffers)
 
 
-@pytest.mark.filterwarnings("ignore:.*compiled graph saves tensors:UserWarning")
-def test_other_backends_keep_exact_tensors() -> None:
+def test_a_backend_that_runs_operations_one_by_one_is_as_without_compilation() -> None:
     module = net()
-    plain = run(torch.compile(module, backend="eager"), images())
-    ours = run(QuantBackwardWrapper(torch.compile(module, backend="eager")), images())
-    assert torch.equal(ours.output, plain.output)
-    assert ours.grads.keys() == plain.grads.keys()
+    plain = QuantBackwardWrapper(copy.deepcopy(module), seed=1)
+    model = QuantBackwardWrapper(torch.compile(module, backend="eager"), seed=1)
+    assert all(map(torch.equal, gradients(model, images()), gradients(plain, images())))
+    assert stored(model)[":silu"] == "4-bit stochastic"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +226,8 @@ def test_noise_is_fresh_in_each_step_and_nothing_is_compiled_again() -> None:
 
 
 def test_other_batch_sizes_make_sizes_dynamic_and_are_stored_too() -> None:
-    model = QuantBackwardWrapper(compiled(Product()), seed=1)
+    model = QuantBackwardWrapper(
+        compiled(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))), seed=1)
     ratios, made = [], []
     for batch in (128, 64, 33, 96, 100, 35, 200):
         with track_saved_memory(model) as report:
@@ -363,9 +363,6 @@ def test_two_wrappers_are_independent() -> None:
     first = gradients(few, images())
     exact = gradients(Product(), images())
     second = gradients(many, images())
-    alone = QuantBackwardWrapper(compiled(Product()), seed=1, bit_width=2, policy="all")
-    again = gradients(alone, images())
-    assert all(map(torch.equal, first, again))
     errors = [
         sum(float((a - b).norm()) for a, b in zip(found, exact)) for found in (first, second)]
     # A step of 8 bits is 85 times smaller than one of 2 bits.
@@ -389,8 +386,6 @@ def test_a_compiled_part_called_twice_within_an_eager_network() -> None:
     model = QuantBackwardWrapper(copy.deepcopy(plain), seed=1)
     model.module.part = compiled(model.module.part)
     expected = gradients(plain, images())
-    exact = QuantBackwardWrapper(model.module, policy="exact")
-    assert all(map(torch.allclose, gradients(exact, images()), expected))
     with track_saved_memory(model) as report:
         output = model(images())
     modules = {row.module for row in report.rows}
@@ -645,10 +640,10 @@ def test_graph_breaks_make_no_graphs_of_our_own_functions() -> None:
     assert graphs() == 2 * plain
     # Nor where whole regions run one operation at a time.
     with torch._dynamo.config.patch(recompile_limit=1):
-        other = QuantBackwardWrapper(compiled(Product()), seed=1)
-        for batch in (128, 64, 33):
+        other = QuantBackwardWrapper(compiled(nn.Sequential(nn.Linear(64, 64), nn.Tanh())), seed=1)
+        for batch in (128, 64):
             gradients(other, images(batch))
-    assert graphs() <= 2 * plain + 2
+    assert graphs() <= 2 * plain + 1
 
 
 def test_a_module_that_compiles_nothing() -> None:
