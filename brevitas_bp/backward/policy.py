@@ -217,7 +217,8 @@ class OpAware:
         if saved.reach is None:
             warnings.warn(_COMPILED_HINT, stacklevel=2)
             return _COMPILED
-        if saved.reach != "weight" and (saved.is_norm_statistic or _is_log_sum(saved)):
+        of_norm = saved.is_norm_statistic and ("norm" in str(saved.op) or saved.reach != "weight")
+        if of_norm or _is_log_sum(saved):
             return _STATISTIC
         if saved.reach != "nonlinear":
             return self._widened(Decision(codec, _LINEAR[saved.reach], reaches=saved.reach), codec)

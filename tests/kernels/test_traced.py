@@ -18,7 +18,7 @@ from tests.strategies import DTYPES, dtype_name
 ONE_WIDTH = [spec for spec in SPECS if spec.mix_bit_width is None]
 WHOLE = [
     replace(spec, bucket_size=size)
-    for spec, size in product(ONE_WIDTH[::4] + ONE_WIDTH[-1:], (8, 64, None))]
+    for spec, size in product(ONE_WIDTH[::7] + ONE_WIDTH[-1:], (8, 64, None))]
 
 
 class Traced:
