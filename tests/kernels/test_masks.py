@@ -12,7 +12,6 @@ from brevitas_bp.kernels.masks import (
     INTEGERS,
     Interval,
     Windows,
-    mask_nbytes,
     next_value,
     order_of,
 )
