@@ -395,7 +395,7 @@ def test_a_compiled_part_called_twice_within_an_eager_network() -> None:
     assert_alike(gradients(model, images()), expected)
 
 
-def test_the_report_is_that_of_live_tensors_and_less_than_eager() -> None:
+def test_the_report_is_that_of_live_tensors() -> None:
     x = pictures()
     eager = QuantBackwardWrapper(conv_net(nn.SiLU, 16), policy="all", seed=1)
     model = QuantBackwardWrapper(compiled(conv_net(nn.SiLU, 16)), policy="all", seed=1)
