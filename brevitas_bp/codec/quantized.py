@@ -34,16 +34,24 @@ from brevitas_bp.kernels.dispatch import decode, encode
 from brevitas_bp.kernels.packing import packed_nbytes
 from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.kernels.widths import WidthLayout
 from brevitas_bp.proxy import check_override_names
 
 
-@lru_cache(maxsize=4096)
-def _forms(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, seed: int) -> list[Form]:
-    """What a bucket quantizer stores of ``numel`` elements."""
+def _forms_of(
+        spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[Form]:
+    """What a bucket quantizer stores of ``numel`` elements whose buckets have these widths."""
     n, size = bucket_shape(numel, spec.bucket_size)
     metadata = Form.flat(n, stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)))
-    codes = Form.flat(payload_nbytes(draw_layout(n, spec, seed), spec, size))
+    codes = Form.flat(payload_nbytes(layout, spec, size))
     return [codes, metadata, metadata] if spec.affine else [codes, metadata]
+
+
+@lru_cache(maxsize=4096)
+def _forms(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> list[Form]:
+    """:func:`_forms_of` buckets of one width."""
+    n, _ = bucket_shape(numel, spec.bucket_size)
+    return _forms_of(spec, WidthLayout(n, 0), numel, dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -85,8 +93,11 @@ class LoweredCodec(Codec):
         (spec, seed), own = packed.facts, self.spec
         if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
             refuse(packed, own, spec)
-        mixed = spec.mix_bit_width is not None
-        return _forms(spec, packed.layout.numel, float_dtype(packed), seed if mixed else 0)
+        numel, dtype = packed.layout.numel, float_dtype(packed)
+        if spec.mix_bit_width is None:
+            return _forms(spec, numel, dtype)
+        n, _ = bucket_shape(numel, spec.bucket_size)
+        return _forms_of(spec, draw_layout(n, spec, seed), numel, dtype)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return _least_nbytes(self.spec, layout.numel, layout.dtype)

@@ -17,7 +17,7 @@ import ctypes
 import os
 from array import array
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,8 +148,21 @@ def run(kernel: Kernel, first: int, last: int, size: int, arguments: Sequence[in
     try:
         kernel.call(call)
     finally:
-        for future in futures:
-            future.result()
+        _wait_for(futures)
+
+
+def _wait_for(futures: list[Future[None]]) -> None:
+    """Waits to the end, whatever interrupts: the kernels write to memory that the caller then frees."""
+    interrupt = None
+    for future in futures:
+        while not future.done():
+            try:
+                wait([future])
+            except BaseException as error:
+                interrupt = error
+        future.result()
+    if interrupt is not None:
+        raise interrupt
 
 
 @cache
