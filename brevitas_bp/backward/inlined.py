@@ -42,7 +42,8 @@ from brevitas_bp.kernels.spec import BucketQuantSpec
 
 _META = "brevitas_bp"
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")
-# See NOTE [ Encoding is a call ]. Two calls with equal arguments would be merged: each has a number.
+# See NOTE [ Graphs call the kernels ]. Two calls with equal arguments would be merged: so each has a
+# number.
 _library.define(
     "encode(Tensor flat, str spec, int graph, int site) -> (Tensor, Tensor)",
     tags=tuple(

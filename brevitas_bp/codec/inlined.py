@@ -13,8 +13,59 @@ from brevitas_bp.codec.base import Codec
 from brevitas_bp.codec.lossless import BitMask
 from brevitas_bp.codec.quantized import LoweredCodec, codec_name
 from brevitas_bp.core.bucket import flatten, memory_order
-from brevitas_bp.kernels import traced
+from brevitas_bp.kernels import dispatch
+from brevitas_bp.kernels.masks import mask_nbytes
+from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
+
+# NOTE [ Graphs call the kernels ]
+# Encoding and decoding are operators, and so calls, in a compiled graph. As operations that Inductor
+# fuses with those around them they were tried (CPU, torch 2.13), with the same bytes:
+# 1. Encoding took as long as the compiled kernels on one thread, and twenty seconds of compilation for
+#    each tensor: each step of the hash reads its input twice, and Inductor expands what is not stored.
+# 2. Decoding was faster than the kernels where a matrix product read the values. Fused with elementwise
+#    operations on another memory layout it was computed again for each of them, one element at a time: a
+#    compiled step of EfficientNetV2-S took five times as long.
+_library = torch.library.Library("brevitas_bp", "FRAGMENT")
+_library.define(
+    "decode(Tensor payload, Tensor metadata, str spec, SymInt numel, ScalarType dtype) -> Tensor")
+_library.define("pack_bits(Tensor flat) -> Tensor")
+_library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
+
+
+def _decode(
+        payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
+    own = BucketQuantSpec.from_text(spec)
+    n = metadata.numel() // (1 + own.affine)
+    encoded = Encoded(payload, metadata[:n], metadata[n:] if own.affine else None)
+    # Of one width, nothing is drawn again.
+    return dispatch.decode(encoded, own, 0, numel, dtype)
+
+
+def _unpack_bits(packed: Tensor, numel: int) -> Tensor:
+    return dispatch.unpack_select(packed, numel, 0, 1, torch.bool)
+
+
+for _name, _function in (
+        ("decode", _decode), ("pack_bits", dispatch.pack_bits), ("unpack_bits", _unpack_bits)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("brevitas_bp::decode", lib=_library)
+def _decode_fake(
+        payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
+    return payload.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("brevitas_bp::pack_bits", lib=_library)
+def _pack_bits_fake(flat: Tensor) -> Tensor:
+    return flat.new_empty(mask_nbytes(flat.numel()), dtype=torch.uint8)
+
+
+@torch.library.register_fake("brevitas_bp::unpack_bits", lib=_library)
+def _unpack_bits_fake(packed: Tensor, numel: int) -> Tensor:
+    return packed.new_empty(numel, dtype=torch.bool)
+
 
 #: A flat tensor and a spec of one width -> payload, and scales and offsets in one tensor.
 Quantize = Callable[[Tensor, BucketQuantSpec], tuple[Tensor, Tensor]]
@@ -81,9 +132,7 @@ class InlinedQuantizer(Inlined):
         return quantize(flat, self.spec)
 
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
-        payload, metadata = tensors
-        parts = metadata.view(2, -1).unbind(0) if self.spec.affine else (metadata,)
-        return traced.decode((payload, *parts), self.spec, numel, self.dtype)
+        return torch.ops.brevitas_bp.decode(*tensors, self.spec.to_text(), numel, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -91,10 +140,10 @@ class InlinedMask(Inlined):
     """Bools, 1 bit each."""
 
     def encode(self, flat: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        return (traced.pack_bits(flat),)
+        return (torch.ops.brevitas_bp.pack_bits(flat),)
 
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
-        return traced.unpack_bits(tensors[0], numel)
+        return torch.ops.brevitas_bp.unpack_bits(tensors[0], numel)
 
 
 def inlined(codec: Codec, x: Tensor) -> Inlined | None:

@@ -90,7 +90,7 @@ def test_unknown_operators_are_nonlinear() -> None:
         return result
 
     assert reach_of(graph(torch.ops.aten.neg.default), "saved") == "weight"
-    assert reach_of(graph(torch.ops.brevitas_bp.widened.default), "saved") == "nonlinear"
+    assert reach_of(graph(torch.ops.brevitas_bp.pack_bits.default), "saved") == "nonlinear"
     assert reach_of(graph(abs), "saved") == "nonlinear"
     assert reach_of(graph("part", "call_module"), "saved") == "nonlinear"
 
