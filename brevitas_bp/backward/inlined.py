@@ -31,9 +31,10 @@ from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.linearity import inputs_of, is_tangent, reach_of
 from brevitas_bp.backward.ops import Location, current_location
 from brevitas_bp.backward.parameters import ParameterSet
+from brevitas_bp.backward.placement import raise_encoders, sink_decoders
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec
-from brevitas_bp.codec.inlined import Inlined, InlinedQuantizer, inlined
+from brevitas_bp.codec.inlined import FLEXIBLE, Inlined, InlinedQuantizer, inlined
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.kernels.packing import packed_nbytes
@@ -45,19 +46,19 @@ _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 # See NOTE [ Graphs call the kernels ]. Two calls with equal arguments would be merged: so each has a
 # number.
 _library.define(
-    "encode(Tensor flat, str spec, int graph, int site) -> (Tensor, Tensor)",
-    tags=tuple(
+    "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
+    tags=FLEXIBLE + tuple(
         getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
         if hasattr(torch.Tag, name)))
 _sites = itertools.count()
 
 
-def _encode(flat: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
+def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
     """Payload and metadata of a tensor that a graph saves in the forward pass of this thread."""
     location = current_location()
     assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
     location.graphs.add(graph)
-    encoded = dispatch.encode(flat, BucketQuantSpec.from_text(spec), location.next_seed())
+    encoded = dispatch.encode(x.reshape(-1), BucketQuantSpec.from_text(spec), location.next_seed())
     # Not two views of one memory, which a graph may not have as outputs.
     if encoded.offset is None:
         return encoded.payload, encoded.scale
@@ -68,13 +69,13 @@ _library.impl("encode", _encode, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("brevitas_bp::encode", lib=_library)
-def _encode_fake(flat: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
+def _encode_fake(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
     own = BucketQuantSpec.from_text(spec)
-    n, size = bucket_shape(flat.numel(), own.bucket_size)
-    stored = stored_metadata_dtype(own.metadata_dtype, compute_dtype(flat.dtype))
+    n, size = bucket_shape(x.numel(), own.bucket_size)
+    stored = stored_metadata_dtype(own.metadata_dtype, compute_dtype(x.dtype))
     return (
-        flat.new_empty(n * packed_nbytes(size, own.bit_width), dtype=torch.uint8),
-        flat.new_empty(n * (1 + own.affine), dtype=stored))
+        x.new_empty(n * packed_nbytes(size, own.bit_width), dtype=torch.uint8),
+        x.new_empty(n * (1 + own.affine), dtype=stored))
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ class InlinedHooks:
         if context is None:
             return location.passing.pack_in_python(x)
         node: Node = context["_node"]
+        raise_encoders(context["_fw_graph"])
+        sink_decoders(context["_bw_graph"])
         if _META not in node.meta:
             site = _decide(x, node, context, location)
             node.meta[_META] = site.form
@@ -179,8 +182,8 @@ def _context() -> dict[str, Any] | None:
 
 
 def _packed(form: Inlined, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
-    def quantize(flat: Tensor, spec: BucketQuantSpec) -> tuple[Tensor, Tensor]:
-        return torch.ops.brevitas_bp.encode(flat, spec.to_text(), _graph_number(), next(_sites))
+    def quantize(x: Tensor, spec: BucketQuantSpec) -> tuple[Tensor, Tensor]:
+        return torch.ops.brevitas_bp.encode(x, spec.to_text(), _graph_number(), next(_sites))
 
     return form.pack(x, quantize)
 
@@ -204,7 +207,8 @@ def _decide(
     elif x.numel() > 0:
         saved.reach = reach_of(context["_bw_graph"], node.name, parameters)
         decision = passing.policy.decide(saved)
-        form = None if decision.codec is None else inlined(decision.codec, x)
+        form = None if decision.codec is None else inlined(
+            decision.codec, x, _runs_channels_last(context["_fw_graph"], x))
         if form is None and decision.codec is not None:
             decision = _NO_FORM
     given = stored = x.numel() * x.element_size()
@@ -213,6 +217,15 @@ def _decide(
         if not stored < given:
             form, stored = None, given
     return CompiledSite(saved, decision, form, _hint(given), _hint(stored))
+
+
+def _runs_channels_last(forward: Graph, x: Tensor) -> bool:
+    """Whether Inductor will lay images out as channels_last: on a CPU, wherever there is a convolution.
+
+    Encoded in the order in which they were traced, each would be transposed there and back.
+    """
+    return x.device.type == "cpu" and torch.backends.mkldnn.enabled and any(
+        node.target is torch.ops.aten.convolution.default for node in forward.nodes)
 
 
 _KEPT = Decision(None, "not an ordinary tensor")

@@ -12,7 +12,7 @@ from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.base import Codec
 from brevitas_bp.codec.lossless import BitMask
 from brevitas_bp.codec.quantized import LoweredCodec, codec_name
-from brevitas_bp.core.bucket import flatten, memory_order
+from brevitas_bp.core.bucket import memory_order
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.masks import mask_nbytes
 from brevitas_bp.kernels.reference import Encoded
@@ -29,7 +29,11 @@ from brevitas_bp.kernels.spec import BucketQuantSpec
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 _library.define(
     "decode(Tensor payload, Tensor metadata, str spec, SymInt numel, ScalarType dtype) -> Tensor")
-_library.define("pack_bits(Tensor flat) -> Tensor")
+# In whatever order of memory Inductor has laid a tensor out: it is read in its own, mostly without a
+# copy.
+FLEXIBLE = tuple(
+    getattr(torch.Tag, name) for name in ("flexible_layout",) if hasattr(torch.Tag, name))
+_library.define("pack_bits(Tensor x) -> Tensor", tags=FLEXIBLE)
 _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 
 
@@ -42,12 +46,16 @@ def _decode(
     return dispatch.decode(encoded, own, 0, numel, dtype)
 
 
+def _pack_bits(x: Tensor) -> Tensor:
+    return dispatch.pack_bits(x.reshape(-1))
+
+
 def _unpack_bits(packed: Tensor, numel: int) -> Tensor:
     return dispatch.unpack_select(packed, numel, 0, 1, torch.bool)
 
 
 for _name, _function in (
-        ("decode", _decode), ("pack_bits", dispatch.pack_bits), ("unpack_bits", _unpack_bits)):
+        ("decode", _decode), ("pack_bits", _pack_bits), ("unpack_bits", _unpack_bits)):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -58,8 +66,8 @@ def _decode_fake(
 
 
 @torch.library.register_fake("brevitas_bp::pack_bits", lib=_library)
-def _pack_bits_fake(flat: Tensor) -> Tensor:
-    return flat.new_empty(mask_nbytes(flat.numel()), dtype=torch.uint8)
+def _pack_bits_fake(x: Tensor) -> Tensor:
+    return x.new_empty(mask_nbytes(x.numel()), dtype=torch.uint8)
 
 
 @torch.library.register_fake("brevitas_bp::unpack_bits", lib=_library)
@@ -67,7 +75,7 @@ def _unpack_bits_fake(packed: Tensor, numel: int) -> Tensor:
     return packed.new_empty(numel, dtype=torch.bool)
 
 
-#: A flat tensor and a spec of one width -> payload, and scales and offsets in one tensor.
+#: A tensor and a spec of one width -> payload, and scales and offsets in one tensor.
 Quantize = Callable[[Tensor, BucketQuantSpec], tuple[Tensor, Tensor]]
 
 
@@ -91,8 +99,8 @@ class Inlined(ABC):
         return 1
 
     @abstractmethod
-    def encode(self, flat: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        """Stored tensors of the elements in memory order [numel]; ``quantize`` calls the kernels."""
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        """Stored tensors of ``x``, whose dimensions are in ``order``; ``quantize`` calls the kernels."""
 
     @abstractmethod
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
@@ -100,8 +108,8 @@ class Inlined(ABC):
 
     def pack(self, x: Tensor, quantize: Quantize) -> tuple[tuple[Tensor, ...], list[Any]]:
         """Stored tensors, and the sizes in memory order that :meth:`unpack` wants."""
-        sizes = list(x.shape) if self.order is None else [x.shape[d] for d in self.order]
-        return self.encode(flatten(x), quantize), sizes
+        x = x if self.order is None else x.permute(self.order)
+        return self.encode(x, quantize), list(x.shape)
 
     def unpack(self, tensors: tuple[Tensor, ...], sizes: list[Any]) -> Tensor:
         """The tensor, in the same order in memory. Gaps between its elements are gone."""
@@ -128,8 +136,8 @@ class InlinedQuantizer(Inlined):
     def parts(self) -> int:
         return 2
 
-    def encode(self, flat: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        return quantize(flat, self.spec)
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return quantize(x, self.spec)
 
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
         return torch.ops.brevitas_bp.decode(*tensors, self.spec.to_text(), numel, self.dtype)
@@ -139,14 +147,14 @@ class InlinedQuantizer(Inlined):
 class InlinedMask(Inlined):
     """Bools, 1 bit each."""
 
-    def encode(self, flat: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        return (torch.ops.brevitas_bp.pack_bits(flat),)
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return (torch.ops.brevitas_bp.pack_bits(x),)
 
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
         return torch.ops.brevitas_bp.unpack_bits(tensors[0], numel)
 
 
-def inlined(codec: Codec, x: Tensor) -> Inlined | None:
+def inlined(codec: Codec, x: Tensor, channels_last: bool = False) -> Inlined | None:
     """``codec`` for a tensor of a graph; None where the graph has to keep the tensor as it is.
 
     That is where the codec has no such form, see :func:`can_inline`, or elements share memory.
@@ -157,10 +165,14 @@ def inlined(codec: Codec, x: Tensor) -> Inlined | None:
     Args:
         codec: the codec that was decided for.
         x: a fake tensor.
+        channels_last: whether images [N, C, H, W] will be channels_last when the graph runs, though they
+            are contiguous as it was traced.
     """
     if not _is_apart(x):
         return None
     order = memory_order(x)
+    if order is None and channels_last and x.dim() == 4:
+        order = [0, 2, 3, 1]
     settings = (None if order is None else tuple(order), x.dtype)
     if isinstance(codec, BitMask):
         return InlinedMask(codec.name, *settings)

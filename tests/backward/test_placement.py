@@ -1,0 +1,69 @@
+"""Compiled graphs encode where a tensor is made, and decode where it is first read."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx import Graph, GraphModule
+
+from brevitas_bp import QuantBackwardWrapper
+from brevitas_bp.backward import inlined
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+
+DEPTH = 5
+
+
+def graphs(monkeypatch: pytest.MonkeyPatch, moved: bool) -> tuple[Graph, Graph]:
+    """Forward and backward graph of a deep network whose tensors are all stored."""
+    torch._dynamo.reset()
+    if not moved:
+        for name in ("raise_encoders", "sink_decoders"):
+            monkeypatch.setattr(inlined, name, lambda graph: None)
+    found: list[Graph] = []
+
+    def compiler(module: GraphModule, inputs: Any) -> Any:
+        found.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for _ in range(DEPTH) for layer in (nn.Linear(64, 64), nn.SiLU())))
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    wrapper = QuantBackwardWrapper(torch.compile(net, backend=backend), seed=0)
+    wrapper(torch.randn(32, 64, requires_grad=True)).sum().backward()
+    torch._dynamo.reset()
+    forward, backward = found
+    return forward, backward
+
+
+def places(graph: Graph, name: str) -> list[int]:
+    return [i for i, node in enumerate(graph.nodes) if getattr(node.target, "_opname", "") == name]
+
+
+def alive_at_once(graph: Graph, kinds: tuple[str, ...], made: str) -> int:
+    """Most operations of ``kinds`` in a row without one of ``made`` in between."""
+    longest = row = 0
+    for node in graph.nodes:
+        name = getattr(node.target, "_opname", "")
+        row = row + 1 if name in kinds else 0 if name == made else row
+        longest = max(longest, row)
+    return longest
+
+
+def test_tensors_are_not_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        forward, backward = graphs(patch, moved=False)
+    stored = len(places(forward, "encode"))
+    assert stored >= 2 * DEPTH - 1
+    # The control: everything is encoded at the end, and decoded at the beginning.
+    assert alive_at_once(forward, ("encode",), "addmm") == stored
+    assert alive_at_once(backward, ("decode",), "mm") == stored
+
+    forward, backward = graphs(monkeypatch, moved=True)
+    assert len(places(forward, "encode")) == stored == len(places(backward, "decode"))
+    # An input and what comes of it, between two products; the last to be decided for stays where it was.
+    assert alive_at_once(forward, ("encode",), "addmm") <= 3
+    assert alive_at_once(backward, ("decode",), "mm") <= 3
