@@ -97,10 +97,6 @@ class CompiledSite:
     stored_bytes: int
 
 
-Eager = Callable[[Tensor], Any]
-Decide = Callable[[SavedTensor], Decision]
-
-
 class InlinedHooks:
     """The pair of hooks of one wrapper around compiled modules. See NOTE [ Hooks as graph modules ].
 
