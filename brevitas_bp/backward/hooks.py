@@ -289,6 +289,8 @@ class ForwardPass:
             leave(self.location)
             self._resources.close()
             self._closed = True
+            # They hold the pass, which would wait for the garbage collector, and with it the modules.
+            self.hooks = unpack, unpack
 
 
 def _remove_hooks(pack: Callable[[Tensor], Any]) -> None:

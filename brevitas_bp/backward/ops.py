@@ -283,6 +283,7 @@ def leave(location: Location) -> None:
     location.ended = True
     # It holds the pass, which would wait for the garbage collector.
     location.rewrites = location.observer = location.passing = location.next_seed = None
+    location.tree = []
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]
     _remove_mode(location)
