@@ -123,7 +123,7 @@ class ForwardPass:
         self.listeners = listeners
         self.explanation = explanation
         self.verify = verify
-        self.hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] = (self.pack, unpack)
+        self.hooks: tuple[Callable[[Any], Any], Callable[[Any], Any]] = (self.pack, unpack)
         self.inlined = inlined() if inlined is not None and self.location.compiled else None
         if self.location.compiled:
             self.pack_in_python = in_python(self.pack)
