@@ -6,14 +6,14 @@ known when compiling (the usual sizes of groups) is passed as a constant to func
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from brevitas_bp.kernels import averages
 from brevitas_bp.kernels.averages import group_count
-from brevitas_bp.kernels.cpu import _run
+from brevitas_bp.kernels.compiling import inline, jit
+from brevitas_bp.kernels.threads import run_in_pool
 
 # Elements converted at once where the input is not float32.
 _CHUNK = 1 << 20
@@ -25,11 +25,8 @@ _1, _2, _3, _4, _8 = _N(1), _N(2), _N(3), _N(4), _N(8)
 # Elements of rows that are read again for each group of a row, while they are in the first cache.
 _BLOCK = _N(4096)
 
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-_inline = numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")
 
-
-@_inline
+@inline
 def _mean(x: Any, start: Any, count: Any) -> Any:
     total = _D(x[start])
     for i in range(count - _1):
@@ -37,13 +34,13 @@ def _mean(x: Any, start: Any, count: Any) -> Any:
     return _F(total / _D(np.int64(count)))
 
 
-@_inline
+@inline
 def _means_of(x: Any, begin: Any, end: Any, size: Any, out: Any) -> None:
     for group in range(begin, end):
         out[group] = _mean(x, group * size, size)
 
 
-@_jit
+@jit
 def _whole_means(x: Any, begin: Any, end: Any, size: Any, out: Any) -> None:
     """Groups ``begin .. end - 1``, none of them smaller."""
     begin, end, size = _N(begin), _N(end), _N(size)
@@ -57,7 +54,7 @@ def _whole_means(x: Any, begin: Any, end: Any, size: Any, out: Any) -> None:
         _means_of(x, begin, end, size, out)
 
 
-@_inline
+@inline
 def _column_of(
         x: Any, begin: Any, end: Any, length: Any, first: Any, count: Any, n: Any, place: Any,
         out: Any) -> None:
@@ -65,7 +62,7 @@ def _column_of(
         out[row * n + place] = _mean(x, row * length + first, count)
 
 
-@_jit
+@jit
 def _column(
         x: Any, begin: Any, end: Any, length: Any, first: Any, count: Any, n: Any, place: Any,
         out: Any) -> None:
@@ -84,7 +81,7 @@ def _column(
         _column_of(x, begin, end, length, first, count, n, place, out)
 
 
-@_jit
+@jit
 def _row_means(x: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) -> None:
     """Rows ``begin .. end - 1``, whose last group is smaller."""
     begin, end, length, size = _N(begin), _N(end), _N(length), _N(size)
@@ -97,7 +94,7 @@ def _row_means(x: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) -
         begin = stop
 
 
-@_jit
+@jit
 def _vector_means(
         x: Any, begin: Any, end: Any, length: Any, size: Any, inner: Any, out: Any) -> None:
     """Rows ``begin .. end - 1`` of vectors."""
@@ -117,7 +114,7 @@ def _vector_means(
             out[group * inner + i] = _F(total[i] / _D(np.int64(count)))
 
 
-@_inline
+@inline
 def _fill(words: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) -> None:
     whole, n = length // size, (length + size - _1) // size
     for row in range(begin, end):
@@ -131,7 +128,7 @@ def _fill(words: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) ->
                 out[row * length + whole * size + i] = word
 
 
-@_jit
+@jit
 def _spread(words: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) -> None:
     """Rows ``begin .. end - 1``, each mean written for its elements."""
     begin, end, length, size = _N(begin), _N(end), _N(length), _N(size)
@@ -145,7 +142,7 @@ def _spread(words: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) 
         _fill(words, begin, end, length, size, out)
 
 
-@_jit
+@jit
 def _spread_vectors(
         words: Any, begin: Any, end: Any, length: Any, size: Any, inner: Any, out: Any) -> None:
     """As :func:`_spread`, of vectors."""
@@ -173,12 +170,12 @@ def group_means(x: Tensor, size: int) -> Tensor:
         target = out[row:row + height].numpy().reshape(-1)
         count = part.shape[0]
         if inner > 1:
-            _run(
+            run_in_pool(
                 _vector_means, (values,), 0, count, length * inner, (length, size, inner, target))
         elif length % size == 0:
-            _run(_whole_means, (values,), 0, count * n, size, (size, target))
+            run_in_pool(_whole_means, (values,), 0, count * n, size, (size, target))
         else:
-            _run(_row_means, (values,), 0, count, length, (length, size, target))
+            run_in_pool(_row_means, (values,), 0, count, length, (length, size, target))
     return out
 
 
@@ -192,7 +189,7 @@ def spread(means: Tensor, size: int, length: int) -> Tensor:
     words, target = (t.view(-1).view(word).numpy() for t in (means, out))
     if inner > 1:
         shared = (length, size, inner, target)
-        _run(_spread_vectors, (words,), 0, rows, length * inner, shared)
+        run_in_pool(_spread_vectors, (words,), 0, rows, length * inner, shared)
     else:
-        _run(_spread, (words,), 0, rows, length, (length, size, target))
+        run_in_pool(_spread, (words,), 0, rows, length, (length, size, target))
     return out

@@ -3,26 +3,19 @@
 They give the bytes of :mod:`brevitas_bp.kernels.reference`. Their source is in
 :mod:`brevitas_bp.kernels.cpu_kernels`; here they are called.
 
-Kernels release the interpreter lock and run serially on a range of buckets; large tensors are split
-over a small pool of threads. numba's own parallel layer is not used: its default one aborts the process
-when two Python threads enter it.
+NOTE [ The threads are torch's ] in :mod:`brevitas_bp.kernels.threads` says which threads run them.
 
 Larger buckets, those of a whole tensor among them, have kernels of their own:
 :mod:`brevitas_bp.kernels.cpu_whole`.
 """
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import cpu_calls, cpu_kernels
+from brevitas_bp.kernels import cpu_calls, threads
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.kernels.packing import packed_nbytes
 from brevitas_bp.kernels.random import noise_keys
@@ -31,13 +24,9 @@ from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
 
 LARGEST_BUCKET = 1 << 16
 _RULES = {"min_max": 0, "max": 1, "l2": 2}
-# Elements below which a second thread costs more than it saves: between torch's own parallel regions its
-# idle threads spin, and compete with ours.
-_SPLIT = 1 << 19
 # Elements converted at once where the input is of 16 bits.
 _CHUNK = 1 << 20
 
-_INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
 _LIMITS = {dtype: number for number, dtype in enumerate(cpu_calls.LIMITS)}
 
 
@@ -104,14 +93,10 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     for first, last in plan.parts:
         part = flat if last - first == n else flat[first * plan.size:last * plan.size]
         x = part if part.dtype == static.computed else part.to(static.computed)
-        if static.computed == torch.float32:
-            cpu_calls.run(cpu_calls.ENCODE, first, last, plan.size, (
-                x.data_ptr(), x.numel(), first, plan.size, n, *mixing, *plan.encoder, *keys,
-                payload.data_ptr(), nbytes, metadata.data_ptr(), plan.metadata * plan.words))
-        else:
-            _encode_float64(x, first, last, plan, mixing, keys, payload, metadata)
-    return Encoded(payload, metadata[:n], metadata[n:]) if spec.affine else Encoded(
-        payload, metadata, None)
+        threads.run(cpu_calls.encoder(static.computed), first, last, plan.size, (
+            x.data_ptr(), x.numel(), first, plan.size, n, *mixing, *plan.encoder, *keys,
+            payload.data_ptr(), nbytes, metadata.data_ptr(), plan.metadata * plan.words))
+    return Encoded.of(payload, metadata, spec.affine)
 
 
 def decode(
@@ -129,50 +114,19 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
         layout = draw_layout(n, spec, seed)
         mixing = layout.mixed, layout.multiplier, layout.shift
     payload, scale, offset = encoded.payload, encoded.scale, encoded.offset
+    words = n * plan.words
+    offsets = (0, 0) if offset is None else (offset.data_ptr(), words)
     for first, last in plan.parts:
         part = out if last - first == n else out[first * plan.size:last * plan.size]
         values = part if out.dtype == static.computed else torch.empty(
             part.numel(), dtype=static.computed, device="cpu")
-        if static.computed == torch.float32:
-            words = n * plan.words
-            offsets = (0, 0) if offset is None else (offset.data_ptr(), words)
-            cpu_calls.run(cpu_calls.DECODE, first, last, plan.size, (
-                values.data_ptr(), values.numel(), first, plan.size, n, *mixing, *plan.decoder,
-                payload.data_ptr(), payload.numel(), scale.data_ptr(), words, *offsets,
-                _LIMITS[out.dtype]))
-        else:
-            _decode_float64(values, first, last, plan, mixing, encoded)
+        threads.run(cpu_calls.decoder(static.computed), first, last, plan.size, (
+            values.data_ptr(), values.numel(), first, plan.size, n, *mixing, *plan.decoder,
+            payload.data_ptr(), payload.numel(), scale.data_ptr(), words, *offsets,
+            _LIMITS[out.dtype]))
         if values is not part:
             part.copy_(values)
     return out
-
-
-def _encode_float64(
-        x: Tensor, first: int, last: int, plan: _Plan, mixing: tuple[int, int, int],
-        keys: tuple[int, int], payload: Tensor, metadata: Tensor) -> None:
-    values, static = x.detach().numpy(), plan.static
-    bf16, integer, stochastic = map(bool, plan.encoder[-3:])
-    shared = (
-        plan.size, plan.n, *mixing, static.widths, static.tops, static.lowests, static.rule, bf16,
-        integer, stochastic, *map(np.uint32, keys), payload.numpy(), _words(metadata))
-    _run(
-        cpu_kernels.encode, (values, values.view(np.int64), first), first, last, plan.size, shared)
-
-
-def _decode_float64(
-        values: Tensor, first: int, last: int, plan: _Plan, mixing: tuple[int, int, int],
-        encoded: Encoded) -> None:
-    static, scales = plan.static, _words(encoded.scale)
-    offsets = scales[:0] if encoded.offset is None else _words(encoded.offset)
-    shared = (
-        plan.size, plan.n, *mixing, static.widths, static.lowests, static.bf16,
-        encoded.payload.numpy(), scales, offsets, _largest(values.dtype))
-    _run(cpu_kernels.decode, (values.numpy(), first), first, last, plan.size, shared)
-
-
-def _words(metadata: Tensor) -> Any:
-    """The 16-bit words of a contiguous tensor, of any dtype."""
-    return metadata.view(torch.int16).numpy().view(np.uint16)
 
 
 class _Static(NamedTuple):
@@ -197,47 +151,7 @@ def _static(spec: BucketQuantSpec, computed: torch.dtype) -> _Static:
         _RULES[spec.scale_rule], stored == torch.bfloat16, computed, stored)
 
 
-@lru_cache(maxsize=8)
-def _largest(dtype: torch.dtype) -> Any:
-    """The largest float of ``dtype``, in the dtype computed in."""
-    largest = torch.finfo(dtype).max
-    return np.float64(largest) if dtype == torch.float64 else np.float32(largest)
-
-
 def _converted(dtype: torch.dtype, n: int, size: int) -> list[tuple[int, int]]:
     """Ranges of buckets handled at once: all of them, or chunks that are converted to float32."""
-    step = max(n, 1) if dtype in _INTEGERS else max(1, _CHUNK // size)
+    step = max(n, 1) if dtype == compute_dtype(dtype) else max(1, _CHUNK // size)
     return [(first, min(first + step, n)) for first in range(0, n, step)]
-
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked child has the pool but none of its threads.
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _run(
-        kernel: Callable[..., None], head: tuple[Any, ...], first: int, last: int, size: int,
-        shared: tuple[Any, ...]) -> None:
-    """Runs ``kernel`` on buckets ``first .. last - 1``, in several threads where it pays."""
-    global _pool
-    threads = min(torch.get_num_threads(), (last - first) * size // _SPLIT, last - first)
-    if threads <= 1:
-        kernel(*head, first, last, *shared)
-        return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="brevitas_bp")
-    cuts = [first + (last - first) * i // threads for i in range(threads + 1)]
-    futures = [_pool.submit(kernel, *head, a, b, *shared) for a, b in pairwise(cuts[1:])]
-    try:
-        kernel(*head, cuts[0], cuts[1], *shared)
-    finally:
-        for future in futures:
-            future.result()

@@ -11,11 +11,11 @@ NaN is extreme, and every integer of the noise cast to 32 bits explicitly (numba
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from brevitas_bp.kernels.arithmetic import RANGE_LIMIT
+from brevitas_bp.kernels.compiling import jit, wide_vectors, window
 from brevitas_bp.kernels.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS
 
 _U = np.uint32
@@ -30,19 +30,8 @@ _STEP = _F(2.0**-NOISE_BITS)
 _B1, _B2, _B4 = np.uint8(1), np.uint8(3), np.uint8(15)
 _B2S, _B4S, _B6S = np.uint8(2), np.uint8(4), np.uint8(6)
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-
-
-@jit
-def _round_down_bf16(value: Any, one: Any, view: Any) -> Any:
-    """See ``arithmetic.round_down``; ``one`` and ``view`` are the same four bytes."""
-    integer = one.dtype.type
-    view[0] = value
-    truncated = integer(one[0] & integer(-65536))
-    if one[0] < 0 and truncated != one[0]:
-        truncated = integer(truncated + integer(65536))
-    one[0] = truncated
-    return max(view[0], view.dtype.type(_BF16_MIN))
+# Elements of a group of buckets: half of a first cache.
+_GROUP = 1 << 12
 
 
 @jit
@@ -54,6 +43,7 @@ def reciprocal(scale: Any, dtype: Any) -> Any:
 @jit
 def extremes(bits: Any) -> Any:
     """Smallest and largest element, in the integer form that sorts like the floats."""
+    wide_vectors()
     integer, info = bits.dtype.type, np.iinfo(bits.dtype)
     sign, magnitude = integer(info.bits - 1), integer(info.max)
     lowest, highest = integer(info.max), integer(info.min)
@@ -67,6 +57,7 @@ def extremes(bits: Any) -> Any:
 @jit
 def largest_magnitude(bits: Any) -> Any:
     """The largest magnitude, as the bits of the float."""
+    wide_vectors()
     magnitude = bits.dtype.type(np.iinfo(bits.dtype).max)
     peak = bits.dtype.type(0)
     for i in range(bits.size):
@@ -89,6 +80,7 @@ def tree_sum(terms: Any) -> Any:
 @jit
 def squares(x: Any, unit: Any, out: Any) -> None:
     """Squares in float64; float64 data is divided by ``unit`` first."""
+    wide_vectors()
     if np.finfo(x.dtype).bits == 64:
         for i in range(x.size):
             out[i] = (x[i] / unit) * (x[i] / unit)
@@ -112,58 +104,75 @@ def _norm(x: Any, peak: Any, scratch: Any) -> Any:
 
 
 @jit
-def affine_metadata(
-        lowest: Any, highest: Any, top: Any, bf16: Any, integer: Any, one: Any, view: Any) -> Any:
-    """Scale and offset of a bucket with these extremes; NaN where it holds NaN or Inf.
+def _round_down_bf16(words: Any, sign: Any) -> None:
+    """Floats as integers, each towards -inf (``sign`` 0) or +inf, see ``arithmetic.round_down``."""
+    wide_vectors()
+    integer = words.dtype.type
+    flip = integer(np.iinfo(words.dtype).min if sign else 0)
+    for i in range(words.size):
+        word = integer(words[i] ^ flip)
+        truncated = integer(word & integer(-65536))
+        further = word < integer(0) and truncated != word
+        words[i] = integer(truncated + integer(65536 if further else 0)) ^ flip
 
-    ``one`` and ``view`` are the same four or eight bytes.
+
+@jit
+def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: Any) -> None:
+    """Offsets and scales of buckets with these extremes, in place; NaN where they hold NaN or Inf.
+
+    Args:
+        lowest: of each bucket, as :func:`extremes` has them; floats of the same memory afterwards.
+        highest: as ``lowest``; the scales afterwards.
+        tops: largest code of each bucket, as floats.
+        bf16: whether metadata are bfloat16.
+        integer: whether the offset is a multiple of the scale.
     """
-    number, word = view.dtype.type, one.dtype.type
-    info = np.iinfo(one.dtype)
+    wide_vectors()
+    word, number = lowest.dtype.type, tops.dtype.type
+    info = np.iinfo(lowest.dtype)
     sign, magnitude = word(info.bits - 1), word(info.max)
-    view[0] = np.inf
-    infinite = one[0]
-    if lowest <= word(~infinite) or highest >= infinite:
-        return number(np.nan), number(np.nan)
-    one[0] = word(lowest ^ ((lowest >> sign) & magnitude))
-    lo = view[0] + number(0)
-    one[0] = word(highest ^ ((highest >> sign) & magnitude))
-    hi = view[0] + number(0)
+    mantissa = 23 if info.bits == 32 else 52
+    infinite = word(info.max - ((1 << mantissa) - 1))
+    # Of no lower bits, which rounding to bfloat16 would carry.
+    nan = word(infinite | word(1 << (mantissa - 1)))
+    offsets, scales = lowest.view(tops.dtype), highest.view(tops.dtype)
+    for i in range(tops.size):
+        finite = lowest[i] > word(~infinite) and highest[i] < infinite
+        lo = word(lowest[i] ^ word((lowest[i] >> sign) & magnitude))
+        hi = word(highest[i] ^ word((highest[i] >> sign) & magnitude))
+        lowest[i] = lo if finite else nan
+        highest[i] = hi if finite else nan
+    for i in range(tops.size):
+        offsets[i] += number(0)
+        scales[i] += number(0)
     if bf16:
-        lo = _round_down_bf16(lo, one, view)
-    limit = number(np.finfo(view.dtype).max * RANGE_LIMIT)
-    scale = min(hi - lo, limit) / number(top)
-    if bf16:
-        scale = -_round_down_bf16(-scale, one, view)
-    inverse = reciprocal(scale, view.dtype)
-    if integer and inverse > number(0):
-        lo = -number(np.rint(-lo * inverse)) * scale + number(0)
-    return scale, lo
+        _round_down_bf16(lowest, 0)
+        least = number(_BF16_MIN)
+        for i in range(tops.size):
+            offsets[i] = least if offsets[i] < least else offsets[i]
+    for i in range(tops.size):
+        scales[i] -= offsets[i]
+    finish_scales(scales, tops, bf16)
+    if integer:
+        for i in range(tops.size):
+            inverse = reciprocal(scales[i], tops.dtype)
+            if inverse > number(0):
+                offsets[i] = -number(np.rint(-offsets[i] * inverse)) * scales[i] + number(0)
 
 
 @jit
-def symmetric_metadata(norm: Any, top: Any, bf16: Any, one: Any, view: Any) -> Any:
-    """Scale of a bucket whose norm is finite, or overflowed."""
-    number = view.dtype.type
-    scale = min(norm, number(np.finfo(view.dtype).max * RANGE_LIMIT)) / number(top)
-    return -_round_down_bf16(-scale, one, view) if bf16 else scale
-
-
-@jit
-def _metadata(
-        x: Any, bits: Any, rule: Any, top: Any, bf16: Any, integer: Any, one: Any, view: Any,
-        scratch: Any) -> Any:
-    """Scale and offset of one bucket; NaN where it holds NaN or Inf."""
-    number = x.dtype.type
-    if rule == 0:
-        lowest, highest = extremes(bits)
-        return affine_metadata(lowest, highest, top, bf16, integer, one, view)
-    one[0] = largest_magnitude(bits)
-    peak = view[0]
-    if not np.isfinite(peak):
-        return number(np.nan), number(0)
-    norm = peak if rule == 1 else _norm(x, peak, scratch)
-    return symmetric_metadata(norm, top, bf16, one, view), number(0)
+def finish_scales(ranges: Any, tops: Any, bf16: Any) -> None:
+    """Scales of buckets with these ranges (NaN for none), in place."""
+    wide_vectors()
+    number = ranges.dtype.type
+    limit = number(np.finfo(ranges.dtype).max * RANGE_LIMIT)
+    for i in range(ranges.size):
+        ranges[i] = (limit if ranges[i] > limit else ranges[i]) / tops[i]
+    if bf16:
+        _round_down_bf16(ranges.view(np.int32), 1)
+        largest = number(-_BF16_MIN)
+        for i in range(ranges.size):
+            ranges[i] = largest if ranges[i] > largest else ranges[i]
 
 
 @jit
@@ -171,6 +180,7 @@ def round_stochastic(
         x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any, index: Any, k0: Any,
         k1: Any) -> None:
     """Codes of ``x``, whose first element has the flat index ``index``, counted from ``lowest``."""
+    wide_vectors()
     number = x.dtype.type
     shift = np.int32(lowest)
     low, high = number(lowest), number(top)
@@ -193,6 +203,7 @@ def round_stochastic(
 @jit
 def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any) -> None:
     """As :func:`round_stochastic`, to nearest."""
+    wide_vectors()
     number = x.dtype.type
     shift = np.int32(lowest)
     low, high = number(lowest), number(top)
@@ -206,6 +217,7 @@ def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: A
 @jit
 def copy_bytes(source: Any, target: Any) -> None:
     """Copies all of ``source``: an assignment of slices is not turned into vector code."""
+    wide_vectors()
     for i in range(source.size):
         target[i] = source[i]
 
@@ -216,6 +228,7 @@ def copy_bytes(source: Any, target: Any) -> None:
 @jit
 def pack(codes: Any, width: Any, out: Any) -> None:
     """See ``packing.pack``, of one bucket."""
+    wide_vectors()
     size = codes.size
     if width == 8:
         copy_bytes(codes, out)
@@ -223,27 +236,29 @@ def pack(codes: Any, width: Any, out: Any) -> None:
     start, first = 0, np.uint8(0)
     if width & 4:
         n = size // 2
-        plane = out[start:start + n]
+        plane, a, b = window(out, start, n), window(codes, 0, n), window(codes, n, n)
         for j in range(n):
-            plane[j] = np.uint8(codes[j] & _B4) | np.uint8(np.uint8(codes[n + j] & _B4) << _B4S)
+            plane[j] = np.uint8(a[j] & _B4) | np.uint8(np.uint8(b[j] & _B4) << _B4S)
         start, first = start + n, np.uint8(4)
     if width & 2:
         n = size // 4
-        plane = out[start:start + n]
+        plane, a, b = window(out, start, n), window(codes, 0, n), window(codes, n, n)
+        c, d = window(codes, 2 * n, n), window(codes, 3 * n, n)
         for j in range(n):
-            a = np.uint8(np.uint8(codes[j] >> first) & _B2)
-            b = np.uint8(np.uint8(codes[n + j] >> first) & _B2)
-            c = np.uint8(np.uint8(codes[2 * n + j] >> first) & _B2)
-            d = np.uint8(np.uint8(codes[3 * n + j] >> first) & _B2)
-            low = np.uint8(a | np.uint8(b << _B2S))
-            plane[j] = np.uint8(low | np.uint8(np.uint8(c | np.uint8(d << _B2S)) << _B4S))
+            low = np.uint8(
+                np.uint8(np.uint8(a[j] >> first) & _B2) |
+                np.uint8(np.uint8(np.uint8(b[j] >> first) & _B2) << _B2S))
+            high = np.uint8(
+                np.uint8(np.uint8(c[j] >> first) & _B2) |
+                np.uint8(np.uint8(np.uint8(d[j] >> first) & _B2) << _B2S))
+            plane[j] = np.uint8(low | np.uint8(high << _B4S))
         start, first = start + n, np.uint8(first + np.uint8(2))
     if width & 1:
         n = size // 8
-        plane = out[start:start + n]
+        plane = window(out, start, n)
         plane[:] = 0
         for i in range(8):
-            part = codes[i * n:(i + 1) * n]
+            part = window(codes, i * n, n)
             shift = np.uint8(i)
             for j in range(n):
                 bit = np.uint8(np.uint8(part[j] >> first) & _B1)
@@ -253,6 +268,7 @@ def pack(codes: Any, width: Any, out: Any) -> None:
 @jit
 def unpack(packed: Any, width: Any, codes: Any) -> None:
     """See ``packing.unpack``, of one bucket."""
+    wide_vectors()
     size = codes.size
     if width == 8:
         copy_bytes(packed, codes)
@@ -260,28 +276,29 @@ def unpack(packed: Any, width: Any, codes: Any) -> None:
     start, first = 0, np.uint8(0)
     if width & 4:
         n = size // 2
-        plane = packed[start:start + n]
+        plane, a, b = window(packed, start, n), window(codes, 0, n), window(codes, n, n)
         for j in range(n):
-            codes[j] = np.uint8(plane[j] & _B4)
-            codes[n + j] = np.uint8(plane[j] >> _B4S)
+            a[j] = np.uint8(plane[j] & _B4)
+            b[j] = np.uint8(plane[j] >> _B4S)
         start, first = start + n, np.uint8(4)
     else:
         codes[:] = 0
     if width & 2:
         n = size // 4
-        plane = packed[start:start + n]
+        plane, a, b = window(packed, start, n), window(codes, 0, n), window(codes, n, n)
+        c, d = window(codes, 2 * n, n), window(codes, 3 * n, n)
         for j in range(n):
             v = plane[j]
-            codes[j] |= np.uint8(np.uint8(v & _B2) << first)
-            codes[n + j] |= np.uint8(np.uint8(np.uint8(v >> _B2S) & _B2) << first)
-            codes[2 * n + j] |= np.uint8(np.uint8(np.uint8(v >> _B4S) & _B2) << first)
-            codes[3 * n + j] |= np.uint8(np.uint8(v >> _B6S) << first)
+            a[j] |= np.uint8(np.uint8(v & _B2) << first)
+            b[j] |= np.uint8(np.uint8(np.uint8(v >> _B2S) & _B2) << first)
+            c[j] |= np.uint8(np.uint8(np.uint8(v >> _B4S) & _B2) << first)
+            d[j] |= np.uint8(np.uint8(v >> _B6S) << first)
         start, first = start + n, np.uint8(first + np.uint8(2))
     if width & 1:
         n = size // 8
-        plane = packed[start:start + n]
+        plane = window(packed, start, n)
         for i in range(8):
-            part = codes[i * n:(i + 1) * n]
+            part = window(codes, i * n, n)
             shift = np.uint8(i)
             for j in range(n):
                 bit = np.uint8(np.uint8(plane[j] >> shift) & _B1)
@@ -292,7 +309,8 @@ def unpack(packed: Any, width: Any, codes: Any) -> None:
 def locate(
         bucket: Any, size: Any, n: Any, mixed: Any, multiplier: Any, shift: Any, widths: Any) -> Any:
     """Which width a bucket has (1: the mixed one) and where its bytes begin."""
-    slot = (multiplier * bucket + shift) % n
+    # Of one width: no division.
+    slot = bucket if multiplier == 1 and shift == 0 else (multiplier * bucket + shift) % n
     if slot < mixed:
         return 1, slot * (size * widths[1] // 8)
     return 0, mixed * (size * widths[1] // 8) + (slot - mixed) * (size * widths[0] // 8)
@@ -320,21 +338,33 @@ def store(words: Any, begin: Any, values: Any, bf16: Any) -> None:
 
 
 @jit
-def load(words: Any, index: Any, bf16: Any, parts: Any, view: Any) -> Any:
-    """Reads what :func:`store` wrote; ``parts`` and ``view`` are the same bytes."""
-    # Written out: it runs for each bucket, and a loop of its own costs as much as the bucket.
-    if np.finfo(view.dtype).bits == 64:
-        parts[0] = words[4 * index]
-        parts[1] = words[4 * index + 1]
-        parts[2] = words[4 * index + 2]
-        parts[3] = words[4 * index + 3]
-    elif bf16:
-        parts[0] = 0
-        parts[1] = words[index]
+def load(words: Any, begin: Any, bf16: Any, values: Any) -> None:
+    """Reads what :func:`store` wrote."""
+    parts = values.view(np.uint16)
+    if bf16:
+        for i in range(values.size):
+            parts[2 * i] = 0
+            parts[2 * i + 1] = words[begin + i]
     else:
-        parts[0] = words[2 * index]
-        parts[1] = words[2 * index + 1]
-    return view[0]
+        per_value = np.finfo(values.dtype).bits // 16
+        copy_bytes(window(words, begin * per_value, parts.size), parts)
+
+
+@jit
+def _ranges(
+        values: Any, words: Any, i: Any, rule: Any, first: Any, second: Any, norms: Any,
+        scratch: Any) -> None:
+    """What the scale of a bucket is made of: extremes, or a norm (NaN if the bucket has none)."""
+    if rule == 0:
+        first[i], second[i] = extremes(words)
+        return
+    number = values.dtype.type
+    second[i] = largest_magnitude(words)
+    peak = norms[i]
+    if not np.isfinite(peak):
+        norms[i] = number(np.nan)
+    elif rule == 2:
+        norms[i] = _norm(values, peak, scratch)
 
 
 @jit
@@ -345,49 +375,66 @@ def encode(
     """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``.
 
     ``metadata`` holds the scales, then for affine codes the offsets, as :func:`store` writes them.
+
+    Buckets are taken in groups that stay in cache: ranges of all of them, then their scales in vector
+    code, then their codes.
     """
+    number = x.dtype.type
+    group = max(1, _GROUP // size)
     codes = np.empty(size, np.uint8)
     padded_bits = np.empty(size, bits.dtype)
     padded = padded_bits.view(x.dtype)
-    one = np.empty(1, bits.dtype)
-    view = one.view(x.dtype)
     scratch = np.empty(size if rule == 2 else 1, np.float64)
-    scales, offsets = np.empty(end - begin, x.dtype), np.empty(end - begin, x.dtype)
-    for bucket in range(begin, end):
-        kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
-        width = widths[kind]
-        nbytes = size * width // 8
-        start = (bucket - first) * size
-        if start + size <= x.size:
-            values, words = x[start:start + size], bits[start:start + size]
+    lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
+    norms, limits = highs.view(x.dtype), np.empty(group, x.dtype)
+    valid = x.size - (end - 1 - first) * size
+    if valid < size:
+        padded[:valid] = x[x.size - valid:]
+        padded[valid:] = number(0) if rule == 2 else x[x.size - 1]
+    while begin < end:
+        count = min(group, end - begin)
+        low, high, top = window(lows, 0, count), window(highs, 0, count), window(limits, 0, count)
+        for i in range(count):
+            kind, _ = locate(begin + i, size, n, mixed, multiplier, shift, widths)
+            top[i] = number(tops[kind])
+            start = (begin + i - first) * size
+            if start + size <= x.size:
+                _ranges(
+                    window(x, start, size), window(bits, start, size), i, rule, low, high, norms,
+                    scratch)
+            else:
+                _ranges(padded, padded_bits, i, rule, low, high, norms, scratch)
+        scales, offsets = high.view(x.dtype), low.view(x.dtype)
+        if rule == 0:
+            affine_metadata(low, high, top, bf16, integer)
         else:
-            valid = x.size - start
-            padded[:valid] = x[start:]
-            padded[valid:] = x.dtype.type(0) if rule == 2 else x[x.size - 1]
-            values, words = padded, padded_bits
-        scale, lo = _metadata(
-            values, words, rule, tops[kind], bf16, integer, one, view, scratch)
-        scales[bucket - begin] = scale
-        offsets[bucket - begin] = lo
-        if np.isnan(scale):
-            codes[:] = 0
-        elif stochastic:
-            round_stochastic(
-                values, codes, lo, reciprocal(scale, x.dtype), lowests[kind], tops[kind],
-                _U((bucket * size) & 0xFFFFFFFF), k0, k1)
-        else:
-            round_nearest(
-                values, codes, lo, reciprocal(scale, x.dtype), lowests[kind], tops[kind])
-        pack(codes, width, payload[position:position + nbytes])
-    # Not within the loop, which the compiler then makes worse.
-    store(metadata, begin, scales, bf16)
-    if rule == 0:
-        store(metadata, n + begin, offsets, bf16)
+            finish_scales(scales, top, bf16)
+            offsets[:] = number(0)
+        for i in range(count):
+            bucket, start = begin + i, (begin + i - first) * size
+            kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
+            width, scale, lo = widths[kind], scales[i], offsets[i]
+            values = window(x, start, size) if start + size <= x.size else padded
+            inverse = reciprocal(scale, x.dtype)
+            if np.isnan(scale):
+                codes[:] = 0
+            elif stochastic:
+                round_stochastic(
+                    values, codes, lo, inverse, lowests[kind], tops[kind],
+                    _U((bucket * size) & 0xFFFFFFFF), k0, k1)
+            else:
+                round_nearest(values, codes, lo, inverse, lowests[kind], tops[kind])
+            pack(codes, width, window(payload, position, size * width // 8))
+        store(metadata, begin, scales, bf16)
+        if rule == 0:
+            store(metadata, n + begin, offsets, bf16)
+        begin += count
 
 
 @jit
 def dequantize(codes: Any, lowest: Any, scale: Any, lo: Any, limit: Any, out: Any) -> None:
     """Values of codes that are counted from ``lowest``; ``out`` may be shorter."""
+    wide_vectors()
     number = out.dtype.type
     for i in range(out.size):
         y = number(np.int32(np.int32(codes[i]) + lowest)) * scale + lo
@@ -401,16 +448,20 @@ def decode(
         shift: Any, widths: Any, lowests: Any, bf16: Any, payload: Any, scales: Any, offsets: Any,
         limit: Any) -> None:
     """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``."""
+    number = out.dtype.type
     codes = np.empty(size, np.uint8)
-    view = np.empty(1, out.dtype)
-    parts = view.view(np.uint16)
+    scale, lo = np.empty(end - begin, out.dtype), np.empty(end - begin, out.dtype)
+    load(scales, begin, bf16, scale)
+    if offsets.size:
+        load(offsets, begin, bf16, lo)
+    else:
+        lo[:] = number(0)
     for bucket in range(begin, end):
         kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
-        nbytes = size * width // 8
-        unpack(payload[position:position + nbytes], width, codes)
-        scale = load(scales, bucket, bf16, parts, view)
-        lo = load(offsets, bucket, bf16, parts, view) if offsets.size else out.dtype.type(0)
+        unpack(window(payload, position, size * width // 8), width, codes)
         start = (bucket - first) * size
         count = min(size, out.size - start)
-        dequantize(codes, np.int32(lowests[kind]), scale, lo, limit, out[start:start + count])
+        dequantize(
+            codes, np.int32(lowests[kind]), scale[bucket - begin], lo[bucket - begin], limit,
+            window(out, start, count))

@@ -6,6 +6,7 @@ holds and that threads share.
 The pieces are those of NOTE [ A bucket in pieces ] in :mod:`brevitas_bp.kernels.reference`.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,20 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.kernels.arithmetic import compute_dtype, l2_norm
-from brevitas_bp.kernels.cpu import _INTEGERS, _largest, _run, _Static, _static, _words
+from brevitas_bp.kernels.compiling import jit
+from brevitas_bp.kernels.cpu import _Static, _static
 from brevitas_bp.kernels.cpu_kernels import (
     affine_metadata,
     copy_bytes,
     dequantize,
     extremes,
-    jit,
+    finish_scales,
     locate,
     pack,
     reciprocal,
     round_nearest,
     round_stochastic,
     store,
-    symmetric_metadata,
     unpack,
 )
 from brevitas_bp.kernels.random import noise_keys
@@ -38,6 +39,7 @@ from brevitas_bp.kernels.reference import (
     segments_of,
 )
 from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.kernels.threads import run_in_pool
 
 # Columns of a piece: the codes of eight segments are 8 KiB.
 _PIECE = 1024
@@ -46,6 +48,8 @@ _RANGE_PIECE = 1 << 14
 _CHUNK = 1 << 20
 
 _U = np.uint32
+_NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
+_INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
 
 
 @jit
@@ -54,17 +58,6 @@ def _extremes_of_pieces(bits: Any, begin: Any, end: Any, size: Any, out: Any) ->
         lowest, highest = extremes(bits[piece * size:(piece + 1) * size])
         out[piece, 0] = lowest
         out[piece, 1] = highest
-
-
-@jit
-def _peak(lowest: Any, highest: Any, one: Any, view: Any) -> Any:
-    """The largest magnitude between two extremes; ``one`` and ``view`` are the same bytes."""
-    word, info = one.dtype.type, np.iinfo(one.dtype)
-    sign, magnitude = word(info.bits - 1), word(info.max)
-    first = word((lowest ^ ((lowest >> sign) & magnitude)) & magnitude)
-    second = word((highest ^ ((highest >> sign) & magnitude)) & magnitude)
-    one[0] = max(first, second)
-    return view[0]
 
 
 @jit
@@ -168,9 +161,8 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
             last.to(static.computed).numpy()[0], spec.stochastic, bucket * size, _U(keys[0]),
             _U(keys[1]), payload.numpy()[position:])
         _on_pieces(_encode_pieces, part, size, static.widths[kind], shared, writes=False)
-    store(_words(metadata), 0, values, static.bf16)
-    return Encoded(payload, metadata[:n], metadata[n:]) if spec.affine else Encoded(
-        payload, metadata, None)
+    store(metadata.view(torch.int16).numpy().view(np.uint16), 0, values, static.bf16)
+    return Encoded.of(payload, metadata, spec.affine)
 
 
 def decode(
@@ -205,7 +197,7 @@ def _on_pieces(
     period = size // segments
     pieces = -(-period // _PIECE)
     if part.dtype in _INTEGERS:
-        _run(kernel, (part.numpy(), 0), 0, pieces, segments * _PIECE,
+        run_in_pool(kernel, (part.numpy(), 0), 0, pieces, segments * _PIECE,
              (period, numel, period, segments, width, *shared))
         return
     step = max(1, _CHUNK // (segments * _PIECE))
@@ -218,7 +210,7 @@ def _on_pieces(
         pairs = [(row, copy[:row.numel()]) for row, copy in zip(rows, buffer)]
         for row, copy in () if writes else pairs:
             copy.copy_(row)
-        _run(kernel, (buffer.view(-1).numpy(), first), begin, min(begin + step, pieces),
+        run_in_pool(kernel, (buffer.view(-1).numpy(), first), begin, min(begin + step, pieces),
              segments * _PIECE, (stride, numel, period, segments, width, *shared))
         for row, copy in pairs if writes else ():
             row.copy_(copy)
@@ -228,21 +220,31 @@ def _metadata(
         part: Tensor, size: int, spec: BucketQuantSpec, static: _Static,
         top: int) -> tuple[Any, Any]:
     """Scale and offset of one bucket, in the dtype computed in."""
-    lowest, highest = _extremes(part, static)
-    one = np.empty(1, _INTEGERS[static.computed])
-    view = one.view(np.float64 if static.computed == torch.float64 else np.float32)
-    # What compiled functions return are floats of Python: they would make the next one compute in
-    # float64.
-    number = view.dtype.type
+    number = _NUMBERS[static.computed]
+    lows, highs = (np.array([key], _INTEGERS[static.computed]) for key in _extremes(part, static))
+    tops = np.array([top], number)
     if spec.affine:
-        scale, lo = affine_metadata(
-            lowest, highest, top, static.bf16, spec.integer_zero_point, one, view)
-        return number(scale), number(lo)
-    peak = number(_peak(lowest, highest, one, view))
+        affine_metadata(lows, highs, tops, static.bf16, spec.integer_zero_point)
+        return highs.view(number)[0], lows.view(number)[0]
+    peak = number(_peak(lows[0], highs[0]).view(number))
     if not np.isfinite(peak):
         return number(np.nan), number(0)
     norm = l2_norm(part.unsqueeze(0), size).item() if spec.scale_rule == "l2" else peak
-    return number(symmetric_metadata(number(norm), top, static.bf16, one, view)), number(0)
+    scale = np.array([norm], number)
+    finish_scales(scale, tops, static.bf16)
+    return scale[0], number(0)
+
+
+def _peak(*keys: Any) -> Any:
+    """The largest magnitude of integers that sort like floats, as the bits of the float."""
+    info = np.iinfo(keys[0])
+    return max((key ^ (key >> (info.bits - 1) & info.max)) & info.max for key in keys)
+
+
+@lru_cache(maxsize=8)
+def _largest(dtype: torch.dtype) -> Any:
+    """The largest float of ``dtype``, in the dtype computed in."""
+    return _NUMBERS[compute_dtype(dtype)](torch.finfo(dtype).max)
 
 
 def _extremes(part: Tensor, static: _Static) -> tuple[Any, Any]:
@@ -253,7 +255,7 @@ def _extremes(part: Tensor, static: _Static) -> tuple[Any, Any]:
         bits = source.to(static.computed).numpy().view(integers)
         pieces = -(-bits.size // _RANGE_PIECE)
         out = np.empty((pieces, 2), integers)
-        _run(_extremes_of_pieces, (bits,), 0, pieces, _RANGE_PIECE, (_RANGE_PIECE, out))
+        run_in_pool(_extremes_of_pieces, (bits,), 0, pieces, _RANGE_PIECE, (_RANGE_PIECE, out))
         found.append(out)
     both = np.concatenate(found)
     return both[:, 0].min(), both[:, 1].max()

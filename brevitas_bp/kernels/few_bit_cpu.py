@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.cpu import _run
-from brevitas_bp.kernels.cpu_kernels import jit, pack, unpack
+from brevitas_bp.kernels.compiling import jit
+from brevitas_bp.kernels.cpu_kernels import pack, unpack
 from brevitas_bp.kernels.few_bit import BLOCK, few_bit_nbytes
+from brevitas_bp.kernels.threads import run_in_pool
 
 # Blocks copied at once where the input is a 16-bit float, or has gaps.
 _CHUNK = 64
@@ -89,7 +90,7 @@ def encode(
     for first in range(0, blocks, max(step, 1)):
         last = min(first + step, blocks)
         part = flat[first * BLOCK:last * BLOCK].to(inner).contiguous().numpy()
-        _run(_encode, (part, first), first, last, BLOCK, shared)
+        run_in_pool(_encode, (part, first), first, last, BLOCK, shared)
     return payload, flags
 
 
@@ -100,7 +101,7 @@ def decode(
     out = torch.empty(numel, dtype=dtype, device="cpu")
     values, nan = _levels(levels, bit_width, dtype)
     shared = (values, nan, bit_width, payload.numpy(), flags.numpy())
-    _run(_decode, (out.view(_BITS[dtype.itemsize]).numpy(),), 0, len(flags), BLOCK, shared)
+    run_in_pool(_decode, (out.view(_BITS[dtype.itemsize]).numpy(),), 0, len(flags), BLOCK, shared)
     return out
 
 

@@ -8,24 +8,23 @@ taken for zero, not even after ``torch.set_flush_denormal(True)``.
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels.cpu import _run
+from brevitas_bp.kernels.compiling import jit, wide_vectors
 from brevitas_bp.kernels.masks import INTEGERS, Interval, Windows, mask_nbytes, order_of
+from brevitas_bp.kernels.threads import run_in_pool
 
 # Bytes of a mask that a thread writes before it goes on: they stay in the first cache.
 _BLOCK = 4096
 
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def _pack_block(
         x: Any, lo: Any, hi: Any, sign: Any, largest: Any, limit: Any, shift: Any, out: Any) -> None:
     """Sets bit ``shift`` of ``out``."""
+    wide_vectors()
     for j in range(x.size):
         bits = x[j]
         order = bits ^ ((bits >> sign) & largest)
@@ -33,15 +32,16 @@ def _pack_block(
         out[j] |= np.uint8(np.uint8(inside) << shift)
 
 
-@_jit
+@jit
 def _has_nan(x: Any, largest: Any, infinity: Any) -> Any:
+    wide_vectors()
     seen = np.uint8(0)
     for j in range(x.size):
         seen |= np.uint8((x[j] & largest) > infinity)
     return seen
 
 
-@_jit
+@jit
 def _pack_mask(
         begin: Any, end: Any, x: Any, constants: Any, watch: Any, packed: Any, seen: Any) -> None:
     """Blocks ``begin .. end - 1`` of a mask."""
@@ -68,34 +68,14 @@ def _pack_mask(
                 out[j] |= np.uint8(last[0] << shift)
 
 
-@_jit
-def _pack_bools(begin: Any, end: Any, x: Any, packed: Any) -> None:
-    """Blocks ``begin .. end - 1`` of a mask of bytes that are 0 or 1."""
-    n = packed.size
-    last = np.uint8(x[x.size - 1])
-    for block in range(begin, end):
-        first = block * _BLOCK
-        size = min(_BLOCK, n - first)
-        out = packed[first:first + size]
-        out[:] = 0
-        for i in range(8):
-            shift = np.uint8(i)
-            start = i * n + first
-            valid = max(0, min(size, x.size - start))
-            part = x[start:start + valid]
-            for j in range(part.size):
-                out[j] |= np.uint8(part[j] << shift)
-            for j in range(valid, size):
-                out[j] |= np.uint8(last << shift)
-
-
-@_jit
+@jit
 def _select_block(packed: Any, shift: Any, zero: Any, one: Any, out: Any) -> None:
+    wide_vectors()
     for j in range(out.size):
         out[j] = one if np.uint8(packed[j] >> shift) & np.uint8(1) else zero
 
 
-@_jit
+@jit
 def _unpack_mask(begin: Any, end: Any, packed: Any, values: Any, out: Any) -> None:
     """Blocks ``begin .. end - 1`` of a mask."""
     n = packed.size
@@ -111,7 +91,7 @@ def _unpack_mask(begin: Any, end: Any, packed: Any, values: Any, out: Any) -> No
                     out[start:start + valid])
 
 
-@_jit
+@jit
 def _codes(
         begin: Any, end: Any, index: Any, sizes: Any, kernel: Any, dilation: Any, d0: Any, h0: Any,
         w0: Any, codes: Any) -> None:
@@ -132,7 +112,7 @@ def _codes(
                     codes[outer, i, j, k, c] = (d * kernel[1] + h) * kernel[2] + w
 
 
-@_jit
+@jit
 def _indices(
         begin: Any, end: Any, codes: Any, table: Any, sizes: Any, d0: Any, h0: Any, w0: Any,
         index: Any) -> None:
@@ -151,14 +131,26 @@ def _indices(
 def pack_interval(
         flat: Tensor, interval: Interval, *, watch_nan: bool = False) -> tuple[Tensor, bool]:
     """See :func:`brevitas_bp.kernels.masks.pack_interval`."""
-    constants = _constants(interval, flat.dtype)
-    packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
+    bits = flat.detach().view(INTEGERS[flat.dtype.itemsize]).numpy()
+    return _pack(bits, _constants(interval, flat.dtype), watch_nan)
+
+
+def pack_bits(flat: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.pack_bits`."""
+    return _pack(flat.detach().view(torch.int8).numpy(), _BOOLS, False)[0]
+
+
+def _pack(bits: Any, constants: Any, watch_nan: bool) -> tuple[Tensor, bool]:
+    packed = torch.empty(mask_nbytes(bits.size), dtype=torch.uint8, device="cpu")
     blocks = -(-packed.numel() // _BLOCK)
     seen = np.zeros(blocks, np.uint8)
-    bits = flat.detach().view(INTEGERS[flat.dtype.itemsize]).numpy()
     shared = bits, constants, watch_nan, packed.numpy(), seen
-    _run(_pack_mask, (), 0, blocks, 8 * _BLOCK, shared)
+    run_in_pool(_pack_mask, (), 0, blocks, 8 * _BLOCK, shared)
     return packed, bool(seen.any())
+
+
+# As _constants has them: bytes that are 1.
+_BOOLS = np.array((1, 1, 7, 127, 127, 127), np.int8)
 
 
 @lru_cache(maxsize=256)
@@ -177,15 +169,6 @@ def _constants(interval: Interval, dtype: torch.dtype) -> Any:
         torch.empty(0, dtype=integer).numpy().dtype)
 
 
-def pack_bits(flat: Tensor) -> Tensor:
-    """See :func:`brevitas_bp.kernels.masks.pack_bits`."""
-    packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
-    blocks = -(-packed.numel() // _BLOCK)
-    x = flat.detach().view(torch.uint8).numpy()
-    _run(_pack_bools, (), 0, blocks, 8 * _BLOCK, (x, packed.numpy()))
-    return packed
-
-
 def unpack_select(
         packed: Tensor, numel: int, outside: float, inside: float, dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.unpack_select`."""
@@ -193,7 +176,7 @@ def unpack_select(
     integer = INTEGERS[dtype.itemsize]
     values = torch.tensor([outside, inside], dtype=dtype, device="cpu").view(integer).numpy()
     blocks = -(-packed.numel() // _BLOCK)
-    _run(_unpack_mask, (), 0, blocks, 8 * _BLOCK, (packed.numpy(), values, out.view(integer).numpy()))
+    run_in_pool(_unpack_mask, (), 0, blocks, 8 * _BLOCK, (packed.numpy(), values, out.view(integer).numpy()))
     return out
 
 
@@ -204,7 +187,7 @@ def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
     shared = (
         index.detach().numpy(), windows.sizes, windows.kernel, windows.dilation, *_starts(windows),
         codes.numpy())
-    _run(_codes, (), 0, planes, index[0, 0].numel(), shared)
+    run_in_pool(_codes, (), 0, planes, index[0, 0].numel(), shared)
     return codes
 
 
@@ -215,7 +198,7 @@ def window_indices(codes: Tensor, windows: Windows) -> Tensor:
     table = (d * windows.sizes[1] + h) * windows.sizes[2] + w
     planes = codes.shape[0] * codes.shape[1]
     shared = codes.numpy(), table, windows.sizes, *_starts(windows), index.numpy()
-    _run(_indices, (), 0, planes, codes[0, 0].numel(), shared)
+    run_in_pool(_indices, (), 0, planes, codes[0, 0].numel(), shared)
     return index
 
 

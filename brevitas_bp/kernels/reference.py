@@ -66,6 +66,12 @@ class Encoded:
     scale: Tensor
     offset: Tensor | None
 
+    @classmethod
+    def of(cls, payload: Tensor, metadata: Tensor, affine: bool) -> "Encoded":
+        """With scales and, where codes are affine, offsets in one tensor, one after the other."""
+        n = metadata.numel() // (1 + affine)
+        return cls(payload, metadata[:n], metadata[n:] if affine else None)
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All stored tensors."""

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from brevitas_bp.kernels import reference
+from brevitas_bp.kernels import reference, threads
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
 cpu = pytest.importorskip("brevitas_bp.kernels.cpu")
-cpu_calls = pytest.importorskip("brevitas_bp.kernels.cpu_calls")
 
 SPEC = BucketQuantSpec(2, 64, mix_bit_width=5, mix_prob=0.3)
 NUMEL = 5 * 2**14 + 3
@@ -40,14 +39,14 @@ def bytes_are_the_references() -> bool:
 @pytest.mark.skipif(
     not torch.backends.openmp.is_available(), reason="this build of torch has no OpenMP")
 def test_threads_are_those_of_torch(four_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    parallel, asked = cpu_calls._openmp(), []
+    parallel, asked = threads._openmp(), []
     assert parallel is not None
 
     def counted(address: int, data: Any, threads: int, flags: int) -> None:
         asked.append(threads)
         parallel(address, data, threads, flags)
 
-    monkeypatch.setattr(cpu_calls, "_openmp", lambda: counted)
+    monkeypatch.setattr(threads, "_openmp", lambda: counted)
     assert bytes_are_the_references()
     assert asked == [4, 4]
 
@@ -55,29 +54,29 @@ def test_threads_are_those_of_torch(four_threads: None, monkeypatch: pytest.Monk
 def test_without_openmp_a_pool_gives_the_same_bytes(
         four_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    pool: Callable[[], Any] = cpu_calls._threads
-    monkeypatch.setattr(cpu_calls, "_openmp", lambda: None)
-    monkeypatch.setattr(cpu_calls, "_threads", lambda: used.append(1) or pool())
+    pool: Callable[[], Any] = threads._pool
+    monkeypatch.setattr(threads, "_openmp", lambda: None)
+    monkeypatch.setattr(threads, "_pool", lambda: used.append(1) or pool())
     assert bytes_are_the_references()
     assert used  # the control: it is the pool that ran
 
 
 def test_a_missing_chunk_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    run: Callable[..., None] = cpu_calls.run
+    run: Callable[..., None] = threads.run
 
     def all_but_the_last(kernel: Any, first: int, last: int, size: int, arguments: Any) -> None:
         run(kernel, first, last - 1, size, arguments)
 
-    monkeypatch.setattr(cpu_calls, "run", all_but_the_last)
+    monkeypatch.setattr(threads, "run", all_but_the_last)
     assert not bytes_are_the_references()
 
 
 def _in_child(expected: list[torch.Tensor], queue: Any) -> None:
     # torch's own operations would wait for threads that a child does not have.
     torch.set_num_threads(1)
-    cpu_calls.torch.get_num_threads = lambda: 4
+    threads.torch.get_num_threads = lambda: 4
     ours = cpu.encode(sample(), SPEC, 3)
-    queue.put((cpu_calls._forked, all(map(torch.equal, ours.tensors, expected))))
+    queue.put((threads._forked, all(map(torch.equal, ours.tensors, expected))))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -1,0 +1,80 @@
+"""How the numba kernels of this library are compiled, and what numba lacks for them.
+
+NOTE [ Compiled functions on disk ]
+numba keeps what it compiled beside the source, until the file of the function changes: a change of a
+function that it calls, in another file, goes unseen. So what is kept here counts as fresh only while
+:data:`SOURCES` is the same: a number made of the contents of all files of this package.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
+
+
+
+def _digest() -> int:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:7])
+
+
+SOURCES = _digest()
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compiles ``function`` on its first call, and keeps it on disk."""
+    compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    compiled._cache._cache_file._source_stamp = SOURCES
+    return compiled
+
+
+inline = numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")
+
+
+@intrinsic
+def _wide_vectors(context: Any) -> Any:
+    """Lets a function whose loops call it use all of a vector register.
+
+    LLVM keeps to 256 bits on processors with 512, because the first of them lowered their clock for it.
+    """
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # The set of llvmlite refuses attributes that it does not know.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+@intrinsic
+def _window(context: Any, array: Any, start: Any, count: Any) -> Any:
+    """``array[start:start + count]`` of a contiguous vector.
+
+    A slice looks whether its ends are negative or too large, and counts references: for a bucket of 256
+    elements that takes as long as the work.
+    """
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0]
+        source = make_array(kind)(context, builder, arguments[0])
+        result = make_array(kind)(context, builder)
+        itemsize = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+        populate_array(
+            result, data=builder.gep(source.data, [arguments[1]]),
+            shape=cgutils.pack_array(builder, [arguments[2]]),
+            strides=cgutils.pack_array(builder, [context.get_constant(types.intp, itemsize)]),
+            itemsize=context.get_constant(types.intp, itemsize), meminfo=None)
+        return result._getvalue()
+
+    return array(array, types.intp, types.intp), generate
+
+
+# numba passes the context itself, which type checkers cannot know.
+wide_vectors: Any = _wide_vectors
+window: Any = _window

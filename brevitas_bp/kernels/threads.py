@@ -1,0 +1,144 @@
+"""The threads that run the compiled CPU kernels.
+
+NOTE [ The threads are torch's ]
+1. Threads of OpenMP wait for the next parallel region of torch in a loop, and threads of our own would
+   share the cores with them, at half their speed or less. So a kernel is run by the OpenMP runtime that
+   torch has loaded: ``GOMP_parallel``, which GNU's, LLVM's and Intel's runtimes all have on Linux.
+2. Each thread takes chunks of buckets from a common counter until none is left. So it does not matter
+   how many threads there are, nor how fast each of them is.
+3. Where the function is not found, and in a forked child, whose threads are gone, a pool of Python
+   threads calls the kernel instead: calls of C functions release the interpreter lock. The pool also
+   runs the kernels that are no C functions. numba's own parallel layer is not used: its default one
+   aborts the process when two Python threads enter it.
+"""
+
+import ctypes
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Elements that a thread takes at a time, and least elements for each thread: about 20 us of work.
+_CHUNK = 1 << 14
+_LEAST = 1 << 14
+# Elements below which a second thread of the pool costs more than it saves.
+_LEAST_IN_POOL = 1 << 19
+
+
+class Kernel:
+    """A C function of one address.
+
+    Args:
+        compiled: by :func:`numba.cfunc`.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self.address: int = compiled.address
+        self.call: Callable[[Any], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
+
+
+def run(kernel: Kernel, first: int, last: int, size: int, arguments: Sequence[int]) -> None:
+    """Runs ``kernel`` on buckets ``first .. last - 1`` of ``size`` elements, in threads where it pays.
+
+    Args:
+        kernel: of :mod:`brevitas_bp.kernels.cpu_calls`.
+        first: first bucket.
+        last: the bucket after the last.
+        size: elements of a bucket.
+        arguments: what the kernel takes besides, from its fourth number on.
+    """
+    step = max(1, _CHUNK // size)
+    numbers = array("q", (0, step, last, *arguments))
+    call = numbers.buffer_info()[0]
+    elements = (last - first) * size
+    threads = 1 if elements < 2 * _LEAST else min(
+        torch.get_num_threads(), elements // _LEAST, -(-(last - first) // step))
+    if threads <= 1:
+        kernel.call(call)
+        return
+    parallel = _openmp()
+    if parallel is not None and not _forked:
+        parallel(kernel.address, call, threads, 0)
+    else:
+        _in_pool([partial(kernel.call, call)] * threads)
+
+
+def run_in_pool(
+        kernel: Callable[..., None], head: tuple[Any, ...], first: int, last: int, size: int,
+        shared: tuple[Any, ...]) -> None:
+    """As :func:`run`, of a compiled function ``kernel(*head, first, last, *shared)``."""
+    threads = min(torch.get_num_threads(), (last - first) * size // _LEAST_IN_POOL, last - first)
+    if threads <= 1:
+        kernel(*head, first, last, *shared)
+        return
+    cuts = [first + (last - first) * i // threads for i in range(threads + 1)]
+    _in_pool([partial(kernel, *head, a, b, *shared) for a, b in pairwise(cuts)])
+
+
+def _in_pool(calls: Sequence[Callable[[], None]]) -> None:
+    """Makes all calls at once, the first of them here."""
+    futures = [_pool().submit(call) for call in calls[1:]]
+    try:
+        calls[0]()
+    finally:
+        _wait_for(futures)
+
+
+def _wait_for(futures: list[Future[None]]) -> None:
+    """Waits to the end, whatever interrupts: the kernels write to memory that the caller then frees."""
+    interrupt = None
+    for future in futures:
+        while not future.done():
+            try:
+                wait([future])
+            except BaseException as error:
+                interrupt = error
+        future.result()
+    if interrupt is not None:
+        raise interrupt
+
+
+@cache
+def _openmp() -> Any:
+    """``GOMP_parallel`` of the runtime that torch uses, or None."""
+    if not torch.backends.openmp.is_available():
+        return None
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split()[-1] for line in mapped.splitlines() if "/" in line}
+    # Where there are several, torch's own comes first.
+    for path in sorted(paths, key=lambda path: ("torch" not in path, path)):
+        if Path(path).name.startswith(("libgomp", "libomp", "libiomp")):
+            function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+            if function is not None:
+                function.argtypes = (
+                    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+                function.restype = None
+                return function
+    return None
+
+
+_forked = False
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="brevitas_bp")
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
