@@ -182,7 +182,6 @@ def round_stochastic(
     """Codes of ``x``, whose first element has the flat index ``index``, counted from ``lowest``."""
     wide_vectors()
     number = x.dtype.type
-    shift = np.int32(lowest)
     low, high = number(lowest), number(top)
     for i in range(x.size):
         u = (x[i] - lo) * inverse
@@ -197,7 +196,8 @@ def round_stochastic(
         q = floor + (number(1) if noise < u - floor else number(0))
         q = low if q < low else q
         q = high if q > high else q
-        codes[i] = np.uint8(np.int32(q) - shift)
+        # Of floats: numba would subtract integers of 64 bits.
+        codes[i] = np.uint8(np.int32(q - low))
 
 
 @jit
@@ -205,13 +205,13 @@ def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: A
     """As :func:`round_stochastic`, to nearest."""
     wide_vectors()
     number = x.dtype.type
-    shift = np.int32(lowest)
     low, high = number(lowest), number(top)
     for i in range(x.size):
         q = np.rint((x[i] - lo) * inverse)
         q = low if q < low else q
         q = high if q > high else q
-        codes[i] = np.uint8(np.int32(q) - shift)
+        # Of floats: numba would subtract integers of 64 bits.
+        codes[i] = np.uint8(np.int32(q - low))
 
 
 @jit
@@ -377,11 +377,11 @@ def encode(
     ``metadata`` holds the scales, then for affine codes the offsets, as :func:`store` writes them.
 
     Buckets are taken in groups that stay in cache: ranges of all of them, then their scales in vector
-    code, then their codes.
+    code, then their codes, then their bytes.
     """
     number = x.dtype.type
     group = max(1, _GROUP // size)
-    codes = np.empty(size, np.uint8)
+    buffer = np.empty(group * size, np.uint8)
     padded_bits = np.empty(size, bits.dtype)
     padded = padded_bits.view(x.dtype)
     scratch = np.empty(size if rule == 2 else 1, np.float64)
@@ -412,8 +412,8 @@ def encode(
             offsets[:] = number(0)
         for i in range(count):
             bucket, start = begin + i, (begin + i - first) * size
-            kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
-            width, scale, lo = widths[kind], scales[i], offsets[i]
+            kind, _ = locate(bucket, size, n, mixed, multiplier, shift, widths)
+            scale, lo, codes = scales[i], offsets[i], window(buffer, i * size, size)
             values = window(x, start, size) if start + size <= x.size else padded
             inverse = reciprocal(scale, x.dtype)
             if np.isnan(scale):
@@ -424,7 +424,11 @@ def encode(
                     _U((bucket * size) & 0xFFFFFFFF), k0, k1)
             else:
                 round_nearest(values, codes, lo, inverse, lowests[kind], tops[kind])
-            pack(codes, width, window(payload, position, size * width // 8))
+        # Not right after rounding, whose last codes are on their way to the cache.
+        for i in range(count):
+            kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
+            width = widths[kind]
+            pack(window(buffer, i * size, size), width, window(payload, position, size * width // 8))
         store(metadata, begin, scales, bf16)
         if rule == 0:
             store(metadata, n + begin, offsets, bf16)
@@ -436,8 +440,9 @@ def dequantize(codes: Any, lowest: Any, scale: Any, lo: Any, limit: Any, out: An
     """Values of codes that are counted from ``lowest``; ``out`` may be shorter."""
     wide_vectors()
     number = out.dtype.type
+    low = number(lowest)
     for i in range(out.size):
-        y = number(np.int32(np.int32(codes[i]) + lowest)) * scale + lo
+        y = (number(np.int32(codes[i])) + low) * scale + lo
         y = limit if y > limit else y
         out[i] = -limit if y < -limit else y
 
@@ -463,5 +468,5 @@ def decode(
         start = (bucket - first) * size
         count = min(size, out.size - start)
         dequantize(
-            codes, np.int32(lowests[kind]), scale[bucket - begin], lo[bucket - begin], limit,
+            codes, lowests[kind], scale[bucket - begin], lo[bucket - begin], limit,
             window(out, start, count))

@@ -138,7 +138,7 @@ def _decode_pieces(
             at = i * stride + column - first
             valid = max(0, min(length, numel - i * period - column))
             dequantize(
-                codes[i * length:(i + 1) * length], np.int32(lowest), scale, lo, limit,
+                codes[i * length:(i + 1) * length], lowest, scale, lo, limit,
                 out[at:at + valid])
 
 
