@@ -51,14 +51,13 @@ class Explanation:
         """Notes one saved tensor."""
         stored = packed.nbytes
         given = packed.layout.nbytes if packed.codec.compresses else stored
-        # Counted when somebody asks: this runs for every tensor of every step.
-        self._noted.append((
-            saved.module, saved.op, decision, packed.codec.name, given, stored))
+        self.add_stored(saved, decision, packed.codec.name, given, stored)
 
     def add_stored(
             self, saved: SavedTensor, decision: Decision, name: str, given: int,
             stored: int) -> None:
         """Notes a saved tensor of ``given`` bytes that a codec called ``name`` has stored."""
+        # Counted when somebody asks: this runs for every tensor of every step.
         self._noted.append((saved.module, saved.op, decision, name, given, stored))
 
     @property

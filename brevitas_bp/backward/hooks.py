@@ -154,11 +154,10 @@ class ForwardPass:
             packed = self._encode_once(saved, decision) if can_encode(x) else _kept(saved)
         else:
             saved = self._saved(x, self.codec_of(location.module), role)
-            if can_encode(x):
-                decision = self.policy.decide(saved)
-                packed = self._encode_once(saved, decision)
-            else:
-                decision, packed = _NOT_PLAIN, _kept(saved)
+            decision = self.policy.decide(saved) if can_encode(x) else _NOT_PLAIN
+            # What is kept is shared only for those who count it.
+            packed = self._encode_once(saved, decision) if decision.codec is not None or (
+                self.listeners and decision is not _NOT_PLAIN) else _kept(saved)
         if self.explanation is not None and decision is not PARAMETER:
             self.explanation.add(saved, packed, decision)
         if self.listeners:
@@ -225,7 +224,7 @@ class ForwardPass:
     def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
-        key = _identity(x), id(codec), -1 if decision.shared else saved.call.number
+        key = *_identity(x), id(codec), -1 if decision.shared else saved.call.number
         before = self._encoded.get(key)
         if before is not None:
             packed = before[1]()
@@ -305,7 +304,7 @@ def _remove_hooks(pack: Callable[[Tensor], Any]) -> None:
         _push_hooks(*pair)
 
 
-def _identity(x: Tensor) -> Hashable:
+def _identity(x: Tensor) -> tuple[Hashable, ...]:
     """Equal for tensors with equal values, as long as their storage lives.
 
     A change in place of a DTensor counts in its own version, not in that of its shard.

@@ -59,10 +59,7 @@ def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor
     assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
     location.graphs.add(graph)
     encoded = dispatch.encode(x.reshape(-1), BucketQuantSpec.from_text(spec), location.next_seed())
-    # Not two views of one memory, which a graph may not have as outputs.
-    if encoded.offset is None:
-        return encoded.payload, encoded.scale
-    return encoded.payload, torch.cat((encoded.scale, encoded.offset))
+    return encoded.tensors
 
 
 _library.impl("encode", _encode, "CompositeExplicitAutograd")

@@ -16,7 +16,7 @@ from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, slots=True, weakref_slot=True)
 class Packed:
     """A stored tensor: self-contained, immutable, decoded as often as needed to the same bits.
 
@@ -46,10 +46,15 @@ class Packed:
         nbytes = 0 if seal is None else seal.element_size()
         for tensor in tensors:
             nbytes += tensor.numel() * tensor.element_size()
-        # At once: what a frozen dataclass does for each attribute takes longer than all else here.
-        self.__dict__.update(
-            codec=codec, tensors=tensors, layout=layout, facts=facts, where=where, seal=seal,
-            nbytes=nbytes, versions=versions_of(tensors) if codec.owns else ())
+        put = object.__setattr__
+        put(self, "codec", codec)
+        put(self, "tensors", tensors)
+        put(self, "layout", layout)
+        put(self, "facts", facts)
+        put(self, "where", where)
+        put(self, "seal", seal)
+        put(self, "nbytes", nbytes)
+        put(self, "versions", versions_of(tensors) if codec.owns else ())
 
     def decode(self) -> Tensor:
         """The tensor, with its original shape, strides, dtype and device.

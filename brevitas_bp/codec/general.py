@@ -67,7 +67,7 @@ class ModuleCodec(Codec):
         payload, layout = packed.tensors[0], packed.layout
         out = torch.empty((n, size), dtype=layout.dtype, device=payload.device)
         step = max(1, _chunk(out) // size) if self.bucketwise else n
-        metadata = [t.to(compute_dtype(layout.dtype)).unsqueeze(-1) for t in packed.tensors[1:]]
+        metadata = packed.tensors[1].to(compute_dtype(layout.dtype)).view(-1, n, 1)
         if step >= n:
             # The quantizer is given all buckets at once.
             codes = torch.empty((n, size), dtype=metadata[0].dtype, device=payload.device)
@@ -77,7 +77,7 @@ class ModuleCodec(Codec):
         else:
             for rows, part, which in self._parts(payload, size, widths, step):
                 codes = self._unpack(part, size, which, metadata[0].dtype)
-                out[rows] = self._dequantize(codes, [t[rows] for t in metadata], out)
+                out[rows] = self._dequantize(codes, metadata[:, rows], out)
         return layout.restore_flat(out.view(-1)[:layout.numel])
 
     def forms(self, packed: Packed) -> Sequence[Form]:
@@ -85,8 +85,9 @@ class ModuleCodec(Codec):
         inner = compute_dtype(float_dtype(packed))
         if width_layout.n != n or not n * size >= packed.layout.numel > (n - 1) * size:
             refuse(packed, f"{n} buckets of {size}, {width_layout.n} with a width", packed.layout)
-        metadata = Form.flat(n, stored_metadata_dtype(self.quantizer.metadata_dtype, inner))
-        return [Form.flat(self._nbytes(size, width_layout)), *[metadata] * (1 + self._is_affine())]
+        stored = stored_metadata_dtype(self.quantizer.metadata_dtype, inner)
+        return [
+            Form.flat(self._nbytes(size, width_layout)), Form.flat(n * (1 + self._is_affine()), stored)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         size = getattr(self.quantizer.input_view_impl, "bucket_size", None)
@@ -137,7 +138,7 @@ class ModuleCodec(Codec):
     def _unpack(self, part: Tensor, size: int, which: int, dtype: torch.dtype) -> Tensor:
         return unpack(part, self.widths[which], size).to(dtype).add_(self.lowest[which])
 
-    def _dequantize(self, codes: Tensor, metadata: Sequence[Tensor], out: Tensor) -> Tensor:
+    def _dequantize(self, codes: Tensor, metadata: Tensor, out: Tensor) -> Tensor:
         scale = metadata[0]
         offset = metadata[1] if len(metadata) > 1 else scale * 0
         like = torch.empty(codes.shape, dtype=out.dtype, device="meta")
@@ -146,8 +147,8 @@ class ModuleCodec(Codec):
 
     def _stored(self, payload: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         stored = stored_metadata_dtype(self.quantizer.metadata_dtype, scale.dtype)
-        metadata = (scale, offset) if self._is_affine() else (scale,)
-        return payload, *(to_metadata(t, stored).reshape(-1) for t in metadata)
+        both = torch.cat((scale.reshape(-1), offset.reshape(-1))) if self._is_affine() else scale
+        return payload, to_metadata(both, stored).reshape(-1)
 
     def _is_affine(self) -> bool:
         return kind_of(self.quantizer.zero_point_impl) != "ZeroZeroPoint"

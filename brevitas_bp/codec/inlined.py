@@ -40,7 +40,7 @@ _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 def _decode(
         payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
     own = BucketQuantSpec.from_text(spec)
-    encoded = Encoded.of(payload, metadata, own.affine)
+    encoded = Encoded(payload, metadata, own.affine)
     # Of one width, nothing is drawn again.
     return dispatch.decode(encoded, own, 0, numel, dtype)
 

@@ -42,9 +42,9 @@ def _forms_of(
         spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[Form]:
     """What a bucket quantizer stores of ``numel`` elements whose buckets have these widths."""
     n, size = bucket_shape(numel, spec.bucket_size)
-    metadata = Form.flat(n, stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)))
-    codes = Form.flat(payload_nbytes(layout, spec, size))
-    return [codes, metadata, metadata] if spec.affine else [codes, metadata]
+    metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype))
+    return [
+        Form.flat(payload_nbytes(layout, spec, size)), Form.flat(n * (1 + spec.affine), metadata)]
 
 
 @lru_cache(maxsize=4096)
@@ -84,8 +84,7 @@ class LoweredCodec(Codec):
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and dequantizes."""
         spec, seed = packed.facts
-        tensors = packed.tensors
-        encoded = Encoded(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
+        encoded = Encoded(*packed.tensors, spec.affine)
         flat = decode(encoded, spec, seed, packed.layout.numel, packed.layout.dtype)
         return packed.layout.restore_flat(flat)
 

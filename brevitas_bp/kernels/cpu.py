@@ -96,7 +96,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
         threads.run(cpu_calls.encoder(static.computed), first, last, plan.size, (
             x.data_ptr(), x.numel(), first, plan.size, n, *mixing, *plan.encoder, *keys,
             payload.data_ptr(), nbytes, metadata.data_ptr(), plan.metadata * plan.words))
-    return Encoded.of(payload, metadata, spec.affine)
+    return Encoded(payload, metadata, spec.affine)
 
 
 def decode(
@@ -113,16 +113,16 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
     if spec.mix_bit_width is not None:
         layout = draw_layout(n, spec, seed)
         mixing = layout.mixed, layout.multiplier, layout.shift
-    payload, scale, offset = encoded.payload, encoded.scale, encoded.offset
-    words = n * plan.words
-    offsets = (0, 0) if offset is None else (offset.data_ptr(), words)
+    payload, metadata, words = encoded.payload, encoded.metadata.data_ptr(), n * plan.words
+    # Their addresses: a view takes longer to make.
+    offsets = (metadata + 2 * words, words) if spec.affine else (0, 0)
     for first, last in plan.parts:
         part = out if last - first == n else out[first * plan.size:last * plan.size]
         values = part if out.dtype == static.computed else torch.empty(
             part.numel(), dtype=static.computed, device="cpu")
         threads.run(cpu_calls.decoder(static.computed), first, last, plan.size, (
             values.data_ptr(), values.numel(), first, plan.size, n, *mixing, *plan.decoder,
-            payload.data_ptr(), payload.numel(), scale.data_ptr(), words, *offsets,
+            payload.data_ptr(), payload.numel(), metadata, words, *offsets,
             _LIMITS[out.dtype]))
         if values is not part:
             part.copy_(values)

@@ -162,7 +162,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
             _U(keys[1]), payload.numpy()[position:])
         _on_pieces(_encode_pieces, part, size, static.widths[kind], shared, writes=False)
     store(metadata.view(torch.int16).numpy().view(np.uint16), 0, values, static.bf16)
-    return Encoded.of(payload, metadata, spec.affine)
+    return Encoded(payload, metadata, spec.affine)
 
 
 def decode(
@@ -177,8 +177,8 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
     n, size = bucket_shape(out.numel(), spec.bucket_size)
     layout, static = draw_layout(n, spec, seed), _static(spec, compute_dtype(out.dtype))
     scales = encoded.scale.to(static.computed).numpy()
-    offsets = np.zeros_like(scales) if encoded.offset is None else encoded.offset.to(
-        static.computed).numpy()
+    offset = encoded.offset
+    offsets = np.zeros_like(scales) if offset is None else offset.to(static.computed).numpy()
     for bucket, part in enumerate(out.split(max(size, 1)) if n else ()):
         kind, position = locate(
             bucket, size, n, layout.mixed, layout.multiplier, layout.shift, static.widths)

@@ -52,18 +52,17 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     n, size = bucket_shape(flat.numel(), spec.bucket_size)
     layout = draw_layout(n, spec, seed)
     payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
-    scales = flat.new_empty(n, dtype=spec.metadata_dtype)
-    offsets = flat.new_empty(n, dtype=spec.metadata_dtype) if spec.affine else None
+    metadata = flat.new_empty(n * (1 + spec.affine), dtype=spec.metadata_dtype)
     if n:
         widths = _widths(spec, layout.mixed > 0)
         keys = noise_keys(seed) if spec.stochastic else (0, 0)
         shape = _shape(size)
         with _on(flat.device):
             _encode_kernel[(-(-n // shape["buckets"]),)](
-                flat, payload, scales, scales if offsets is None else offsets, flat.numel(), n,
+                flat, payload, metadata, flat.numel(), n,
                 layout.mixed, layout.multiplier, layout.shift, _int32(keys[0]), _int32(keys[1]),
                 **shape, **_encode_options(spec, widths, flat.dtype))
-    return Encoded(payload, scales, offsets)
+    return Encoded(payload, metadata, spec.affine)
 
 
 def decode(
@@ -81,11 +80,10 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
         widths = _widths(spec, layout.mixed > 0)
         shape = dict(_shape(size))
         del shape["levels"]
-        offsets = encoded.scale if encoded.offset is None else encoded.offset
         with _on(out.device):
             _decode_kernel[(-(-n // shape["buckets"]),)](
-                out, encoded.payload, encoded.scale, offsets, out.numel(), n, layout.mixed,
-                layout.multiplier, layout.shift, **shape, **_decode_options(spec, widths, out.dtype))
+                out, encoded.payload, encoded.metadata, out.numel(), n, layout.mixed, layout.multiplier,
+                layout.shift, **shape, **_decode_options(spec, widths, out.dtype))
     return out
 
 

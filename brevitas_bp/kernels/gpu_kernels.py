@@ -314,7 +314,7 @@ def _unpack(rows: tl.tuple, s: tl.constexpr, width: tl.constexpr) -> tl.tensor:
 
 @triton.jit(do_not_specialize=["numel", "n", "mixed", "multiplier", "shift", "k0", "k1"])
 def encode_kernel(
-        x: tl.tensor, payload: tl.tensor, scales: tl.tensor, offsets: tl.tensor, numel: tl.int64,
+        x: tl.tensor, payload: tl.tensor, metadata: tl.tensor, numel: tl.int64,
         n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, k0: tl.int32,
         k1: tl.int32, size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr,
         levels: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, top: tl.constexpr,
@@ -347,9 +347,9 @@ def encode_kernel(
     scale, inverse, lo, broken = _metadata(
         xs, lane, tops, buckets, slice_size, lanes, levels, rule, integer, meta_form == _BF16)
     exists = bucket < n
-    _store(scales + bucket, scale, exists, meta_form)
+    _store(metadata + bucket, scale, exists, meta_form)
     if rule == _MIN_MAX:
-        _store(offsets + bucket, lo, exists, meta_form)
+        _store(metadata + n + bucket, lo, exists, meta_form)
 
     high = tops[:, None]
     low = -high if signed else high * 0.0
@@ -406,7 +406,7 @@ def _decode_slices(
 
 @triton.jit(do_not_specialize=["numel", "n", "mixed", "multiplier", "shift"])
 def decode_kernel(
-        out: tl.tensor, payload: tl.tensor, scales: tl.tensor, offsets: tl.tensor, numel: tl.int64,
+        out: tl.tensor, payload: tl.tensor, metadata: tl.tensor, numel: tl.int64,
         n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, size: tl.constexpr,
         buckets: tl.constexpr, lanes: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr,
         lowest: tl.constexpr, mix_lowest: tl.constexpr, affine: tl.constexpr, largest: tl.constexpr,
@@ -422,9 +422,9 @@ def decode_kernel(
     is_mixed, start = _locate(
         bucket, n, mixed, multiplier.to(tl.int64), shift.to(tl.int64), size, width, mix_width)
     exists = bucket < n
-    scale = _load(scales + bucket, exists, 0.0, meta_form)[:, None]
+    scale = _load(metadata + bucket, exists, 0.0, meta_form)[:, None]
     if affine:
-        lo = _load(offsets + bucket, exists, 0.0, meta_form)[:, None]
+        lo = _load(metadata + n + bucket, exists, 0.0, meta_form)[:, None]
     else:
         lo = 0.0
     pointer = payload + start[:, None] + lane

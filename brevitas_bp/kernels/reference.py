@@ -58,26 +58,29 @@ class Encoded:
 
     Attributes:
         payload: uint8, the packed codes; with two widths those of mixed buckets come first.
-        scale: [n_buckets], in the metadata dtype.
-        offset: [n_buckets], or None where codes are signed.
+        metadata: in the metadata dtype: scales [n_buckets]; after them, where codes are unsigned,
+            offsets [n_buckets].
+        affine: whether there are offsets.
     """
 
     payload: Tensor
-    scale: Tensor
-    offset: Tensor | None
-
-    @classmethod
-    def of(cls, payload: Tensor, metadata: Tensor, affine: bool) -> "Encoded":
-        """With scales and, where codes are affine, offsets in one tensor, one after the other."""
-        n = metadata.numel() // (1 + affine)
-        return cls(payload, metadata[:n], metadata[n:] if affine else None)
+    metadata: Tensor
+    affine: bool
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All stored tensors."""
-        if self.offset is None:
-            return (self.payload, self.scale)
-        return (self.payload, self.scale, self.offset)
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What is stored."""
+        return self.payload, self.metadata
+
+    @property
+    def scale(self) -> Tensor:
+        """[n_buckets], a view."""
+        return self.metadata[:len(self.metadata) // 2] if self.affine else self.metadata
+
+    @property
+    def offset(self) -> Tensor | None:
+        """[n_buckets], a view; None where codes are signed."""
+        return self.metadata[len(self.metadata) // 2:] if self.affine else None
 
 
 def bucket_shape(numel: int, bucket_size: int | None) -> tuple[int, int]:
@@ -132,8 +135,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     layout = draw_layout(n, spec, seed)
     stored_dtype = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(flat.dtype))
     payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
-    scales = flat.new_empty((n, 1), dtype=stored_dtype)
-    offsets = flat.new_empty((n, 1), dtype=stored_dtype) if spec.affine else None
+    metadata = flat.new_empty((1 + spec.affine, n, 1), dtype=stored_dtype)
     position, chunk = 0, _chunk(flat.device)
     for start, stop, width in regions(layout, spec):
         for first, last in _chunks(start, stop, size, chunk):
@@ -150,10 +152,10 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
                 starts = _starts(rows, size, flat.device)
                 scale, offset = bucket_metadata(x, spec, width)
                 out.copy_(pack(_codes(x, scale, offset, starts, spec, width, seed), width))
-            scales[rows] = to_metadata(scale, stored_dtype)
-            if offsets is not None and offset is not None:
-                offsets[rows] = to_metadata(offset, stored_dtype)
-    return Encoded(payload, scales.view(-1), None if offsets is None else offsets.view(-1))
+            metadata[0][rows] = to_metadata(scale, stored_dtype)
+            if offset is not None:
+                metadata[1][rows] = to_metadata(offset, stored_dtype)
+    return Encoded(payload, metadata.view(-1), spec.affine)
 
 
 def decode(
@@ -165,6 +167,7 @@ def decode(
     inner, device = compute_dtype(dtype), encoded.payload.device
     out = torch.empty((n, size), dtype=dtype, device=device)
     position, chunk = 0, _chunk(device)
+    scales, offsets = encoded.scale, encoded.offset
     for start, stop, width in regions(layout, spec):
         for first, last in _chunks(start, stop, size, chunk):
             nbytes = (last - first) * packed_nbytes(size, width)
@@ -172,9 +175,8 @@ def decode(
             position += nbytes
             large = size > chunk
             rows = _bucket_at(layout, first) if large else rows_of(layout, first, last, device)
-            scale = encoded.scale[rows].to(inner).unsqueeze(-1)
-            offset = None if encoded.offset is None else encoded.offset[rows].to(
-                inner).unsqueeze(-1)
+            scale = scales[rows].to(inner).unsqueeze(-1)
+            offset = None if offsets is None else offsets[rows].to(inner).unsqueeze(-1)
             if large:
                 _decode_large(packed[0], scale, offset, spec, width, out[rows])
             else:

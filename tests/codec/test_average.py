@@ -175,7 +175,7 @@ def errors_of_means(config: Any) -> tuple[Tensor, Tensor]:
     """Of each copy the decoded minus the exact means [COPIES, 16], and their variance, in steps."""
     packed = codec_from(config).encode(ROW.repeat(COPIES, 1), seed=1)
     means, decoded = group_means(ROW, 4).double(), packed.decode().double()[:, ::4]
-    step, lo = packed.tensors[1].double()[0], packed.tensors[2].double()[0]
+    step, lo = packed.tensors[1].double().view(2, -1)[:, 0]
     return (decoded - means) / step, rounding_variance((means - lo) / step)
 
 

@@ -45,13 +45,14 @@ class Sample:
         codec = codec_from(config, **overrides)
         packed = codec.encode(values.repeat(COPIES), seed=1)
         decoded = packed.decode().double().view(COPIES, 64)
-        steps = packed.tensors[1].double().unique()
-        offset = packed.tensors[2].double()[0] if len(packed.tensors) > 2 else 0
+        spec = codec.spec  # pyright: ignore[reportAttributeAccessIssue]
+        scales, *offsets = packed.tensors[1].double().view(1 + spec.affine, -1)
+        steps = scales.unique()
+        offset = offsets[0][0] if offsets else 0
         step = steps.max()
         self.error = (decoded - values.double()) / step
-        spec = codec.spec  # pyright: ignore[reportAttributeAccessIssue]
-        n = len(packed.tensors[1])
-        mixed = int((packed.tensors[1].double() == steps.min()).sum()) if len(steps) > 1 else 0
+        n = len(scales)
+        mixed = int((scales == steps.min()).sum()) if len(steps) > 1 else 0
         variance = [
             rounding_variance((values.double() - offset) / s) * (s / step)**2 for s in steps]
         # The number of mixed buckets is fixed; the finer steps are theirs.

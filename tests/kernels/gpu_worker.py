@@ -50,9 +50,9 @@ def from_array(array: Array) -> Tensor:
     return torch.from_numpy(array[0]).view(array[1])
 
 
-def from_arrays(arrays: list[Array]) -> Encoded:
-    tensors = [from_array(array) for array in arrays]
-    return Encoded(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
+def from_arrays(arrays: list[Array], spec: BucketQuantSpec) -> Encoded:
+    payload, metadata = map(from_array, arrays)
+    return Encoded(payload, metadata, spec.affine)
 
 
 class Interpreted:
@@ -62,7 +62,8 @@ class Interpreted:
         self._worker = Worker(TRITON_INTERPRET="1")
 
     def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
-        return from_arrays(self._worker.run(_encode, to_array(flat.contiguous()), spec, seed))
+        arrays = self._worker.run(_encode, to_array(flat.contiguous()), spec, seed)
+        return from_arrays(arrays, spec)
 
     def decode(
             self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
@@ -96,7 +97,7 @@ def _decode(
         arrays: list[Array], spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Array:
     gpu = _interpreted_kernels()
-    return to_array(gpu.decode(from_arrays(arrays), spec, seed, numel, dtype))
+    return to_array(gpu.decode(from_arrays(arrays, spec), spec, seed, numel, dtype))
 
 
 @dataclass(frozen=True)

@@ -240,8 +240,8 @@ def kernels() -> dispatch.ModuleType:
 
 
 def moved(encoded: Encoded, device: str) -> Encoded:
-    offset = None if encoded.offset is None else encoded.offset.to(device)
-    return Encoded(encoded.payload.to(device), encoded.scale.to(device), offset)
+    payload, metadata = (t.to(device) for t in encoded.tensors)
+    return Encoded(payload, metadata, encoded.affine)
 
 
 def gpu_test(function: object) -> object:

@@ -409,11 +409,9 @@ def mean_error_of_buckets(decode_as: torch.dtype, encode_as: torch.dtype) -> tup
     bucket = 5 + torch.rand(256, generator=generator)
     x = bucket.repeat(64)
     encoded = encode(x, spec, seed=0)
-    assert encoded.offset is not None
+    assert encoded.affine
     # What ActNN, EXACT and DIVISION do: cast after the codes are made.
-    cast = Encoded(
-        encoded.payload, encoded.scale.to(decode_as).to(encode_as),
-        encoded.offset.to(decode_as).to(encode_as))
+    cast = Encoded(encoded.payload, encoded.metadata.to(decode_as).to(encode_as), affine=True)
     error = (decode(cast, spec, 0, x.numel(), x.dtype).double() - x).mean()
     step = encoded.scale.double().mean()
     # In steps each error lies in an interval of length 1; float32 arithmetic at size 6 adds two
