@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from brevitas_bp.backward.parameters import shows
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor, own_shape, tensors_in
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor, is_parameter, own_shape, tensors_in
 from brevitas_bp.codec.base import Codec
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -104,12 +104,12 @@ def product(summands: int = 0) -> OpRule:
     def decide(saved: SavedTensor) -> Decision:
         tensors = list(tensors_in(saved.arguments[summands:]))
         size = saved.tensor.numel()
-        if size * _BROADCAST <= max((a.numel() for a in tensors), default=0):
+        if any([size * _BROADCAST <= a.numel() for a in tensors]):
             return Decision(None, "broadcast factor: few bytes, many gradients")
-        beside_parameter = any(isinstance(a, nn.Parameter) for a in tensors)
+        reach = _reach(tensors, size)
         return Decision(
-            saved.codec, "factor: the other's gradient is linear in it", shared=beside_parameter,
-            reaches=_reach(tensors, size))
+            saved.codec, "factor: the other's gradient is linear in it", shared=reach == "weight",
+            reaches=reach)
 
     return OpRule(_floats(decide))
 
@@ -130,9 +130,9 @@ def quotient() -> OpRule:
 
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
     """No further than a parameter beside it, or summed in the gradient of a small factor."""
-    if any(isinstance(t, nn.Parameter) for t in factors):
+    if any([is_parameter(t) for t in factors]):
         return "weight"
-    return "sum" if any(t.numel() * _AVERAGED <= size for t in factors) else "all"
+    return "sum" if any([t.numel() * _AVERAGED <= size for t in factors]) else "all"
 
 
 def normalization() -> OpRule:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from brevitas_bp.backward.saved import own_shape, storage_id, tensors_in
+from brevitas_bp.backward.saved import is_parameter, own_shape, storage_id, tensors_in
 from brevitas_bp.codec.shard import is_dtensor, is_storable
 
 # Backward nodes of operations whose output is the parameter itself in another shape or dtype.
@@ -62,16 +62,14 @@ class ParameterSet:
             x: a saved tensor.
             arguments: of the operation that saves it.
         """
-        # The check of an instance has its price, which an ordinary tensor need not pay.
         return (
-            (type(x) is not Tensor and isinstance(x, nn.Parameter))
-            or storage_id(x) in self._storages or self._derives_from_parameter(x)
+            is_parameter(x) or storage_id(x) in self._storages or self._derives_from_parameter(x)
             or self._is_gathered_frozen(x) or self._is_cast_of_frozen(x, arguments))
 
     def _derives_from_parameter(self, x: Tensor) -> bool:
         leaf = shown_leaf(x)
         return leaf is not None and (
-            isinstance(leaf, nn.Parameter) or storage_id(leaf) in self._storages)
+            is_parameter(leaf) or storage_id(leaf) in self._storages)
 
     def _is_gathered_frozen(self, x: Tensor) -> bool:
         """What FSDP2 has gathered of frozen parameters shows no history, in views and casts of it."""

@@ -121,14 +121,16 @@ class SaveDerivative:
                 isinstance(x, Tensor) and x.requires_grad and is_storable(x)
                 and x.is_floating_point() and torch.is_grad_enabled()):
             return NotImplemented
-        if is_partial(x) or (is_dtensor(x) and self.halves is not None):
+        if is_dtensor(x) and (self.halves is not None or is_partial(x)):
             return NotImplemented
         # Small or expanded, the derivative would take more than what it stands for.
         if x.numel() < _SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
             return NotImplemented
-        others = tensors_in((*call.args[1:], *(v for k, v in call.kwargs.items() if k != "input")))
-        inplace = is_inplace(call)
-        if any(t.requires_grad for t in others) or (inplace and (x.is_leaf or x._is_view())):
+        inplace, others = is_inplace(call), call.args[1:]
+        if call.kwargs:
+            others = *others, *[v for k, v in call.kwargs.items() if k != "input"]
+        if any([t.requires_grad for t in tensors_in(others)]) or (
+                inplace and (x.is_leaf or x._is_view())):
             return NotImplemented
         role = FEW_BIT_INPUT if self.from_input else DERIVATIVE
         with passing.saving(role) as substitution:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.layout import TensorLayout
@@ -179,10 +179,15 @@ def storage_id(x: Tensor) -> int:
 def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among arguments, those in lists and tuples included."""
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        if type(argument) is Tensor or isinstance(argument, Tensor):
             yield argument
         elif isinstance(argument, (list, tuple)):
             yield from tensors_in(argument)
+
+
+def is_parameter(x: Tensor) -> bool:
+    """Whether ``x`` is a ``nn.Parameter``; of an ordinary tensor told without its slow check."""
+    return type(x) is not Tensor and isinstance(x, nn.Parameter)
 
 
 def own_shape(x: Tensor) -> list[int]:

@@ -15,6 +15,8 @@ from brevitas_bp.quant import (
 
 # Hooks share an encoding by the identity of its codec, so each is made once.
 _made: WeakKeyDictionary[Codec, dict[tuple[int, int | None, int], Codec]] = WeakKeyDictionary()
+# What at_least found, which is asked for every saved tensor.
+_wide: WeakKeyDictionary[Codec, dict[int, Codec | None]] = WeakKeyDictionary()
 
 
 def at_least(configured: Codec, bits: int) -> Codec:
@@ -29,6 +31,17 @@ def at_least(configured: Codec, bits: int) -> Codec:
     >>> at_least(codec_from(ShiftedUint2DynamicActPerBucketFloat), 4).name
     '4-bit nearest'
     """
+    found = _wide.get(configured)
+    if found is None or bits not in found:
+        wide = _at_least(configured, bits)
+        # None for itself: a value that holds its key is never freed.
+        found = _wide.setdefault(configured, {})
+        found[bits] = None if wide is configured else wide
+    wide = found[bits]
+    return configured if wide is None else wide
+
+
+def _at_least(configured: Codec, bits: int) -> Codec:
     if isinstance(configured, PerSampleCodec):
         return _per_sample_at_least(configured, bits)
     configured = unaveraged(configured)

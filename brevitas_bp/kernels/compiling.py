@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -75,6 +76,23 @@ def _window(context: Any, array: Any, start: Any, count: Any) -> Any:
     return array(array, types.intp, types.intp), generate
 
 
+@intrinsic
+def _prefetch(context: Any, array: Any, index: Any) -> Any:
+    """Asks for the memory of ``array[index]``, which may lie beyond the end."""
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source = make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.bitcast(builder.gep(source.data, [arguments[1]]), cgutils.voidptr_t)
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # To be read, into all caches, data.
+        builder.call(function, [place, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), generate
+
+
 # numba passes the context itself, which type checkers cannot know.
 wide_vectors: Any = _wide_vectors
 window: Any = _window
+prefetch: Any = _prefetch

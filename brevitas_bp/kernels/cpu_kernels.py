@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from brevitas_bp.kernels.arithmetic import RANGE_LIMIT
-from brevitas_bp.kernels.compiling import jit, wide_vectors, window
+from brevitas_bp.kernels.compiling import jit, prefetch, wide_vectors, window
 from brevitas_bp.kernels.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS
 
 _U = np.uint32
@@ -380,7 +380,7 @@ def encode(
     code, then their codes, then their bytes.
     """
     number = x.dtype.type
-    group = max(1, _GROUP // size)
+    group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
     buffer = np.empty(group * size, np.uint8)
     padded_bits = np.empty(size, bits.dtype)
     padded = padded_bits.view(x.dtype)
@@ -391,6 +391,7 @@ def encode(
     if valid < size:
         padded[:valid] = x[x.size - valid:]
         padded[valid:] = number(0) if rule == 2 else x[x.size - 1]
+    limit = (end - first) * size
     while begin < end:
         count = min(group, end - begin)
         low, high, top = window(lows, 0, count), window(highs, 0, count), window(limits, 0, count)
@@ -415,6 +416,10 @@ def encode(
             kind, _ = locate(bucket, size, n, mixed, multiplier, shift, widths)
             scale, lo, codes = scales[i], offsets[i], window(buffer, i * size, size)
             values = window(x, start, size) if start + size <= x.size else padded
+            # Of the next group: memory is read while this one is rounded.
+            ahead = start + group * size
+            for j in range(ahead, min(ahead + size, limit), line):
+                prefetch(x, j)
             inverse = reciprocal(scale, x.dtype)
             if np.isnan(scale):
                 codes[:] = 0
