@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.codec import Packed
+from brevitas_bp.codec.base import Keep
 
 
 @dataclass
@@ -52,6 +53,11 @@ class Explanation:
         stored = packed.nbytes
         given = packed.layout.nbytes if packed.codec.compresses else stored
         self.add_stored(saved, decision, packed.codec.name, given, stored)
+
+    def add_kept(self, saved: SavedTensor, decision: Decision) -> None:
+        """Notes one that is kept as it is."""
+        nbytes = saved.tensor.numel() * saved.tensor.element_size()
+        self.add_stored(saved, decision, Keep.name, nbytes, nbytes)
 
     def add_stored(
             self, saved: SavedTensor, decision: Decision, name: str, given: int,

@@ -150,14 +150,7 @@ class Keep(Codec):
         """
         if len(packed.tensors) != 1:
             refuse(packed, "1 stored tensor", len(packed.tensors))
-        kept = packed.tensors[0]
-        if version_of(kept) != packed.facts:
-            raise ModifiedInPlaceError(
-                "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: {kept.dtype} {list(kept.shape)} saved by {packed.where or 'an operation'} "
-                f"is at version {version_of(kept)}; expected version {packed.facts} instead. Call "
-                "backward before modifying it, or modify a clone")
-        return kept
+        return unmodified(packed.tensors[0], packed.facts, packed.where)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         """As many bytes as the tensor has."""
@@ -167,6 +160,21 @@ class Keep(Codec):
 def version_of(x: Tensor) -> int | None:
     """The version counter; None for inference tensors, which have none."""
     return None if x.is_inference() else x._version
+
+
+def unmodified(kept: Tensor, version: int | None, where: str) -> Tensor:
+    """``kept``, if it still is at ``version``.
+
+    Raises:
+        ModifiedInPlaceError: it was modified by an in-place operation since.
+    """
+    if version_of(kept) != version:
+        raise ModifiedInPlaceError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {kept.dtype} {list(kept.shape)} saved by {where or 'an operation'} is at "
+            f"version {version_of(kept)}; expected version {version} instead. Call backward before "
+            "modifying it, or modify a clone")
+    return kept
 
 
 class Copy(Codec):
