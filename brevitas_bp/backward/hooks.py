@@ -5,7 +5,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ GraphListener = Callable[[CompiledSite | None, list[Tensor]], None]
 PARAMETER = Decision(None, "parameter or buffer")
 
 
+@final
 class Kept:
     """A kept tensor where nobody listens: as :class:`Packed` of the codec :class:`Keep`, made faster.
 

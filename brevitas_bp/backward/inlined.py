@@ -28,10 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 from brevitas_bp.backward.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.explain import Explanation
-from brevitas_bp.backward.linearity import inputs_of, is_tangent, reach_of
+from brevitas_bp.backward.linearity import inputs_of, is_rectified, is_tangent, reach_of
 from brevitas_bp.backward.ops import Location, current_location
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.placement import raise_encoders, sink_decoders
+from brevitas_bp.backward.policy import PlainPolicy
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec
 from brevitas_bp.codec.inlined import FLEXIBLE, Inlined, InlinedQuantizer, inlined
@@ -198,10 +199,17 @@ def _decide(
     elif (sources := set(inputs_of(node))) and sources <= {inputs[i] for i in parameters}:
         decision = _PARAMETER
     elif x.numel() > 0:
-        saved.reach = reach_of(context["_bw_graph"], node.name, parameters)
+        backward: Graph = context["_bw_graph"]
+        saved.reach = reach_of(backward, node.name, parameters)
+        rectified = False
+        if saved.reach == "nonlinear" and is_rectified(node):
+            reach = reach_of(backward, node.name, parameters, rectified=True)
+            # Policies that do not ask for the reach treat all tensors alike.
+            rectified = reach != "nonlinear" and not isinstance(passing.policy, PlainPolicy)
+            saved.reach = reach if rectified else saved.reach
         decision = passing.policy.decide(saved)
         form = None if decision.codec is None else inlined(
-            decision.codec, x, _runs_channels_last(context["_fw_graph"], x))
+            decision.codec, x, _runs_channels_last(context["_fw_graph"], x), rectified)
         if form is None and decision.codec is not None:
             decision = _NO_FORM
     given = stored = x.numel() * x.element_size()

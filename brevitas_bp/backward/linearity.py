@@ -14,6 +14,8 @@ NOTE [ Reading a backward graph ]
 4. Once the gradient that comes in is a factor, another matrix product or convolution carries the
    rounding into gradients further up; so does what leaves the graph as the gradient of its input.
 5. What aten calls a backward is linear in the gradients that it takes, whatever it is the backward of.
+6. The output of a ReLU is compared with 0 in its own backward, and is the input of a layer besides.
+   Where its sign is kept exactly, these comparisons are constants.
 """
 
 import operator
@@ -76,13 +78,18 @@ class _Reader:
         graph: the backward graph.
         tangential: nodes that depend on the gradients that come in.
         last: positions among what the graph returns from which nothing goes on further up.
+        rectified: the tensor is not negative, and it is kept exactly where it is zero.
     """
 
     def __init__(
-            self, graph: Graph, tangential: set[Node], last: Collection[int] | None = None) -> None:
+            self, graph: Graph, tangential: set[Node], last: Collection[int] | None,
+            rectified: bool) -> None:
         self.graph = graph
         self.tangential = tangential
         self.last = last
+        self.rectified = rectified
+        # Nodes that are the tensor itself, seen in any shape.
+        self.same: set[Node] = set()
         self.traces: dict[Node, Trace] = {}
         # Of operations with several outputs: output -> trace.
         self.outputs: dict[Node, Mapping[int, Trace]] = {}
@@ -90,6 +97,7 @@ class _Reader:
     def reach(self, saved: Node) -> Reach:
         """The farthest reach of ``saved`` over all that the graph returns."""
         self.traces[saved] = Trace()
+        self.same = {saved}
         result: Trace | None = None
         for node in self.graph.nodes:
             if node.op == "output":
@@ -117,7 +125,14 @@ class _Reader:
                 self.traces[node] = trace
             return
         name = _name_of(node)
-        if name in _CONSTANT:
+        if name in _CONSTANT or (name in _COMPARISONS and self._compares_with_zero(node, 0, 1)):
+            return
+        if name in IDENTITIES and node.args[0] in self.same:
+            self.same.add(node)
+        if name == "threshold_backward" and self._compares_with_zero(node, 1, 2):
+            trace = self.trace(node.args[0])
+            if trace is not None:
+                self.traces[node] = trace
             return
         if name == "convolution_backward":
             self.outputs[node] = self._convolution_backward(node)
@@ -157,6 +172,10 @@ class _Reader:
             return replace(trace, passes=True)
         return replace(trace, carries=trace.carries or other in self.tangential)
 
+    def _compares_with_zero(self, node: Node, tensor: int, bound: int) -> bool:
+        """Whether a node looks only at the sign of the tensor, and that is exact."""
+        return self.rectified and node.args[tensor] in self.same and _is_zero(node.args[bound])
+
     def _trace_in_norm(self, node: Node) -> Trace | None:
         """The trace of a norm's input, where nothing else of its backward depends on the tensor."""
         gradient, x, *others = node.args
@@ -181,6 +200,11 @@ def _norm_backward(trace: Trace) -> dict[int, Trace]:
 _CONSTANT = frozenset({
     "sym_size", "sym_numel", "sym_stride", "zeros_like", "ones_like", "full_like", "empty_like",
     "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"})
+_COMPARISONS = frozenset({"le", "gt", "lt", "ge", "eq", "ne"})
+#: Operators that show all of their argument, in another shape or memory.
+IDENTITIES = frozenset({
+    "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "squeeze", "unsqueeze", "clone",
+    "alias", "detach", "contiguous"})
 _Rule = Callable[[_Reader, Node], Trace]
 _RULES: dict[str, _Rule] = {}
 
@@ -326,16 +350,30 @@ def tangential_nodes(graph: Graph) -> set[Node]:
     return found
 
 
-def reach_of(graph: Graph, name: str, last: Collection[int] | None = None) -> Reach:
+def is_rectified(node: Node) -> bool:
+    """Whether a node of a forward graph is the output of a ReLU, in any shape."""
+    while (name := _name_of(node)) in IDENTITIES and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return name == "relu" or (name == "clamp_min" and _is_zero(node.args[1]))
+
+
+def _is_zero(number: Any) -> bool:
+    return isinstance(number, (int, float)) and number == 0
+
+
+def reach_of(
+        graph: Graph, name: str, last: Collection[int] | None = None, *,
+        rectified: bool = False) -> Reach:
     """How far a rounding of the saved tensor ``name`` goes in a backward graph of ``torch.compile``.
 
     Args:
         graph: the backward graph, in operators of aten.
         name: of one of its placeholders.
         last: positions, in what the graph returns, of gradients of parameters; None: of them all.
+        rectified: the tensor is not negative, and it is kept exactly where it is zero.
     """
     saved = next(n for n in graph.nodes if n.op == "placeholder" and n.name == name)
-    return _Reader(graph, tangential_nodes(graph), last).reach(saved)
+    return _Reader(graph, tangential_nodes(graph), last, rectified).reach(saved)
 
 
 def inputs_of(node: Node) -> Iterator[Node]:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from brevitas_bp.backward.parameters import shows
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor, is_parameter, own_shape, tensors_in
+from brevitas_bp.backward.saved import (
+    Call,
+    Decision,
+    SavedTensor,
+    is_parameter,
+    own_shape,
+    tensors_in,
+)
 from brevitas_bp.codec.base import Codec
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -104,7 +111,7 @@ def product(summands: int = 0) -> OpRule:
     def decide(saved: SavedTensor) -> Decision:
         tensors = list(tensors_in(saved.arguments[summands:]))
         size = saved.tensor.numel()
-        if any([size * _BROADCAST <= a.numel() for a in tensors]):
+        if any(size * _BROADCAST <= a.numel() for a in tensors):
             return Decision(None, "broadcast factor: few bytes, many gradients")
         reach = _reach(tensors, size)
         return Decision(
@@ -130,9 +137,9 @@ def quotient() -> OpRule:
 
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
     """No further than a parameter beside it, or summed in the gradient of a small factor."""
-    if any([is_parameter(t) for t in factors]):
+    if any(is_parameter(t) for t in factors):
         return "weight"
-    return "sum" if any([t.numel() * _AVERAGED <= size for t in factors]) else "all"
+    return "sum" if any(t.numel() * _AVERAGED <= size for t in factors) else "all"
 
 
 def normalization() -> OpRule:

@@ -129,7 +129,7 @@ class SaveDerivative:
         inplace, others = is_inplace(call), call.args[1:]
         if call.kwargs:
             others = *others, *[v for k, v in call.kwargs.items() if k != "input"]
-        if any([t.requires_grad for t in tensors_in(others)]) or (
+        if any(t.requires_grad for t in tensors_in(others)) or (
                 inplace and (x.is_leaf or x._is_view())):
             return NotImplemented
         role = FEW_BIT_INPUT if self.from_input else DERIVATIVE

@@ -16,8 +16,14 @@ from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError
 
 
-@dataclass(frozen=True, eq=False, init=False, slots=True, weakref_slot=True)
-class Packed:
+class _Referable:
+    """Gives a class with slots the one for weak references."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(frozen=True, eq=False, init=False, slots=True)
+class Packed(_Referable):
     """A stored tensor: self-contained, immutable, decoded as often as needed to the same bits.
 
     Attributes:

@@ -33,6 +33,9 @@ _library.define(
 # copy.
 FLEXIBLE = tuple(
     getattr(torch.Tag, name) for name in ("flexible_layout",) if hasattr(torch.Tag, name))
+_library.define(
+    "decode_rectified(Tensor payload, Tensor metadata, Tensor positive, str spec, SymInt numel, "
+    "ScalarType dtype) -> Tensor")
 _library.define("pack_bits(Tensor x) -> Tensor", tags=FLEXIBLE)
 _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 
@@ -45,6 +48,14 @@ def _decode(
     return dispatch.decode(encoded, own, 0, numel, dtype)
 
 
+def _decode_rectified(
+        payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :class:`InlinedRectified`. NaN stays."""
+    x = _decode(payload, metadata, spec, numel, dtype).clamp_(min=torch.finfo(dtype).tiny)
+    return x.mul_(dispatch.unpack_select(positive, numel, 0, 1, dtype))
+
+
 def _pack_bits(x: Tensor) -> Tensor:
     return dispatch.pack_bits(x.reshape(-1))
 
@@ -54,13 +65,21 @@ def _unpack_bits(packed: Tensor, numel: int) -> Tensor:
 
 
 for _name, _function in (
-        ("decode", _decode), ("pack_bits", _pack_bits), ("unpack_bits", _unpack_bits)):
+        ("decode", _decode), ("decode_rectified", _decode_rectified), ("pack_bits", _pack_bits),
+        ("unpack_bits", _unpack_bits)):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("brevitas_bp::decode", lib=_library)
 def _decode_fake(
         payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
+    return payload.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("brevitas_bp::decode_rectified", lib=_library)
+def _decode_rectified_fake(
+        payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
+        dtype: torch.dtype) -> Tensor:
     return payload.new_empty(numel, dtype=dtype)
 
 
@@ -143,6 +162,26 @@ class InlinedQuantizer(Inlined):
 
 
 @dataclass(frozen=True)
+class InlinedRectified(InlinedQuantizer):
+    """The output of a ReLU: a bucket quantizer, and 1 bit for what is positive.
+
+    Decoded is zero exactly where the tensor is, so that a comparison with 0 is that of the tensor.
+    What the quantizer decodes to zero beside it is the smallest normal number instead.
+    """
+
+    @property
+    def parts(self) -> int:
+        return 3
+
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return *quantize(x, self.spec), torch.ops.brevitas_bp.pack_bits(x > 0)
+
+    def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
+        return torch.ops.brevitas_bp.decode_rectified(
+            *tensors, self.spec.to_text(), numel, self.dtype)
+
+
+@dataclass(frozen=True)
 class InlinedMask(Inlined):
     """Bools, 1 bit each."""
 
@@ -153,7 +192,9 @@ class InlinedMask(Inlined):
         return torch.ops.brevitas_bp.unpack_bits(tensors[0], numel)
 
 
-def inlined(codec: Codec, x: Tensor, channels_last: bool = False) -> Inlined | None:
+def inlined(
+        codec: Codec, x: Tensor, channels_last: bool = False,
+        rectified: bool = False) -> Inlined | None:
     """``codec`` for a tensor of a graph; None where the graph has to keep the tensor as it is.
 
     That is where the codec has no such form, see :func:`can_inline`, or elements share memory.
@@ -166,6 +207,7 @@ def inlined(codec: Codec, x: Tensor, channels_last: bool = False) -> Inlined | N
         x: a fake tensor.
         channels_last: whether images [N, C, H, W] will be channels_last when the graph runs, though they
             are contiguous as it was traced.
+        rectified: whether it is the output of a ReLU, whose sign is to be exact.
     """
     if not _is_apart(x):
         return None
@@ -177,9 +219,12 @@ def inlined(codec: Codec, x: Tensor, channels_last: bool = False) -> Inlined | N
         return InlinedMask(codec.name, *settings)
     codec = unaveraged(codec)
     if isinstance(codec, LoweredCodec):
-        return InlinedQuantizer(
-            codec_name((width := max(codec.spec.bit_widths),), codec.spec.stochastic), *settings,
-            replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0))
+        width = max(codec.spec.bit_widths)
+        spec = replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0)
+        name = codec_name((width,), spec.stochastic)
+        if rectified:
+            return InlinedRectified(f"{name}, sign exact", *settings, spec)
+        return InlinedQuantizer(name, *settings, spec)
     return None
 
 

@@ -84,7 +84,8 @@ class LoweredCodec(Codec):
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and dequantizes."""
         spec, seed = packed.facts
-        encoded = Encoded(*packed.tensors, spec.affine)
+        payload, metadata = packed.tensors
+        encoded = Encoded(payload, metadata, spec.affine)
         flat = decode(encoded, spec, seed, packed.layout.numel, packed.layout.dtype)
         return packed.layout.restore_flat(flat)
 

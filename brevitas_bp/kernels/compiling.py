@@ -19,12 +19,11 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
 
-
 def _digest() -> int:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return int.from_bytes(digest.digest()[:7])
+    return int.from_bytes(digest.digest()[:7], "big")
 
 
 SOURCES = _digest()

@@ -176,7 +176,8 @@ def unpack_select(
     integer = INTEGERS[dtype.itemsize]
     values = torch.tensor([outside, inside], dtype=dtype, device="cpu").view(integer).numpy()
     blocks = -(-packed.numel() // _BLOCK)
-    run_in_pool(_unpack_mask, (), 0, blocks, 8 * _BLOCK, (packed.numpy(), values, out.view(integer).numpy()))
+    shared = packed.numpy(), values, out.view(integer).numpy()
+    run_in_pool(_unpack_mask, (), 0, blocks, 8 * _BLOCK, shared)
     return out
 
 

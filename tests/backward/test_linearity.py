@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from brevitas_bp import QuantBackwardWrapper
 from brevitas_bp.backward import inlined
-from brevitas_bp.backward.linearity import reach_of
+from brevitas_bp.backward.linearity import is_rectified, reach_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
@@ -67,6 +67,35 @@ WEIGHT = torch.eye(64)
 ])
 def test_rules(function: Callable[[Tensor, Tensor], Any], reach: str) -> None:
     assert reach_of(backward_graph(function), "saved") == reach
+
+
+@pytest.mark.parametrize(("function", "reach"), [
+    (lambda s, g: torch.where(s <= 0, 0.0, g).t() @ s, "weight"),
+    (lambda s, g: torch.where(s.view(4096).detach() > 0, g.view(4096), 0.0), "weight"),
+    (lambda s, g: torch.ops.aten.threshold_backward(g, s, 0), "weight"),
+    (lambda s, g: torch.ops.aten.threshold_backward(s * g, s, 0) @ WEIGHT, "all"),
+    # What is looked at is another border, or another tensor, or more than the sign.
+    (lambda s, g: torch.where(s <= 1, 0.0, g), "nonlinear"),
+    (lambda s, g: torch.where(s + 1 <= 0, 0.0, g), "nonlinear"),
+    (lambda s, g: torch.where(s <= g, 0.0, g), "nonlinear"),
+    (lambda s, g: torch.ops.aten.threshold_backward(g, s, 0.5), "nonlinear"),
+    (lambda s, g: torch.where(s <= 0, 0.0, g * s) * s, "nonlinear"),
+])
+def test_comparisons_with_zero_are_constants_of_what_is_rectified(
+        function: Callable[[Tensor, Tensor], Any], reach: str) -> None:
+    graph = backward_graph(function)
+    assert reach_of(graph, "saved") == "nonlinear"
+    assert reach_of(graph, "saved", rectified=True) == reach
+
+
+@pytest.mark.parametrize(("function", "expected"), [
+    (lambda x: x.relu(), True), (lambda x: x.relu().view(-1).t(), True),
+    (lambda x: x.clamp_min(0), True), (lambda x: x.clamp_min(1), False),
+    (lambda x: x.relu() - 1, False), (lambda x: F.leaky_relu(x), False), (lambda x: x.view(-1), False)])
+def test_outputs_of_relu_are_recognised(
+        function: Callable[[Tensor], Tensor], expected: bool) -> None:
+    graph = make_fx(function)(torch.ones(4, 4)).graph
+    assert is_rectified(graph.output_node().args[0]) is expected  # pyright: ignore
 
 
 def test_all_that_is_returned_counts() -> None:
@@ -162,8 +191,8 @@ def captured(net: nn.Module, x: Tensor) -> list[tuple[GraphModule, str, str]]:
     """(backward graph, saved tensor, reach) of all that is read while a network is compiled."""
     seen: list[tuple[GraphModule, str, str]] = []
 
-    def spy(graph: Graph, name: str, last: Any = None) -> Any:
-        reach = reach_of(graph, name, last)
+    def spy(graph: Graph, name: str, last: Any = None, **options: Any) -> Any:
+        reach = reach_of(graph, name, last, **options)
         # The graph changes while hooks are inlined.
         seen.append((GraphModule({}, copy.deepcopy(graph)), name, reach))
         return reach

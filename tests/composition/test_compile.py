@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 from brevitas_bp import Codec, QuantBackwardWrapper, SavedTensor, track_saved_memory
 from brevitas_bp.backward import OpAware
+from brevitas_bp.codec import codec_from
+from brevitas_bp.codec.inlined import InlinedRectified, inlined
+from brevitas_bp.kernels import dispatch
 from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloatStochastic,
     ShiftedUint2Mix4DynamicActPerBucketFloatStochastic,
@@ -129,6 +132,12 @@ def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.7
 
 
+def stored_by(model: QuantBackwardWrapper, x: Tensor) -> dict[str, str]:
+    """Module and operation -> how a forward pass of ``x`` is stored."""
+    model(x)
+    return stored(model)
+
+
 def stored(model: QuantBackwardWrapper) -> dict[str, str]:
     """Module and operation -> how the last forward pass stored it."""
     return {f"{s.module}:{s.op}": s.stored for s in model.explain().sites.values()}
@@ -202,6 +211,48 @@ def test_gradients_are_right_on_average(name: str) -> None:
     assert error < 4 * noise + BIAS[name] * float(exact.norm())
     # The control: one draw, as far away as a bias could be, is seen.
     assert float((draws[0] - exact).norm()) > 4 * noise
+
+
+def test_of_a_relus_output_the_sign_is_exact_and_the_values_are_as_configured() -> None:
+    module, x = NETS["conv-bn-relu"]()
+    plain = compiled(copy.deepcopy(module))
+    model = QuantBackwardWrapper(compiled(module), seed=1)
+    kinds = stored_by(model, x)
+    assert kinds["_orig_mod.3:relu"] == "2-bit stochastic, sign exact"
+    # What backward reads the sign of and nothing else is stored so, too.
+    assert kinds["_orig_mod.4:detach"].endswith("sign exact")
+    with track_saved_memory(model) as report:
+        output = model(x)
+    # 2 bits, 1 bit, and 8 bytes for each of 256 elements; inputs and weights are small.
+    assert report.ratio > 8
+    del output
+    # The gradient that goes through masks and exact weights alone is that of plain autograd.
+    bias = gradients(model, x)[-3]
+    assert torch.equal(bias, gradients(plain, x)[-3])
+    # The control: rounded like all others, signs are lost.
+    naive = QuantBackwardWrapper(compiled(NETS["conv-bn-relu"]()[0]), policy="all", seed=1)
+    assert "sign exact" not in "".join(stored_by(naive, x).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rectified_values_are_zero_exactly_where_the_tensor_is(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 8, 9, 5, generator=generator).relu().to(dtype)
+    x[1, 2, 3] = torch.finfo(dtype).tiny / 2
+    x[2, 7, 8, 4] = float("nan")
+    codec = codec_from(ShiftedUint2DynamicActPerBucketFloatStochastic, bucket_size=64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.contiguous(memory_format=layout)
+        form = inlined(codec, y, rectified=True)
+        assert isinstance(form, InlinedRectified)
+        tensors, sizes = form.pack(y, lambda x, spec: dispatch.encode(x.reshape(-1), spec, 1).tensors)
+        assert len(tensors) == form.parts
+        decoded = form.unpack(tensors, sizes)
+        assert decoded.dtype == dtype and decoded.stride() == y.stride()
+        broken = decoded.isnan()
+        assert broken.sum() == (x.numel() % 64 or 64) and broken[2, 7, 8, 4]
+        assert torch.equal((decoded > 0)[~broken], (y > 0)[~broken])
+        assert torch.equal((decoded == 0)[~broken], (y == 0)[~broken])
 
 
 def test_rounding_to_nearest_is_seen_to_be_biased() -> None:
