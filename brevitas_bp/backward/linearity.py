@@ -242,6 +242,13 @@ def _linear_in_all(reader: _Reader, node: Node) -> Trace:
     return reader.trace(node.args) or _NONLINEAR
 
 
+@_rule("scatter_add", "index_add")
+def _scattered(reader: _Reader, node: Node) -> Trace:
+    target, dim, index, source = node.args[:4]
+    trace = reader.trace([target, source])
+    return _NONLINEAR if trace is None or _depends(reader, [dim, index]) else trace
+
+
 @_rule("index_put", "_unsafe_index_put")
 def _index_put(reader: _Reader, node: Node) -> Trace:
     target, where, source = node.args[:3]

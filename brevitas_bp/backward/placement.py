@@ -12,18 +12,16 @@ NOTE [ Encoders rise, decoders sink ]
 from torch.fx import Graph, Node
 
 _MOVED = "brevitas_bp moved"
-_ENCODERS = frozenset({"encode", "pack_bits"})
+_ENCODERS = frozenset({"encode", "pack_bits", "pack_positive"})
 _DECODERS = frozenset({"decode", "decode_rectified", "unpack_bits"})
 _VIEWS = frozenset({"view", "permute", "reshape", "_unsafe_view"})
-# A comparison is part of the encoder that packs what it gives.
-_READS = _VIEWS | {"gt"}
 
 
 def raise_encoders(forward: Graph) -> None:
-    """Moves each encoder, and what it reads through, up to where its tensor is made."""
+    """Moves each encoder, and the views it reads through, up to where its tensor is made."""
     for encoder in _new(forward, _ENCODERS):
         chain = [encoder]
-        while isinstance(source := chain[0].args[0], Node) and _name(source) in _READS and (
+        while isinstance(source := chain[0].args[0], Node) and _name(source) in _VIEWS and (
                 len(source.users) == 1):
             chain.insert(0, source)
         made = chain[0].args[0]

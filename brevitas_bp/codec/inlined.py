@@ -14,7 +14,7 @@ from brevitas_bp.codec.lossless import BitMask
 from brevitas_bp.codec.quantized import LoweredCodec, codec_name
 from brevitas_bp.core.bucket import memory_order
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.masks import mask_nbytes
+from brevitas_bp.kernels.masks import Interval, mask_nbytes, next_value
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
@@ -37,6 +37,7 @@ _library.define(
     "decode_rectified(Tensor payload, Tensor metadata, Tensor positive, str spec, SymInt numel, "
     "ScalarType dtype) -> Tensor")
 _library.define("pack_bits(Tensor x) -> Tensor", tags=FLEXIBLE)
+_library.define("pack_positive(Tensor x) -> Tensor", tags=FLEXIBLE)
 _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 
 
@@ -52,12 +53,16 @@ def _decode_rectified(
         payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
         dtype: torch.dtype) -> Tensor:
     """See :class:`InlinedRectified`. NaN stays."""
-    x = _decode(payload, metadata, spec, numel, dtype).clamp_(min=torch.finfo(dtype).tiny)
-    return x.mul_(dispatch.unpack_select(positive, numel, 0, 1, dtype))
+    return dispatch.rectify_(_decode(payload, metadata, spec, numel, dtype), positive)
 
 
 def _pack_bits(x: Tensor) -> Tensor:
     return dispatch.pack_bits(x.reshape(-1))
+
+
+def _pack_positive(x: Tensor) -> Tensor:
+    positive = Interval(next_value(0.0, x.dtype, 1), float("inf"))
+    return dispatch.pack_interval(x.reshape(-1), positive)[0]
 
 
 def _unpack_bits(packed: Tensor, numel: int) -> Tensor:
@@ -66,7 +71,7 @@ def _unpack_bits(packed: Tensor, numel: int) -> Tensor:
 
 for _name, _function in (
         ("decode", _decode), ("decode_rectified", _decode_rectified), ("pack_bits", _pack_bits),
-        ("unpack_bits", _unpack_bits)):
+        ("pack_positive", _pack_positive), ("unpack_bits", _unpack_bits)):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -83,6 +88,7 @@ def _decode_rectified_fake(
     return payload.new_empty(numel, dtype=dtype)
 
 
+@torch.library.register_fake("brevitas_bp::pack_positive", lib=_library)
 @torch.library.register_fake("brevitas_bp::pack_bits", lib=_library)
 def _pack_bits_fake(x: Tensor) -> Tensor:
     return x.new_empty(mask_nbytes(x.numel()), dtype=torch.uint8)
@@ -166,7 +172,7 @@ class InlinedRectified(InlinedQuantizer):
     """The output of a ReLU: a bucket quantizer, and 1 bit for what is positive.
 
     Decoded is zero exactly where the tensor is, so that a comparison with 0 is that of the tensor.
-    What the quantizer decodes to zero beside it is the smallest normal number instead.
+    What the quantizer decodes to less than 2**-64 beside it (2**-24 in float16) is that instead.
     """
 
     @property
@@ -174,7 +180,7 @@ class InlinedRectified(InlinedQuantizer):
         return 3
 
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        return *quantize(x, self.spec), torch.ops.brevitas_bp.pack_bits(x > 0)
+        return *quantize(x, self.spec), torch.ops.brevitas_bp.pack_positive(x)
 
     def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
         return torch.ops.brevitas_bp.decode_rectified(

@@ -36,6 +36,9 @@ def jit(function: Callable[..., Any]) -> Any:
     return compiled
 
 
+#: Compiles a function of one pointer at once, as a C function for :class:`~.threads.Kernel`. What is
+#: kept on disk has the values of a closure in its key: SOURCES must be one of them.
+c_function: Any = numba.cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 inline = numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")
 
 
@@ -91,7 +94,31 @@ def _prefetch(context: Any, array: Any, index: Any) -> Any:
     return types.none(array, types.intp), generate
 
 
+@intrinsic
+def _pointer_to(context: Any, address: Any) -> Any:
+    """An address as a pointer."""
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _next_of(context: Any, counter: Any) -> Any:
+    """The number that a pointer points to, which is one more from then on, for all threads."""
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.get_value_type(types.int64)
+        place = builder.bitcast(arguments[0], number.as_pointer())
+        return builder.atomic_rmw("add", place, number(1), "seq_cst")
+
+    return types.int64(types.voidptr), generate
+
+
 # numba passes the context itself, which type checkers cannot know.
 wide_vectors: Any = _wide_vectors
 window: Any = _window
 prefetch: Any = _prefetch
+pointer: Any = _pointer_to
+next_of: Any = _next_of
+#: (pointer, shape, dtype) -> the array that lies there.
+memory: Any = numba.carray  # pyright: ignore[reportPrivateImportUsage]

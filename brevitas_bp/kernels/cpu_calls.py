@@ -7,15 +7,11 @@ twenty arguments takes longer than the kernel.
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from brevitas_bp.kernels import cpu_kernels
-from brevitas_bp.kernels.compiling import SOURCES
+from brevitas_bp.kernels.compiling import SOURCES, c_function, memory, next_of, pointer
 from brevitas_bp.kernels.threads import Kernel
 
 _F, _D = np.float32, np.float64
@@ -24,52 +20,23 @@ LIMITS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LIMIT32, _LIMIT16, _LIMIT_B16 = (_F(torch.finfo(dtype).max) for dtype in LIMITS[:3])
 _LIMIT64 = _D(torch.finfo(torch.float64).max)
 
-_array: Any = numba.carray  # pyright: ignore[reportPrivateImportUsage]
-
-
-@intrinsic
-def _pointer_to(context: Any, address: Any) -> Any:
-    """An address as a pointer."""
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-@intrinsic
-def _next_of(context: Any, counter: Any) -> Any:
-    """The number that a pointer points to, which is one more from then on, for all threads."""
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number = context.get_value_type(types.int64)
-        place = builder.bitcast(arguments[0], number.as_pointer())
-        return builder.atomic_rmw("add", place, number(1), "seq_cst")
-
-    return types.int64(types.voidptr), generate
-
-
-# numba passes the context itself, which type checkers cannot know.
-_pointer: Any = _pointer_to
-_next: Any = _next_of
-_entry: Any = numba.cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-
-
 @cache
 def encoder(computed: torch.dtype) -> Kernel:
     """:func:`cpu_kernels.encode` for the dtype computed in."""
     real, word = (_F, np.int32) if computed == torch.float32 else (_D, np.int64)
     sources = SOURCES
 
-    @_entry
+    @c_function
     def encode(data: Any) -> None:
         _ = sources  # what a closure holds is part of its key on disk
-        a = _array(data, (27,), np.int64)
+        a = memory(data, (27,), np.int64)
         step, last = a[1], a[2]
-        x = _array(_pointer(a[3]), (a[4],), real)
-        bits = _array(_pointer(a[3]), (a[4],), word)
-        payload = _array(_pointer(a[23]), (a[24],), np.uint8)
-        metadata = _array(_pointer(a[25]), (a[26],), np.uint16)
+        x = memory(pointer(a[3]), (a[4],), real)
+        bits = memory(pointer(a[3]), (a[4],), word)
+        payload = memory(pointer(a[23]), (a[24],), np.uint8)
+        metadata = memory(pointer(a[25]), (a[26],), np.uint16)
         while True:
-            begin = a[5] + _next(data) * step
+            begin = a[5] + next_of(data) * step
             if begin >= last:
                 break
             cpu_kernels.encode(
@@ -85,15 +52,15 @@ def decoder(computed: torch.dtype) -> Kernel:
     """:func:`cpu_kernels.decode` for the dtype computed in."""
     real, sources = (_F if computed == torch.float32 else _D), SOURCES
 
-    @_entry
+    @c_function
     def decode(data: Any) -> None:
         _ = sources
-        a = _array(data, (23,), np.int64)
+        a = memory(data, (23,), np.int64)
         step, last = a[1], a[2]
-        out = _array(_pointer(a[3]), (a[4],), real)
-        payload = _array(_pointer(a[16]), (a[17],), np.uint8)
-        scales = _array(_pointer(a[18]), (a[19],), np.uint16)
-        offsets = _array(_pointer(a[20]), (a[21],), np.uint16)
+        out = memory(pointer(a[3]), (a[4],), real)
+        payload = memory(pointer(a[16]), (a[17],), np.uint8)
+        scales = memory(pointer(a[18]), (a[19],), np.uint16)
+        offsets = memory(pointer(a[20]), (a[21],), np.uint16)
         limit = real(_LIMIT32)
         if a[22] == 1:
             limit = real(_LIMIT16)
@@ -102,7 +69,7 @@ def decoder(computed: torch.dtype) -> Kernel:
         elif a[22] == 3:
             limit = real(_LIMIT64)
         while True:
-            begin = a[5] + _next(data) * step
+            begin = a[5] + next_of(data) * step
             if begin >= last:
                 break
             cpu_kernels.decode(

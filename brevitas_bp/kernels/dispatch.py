@@ -111,6 +111,11 @@ def unpack_select(
     return mask_backend(packed.device).unpack_select(packed, numel, outside, inside, dtype)
 
 
+def rectify_(x: Tensor, packed: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.rectify_`."""
+    return mask_backend(x.device).rectify_(x, packed)
+
+
 def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.window_codes`."""
     return mask_backend(index.device).window_codes(index, windows, dtype)

@@ -5,19 +5,30 @@ mirrored: one form serves all dtypes, half precision without conversion. So a su
 taken for zero, not even after ``torch.set_flush_denormal(True)``.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels.compiling import jit, wide_vectors
+from brevitas_bp.kernels import masks
+from brevitas_bp.kernels.compiling import (
+    SOURCES,
+    c_function,
+    jit,
+    memory,
+    next_of,
+    pointer,
+    wide_vectors,
+)
 from brevitas_bp.kernels.masks import INTEGERS, Interval, Windows, mask_nbytes, order_of
-from brevitas_bp.kernels.threads import run_in_pool
+from brevitas_bp.kernels.threads import Kernel, run, run_in_pool
 
 # Bytes of a mask that a thread writes before it goes on: they stay in the first cache.
 _BLOCK = 4096
+
+_WORDS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 @jit
@@ -92,6 +103,98 @@ def _unpack_mask(begin: Any, end: Any, packed: Any, values: Any, out: Any) -> No
 
 
 @jit
+def _rectify_block(packed: Any, shift: Any, least: Any, out: Any) -> None:
+    wide_vectors()
+    for j in range(out.size):
+        # NaN stays, in both.
+        positive = least if out[j] < least else out[j]
+        zero = out[j] * out.dtype.type(0)
+        out[j] = positive if np.uint8(packed[j] >> shift) & np.uint8(1) else zero
+
+
+@jit
+def _rectify(begin: Any, end: Any, packed: Any, least: Any, out: Any) -> None:
+    """Blocks ``begin .. end - 1`` of a mask."""
+    n = packed.size
+    for block in range(begin, end):
+        first = block * _BLOCK
+        size = min(_BLOCK, n - first)
+        for i in range(8):
+            start = i * n + first
+            valid = max(0, min(size, out.size - start))
+            if valid:
+                _rectify_block(
+                    packed[first:first + size], np.uint8(i), least, out[start:start + valid])
+
+
+@cache
+def _rectifier(dtype: torch.dtype) -> Kernel:
+    """:func:`_rectify` for floats of 32 or 64 bits."""
+    sources, number = SOURCES, np.float32 if dtype == torch.float32 else np.float64
+    least = number(masks.least_positive(dtype))
+
+    @c_function
+    def rectify(data: Any) -> None:
+        _ = sources
+        a = memory(data, (7,), np.int64)
+        step, last = a[1], a[2]
+        packed = memory(pointer(a[3]), (a[4],), np.uint8)
+        out = memory(pointer(a[5]), (a[6],), number)
+        while True:
+            begin = next_of(data) * step
+            if begin >= last:
+                break
+            _rectify(begin, min(begin + step, last), packed, least, out)
+
+    return Kernel(rectify)
+
+
+@cache
+def _packer(word: Any) -> Kernel:
+    """:func:`_pack_mask` for integers of one width."""
+    sources = SOURCES
+
+    @c_function
+    def pack(data: Any) -> None:
+        _ = sources
+        a = memory(data, (16,), np.int64)
+        step, last = a[1], a[2]
+        x = memory(pointer(a[3]), (a[4],), word)
+        packed = memory(pointer(a[5]), (a[6],), np.uint8)
+        seen = memory(pointer(a[7]), (a[8],), np.uint8)
+        constants = (word(a[10]), word(a[11]), word(a[12]), word(a[13]), word(a[14]), word(a[15]))
+        while True:
+            begin = next_of(data) * step
+            if begin >= last:
+                break
+            _pack_mask(begin, min(begin + step, last), x, constants, a[9] != 0, packed, seen)
+
+    return Kernel(pack)
+
+
+@cache
+def _unpacker(word: Any) -> Kernel:
+    """:func:`_unpack_mask` for integers of one width."""
+    sources = SOURCES
+
+    @c_function
+    def unpack(data: Any) -> None:
+        _ = sources
+        a = memory(data, (9,), np.int64)
+        step, last = a[1], a[2]
+        packed = memory(pointer(a[3]), (a[4],), np.uint8)
+        out = memory(pointer(a[5]), (a[6],), word)
+        values = (word(a[7]), word(a[8]))
+        while True:
+            begin = next_of(data) * step
+            if begin >= last:
+                break
+            _unpack_mask(begin, min(begin + step, last), packed, values, out)
+
+    return Kernel(unpack)
+
+
+@jit
 def _codes(
         begin: Any, end: Any, index: Any, sizes: Any, kernel: Any, dilation: Any, d0: Any, h0: Any,
         w0: Any, codes: Any) -> None:
@@ -131,31 +234,32 @@ def _indices(
 def pack_interval(
         flat: Tensor, interval: Interval, *, watch_nan: bool = False) -> tuple[Tensor, bool]:
     """See :func:`brevitas_bp.kernels.masks.pack_interval`."""
-    bits = flat.detach().view(INTEGERS[flat.dtype.itemsize]).numpy()
-    return _pack(bits, _constants(interval, flat.dtype), watch_nan)
+    return _pack(flat, _constants(interval, flat.dtype), watch_nan)
 
 
 def pack_bits(flat: Tensor) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.pack_bits`."""
-    return _pack(flat.detach().view(torch.int8).numpy(), _BOOLS, False)[0]
+    return _pack(flat, _BOOLS, False)[0]
 
 
-def _pack(bits: Any, constants: Any, watch_nan: bool) -> tuple[Tensor, bool]:
-    packed = torch.empty(mask_nbytes(bits.size), dtype=torch.uint8, device="cpu")
+def _pack(flat: Tensor, constants: tuple[int, ...], watch_nan: bool) -> tuple[Tensor, bool]:
+    flat = flat.contiguous()
+    packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
     blocks = -(-packed.numel() // _BLOCK)
-    seen = np.zeros(blocks, np.uint8)
-    shared = bits, constants, watch_nan, packed.numpy(), seen
-    run_in_pool(_pack_mask, (), 0, blocks, 8 * _BLOCK, shared)
-    return packed, bool(seen.any())
+    seen = torch.zeros(blocks if watch_nan else 0, dtype=torch.uint8, device="cpu")
+    run(_packer(_WORDS[flat.itemsize]), 0, blocks, 8 * _BLOCK, (
+        flat.data_ptr(), flat.numel(), packed.data_ptr(), packed.numel(), seen.data_ptr(),
+        seen.numel(), watch_nan, *constants))
+    return packed, watch_nan and bool(seen.any())
 
 
 # As _constants has them: bytes that are 1.
-_BOOLS = np.array((1, 1, 7, 127, 127, 127), np.int8)
+_BOOLS = (1, 1, 7, 127, 127, 127)
 
 
 @lru_cache(maxsize=256)
-def _constants(interval: Interval, dtype: torch.dtype) -> Any:
-    """What the kernel compares with, in an array: numba would promote Python integers to 64 bits."""
+def _constants(interval: Interval, dtype: torch.dtype) -> tuple[int, ...]:
+    """What the kernel compares with."""
     integer = INTEGERS[dtype.itemsize]
     largest = torch.iinfo(integer).max
     infinity = order_of(float("inf"), dtype)
@@ -164,21 +268,34 @@ def _constants(interval: Interval, dtype: torch.dtype) -> Any:
         lo = order_of(-0.0 if interval.lo == 0 else interval.lo, dtype)
         hi = order_of(0.0 if interval.hi == 0 else interval.hi, dtype)
     limit = infinity if interval.nan else largest
-    return np.array(
-        (lo, hi, dtype.itemsize * 8 - 1, largest, limit, infinity),
-        torch.empty(0, dtype=integer).numpy().dtype)
+    return lo, hi, dtype.itemsize * 8 - 1, largest, limit, infinity
 
 
 def unpack_select(
         packed: Tensor, numel: int, outside: float, inside: float, dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.masks.unpack_select`."""
     out = torch.empty(numel, dtype=dtype, device="cpu")
-    integer = INTEGERS[dtype.itemsize]
-    values = torch.tensor([outside, inside], dtype=dtype, device="cpu").view(integer).numpy()
     blocks = -(-packed.numel() // _BLOCK)
-    shared = packed.numpy(), values, out.view(integer).numpy()
-    run_in_pool(_unpack_mask, (), 0, blocks, 8 * _BLOCK, shared)
+    run(_unpacker(_WORDS[dtype.itemsize]), 0, blocks, 8 * _BLOCK, (
+        packed.data_ptr(), packed.numel(), out.data_ptr(), numel, *_bits(outside, inside, dtype)))
     return out
+
+
+def rectify_(x: Tensor, packed: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.kernels.masks.rectify_`."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return masks.rectify_(x, packed, unpack_select)
+    blocks = -(-packed.numel() // _BLOCK)
+    run(_rectifier(x.dtype), 0, blocks, 8 * _BLOCK, (
+        packed.data_ptr(), packed.numel(), x.data_ptr(), x.numel()))
+    return x
+
+
+@lru_cache(maxsize=256)
+def _bits(outside: float, inside: float, dtype: torch.dtype) -> list[int]:
+    """Bit patterns of two values."""
+    values = torch.tensor([outside, inside], dtype=dtype, device="cpu")
+    return values.view(INTEGERS[dtype.itemsize]).tolist()
 
 
 def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:

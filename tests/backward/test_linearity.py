@@ -34,6 +34,7 @@ def backward_graph(function: Callable[[Tensor, Tensor], Any]) -> Graph:
 
 
 WEIGHT = torch.eye(64)
+INDEX = torch.arange(64).expand(64, 64)
 
 
 @pytest.mark.parametrize(("function", "reach"), [
@@ -48,6 +49,8 @@ WEIGHT = torch.eye(64)
     (lambda s, g: s / (1 + g * g), "weight"),
     (lambda s, g: F.pad(s, (1, 1)).sum() * g, "weight"),
     (lambda s, g: torch.zeros_like(s) + g, "weight"),
+    (lambda s, g: torch.zeros(64, 64).scatter_add(1, INDEX, s * g) @ WEIGHT, "all"),
+    (lambda s, g: s.index_add(0, INDEX[0], g), "weight"),
     (lambda s, g: g, "weight"),
     (lambda s, g: torch.ops.aten.silu_backward(s * g, g), "weight"),
     (lambda s, g: torch.ops.aten.gelu_backward(s * g, g) @ WEIGHT, "all"),
@@ -59,6 +62,7 @@ WEIGHT = torch.eye(64)
     (lambda s, g: g * (s > 0), "nonlinear"),
     (lambda s, g: torch.where(s > 0, g, 0.0), "nonlinear"),
     (lambda s, g: g * s.to(torch.int32), "nonlinear"),
+    (lambda s, g: g.scatter_add(1, s.to(torch.int64), g), "nonlinear"),
     (lambda s, g: g * s.view(torch.int32), "nonlinear"),
     (lambda s, g: torch.div(s, 2.0, rounding_mode="floor") * g, "nonlinear"),
     (lambda s, g: s.sum() * s, "nonlinear"),

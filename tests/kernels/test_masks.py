@@ -133,5 +133,22 @@ def test_window_codes_invert_and_agree(name: str) -> None:
             assert again.dtype == dtype and torch.equal(again[inside].to(torch.uint8), codes[inside])
 
 
+@each_backend
+@each_dtype
+def test_rectified_values_are_positive_where_the_bit_is_set(
+        backend: ModuleType, dtype: torch.dtype) -> None:
+    # Several blocks of the compiled form, and an incomplete byte.
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(70_003, generator=generator).to(dtype)
+    bits = torch.rand(x.numel(), generator=generator) < 0.5
+    x[:3], x[3:5] = float("nan"), 0.0
+    expected = torch.where(bits, x.clamp(min=masks.least_positive(dtype)), 0)
+    expected[:3] = float("nan")
+    got = backend.rectify_(x.clone(), backend.pack_bits(bits))
+    assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(got > 0, bits & ~x.isnan())
+    assert backend.rectify_(x[:0].clone(), backend.pack_bits(bits[:0])).numel() == 0
+
+
 def test_integers_are_as_wide_as_floats() -> None:
     assert all(INTEGERS[dtype.itemsize].itemsize == dtype.itemsize for dtype in DTYPES)

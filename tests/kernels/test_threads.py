@@ -28,12 +28,12 @@ def sample() -> torch.Tensor:
     return torch.randn(NUMEL, generator=torch.Generator().manual_seed(0))
 
 
-def bytes_are_the_references() -> bool:
+def bytes_are_the_references(seed: int = 3) -> bool:
     x = sample()
-    ours, theirs = cpu.encode(x, SPEC, 3), reference.encode(x, SPEC, 3)
+    ours, theirs = cpu.encode(x, SPEC, seed), reference.encode(x, SPEC, seed)
     same = all(torch.equal(a, b) for a, b in zip(ours.tensors, theirs.tensors))
-    values = cpu.decode(ours, SPEC, 3, NUMEL, x.dtype)
-    return same and torch.equal(values, reference.decode(theirs, SPEC, 3, NUMEL, x.dtype))
+    values = cpu.decode(ours, SPEC, seed, NUMEL, x.dtype)
+    return same and torch.equal(values, reference.decode(theirs, SPEC, seed, NUMEL, x.dtype))
 
 
 @pytest.mark.skipif(
@@ -68,7 +68,8 @@ def test_a_missing_chunk_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         run(kernel, first, last - 1, size, arguments)
 
     monkeypatch.setattr(threads, "run", all_but_the_last)
-    assert not bytes_are_the_references()
+    # Of a seed of its own: memory of another test may hold the bytes that are missing.
+    assert not bytes_are_the_references(seed=4)
 
 
 def _in_child(expected: list[torch.Tensor], queue: Any) -> None:
