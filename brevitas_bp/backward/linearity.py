@@ -14,7 +14,9 @@ NOTE [ Reading a backward graph ]
 4. Once the gradient that comes in is a factor, another matrix product or convolution carries the
    rounding into gradients further up; so does what leaves the graph as the gradient of its input.
 5. What aten calls a backward is linear in the gradients that it takes, whatever it is the backward of.
-6. The output of a ReLU is compared with 0 in its own backward, and is the input of a layer besides.
+6. Given the attention weights, which follow from query, key and log-sum-exp, backward of attention is
+   linear in the value and in the output, and in both together.
+7. The output of a ReLU is compared with 0 in its own backward, and is the input of a layer besides.
    Where its sign is kept exactly, these comparisons are constants.
 """
 
@@ -137,6 +139,9 @@ class _Reader:
         if name == "convolution_backward":
             self.outputs[node] = self._convolution_backward(node)
             return
+        if name.startswith("_scaled_dot_product") and name.endswith("_backward"):
+            self.outputs[node] = self._attention_backward(node)
+            return
         norm = self._trace_in_norm(node) if name.endswith("norm_backward") else None
         if norm is not None:
             self.outputs[node] = _norm_backward(norm)
@@ -181,6 +186,21 @@ class _Reader:
         gradient, x, *others = node.args
         others = [gradient, *others, *node.kwargs.values()]
         return self.trace(x) if self.trace(others) is None else None
+
+    def _attention_backward(self, node: Node) -> dict[int, Trace]:
+        """NOTE [ Reading a backward graph ], rule 6; of the gradients of query, key and value."""
+        target: Any = node.target
+        given = dict(zip((argument.name for argument in target._schema.arguments), node.args))
+        gradient = self.trace([v for k, v in given.items() if k.startswith("grad_out")])
+        factor = self.trace([v for k, v in given.items() if k in ("value", "out")])
+        others = self.trace([
+            *(v for k, v in given.items() if not k.startswith("grad_out") and k not in ("value", "out")),
+            *node.kwargs.values()])
+        if others is not None or (gradient is not None and factor is not None):
+            return dict.fromkeys(range(4), _NONLINEAR)
+        if factor is not None:
+            return dict.fromkeys(range(2), replace(factor, carries=True))
+        return {} if gradient is None else dict.fromkeys(range(4), gradient)
 
     def _convolution_backward(self, node: Node) -> dict[int, Trace]:
         gradient, x, weight = node.args[:3]
@@ -249,11 +269,12 @@ def _scattered(reader: _Reader, node: Node) -> Trace:
     return _NONLINEAR if trace is None or _depends(reader, [dim, index]) else trace
 
 
-@_rule("index_put", "_unsafe_index_put")
+@_rule("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
 def _index_put(reader: _Reader, node: Node) -> Trace:
-    target, where, source = node.args[:3]
+    masked = "mask" in _name_of(node)
+    target, *where, source = node.args[:4 if masked else 3]
     trace = reader.trace([target, source])
-    return _NONLINEAR if trace is None or _depends(reader, [where]) else trace
+    return _NONLINEAR if trace is None or _depends(reader, where) else trace
 
 
 def _gradient(reader: _Reader, node: Node) -> Trace:

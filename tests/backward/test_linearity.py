@@ -37,6 +37,21 @@ WEIGHT = torch.eye(64)
 INDEX = torch.arange(64).expand(64, 64)
 
 
+def masked_put(target: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """What compilers make of the backward of an embedding."""
+    return torch.ops.aten._unsafe_masked_index_put_accumulate(target, mask, [INDEX[0]], source)
+
+
+def attention_backward(gradient: Tensor, **given: Tensor) -> Any:
+    """Gradients of query, key and value [1, 1, 64, 64] from what is given, and from ones."""
+    ones = torch.ones(1, 1, 64, 64)
+    q, k, v, out = (
+        given[name].view(1, 1, 64, 64) if name in given else ones
+        for name in ("query", "key", "value", "out"))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient.view(1, 1, 64, 64), q, k, v, out, torch.full((1, 1, 64), 12.0), 0.0, False)
+
+
 @pytest.mark.parametrize(("function", "reach"), [
     (lambda s, g: g.t() @ s, "weight"),
     (lambda s, g: (g * s).sum(0), "weight"),
@@ -51,6 +66,10 @@ INDEX = torch.arange(64).expand(64, 64)
     (lambda s, g: torch.zeros_like(s) + g, "weight"),
     (lambda s, g: torch.zeros(64, 64).scatter_add(1, INDEX, s * g) @ WEIGHT, "all"),
     (lambda s, g: s.index_add(0, INDEX[0], g), "weight"),
+    (lambda s, g: masked_put(g, INDEX[0] > 3, s * g) @ WEIGHT, "all"),
+    (lambda s, g: attention_backward(g, value=s), "weight"),
+    (lambda s, g: attention_backward(g, out=s)[0] @ WEIGHT, "all"),
+    (lambda s, g: attention_backward(s), "weight"),
     (lambda s, g: g, "weight"),
     (lambda s, g: torch.ops.aten.silu_backward(s * g, g), "weight"),
     (lambda s, g: torch.ops.aten.gelu_backward(s * g, g) @ WEIGHT, "all"),
@@ -62,6 +81,9 @@ INDEX = torch.arange(64).expand(64, 64)
     (lambda s, g: g * (s > 0), "nonlinear"),
     (lambda s, g: torch.where(s > 0, g, 0.0), "nonlinear"),
     (lambda s, g: g * s.to(torch.int32), "nonlinear"),
+    (lambda s, g: masked_put(g, s[0] > 3, g), "nonlinear"),
+    (lambda s, g: attention_backward(g, query=s), "nonlinear"),
+    (lambda s, g: attention_backward(s * g, value=s), "nonlinear"),
     (lambda s, g: g.scatter_add(1, s.to(torch.int64), g), "nonlinear"),
     (lambda s, g: g * s.view(torch.int32), "nonlinear"),
     (lambda s, g: torch.div(s, 2.0, rounding_mode="floor") * g, "nonlinear"),
