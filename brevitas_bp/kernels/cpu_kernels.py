@@ -386,15 +386,15 @@ def encode(
     padded = padded_bits.view(x.dtype)
     scratch = np.empty(size if rule == 2 else 1, np.float64)
     lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
-    norms, limits = highs.view(x.dtype), np.empty(group, x.dtype)
+    norms, all_tops = highs.view(x.dtype), np.empty(group, x.dtype)
     valid = x.size - (end - 1 - first) * size
     if valid < size:
         padded[:valid] = x[x.size - valid:]
         padded[valid:] = number(0) if rule == 2 else x[x.size - 1]
-    limit = (end - first) * size
+    stop = (end - first) * size
     while begin < end:
         count = min(group, end - begin)
-        low, high, top = window(lows, 0, count), window(highs, 0, count), window(limits, 0, count)
+        low, high, top = window(lows, 0, count), window(highs, 0, count), window(all_tops, 0, count)
         for i in range(count):
             kind, _ = locate(begin + i, size, n, mixed, multiplier, shift, widths)
             top[i] = number(tops[kind])
@@ -418,7 +418,7 @@ def encode(
             values = window(x, start, size) if start + size <= x.size else padded
             # Of the next group: memory is read while this one is rounded.
             ahead = start + group * size
-            for j in range(ahead, min(ahead + size, limit), line):
+            for j in range(ahead, min(ahead + size, stop), line):
                 prefetch(x, j)
             inverse = reciprocal(scale, x.dtype)
             if np.isnan(scale):
