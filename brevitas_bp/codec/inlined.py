@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,8 +62,12 @@ def _pack_bits(x: Tensor) -> Tensor:
 
 
 def _pack_positive(x: Tensor) -> Tensor:
-    positive = Interval(next_value(0.0, x.dtype, 1), float("inf"))
-    return dispatch.pack_interval(x.reshape(-1), positive)[0]
+    return dispatch.pack_interval(x.reshape(-1), _positive(x.dtype))[0]
+
+
+@lru_cache(maxsize=8)
+def _positive(dtype: torch.dtype) -> Interval:
+    return Interval(next_value(0.0, dtype, 1), float("inf"))
 
 
 def _unpack_bits(packed: Tensor, numel: int) -> Tensor:

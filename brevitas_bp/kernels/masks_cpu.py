@@ -36,6 +36,11 @@ def _pack_block(
         x: Any, lo: Any, hi: Any, sign: Any, largest: Any, limit: Any, shift: Any, out: Any) -> None:
     """Sets bit ``shift`` of ``out``."""
     wide_vectors()
+    if lo >= 0 and limit == largest:
+        # No NaN and nothing negative, whose integers are negative whatever their order.
+        for j in range(x.size):
+            out[j] |= np.uint8(np.uint8((x[j] >= lo) & (x[j] <= hi)) << shift)
+        return
     for j in range(x.size):
         bits = x[j]
         order = bits ^ ((bits >> sign) & largest)
