@@ -129,7 +129,7 @@ class _Reader:
         name = _name_of(node)
         if name in _CONSTANT or (name in _COMPARISONS and self._compares_with_zero(node, 0, 1)):
             return
-        if name in IDENTITIES and node.args[0] in self.same:
+        if _shows_all(node) and node.args[0] in self.same:
             self.same.add(node)
         if name == "threshold_backward" and self._compares_with_zero(node, 1, 2):
             trace = self.trace(node.args[0])
@@ -188,7 +188,7 @@ class _Reader:
         return self.trace(x) if self.trace(others) is None else None
 
     def _attention_backward(self, node: Node) -> dict[int, Trace]:
-        """NOTE [ Reading a backward graph ], rule 6; of the gradients of query, key and value."""
+        """NOTE [ Reading a backward graph ], rule 6; of the gradients of query, key, value and mask."""
         target: Any = node.target
         given = dict(zip((argument.name for argument in target._schema.arguments), node.args))
         gradient = self.trace([v for k, v in given.items() if k.startswith("grad_out")])
@@ -199,7 +199,8 @@ class _Reader:
         if others is not None or (gradient is not None and factor is not None):
             return dict.fromkeys(range(4), _NONLINEAR)
         if factor is not None:
-            return dict.fromkeys(range(2), replace(factor, carries=True))
+            # The gradient of the value knows neither. Products that follow carry the rounding on.
+            return dict.fromkeys((0, 1, 3), replace(factor, carries=True))
         return {} if gradient is None else dict.fromkeys(range(4), gradient)
 
     def _convolution_backward(self, node: Node) -> dict[int, Trace]:
@@ -221,8 +222,8 @@ _CONSTANT = frozenset({
     "sym_size", "sym_numel", "sym_stride", "zeros_like", "ones_like", "full_like", "empty_like",
     "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"})
 _COMPARISONS = frozenset({"le", "gt", "lt", "ge", "eq", "ne"})
-#: Operators that show all of their argument, in another shape or memory.
-IDENTITIES = frozenset({
+# Operators that show all of their argument, in another shape or memory.
+_IDENTITIES = frozenset({
     "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "squeeze", "unsqueeze", "clone",
     "alias", "detach", "contiguous"})
 _Rule = Callable[[_Reader, Node], Trace]
@@ -344,7 +345,12 @@ def _is_real(node: Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
         return False
-    return getattr(node.target, "_overloadname", "") != "dtype"
+    return not _is_reinterpreted(node)
+
+
+def _is_reinterpreted(node: Node) -> bool:
+    """Whether a node shows the bits of its argument as those of another dtype."""
+    return getattr(node.target, "_overloadname", "") == "dtype"
 
 
 def _belongs_to_norm(node: Node) -> bool:
@@ -380,9 +386,14 @@ def tangential_nodes(graph: Graph) -> set[Node]:
 
 def is_rectified(node: Node) -> bool:
     """Whether a node of a forward graph is the output of a ReLU, in any shape."""
-    while (name := _name_of(node)) in IDENTITIES and isinstance(node.args[0], Node):
+    while _shows_all(node) and isinstance(node.args[0], Node):
         node = node.args[0]
+    name = _name_of(node)
     return name == "relu" or (name == "clamp_min" and _is_zero(node.args[1]))
+
+
+def _shows_all(node: Node) -> bool:
+    return _name_of(node) in _IDENTITIES and not _is_reinterpreted(node)
 
 
 def _is_zero(number: Any) -> bool:

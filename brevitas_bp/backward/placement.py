@@ -21,8 +21,9 @@ def raise_encoders(forward: Graph) -> None:
     """Moves each encoder, and the views it reads through, up to where its tensor is made."""
     for encoder in _new(forward, _ENCODERS):
         chain = [encoder]
-        while isinstance(source := chain[0].args[0], Node) and _name(source) in _VIEWS and (
-                len(source.users) == 1):
+        # Two encoders of one tensor read one view of it.
+        while isinstance(source := chain[0].args[0], Node) and _name(source) in _VIEWS and all(
+                user is chain[0] or _is_encoder(user) for user in source.users):
             chain.insert(0, source)
         made = chain[0].args[0]
         # Inputs of the graph are there from the beginning; an encoder may stand behind the last of them.
@@ -47,6 +48,10 @@ def sink_decoders(backward: Graph) -> None:
         if first is not None:
             for node in chain:
                 first.prepend(node)
+
+
+def _is_encoder(node: Node) -> bool:
+    return _name(node) in _ENCODERS and "brevitas_bp" in str(node.target)
 
 
 def _new(graph: Graph, names: frozenset[str]) -> list[Node]:

@@ -58,7 +58,7 @@ def _wide_vectors(context: Any) -> Any:
 
 @intrinsic
 def _window(context: Any, array: Any, start: Any, count: Any) -> Any:
-    """``array[start:start + count]`` of a contiguous vector.
+    """``array[start:start + count]`` of a contiguous vector, which the caller keeps alive.
 
     A slice looks whether its ends are negative or too large, and counts references: for a bucket of 256
     elements that takes as long as the work.

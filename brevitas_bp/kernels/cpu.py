@@ -79,8 +79,8 @@ _ONE_WIDTH = (0, 1, 0)
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.kernels.reference.encode`."""
-    # One with gaps may be flat, too.
-    flat = flat.contiguous()
+    # One with gaps may be flat, too, and the memory of a lazy negation is not negated.
+    flat = flat.contiguous().resolve_neg()
     plan = _plan(spec, flat.numel(), flat.dtype)
     n, static, nbytes, mixing = plan.n, plan.static, plan.payload_nbytes, _ONE_WIDTH
     if spec.mix_bit_width is not None:

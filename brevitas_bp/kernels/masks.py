@@ -129,7 +129,10 @@ def least_positive(dtype: torch.dtype) -> float:
 def rectify_(
         x: Tensor, packed: Tensor,
         select: Callable[..., Tensor] = unpack_select) -> Tensor:
-    """Makes ``x`` [numel] positive where the bit is set, and zero elsewhere; NaN stays."""
+    """Makes ``x`` [numel] positive where the bit is set, and zero elsewhere.
+
+    NaN stays; what is infinite may become anything.
+    """
     mask = select(packed, x.numel(), 0.0, 1.0, x.dtype)
     return x.clamp_(min=least_positive(x.dtype)).mul_(mask)
 

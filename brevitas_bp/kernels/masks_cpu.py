@@ -248,7 +248,7 @@ def pack_bits(flat: Tensor) -> Tensor:
 
 
 def _pack(flat: Tensor, constants: tuple[int, ...], watch_nan: bool) -> tuple[Tensor, bool]:
-    flat = flat.contiguous()
+    flat = flat.contiguous().resolve_neg()
     packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
     blocks = -(-packed.numel() // _BLOCK)
     seen = torch.zeros(blocks if watch_nan else 0, dtype=torch.uint8, device="cpu")

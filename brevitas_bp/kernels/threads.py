@@ -47,7 +47,7 @@ def run(kernel: Kernel, first: int, last: int, size: int, arguments: Sequence[in
     """Runs ``kernel`` on buckets ``first .. last - 1`` of ``size`` elements, in threads where it pays.
 
     Args:
-        kernel: of :mod:`brevitas_bp.kernels.cpu_calls`.
+        kernel: takes chunks from the counter that the array of numbers begins with, counted from 0.
         first: first bucket.
         last: the bucket after the last.
         size: elements of a bucket.

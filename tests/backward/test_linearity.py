@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from operator import getitem as operator_getitem
 from typing import Any
 
 import pytest
@@ -105,6 +106,7 @@ def test_rules(function: Callable[[Tensor, Tensor], Any], reach: str) -> None:
     (lambda s, g: torch.where(s + 1 <= 0, 0.0, g), "nonlinear"),
     (lambda s, g: torch.where(s <= g, 0.0, g), "nonlinear"),
     (lambda s, g: torch.ops.aten.threshold_backward(g, s, 0.5), "nonlinear"),
+    (lambda s, g: torch.where(s.view(torch.int32) <= 0, 0.0, g), "nonlinear"),
     (lambda s, g: torch.where(s <= 0, 0.0, g * s) * s, "nonlinear"),
 ])
 def test_comparisons_with_zero_are_constants_of_what_is_rectified(
@@ -117,6 +119,7 @@ def test_comparisons_with_zero_are_constants_of_what_is_rectified(
 @pytest.mark.parametrize(("function", "expected"), [
     (lambda x: x.relu(), True), (lambda x: x.relu().view(-1).t(), True),
     (lambda x: x.clamp_min(0), True), (lambda x: x.clamp_min(1), False),
+    (lambda x: x.relu().view(torch.float16), False),
     (lambda x: x.relu() - 1, False), (lambda x: F.leaky_relu(x), False), (lambda x: x.view(-1), False)])
 def test_outputs_of_relu_are_recognised(
         function: Callable[[Tensor], Tensor], expected: bool) -> None:
@@ -148,6 +151,24 @@ def test_unknown_operators_are_nonlinear() -> None:
     assert reach_of(graph(torch.ops.brevitas_bp.pack_bits.default), "saved") == "nonlinear"
     assert reach_of(graph(abs), "saved") == "nonlinear"
     assert reach_of(graph("part", "call_module"), "saved") == "nonlinear"
+
+
+@pytest.mark.parametrize("name", ["value", "out"])
+def test_the_gradient_of_an_attention_mask_depends_on_value_and_output(name: str) -> None:
+    operator = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    names = [argument.name for argument in operator._schema.arguments]
+    graph = Graph()
+    saved, gradient = graph.placeholder("saved"), graph.placeholder("tangents_1")
+    other = graph.placeholder("other")
+    given = {"grad_out_": gradient, name: saved}
+    backward = graph.call_function(operator, tuple(given.get(n, other) for n in names))
+    outputs = [graph.call_function(operator_getitem, (backward, i)) for i in range(4)]
+    square = graph.call_function(torch.ops.aten.mul.Tensor, (outputs[3], outputs[3]))
+    graph.output(([outputs[2]],))
+    assert reach_of(graph, "saved") == "weight"
+    for returned, reach in ((outputs[3], "all"), (square, "nonlinear")):
+        graph.output_node().args = ([returned],)
+        assert reach_of(graph, "saved", last=[]) == reach
 
 
 def norm_backward(x: Tensor, g: Tensor) -> Tensor:

@@ -39,6 +39,28 @@ def graphs(monkeypatch: pytest.MonkeyPatch, moved: bool) -> tuple[Graph, Graph]:
     return forward, backward
 
 
+def test_both_encoders_of_a_relus_output_stand_behind_it() -> None:
+    torch._dynamo.reset()
+    found: list[Graph] = []
+
+    def compiler(module: GraphModule, inputs: Any) -> Any:
+        found.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(*(
+        layer for _ in range(DEPTH) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())))
+    wrapper = QuantBackwardWrapper(
+        torch.compile(net, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler)), seed=0)
+    x = torch.randn(4, 8, 16, 16).contiguous(memory_format=torch.channels_last)
+    wrapper(x).sum().backward()
+    torch._dynamo.reset()
+    kinds = ("encode", "pack_positive")
+    assert len(places(found[0], "pack_positive")) == DEPTH
+    # Both of one tensor, and of the input; those of the last to be decided for stay where they were.
+    assert alive_at_once(found[0], kinds, "convolution") <= 4
+
+
 def places(graph: Graph, name: str) -> list[int]:
     return [i for i, node in enumerate(graph.nodes) if getattr(node.target, "_opname", "") == name]
 
