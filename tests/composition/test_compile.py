@@ -567,7 +567,9 @@ def test_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and graphs() == made
+    # Once in some eighty runs Dynamo finds that its guards fail and then that they hold ("unexpected
+    # recompilation"), where another thread is in the middle of them: then it compiles once more.
+    assert not failures and graphs() <= made + len(models)
     assert nothing_is_left()
 
 
