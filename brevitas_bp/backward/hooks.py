@@ -32,7 +32,14 @@ from brevitas_bp.backward.saved import (
     SavedTensor,
     storage_id,
 )
-from brevitas_bp.codec.base import Codec, Keep, Packed, QuantizeOnBackward, unmodified, version_of
+from brevitas_bp.codec.base import (
+    Codec,
+    Keep,
+    Packed,
+    QuantizeOnBackward,
+    refuse_modified,
+    version_of,
+)
 from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.codec.shard import ShardCodec, placements_of, shard_of
 from brevitas_bp.codec.stock import StatefulCodec
@@ -98,9 +105,9 @@ class Kept:
         Raises:
             ModifiedInPlaceError: it was modified by an in-place operation since.
         """
-        if version_of(self.tensor) == self.version:
-            return self.tensor
-        return unmodified(self.tensor, self.version, _where(self.op, self.module))
+        if version_of(self.tensor) != self.version:
+            refuse_modified(self.tensor, self.version, _where(self.op, self.module))
+        return self.tensor
 
 
 class ForwardPass:

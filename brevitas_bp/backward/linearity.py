@@ -263,17 +263,12 @@ def _linear_in_all(reader: _Reader, node: Node) -> Trace:
     return reader.trace(node.args) or _NONLINEAR
 
 
-@_rule("scatter_add", "index_add")
-def _scattered(reader: _Reader, node: Node) -> Trace:
-    target, dim, index, source = node.args[:4]
-    trace = reader.trace([target, source])
-    return _NONLINEAR if trace is None or _depends(reader, [dim, index]) else trace
-
-
-@_rule("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
-def _index_put(reader: _Reader, node: Node) -> Trace:
-    masked = "mask" in _name_of(node)
-    target, *where, source = node.args[:4 if masked else 3]
+@_rule(
+    "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate", "scatter_add", "index_add")
+def _written(reader: _Reader, node: Node) -> Trace:
+    # The others have one argument more before what is written: a mask, or a dimension.
+    count = 3 if _name_of(node) in ("index_put", "_unsafe_index_put") else 4
+    target, *where, source = node.args[:count]
     trace = reader.trace([target, source])
     return _NONLINEAR if trace is None or _depends(reader, where) else trace
 

@@ -4,7 +4,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -156,7 +156,10 @@ class Keep(Codec):
         """
         if len(packed.tensors) != 1:
             refuse(packed, "1 stored tensor", len(packed.tensors))
-        return unmodified(packed.tensors[0], packed.facts, packed.where)
+        kept = packed.tensors[0]
+        if version_of(kept) != packed.facts:
+            refuse_modified(kept, packed.facts, packed.where)
+        return kept
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         """As many bytes as the tensor has."""
@@ -168,19 +171,17 @@ def version_of(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def unmodified(kept: Tensor, version: int | None, where: str) -> Tensor:
-    """``kept``, if it still is at ``version``.
+def refuse_modified(kept: Tensor, version: int | None, where: str) -> NoReturn:
+    """Raises for a kept tensor that no longer is at ``version``.
 
     Raises:
-        ModifiedInPlaceError: it was modified by an in-place operation since.
+        ModifiedInPlaceError: always.
     """
-    if version_of(kept) != version:
-        raise ModifiedInPlaceError(
-            "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: {kept.dtype} {list(kept.shape)} saved by {where or 'an operation'} is at "
-            f"version {version_of(kept)}; expected version {version} instead. Call backward before "
-            "modifying it, or modify a clone")
-    return kept
+    raise ModifiedInPlaceError(
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation: {kept.dtype} {list(kept.shape)} saved by {where or 'an operation'} is at "
+        f"version {version_of(kept)}; expected version {version} instead. Call backward before "
+        "modifying it, or modify a clone")
 
 
 class Copy(Codec):

@@ -58,6 +58,21 @@ def _has_nan(x: Any, largest: Any, infinity: Any) -> Any:
 
 
 @jit
+def _stream(block: Any, i: Any, n: Any, numel: Any) -> Any:
+    """Of bit ``i`` of the bytes of a block: the first element, and how many there are.
+
+    Args:
+        block: which block.
+        i: which bit.
+        n: bytes of the whole mask.
+        numel: elements of the whole tensor.
+    """
+    first = block * _BLOCK
+    start = i * n + first
+    return start, max(0, min(min(_BLOCK, n - first), numel - start))
+
+
+@jit
 def _pack_mask(
         begin: Any, end: Any, x: Any, constants: Any, watch: Any, packed: Any, seen: Any) -> None:
     """Blocks ``begin .. end - 1`` of a mask."""
@@ -73,8 +88,7 @@ def _pack_mask(
         out[:] = 0
         for i in range(8):
             shift = np.uint8(i)
-            start = i * n + first
-            valid = max(0, min(size, x.size - start))
+            start, valid = _stream(block, i, n, x.size)
             if valid:
                 part = x[start:start + valid]
                 _pack_block(part, lo, hi, sign, largest, limit, shift, out)
@@ -94,17 +108,12 @@ def _select_block(packed: Any, shift: Any, zero: Any, one: Any, out: Any) -> Non
 @jit
 def _unpack_mask(begin: Any, end: Any, packed: Any, values: Any, out: Any) -> None:
     """Blocks ``begin .. end - 1`` of a mask."""
-    n = packed.size
     for block in range(begin, end):
-        first = block * _BLOCK
-        size = min(_BLOCK, n - first)
+        part = packed[block * _BLOCK:(block + 1) * _BLOCK]
         for i in range(8):
-            start = i * n + first
-            valid = max(0, min(size, out.size - start))
+            start, valid = _stream(block, i, packed.size, out.size)
             if valid:
-                _select_block(
-                    packed[first:first + size], np.uint8(i), values[0], values[1],
-                    out[start:start + valid])
+                _select_block(part, np.uint8(i), values[0], values[1], out[start:start + valid])
 
 
 @jit
@@ -120,16 +129,12 @@ def _rectify_block(packed: Any, shift: Any, least: Any, out: Any) -> None:
 @jit
 def _rectify(begin: Any, end: Any, packed: Any, least: Any, out: Any) -> None:
     """Blocks ``begin .. end - 1`` of a mask."""
-    n = packed.size
     for block in range(begin, end):
-        first = block * _BLOCK
-        size = min(_BLOCK, n - first)
+        part = packed[block * _BLOCK:(block + 1) * _BLOCK]
         for i in range(8):
-            start = i * n + first
-            valid = max(0, min(size, out.size - start))
+            start, valid = _stream(block, i, packed.size, out.size)
             if valid:
-                _rectify_block(
-                    packed[first:first + size], np.uint8(i), least, out[start:start + valid])
+                _rectify_block(part, np.uint8(i), least, out[start:start + valid])
 
 
 @cache
