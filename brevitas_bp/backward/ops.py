@@ -59,8 +59,8 @@ class Location:
     @property
     def qualified_module(self) -> str:
         """Name of the innermost module, with the prefix."""
-        prefix, module = self.prefix, self.module
-        return f"{prefix}.{module}" if prefix and module else prefix or module
+        prefix, module = self.prefix, self.modules[-1][0]
+        return module if not prefix else f"{prefix}.{module}" if module else prefix
 
     @property
     def op(self) -> str | None:

@@ -64,9 +64,14 @@ class ParameterSet:
         """
         return (
             is_parameter(x) or storage_id(x) in self._storages or self._derives_from_parameter(x)
-            or self._is_gathered_frozen(x) or self._is_cast_of_frozen(x, arguments))
+            or (self._gathered is not None and self._is_gathered_frozen(x))
+            or (bool(self._frozen) and self._is_cast_of_frozen(x, arguments)))
 
     def _derives_from_parameter(self, x: Tensor) -> bool:
+        node = x.grad_fn
+        # A leaf shows itself; and most of what is saved was computed.
+        if node is None or _makes_new(node):
+            return False
         leaf = shown_leaf(x)
         return leaf is not None and (
             is_parameter(leaf) or storage_id(leaf) in self._storages)
@@ -84,7 +89,7 @@ class ParameterSet:
 
         PyTorch says that autocast is off while it casts, so the shapes of the arguments have to tell.
         """
-        if not self._frozen or x.requires_grad or not (is_storable(x) and x.is_floating_point()):
+        if x.requires_grad or not (is_storable(x) and x.is_floating_point()):
             return False
         shape = own_shape(x)
         return any(
@@ -123,10 +128,25 @@ def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
         if node is None:
             return
         yield node, output
-        name = node.name().rstrip("0123456789").removesuffix("Backward")
-        if name not in _DISGUISES:
+        if _makes_new(node):
             return
         node, output = node.next_functions[0]
+
+
+# Class of a node -> whether it makes something new; of classes that stand for one operation.
+_new: dict[type, bool] = {}
+
+
+def _makes_new(node: Any) -> bool:
+    """Whether the output of a node is not its input in another shape or dtype."""
+    kind = type(node)
+    found = _new.get(kind)
+    if found is None:
+        name: str = node.name()
+        found = name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES
+        if kind.__name__ == name:
+            _new[kind] = found
+    return found
 
 
 def _is_piece(shape: list[int], whole: list[int]) -> bool:

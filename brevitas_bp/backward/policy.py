@@ -207,11 +207,9 @@ class OpAware:
         if decision.codec is not codec or decision.reaches == "weight":
             return decision
         if decision.reaches == "all":
-            return decision._replace(
-                codec=self._multiplier or at_least(codec, self.multiplier_bits))
+            return decision.with_codec(self._multiplier or at_least(codec, self.multiplier_bits))
         bits = self.norm_bits if decision.reaches == "norm" else None
-        return decision._replace(
-            codec=unaveraged(codec) if bits is None else at_least(codec, bits))
+        return decision.with_codec(unaveraged(codec) if bits is None else at_least(codec, bits))
 
     def _decide_compiled(self, saved: SavedTensor, codec: Codec) -> Decision:
         if saved.reach is None:
@@ -230,7 +228,7 @@ class OpAware:
         if role == CHECKPOINT_INPUT:
             return self._decide_checkpoint(saved.tensor)
         if role == DERIVATIVE:
-            return self._widened(_DERIVATIVE._replace(codec=codec), codec)
+            return self._widened(_DERIVATIVE.with_codec(codec), codec)
         if role == FEW_BIT_INPUT:
             rule = rule_of(saved.call.function)
             assert rule is not None and self.few_bit is not None
@@ -238,7 +236,7 @@ class OpAware:
                 _few_bit_codec(rule, saved.call, self.few_bit),
                 "interval of the input: the derivative, piecewise constant and biased")
         if role == ATTENTION_VALUE:
-            return self._widened(_VALUE._replace(codec=codec), codec)
+            return self._widened(_VALUE.with_codec(codec), codec)
         if role == ATTENTION_INPUT:
             if self._attention is not None:
                 return Decision(

@@ -102,9 +102,13 @@ class SavedTensor:
         None for what was computed, and where views of one tensor leave it open. Brevitas' quant tensors
         are tuples of tensors.
         """
+        arguments = self.call.arguments
+        for position, argument in enumerate(arguments):
+            if argument is self.tensor:
+                return position
         storage = storage_id(self.tensor)
         sharing = []
-        for position, argument in enumerate(self.call.arguments):
+        for position, argument in enumerate(arguments):
             for tensor in tensors_in((argument,)):
                 if storage_id(tensor) != storage:
                     continue
@@ -163,6 +167,12 @@ class Decision(NamedTuple):
     shared: bool = True
     known: bool = True
     reaches: Literal["weight", "sum", "norm", "all"] = "weight"
+
+    def with_codec(self, codec: Codec) -> "Decision":
+        """The same with another codec; itself with its own."""
+        if codec is self.codec:
+            return self
+        return Decision(codec, self.reason, self.shared, self.known, self.reaches)
 
 
 def storage_id(x: Tensor) -> int:

@@ -53,6 +53,14 @@ def versions_of(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     return tuple([None if t.is_inference() else t._version for t in tensors])
 
 
+def are_at(tensors: Sequence[Tensor], versions: Sequence[int | None]) -> bool:
+    """Whether nobody wrote to the tensors since they had these version counters."""
+    for tensor, version in zip(tensors, versions):
+        if version is not None and tensor._version != version:
+            return False
+    return True
+
+
 def check_forms(payload: Any, forms: Sequence[Form]) -> None:
     """Compares the tensors of a payload with their forms.
 
@@ -64,6 +72,12 @@ def check_forms(payload: Any, forms: Sequence[Form]) -> None:
         refuse(payload, f"{len(forms)} stored tensors", len(tensors))
     device = payload.layout.device
     for i, (tensor, form) in enumerate(zip(tensors, forms)):
+        # This runs for every tensor of every step: at first whether all is well.
+        if tensor.shape == form.shape and tensor.dtype is form.dtype and tensor.device == device and (
+                tensor.layout is torch.strided and tensor.is_contiguous()
+                and tensor.untyped_storage().nbytes() >= tensor.nbytes
+                and not tensor.storage_offset()):
+            continue
         if tensor.shape != form.shape or tensor.dtype != form.dtype:
             refuse(payload, f"tensor {i} to be {form.dtype} {list(form.shape)}",
                    f"{tensor.dtype} {list(tensor.shape)}")

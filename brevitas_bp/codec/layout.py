@@ -1,12 +1,13 @@
 """Shape, strides, dtype and device of a tensor, kept while its values are packed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from brevitas_bp.core.bucket import flatten, memory_order
+from brevitas_bp.core.bucket import flatten
 from brevitas_bp.errors import CorruptPayloadError
 
 
@@ -34,12 +35,7 @@ class TensorLayout:
         """The layout of ``x``."""
         if x.is_contiguous():
             return _contiguous(x.shape, x.stride(), x.dtype, x.device)
-        base = cls.base(x)
-        stride = base.stride() if is_dense(base) else _dense_strides(base)
-        restored = tuple(
-            0 if size > 1 and step == 0 else new
-            for size, step, new in zip(x.shape, x.stride(), stride))
-        return cls(x.shape, restored, base.shape, x.dtype, x.device)
+        return _other(x.shape, x.stride(), x.dtype, x.device)
 
     @classmethod
     def without_strides(
@@ -49,7 +45,7 @@ class TensorLayout:
 
     @property
     def made_here(self) -> bool:
-        """Whether it is as :meth:`of` made it for a contiguous tensor: then its strides are sound."""
+        """Whether it is as :meth:`of` made it: then its strides are sound."""
         return "_made_here" in self.__dict__
 
     @staticmethod
@@ -63,11 +59,16 @@ class TensorLayout:
         return x
 
     @property
+    def contiguous(self) -> bool:
+        """Whether it was made for a contiguous tensor: memory is read as it is."""
+        return "_contiguous" in self.__dict__
+
+    @cached_property
     def numel(self) -> int:
         """Elements that are stored."""
         return self.base_shape.numel()
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of those elements, uncompressed."""
         return self.numel * self.dtype.itemsize
@@ -88,11 +89,11 @@ class TensorLayout:
             for size, stored, step in zip(shape, base, stride))
 
     def flatten(self, x: Tensor) -> Tensor:
-        """The stored elements in memory order; a view where ``x`` is dense."""
+        """The stored elements in memory order, contiguous; a view where ``x`` is dense."""
         if x.is_contiguous() and not x.is_neg():
             return x.view(-1)
-        # A lazy negation is carried out: kernels read memory.
-        return flatten(self.base(x)).resolve_neg()
+        # Kernels read memory: a lazy negation is carried out, and gaps of one stride are closed.
+        return flatten(self.base(x)).resolve_neg().contiguous()
 
     def restore_flat(self, flat: Tensor) -> Tensor:
         """Inverse of :meth:`flatten`."""
@@ -124,28 +125,42 @@ def _contiguous(
     """One layout for all tensors that have it: networks save tensors of few shapes again and again."""
     layout = TensorLayout(shape, stride, shape, dtype, device)
     if stride or not shape:
-        layout.__dict__["_made_here"] = True
+        layout.__dict__["_made_here"] = layout.__dict__["_contiguous"] = True
     return layout
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements of ``x`` fill one gapless run of memory, each once."""
+@lru_cache(maxsize=4096)
+def _other(
+        shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype,
+        device: torch.device) -> TensorLayout:
+    """The layout of tensors that are not contiguous."""
+    base = torch.Size(
+        1 if size > 1 and step == 0 else size for size, step in zip(shape, stride))
+    dense = stride if _is_dense(base, stride) else _dense_strides(base, stride)
+    restored = tuple(
+        0 if size > 1 and step == 0 else new for size, step, new in zip(shape, stride, dense))
+    layout = TensorLayout(shape, restored, base, dtype, device)
+    layout.__dict__["_made_here"] = True
+    return layout
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements with these strides fill one gapless run of memory, each once."""
     expected = 1
-    for stride, size in sorted(
-            (stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
-        if stride != expected:
+    for step, size in sorted((step, size) for step, size in zip(stride, shape) if size != 1):
+        if step != expected:
             return False
         expected *= size
     return True
 
 
-def _dense_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides without gaps, in the memory order of ``x``."""
-    strides = [0] * x.dim()
+def _dense_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Strides without gaps, in the same order of memory."""
+    strides = [0] * len(shape)
     step = 1
-    for dim in reversed(memory_order(x) or range(x.dim())):
+    for dim in sorted(range(len(shape)), key=lambda d: -stride[d])[::-1]:
         strides[dim] = step
-        step *= max(x.shape[dim], 1)
+        step *= max(shape[dim], 1)
     return tuple(strides)
 
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from brevitas.inject import ExtendedInjector
@@ -30,9 +30,9 @@ from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
-from brevitas_bp.kernels.dispatch import decode, encode
+from brevitas_bp.kernels.dispatch import Plan, plan
 from brevitas_bp.kernels.packing import packed_nbytes
-from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
+from brevitas_bp.kernels.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from brevitas_bp.kernels.widths import WidthLayout
 from brevitas_bp.proxy import check_override_names
@@ -48,17 +48,39 @@ def _forms_of(
 
 
 @lru_cache(maxsize=4096)
-def _forms(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> list[Form]:
-    """:func:`_forms_of` buckets of one width."""
-    n, _ = bucket_shape(numel, spec.bucket_size)
-    return _forms_of(spec, WidthLayout(n, 0), numel, dtype)
-
-
-@lru_cache(maxsize=4096)
 def _least_nbytes(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> int:
     n, size = bucket_shape(numel, spec.bucket_size)
     metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)).itemsize
     return n * (packed_nbytes(size, min(spec.bit_widths)) + metadata * (1 + spec.affine))
+
+
+# Layouts that a codec knows at a time: more than a network has.
+_MOST_READY = 4096
+
+
+class _Ready(NamedTuple):
+    """What a codec need not find out again for tensors of one layout.
+
+    Attributes:
+        layout: of the tensors.
+        spec: how they are quantized.
+        plan: encodes and decodes them.
+        forms: of what is stored; None with two widths, where they differ from one seed to the next.
+    """
+
+    layout: TensorLayout
+    spec: BucketQuantSpec
+    plan: Plan
+    forms: list[Form] | None
+
+    @classmethod
+    def of(cls, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
+        numel, dtype = layout.numel, layout.dtype
+        forms = None
+        if spec.mix_bit_width is None:
+            n, _ = bucket_shape(numel, spec.bucket_size)
+            forms = _forms_of(spec, WidthLayout(n, 0), numel, dtype)
+        return cls(layout, spec, plan(spec, numel, dtype, layout.device), forms)
 
 
 class LoweredCodec(Codec):
@@ -73,31 +95,47 @@ class LoweredCodec(Codec):
         self.quantizer = quantizer
         self.spec = spec
         self.name = codec_name(spec.bit_widths, spec.stochastic)
+        # By the identity of a layout, which is found faster than an equal one.
+        self._ready: dict[int, _Ready] = {}
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Quantizes and packs a float tensor."""
         layout = TensorLayout.of(x)
-        spec = self._current_spec()
-        encoded = encode(layout.flatten(x), spec, seed)
-        return Packed(self, encoded.tensors, layout, (spec, seed), where)
+        spec = self.spec if self.spec.mix_bit_width is None else self._current_spec()
+        as_it_is = layout.contiguous and not x.is_neg()
+        tensors = self._ready_for(layout, spec).plan.encode(
+            x if as_it_is else layout.flatten(x), seed)
+        return Packed(self, tensors, layout, (spec, seed), where)
 
     def decode(self, packed: Packed) -> Tensor:
         """Unpacks and dequantizes."""
-        spec, seed = packed.facts
+        (spec, seed), layout = packed.facts, packed.layout
         payload, metadata = packed.tensors
-        encoded = Encoded(payload, metadata, spec.affine)
-        flat = decode(encoded, spec, seed, packed.layout.numel, packed.layout.dtype)
-        return packed.layout.restore_flat(flat)
+        return self._ready_for(layout, spec).plan.decode(
+            payload, metadata, seed, layout.shape, layout.stride)
 
     def forms(self, packed: Packed) -> Sequence[Form]:
         (spec, seed), own = packed.facts, self.spec
         if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
             refuse(packed, own, spec)
-        numel, dtype = packed.layout.numel, float_dtype(packed)
-        if spec.mix_bit_width is None:
-            return _forms(spec, numel, dtype)
-        n, _ = bucket_shape(numel, spec.bucket_size)
-        return _forms_of(spec, draw_layout(n, spec, seed), numel, dtype)
+        dtype = float_dtype(packed)
+        forms = self._ready_for(packed.layout, spec).forms
+        if forms is None:
+            numel = packed.layout.numel
+            n, _ = bucket_shape(numel, spec.bucket_size)
+            forms = _forms_of(spec, draw_layout(n, spec, seed), numel, dtype)
+        return forms
+
+    def _ready_for(self, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
+        ready = self._ready.get(id(layout))
+        if ready is None or ready.layout is not layout or ready.spec is not spec:
+            if len(self._ready) >= _MOST_READY:
+                self._ready.clear()
+            ready = self._ready[id(layout)] = _Ready.of(layout, spec)
+        return ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": {}}
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return _least_nbytes(self.spec, layout.numel, layout.dtype)

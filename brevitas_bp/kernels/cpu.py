@@ -9,18 +9,19 @@ Larger buckets, those of a whole tensor among them, have kernels of their own:
 :mod:`brevitas_bp.kernels.cpu_whole`.
 """
 
+from array import array
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import cpu_calls, threads
+from brevitas_bp.kernels import cpu_calls
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.kernels.packing import packed_nbytes
-from brevitas_bp.kernels.random import noise_keys
 from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
+from brevitas_bp.kernels.threads import Kernel, launch, shares
 
 LARGEST_BUCKET = 1 << 16
 _RULES = {"min_max": 0, "max": 1, "l2": 2}
@@ -36,67 +37,110 @@ def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
         spec.bucket_size <= LARGEST_BUCKET)
 
 
-class _Plan(NamedTuple):
-    """What does not change from one tensor to the next of the same size: made once.
+class Plan:
+    """Encodes and decodes tensors of one size: what does not change between them is made once.
 
-    Attributes:
-        n: buckets.
-        size: elements of a bucket.
-        payload_nbytes: bytes of all codes, of one width.
-        metadata: scales and offsets together.
-        words: 16-bit words of one scale.
-        parts: ranges of buckets handled at once.
-        static: of the spec.
-        encoder: numbers of a spec that the encoder takes.
-        decoder: those that the decoder takes.
+    Args:
+        spec: the quantizer.
+        numel: elements of a tensor.
+        dtype: of the tensor.
     """
 
-    n: int
-    size: int
-    payload_nbytes: int
-    metadata: int
-    words: int
-    parts: list[tuple[int, int]]
-    static: "_Static"
-    encoder: tuple[int, ...]
-    decoder: tuple[int, ...]
+    def __init__(self, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
+        n, size = bucket_shape(numel, spec.bucket_size)
+        static = _static(spec, compute_dtype(dtype))
+        self._spec, self._n, self._size, self._computed = spec, n, size, static.computed
+        self._numel, self._dtype, self._plain = numel, dtype, dtype == static.computed
+        self._stored, self._metadata = static.stored, n * (1 + spec.affine)
+        self._payload = n * packed_nbytes(size, spec.bit_width)
+        self._words = n * (static.stored.itemsize // 2)
+        self._mixed = spec.mix_bit_width is not None
+        self._parts = _converted(dtype, n, size)
+        self._step, self._most = shares(n, size)
+        # As cpu_calls takes them. What differs between calls is 0: see encode and decode_into.
+        self._encoder = array("q", (
+            0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.tops,
+            *static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic, 0,
+            0, self._payload, 0, self._metadata * (static.stored.itemsize // 2)))
+        self._decoder = array("q", (
+            0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.lowests,
+            static.bf16, 0, 0, 0, self._words, 0, self._words if spec.affine else 0, _LIMITS[dtype]))
+
+    def encode(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Payload and metadata of a contiguous tensor, which is no lazy negation."""
+        numbers, nbytes = self._encoder[:], self._payload
+        if self._mixed:
+            nbytes = self._mix(numbers, seed)
+            numbers[23] = nbytes
+        payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        metadata = torch.empty(self._metadata, dtype=self._stored, device="cpu")
+        seed &= _MASK64
+        numbers[21] = seed - _TWO64 if seed >= _TWO63 else seed
+        numbers[22], numbers[24] = payload.data_ptr(), metadata.data_ptr()
+        kernel = cpu_calls.encoder(self._computed)
+        if self._plain:
+            numbers[3] = x.data_ptr()
+            launch(kernel, numbers, self._most)
+        else:
+            flat = x.view(-1)
+            for first, last in self._parts:
+                part = flat[first * self._size:last * self._size].to(self._computed)
+                self._launch_part(kernel, numbers, part, first, last)
+        return payload, metadata
+
+    def decode(
+            self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
+            stride: tuple[int, ...]) -> Tensor:
+        """The tensor, whose strides leave no gaps in memory."""
+        out = torch.empty_strided(shape, stride, dtype=self._dtype, device="cpu")
+        self.decode_into(out, payload, metadata, seed)
+        return out
+
+    def decode_into(self, out: Tensor, payload: Tensor, metadata: Tensor, seed: int) -> None:
+        """Writes all of ``out``, a tensor without gaps in memory."""
+        numbers, scales = self._decoder[:], metadata.data_ptr()
+        if self._mixed:
+            self._mix(numbers, seed)
+        numbers[16], numbers[17] = payload.data_ptr(), payload.numel()
+        numbers[18], numbers[20] = scales, scales + 2 * self._words
+        kernel = cpu_calls.decoder(self._computed)
+        if self._plain:
+            numbers[3] = out.data_ptr()
+            launch(kernel, numbers, self._most)
+            return
+        flat = out.as_strided((self._numel,), (1,))
+        for first, last in self._parts:
+            part = flat[first * self._size:last * self._size]
+            values = torch.empty(part.numel(), dtype=self._computed, device="cpu")
+            self._launch_part(kernel, numbers, values, first, last)
+            part.copy_(values)
+
+    def _launch_part(
+            self, kernel: Kernel, numbers: "array[int]", part: Tensor, first: int, last: int) -> None:
+        """Runs ``kernel`` on buckets ``first .. last - 1``, whose elements are ``part``."""
+        numbers[0], numbers[2], numbers[3] = 0, last, part.data_ptr()
+        numbers[4], numbers[5] = part.numel(), first
+        launch(kernel, numbers, shares(last - first, self._size)[1])
+
+    def _mix(self, numbers: "array[int]", seed: int) -> int:
+        """Enters the widths of the buckets; bytes of all codes."""
+        layout = draw_layout(self._n, self._spec, seed)
+        numbers[8], numbers[9], numbers[10] = layout.mixed, layout.multiplier, layout.shift
+        return payload_nbytes(layout, self._spec, self._size)
 
 
-@lru_cache(maxsize=4096)
-def _plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> _Plan:
-    n, size = bucket_shape(numel, spec.bucket_size)
-    static = _static(spec, compute_dtype(dtype))
-    return _Plan(
-        n, size, n * packed_nbytes(size, spec.bit_width), n * (1 + spec.affine),
-        static.stored.itemsize // 2, _converted(dtype, n, size), static,
-        (*static.widths, *static.tops, *static.lowests, static.rule, static.bf16,
-         spec.integer_zero_point, spec.stochastic),
-        (*static.widths, *static.lowests, static.bf16))
-
+plan = lru_cache(maxsize=4096)(Plan)
 
 _ONE_WIDTH = (0, 1, 0)
+_MASK64, _TWO63, _TWO64 = (1 << 64) - 1, 1 << 63, 1 << 64
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.kernels.reference.encode`."""
     # One with gaps may be flat, too, and the memory of a lazy negation is not negated.
     flat = flat.contiguous().resolve_neg()
-    plan = _plan(spec, flat.numel(), flat.dtype)
-    n, static, nbytes, mixing = plan.n, plan.static, plan.payload_nbytes, _ONE_WIDTH
-    if spec.mix_bit_width is not None:
-        layout = draw_layout(n, spec, seed)
-        nbytes = payload_nbytes(layout, spec, plan.size)
-        mixing = layout.mixed, layout.multiplier, layout.shift
-    payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    metadata = torch.empty(plan.metadata, dtype=static.stored, device="cpu")
-    keys = noise_keys(seed) if spec.stochastic else (0, 0)
-    for first, last in plan.parts:
-        part = flat if last - first == n else flat[first * plan.size:last * plan.size]
-        x = part if part.dtype == static.computed else part.to(static.computed)
-        threads.run(cpu_calls.encoder(static.computed), first, last, plan.size, (
-            x.data_ptr(), x.numel(), first, plan.size, n, *mixing, *plan.encoder, *keys,
-            payload.data_ptr(), nbytes, metadata.data_ptr(), plan.metadata * plan.words))
-    return Encoded(payload, metadata, spec.affine)
+    tensors = plan(spec, flat.numel(), flat.dtype).encode(flat, seed)
+    return Encoded(*tensors, spec.affine)
 
 
 def decode(
@@ -108,24 +152,7 @@ def decode(
 
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
-    plan = _plan(spec, out.numel(), out.dtype)
-    n, static, mixing = plan.n, plan.static, _ONE_WIDTH
-    if spec.mix_bit_width is not None:
-        layout = draw_layout(n, spec, seed)
-        mixing = layout.mixed, layout.multiplier, layout.shift
-    payload, metadata, words = encoded.payload, encoded.metadata.data_ptr(), n * plan.words
-    # Their addresses: a view takes longer to make.
-    offsets = (metadata + 2 * words, words) if spec.affine else (0, 0)
-    for first, last in plan.parts:
-        part = out if last - first == n else out[first * plan.size:last * plan.size]
-        values = part if out.dtype == static.computed else torch.empty(
-            part.numel(), dtype=static.computed, device="cpu")
-        threads.run(cpu_calls.decoder(static.computed), first, last, plan.size, (
-            values.data_ptr(), values.numel(), first, plan.size, n, *mixing, *plan.decoder,
-            payload.data_ptr(), payload.numel(), metadata, words, *offsets,
-            _LIMITS[out.dtype]))
-        if values is not part:
-            part.copy_(values)
+    plan(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
     return out
 
 

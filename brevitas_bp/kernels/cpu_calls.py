@@ -29,12 +29,13 @@ def encoder(computed: torch.dtype) -> Kernel:
     @c_function
     def encode(data: Any) -> None:
         _ = sources  # what a closure holds is part of its key on disk
-        a = memory(data, (27,), np.int64)
+        a = memory(data, (26,), np.int64)
         step, last = a[1], a[2]
         x = memory(pointer(a[3]), (a[4],), real)
         bits = memory(pointer(a[3]), (a[4],), word)
-        payload = memory(pointer(a[23]), (a[24],), np.uint8)
-        metadata = memory(pointer(a[25]), (a[26],), np.uint16)
+        k0, k1 = cpu_kernels.noise_keys(np.uint64(a[21]))
+        payload = memory(pointer(a[22]), (a[23],), np.uint8)
+        metadata = memory(pointer(a[24]), (a[25],), np.uint16)
         while True:
             begin = a[5] + next_of(data) * step
             if begin >= last:
@@ -42,7 +43,7 @@ def encoder(computed: torch.dtype) -> Kernel:
             cpu_kernels.encode(
                 x, bits, a[5], begin, min(begin + step, last), a[6], a[7], a[8], a[9], a[10],
                 (a[11], a[12]), (a[13], a[14]), (a[15], a[16]), a[17], a[18] != 0, a[19] != 0,
-                a[20] != 0, np.uint32(a[21]), np.uint32(a[22]), payload, metadata)
+                a[20] != 0, k0, k1, payload, metadata)
 
     return Kernel(encode)
 

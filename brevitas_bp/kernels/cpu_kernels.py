@@ -16,9 +16,17 @@ import torch
 
 from brevitas_bp.kernels.arithmetic import RANGE_LIMIT
 from brevitas_bp.kernels.compiling import jit, prefetch, wide_vectors, window
-from brevitas_bp.kernels.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS
+from brevitas_bp.kernels.random import (
+    HASH_LAST_SHIFT,
+    HASH_ROUNDS,
+    NOISE_BITS,
+    ROUNDING,
+    SPLITMIX,
+)
 
 _U = np.uint32
+_L = np.uint64
+_GOLDEN, _MIX1, _MIX2 = (np.uint64(constant) for constant in SPLITMIX)
 _F = np.float32
 _BF16_MIN = float(torch.finfo(torch.bfloat16).min)
 _S0, _M0 = _U(HASH_ROUNDS[0][0]), _U(HASH_ROUNDS[0][1])
@@ -32,6 +40,22 @@ _B2S, _B4S, _B6S = np.uint8(2), np.uint8(4), np.uint8(6)
 
 # Elements of a group of buckets: half of a first cache.
 _GROUP = 1 << 12
+
+
+@jit
+def _splitmix64(value: Any) -> Any:
+    """See ``random.splitmix64``."""
+    z = np.uint64(value + _GOLDEN)
+    z = np.uint64(np.uint64(z ^ np.uint64(z >> _L(30))) * _MIX1)
+    z = np.uint64(np.uint64(z ^ np.uint64(z >> _L(27))) * _MIX2)
+    return np.uint64(z ^ np.uint64(z >> _L(31)))
+
+
+@jit
+def noise_keys(seed: Any) -> Any:
+    """See ``random.noise_keys``; ``seed`` is its lower 64 bits."""
+    key = _splitmix64(_splitmix64(np.uint64(_splitmix64(seed) ^ _L(ROUNDING))))
+    return _U(key & _L(0xFFFFFFFF)), _U(key >> _L(32))
 
 
 @jit

@@ -4,7 +4,7 @@ import importlib.util
 import warnings
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,6 +70,45 @@ def backend(device: torch.device, dtype: torch.dtype, spec: BucketQuantSpec) -> 
         if kernels is not None and kernels.supports(dtype, spec):
             return kernels
     return reference
+
+
+class Plan(Protocol):
+    """Encodes and decodes tensors of one size, dtype and kind of device."""
+
+    def encode(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Payload and metadata of a contiguous tensor, which is no lazy negation."""
+        ...
+
+    def decode(
+            self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
+            stride: tuple[int, ...]) -> Tensor:
+        """The tensor, whose strides leave no gaps in memory."""
+        ...
+
+
+class _Plan:
+    """A plan made of the functions of a backend."""
+
+    def __init__(
+            self, form: ModuleType, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
+        self._form, self._spec, self._numel, self._dtype = form, spec, numel, dtype
+
+    def encode(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        return self._form.encode(x.view(-1), self._spec, seed).tensors
+
+    def decode(
+            self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
+            stride: tuple[int, ...]) -> Tensor:
+        encoded = Encoded(payload, metadata, self._spec.affine)
+        flat = self._form.decode(encoded, self._spec, seed, self._numel, self._dtype)
+        return flat.as_strided(shape, stride)
+
+
+def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """How tensors of this size, dtype and device are encoded and decoded."""
+    form = backend(device, dtype, spec)
+    made: Plan | None = form.plan(spec, numel, dtype) if hasattr(form, "plan") else None
+    return _Plan(form, spec, numel, dtype) if made is None else made
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:

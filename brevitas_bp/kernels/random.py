@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+
+#: Increment and multipliers of SplitMix64.
+SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_INCREMENT, _FIRST, _SECOND = SPLITMIX
 
 # Rounds of the index hash: (right shift, odd multiplier); a last shift follows.
 HASH_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
@@ -38,9 +41,9 @@ def splitmix64(value: int) -> int:
     >>> hex(splitmix64(0))
     '0xe220a8397b1dcdaf'
     """
-    z = (value + _GOLDEN) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    z = (value + _INCREMENT) & _MASK64
+    z = ((z ^ (z >> 30)) * _FIRST) & _MASK64
+    z = ((z ^ (z >> 27)) * _SECOND) & _MASK64
     return z ^ (z >> 31)
 
 
@@ -234,13 +237,19 @@ class SeedStream:
         self._lock = threading.Lock()
         self._base = base & _MASK64
         self._position = 0
+        # Of the rank that asks, which is mostly the same: where its seeds are derived from.
+        self._start = 0, splitmix64(self._base)
 
     def next(self, rank: int = 0) -> int:
         """The next seed; processes with another ``rank`` get other ones at the same position."""
         with self._lock:
             position = self._position
             self._position += 1
-        return derive(derive(self._base, rank) if rank else self._base, position)
+            if self._start[0] != rank:
+                base = derive(self._base, rank) if rank else self._base
+                self._start = rank, splitmix64(base)
+            start = self._start[1]
+        return splitmix64(start ^ position)
 
     def state(self) -> dict[str, int]:
         """Base and position, enough to continue the sequence elsewhere."""
@@ -261,3 +270,4 @@ class SeedStream:
                 f"state(), got {sorted(state)}; pass the saved state unchanged")
         self._base = int(state["base"]) & _MASK64
         self._position = int(state["position"])
+        self._start = 0, splitmix64(self._base)

@@ -43,30 +43,51 @@ class Kernel:
         self.call: Callable[[Any], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
 
-def run(kernel: Kernel, first: int, last: int, size: int, arguments: Sequence[int]) -> None:
-    """Runs ``kernel`` on buckets ``first .. last - 1`` of ``size`` elements, in threads where it pays.
+def shares(buckets: int, size: int) -> tuple[int, int]:
+    """How work is divided: buckets of a chunk, and the number of threads from which more do not pay.
 
     Args:
-        kernel: takes chunks from the counter that the array of numbers begins with, counted from 0.
+        buckets: to be worked on.
+        size: elements of a bucket.
+    """
+    step, elements = max(1, _CHUNK // size), buckets * size
+    most = 1 if elements < 2 * _LEAST else min(elements // _LEAST, -(-buckets // step))
+    return step, most
+
+
+def launch(kernel: Kernel, numbers: "array[int]", most: int) -> None:
+    """Runs ``kernel``, in threads where it pays.
+
+    Args:
+        kernel: takes chunks from the counter that ``numbers`` begins with.
+        numbers: 64-bit integers: the counter, which is 0; buckets of a chunk; the bucket after the last;
+            and what the kernel takes besides. One call, one array.
+        most: threads, see :func:`shares`.
+    """
+    call = numbers.buffer_info()[0]
+    count = 1 if most == 1 else min(torch.get_num_threads(), most)
+    if count == 1:
+        kernel.call(call)
+        return
+    parallel = _openmp()
+    if parallel is not None and not _forked:
+        parallel(kernel.address, call, count, 0)
+    else:
+        _in_pool([partial(kernel.call, call)] * count)
+
+
+def run(kernel: Kernel, first: int, last: int, size: int, arguments: Sequence[int]) -> None:
+    """Runs ``kernel`` on buckets ``first .. last - 1`` of ``size`` elements.
+
+    Args:
+        kernel: counts the buckets of its chunks from 0.
         first: first bucket.
         last: the bucket after the last.
         size: elements of a bucket.
         arguments: what the kernel takes besides, from its fourth number on.
     """
-    step = max(1, _CHUNK // size)
-    numbers = array("q", (0, step, last, *arguments))
-    call = numbers.buffer_info()[0]
-    elements = (last - first) * size
-    threads = 1 if elements < 2 * _LEAST else min(
-        torch.get_num_threads(), elements // _LEAST, -(-(last - first) // step))
-    if threads <= 1:
-        kernel.call(call)
-        return
-    parallel = _openmp()
-    if parallel is not None and not _forked:
-        parallel(kernel.address, call, threads, 0)
-    else:
-        _in_pool([partial(kernel.call, call)] * threads)
+    step, most = shares(last - first, size)
+    launch(kernel, array("q", (0, step, last, *arguments)), most)
 
 
 def run_in_pool(

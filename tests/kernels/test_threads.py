@@ -62,12 +62,13 @@ def test_without_openmp_a_pool_gives_the_same_bytes(
 
 
 def test_a_missing_chunk_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    run: Callable[..., None] = threads.run
+    launch: Callable[..., None] = threads.launch
 
-    def all_but_the_last(kernel: Any, first: int, last: int, size: int, arguments: Any) -> None:
-        run(kernel, first, last - 1, size, arguments)
+    def all_but_the_last(kernel: Any, numbers: Any, most: int) -> None:
+        numbers[2] -= 1
+        launch(kernel, numbers, most)
 
-    monkeypatch.setattr(threads, "run", all_but_the_last)
+    monkeypatch.setattr(cpu, "launch", all_but_the_last)
     # Of a seed of its own: memory of another test may hold the bytes that are missing.
     assert not bytes_are_the_references(seed=4)
 
