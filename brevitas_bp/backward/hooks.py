@@ -23,7 +23,7 @@ from brevitas_bp.backward.policy import (
     can_encode,
     explained,
 )
-from brevitas_bp.backward.rewrites import Substitution
+from brevitas_bp.backward.rewrites import Substitution, derivative_at
 from brevitas_bp.backward.saved import (
     CHECKPOINT_INPUT,
     NO_CALL,
@@ -41,6 +41,7 @@ from brevitas_bp.codec.base import (
     version_of,
 )
 from brevitas_bp.codec.layout import TensorLayout, shape_of
+from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.codec.shard import ShardCodec, placements_of, shard_of
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
@@ -184,19 +185,23 @@ class ForwardPass:
         call = location.call
         if call is NO_CALL and is_checkpoint_input():
             role = CHECKPOINT_INPUT
-        if self.parameters.contains(x, call.arguments):
+        derivative = None if substitution is None else substitution.derivative
+        if derivative is None and self.parameters.contains(x, call.arguments):
             if not self.listeners:
                 return Kept(x, location.op, location.qualified_module)
             saved, decision = self._saved(x, None, None), PARAMETER
             packed = self._encode_once(saved, decision) if can_encode(x) else _kept(saved)
         else:
             saved = self._saved(x, self.codec_of(location.module), role)
+            saved.derivative = derivative
             decision = self.policy.decide(saved) if can_encode(x) else _NOT_PLAIN
             if decision.codec is None and not self.listeners:
                 if self.explanation is not None:
                     self.explanation.add_kept(saved, decision)
-                return Kept(x, saved.op, saved.module)
+                return Kept(_stored(saved), saved.op, saved.module)
             packed = _kept(saved) if decision is _NOT_PLAIN else self._encode_once(saved, decision)
+            if substitution is not None:
+                substitution.anew = packed.codec.decodes_anew
         if self.explanation is not None and decision is not PARAMETER:
             self.explanation.add(saved, packed, decision)
         if self.listeners:
@@ -263,7 +268,9 @@ class ForwardPass:
     def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
-        key = *_identity(x), id(codec), -1 if decision.shared else saved.call.number
+        # Each derivative is one of its own, whatever it is computed from.
+        shared = decision.shared and saved.derivative is None
+        key = *_identity(x), id(codec), -1 if shared else saved.call.number
         before = self._encoded.get(key)
         if before is not None:
             packed = before[1]()
@@ -275,10 +282,12 @@ class ForwardPass:
         return packed
 
     def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
-        x = saved.tensor
-        shard, where = shard_of(x), _where(saved.op, saved.module)
+        where = _where(saved.op, saved.module)
         if isinstance(codec, StatefulCodec):
             codec = codec.slot((where, next(self._slots[codec, where])))
+        fused = saved.derivative is not None and type(codec) is LoweredCodec and not self.on_backward
+        x = saved.tensor if fused else _stored(saved)
+        shard = shard_of(x)
         if shard is not x and not isinstance(codec, Keep):
             codec = ShardCodec(codec)
         if not codec.compresses:
@@ -289,13 +298,18 @@ class ForwardPass:
             layout = TensorLayout.of(shard)
             least = codec.stored_nbytes(layout)
             if least is not None and least >= layout.nbytes:
-                return _KEEP.encode(x, where=where)
+                return _kept(saved)
         if self.on_backward:
             return QuantizeOnBackward(codec).encode(x, seed=self.next_seed(), where=where)
-        packed = codec.encode(x, seed=self.next_seed(), where=where)
+        if fused and isinstance(codec, LoweredCodec):
+            # In one pass over what the derivative follows from.
+            packed = codec.encode(
+                x, seed=self.next_seed(), where=where, derivative=saved.derivative)
+        else:
+            packed = codec.encode(x, seed=self.next_seed(), where=where)
         if self.verify:
             packed = packed.sealed()
-        return packed if packed.nbytes < packed.layout.nbytes else _KEEP.encode(x, where=where)
+        return packed if packed.nbytes < packed.layout.nbytes else _kept(saved)
 
     def __enter__(self) -> "ForwardPass":
         try:
@@ -357,8 +371,15 @@ def _identity(x: Tensor) -> tuple[Hashable, ...]:
 
 
 def _kept(saved: SavedTensor) -> Packed:
-    """Of what has no elements, or no memory to know it by."""
-    return _KEEP.encode(saved.tensor, where=_where(saved.op, saved.module))
+    """Of what has no elements, or no memory to know it by, or would not get smaller."""
+    return _KEEP.encode(_stored(saved), where=_where(saved.op, saved.module))
+
+
+def _stored(saved: SavedTensor) -> Tensor:
+    """What is to be stored: the tensor, or a derivative at it."""
+    if saved.derivative is None:
+        return saved.tensor
+    return derivative_at(saved.tensor, saved.derivative)
 
 
 def _where(op: str | None, module: str) -> str:

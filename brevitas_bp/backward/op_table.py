@@ -49,7 +49,7 @@ _MASK = "mask: gradient exact"
 
 def _one(x: Tensor) -> Tensor:
     """A gradient of ones, one value in memory."""
-    return torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
+    return x.new_ones(()).expand(x.shape)
 
 
 def _silu(x: Tensor, y: Tensor, call: Call) -> Tensor:
@@ -101,8 +101,12 @@ def _named(name: str, *, even: bool = False) -> Callable[[Call], dict[str, Any] 
     return lambda call: {"name": name, "even": even}
 
 
+def _gelu_name(call: Call) -> str:
+    return "gelu_tanh" if call.argument(1, "approximate", "none") == "tanh" else "gelu"
+
+
 def _gelu_table(call: Call) -> dict[str, Any]:
-    return {"name": "gelu_tanh" if call.argument(1, "approximate", "none") == "tanh" else "gelu"}
+    return {"name": _gelu_name(call)}
 
 
 def _alpha_table(call: Call) -> dict[str, Any]:
@@ -268,15 +272,16 @@ _register(normalization(), """
     native_group_norm instance_norm rms_norm""")
 register_op(torch.nn.SyncBatchNorm, normalization())
 
-register_op("silu", elementwise(_silu, few_bit=_named("silu")))
-register_op("gelu", elementwise(_gelu, few_bit=_gelu_table))
+register_op("silu", elementwise(_silu, few_bit=_named("silu"), named=lambda call: "silu"))
+register_op("gelu", elementwise(_gelu, few_bit=_gelu_table, named=_gelu_name))
 register_op("mish", elementwise(_mish, few_bit=_named("mish")))
 register_op("hardswish", elementwise(_hardswish, few_bit=_named("hardswish")))
 register_op("softplus", elementwise(_softplus, few_bit=_softplus_table))
 register_op("log_sigmoid", elementwise(_log_sigmoid, few_bit=_named("logsigmoid")))
 register_op("sigmoid", elementwise(
-    _sigmoid, few_bit=_named("sigmoid", even=True), of_output=True))
-register_op("tanh", elementwise(_tanh, few_bit=_named("tanh", even=True), of_output=True))
+    _sigmoid, few_bit=_named("sigmoid", even=True), of_output=True, named=lambda call: "sigmoid"))
+register_op("tanh", elementwise(
+    _tanh, few_bit=_named("tanh", even=True), of_output=True, named=lambda call: "tanh"))
 register_op("softsign", elementwise(few_bit=_named("softsign", even=True)))
 register_op("selu", elementwise(few_bit=_named("selu")))
 _register(elementwise(few_bit=_alpha_table), "elu celu")

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,6 +39,7 @@ from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
 from brevitas_bp.errors import SecondDerivativeError
+from brevitas_bp.kernels import derivatives, dispatch
 
 # Elements below which a derivative is not worth its overhead.
 _SMALLEST = 256
@@ -60,13 +62,20 @@ class Substitution:
     Args:
         roles: of the tensors, in the order in which they are saved.
         recorded: whether a report wants the originals.
+
+    Attributes:
+        derivative: name of the function whose derivative at the saved tensor is to be stored; None: the
+            tensor itself.
+        anew: whether what was saved last is decoded into new memory, to which backward may write.
     """
 
-    __slots__ = ("originals", "recorded", "roles")
+    __slots__ = ("anew", "derivative", "originals", "recorded", "roles")
 
     def __init__(self, roles: tuple[str, ...], recorded: bool) -> None:
         self.roles = iter(roles)
         self.recorded = recorded
+        self.derivative: str | None = None
+        self.anew = False
         self.originals: list[Tensor] = []
 
     def note(self, saved: Tensor) -> Tensor:
@@ -108,12 +117,15 @@ class SaveDerivative:
         of_output: ``formula`` reads only ``y``.
         halves: ``call -> dim`` where the function halves a dimension and ``dy/dx`` holds both halves.
         from_input: the input is handed to the codec, which decodes it to a derivative.
+        named: call -> the derivative's name in :mod:`~brevitas_bp.kernels.derivatives`, which serves the
+            tensors that it supports, in place of ``formula``.
     """
 
     formula: Callable[[Tensor, Tensor, Call], Tensor] | None = None
     of_output: bool = False
     halves: Callable[[Call], int] | None = None
     from_input: bool = False
+    named: Callable[[Call], str] | None = None
 
     def __call__(self, passing: Passing, call: Call) -> Any:
         x = call.argument(0, "input")
@@ -139,10 +151,18 @@ class SaveDerivative:
     def differentiate(
             self, x: Tensor, call: Call, inplace: bool,
             substitution: Substitution) -> tuple[Tensor, Tensor]:
-        """Output and derivative (or input); autograd runs where it must, or where a report asks."""
+        """Output and derivative, or what it follows from.
+
+        Autograd runs where it must, or where a report asks.
+        """
         if (self.formula is not None or self.from_input) and not substitution.recorded:
             before = x.clone() if inplace and (self.from_input or not self.of_output) else x
             y = call.function(*call.args, **call.kwargs)
+            source = y if self.of_output else before
+            if self.named is not None and type(source) is Tensor and derivatives.supports(source) and (
+                    not self.from_input):
+                substitution.derivative = self.named(call)
+                return y, source.detach()
             return y, self._derivative(before, y, call)
         with torch.enable_grad(), saved_tensors_hooks(substitution.note, lambda saved: saved):
             leaf = (x.clone() if inplace else x.detach()).requires_grad_()
@@ -164,10 +184,22 @@ class SaveDerivative:
     def _derivative(self, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if self.from_input:
             return x.detach()
-        assert self.formula is not None
         # In float32 where they are shorter: the derivative is rounded once, by the codec.
-        dtype, formula = torch.promote_types(y.dtype, torch.float32), self.formula
-        return on_shards(lambda x, y: formula(x.to(dtype), y.to(dtype), call), x, y)
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        return on_shards(lambda x, y: self._at(x.to(dtype), y.to(dtype), call), x, y)
+
+    def _at(self, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        assert self.formula is not None
+        source = y if self.of_output else x
+        if self.named is not None and derivatives.supports(source):
+            return derivative_at(source, self.named(call))
+        return self.formula(x, y, call)
+
+
+def derivative_at(x: Tensor, name: str) -> Tensor:
+    """The derivative of a function of :mod:`~brevitas_bp.kernels.derivatives`, laid out like ``x``."""
+    layout = TensorLayout.of(x)
+    return layout.restore_flat(dispatch.derivative(layout.flatten(x.detach()), name))
 
 
 class _SaveDerivative(torch.autograd.Function):
@@ -181,6 +213,7 @@ class _SaveDerivative(torch.autograd.Function):
             ctx.mark_dirty(x)
         ctx.save_for_backward(derivative)
         ctx.function, ctx.dim = call.name, None if rule.halves is None else rule.halves(call)
+        ctx.substitution = substitution
         return y
 
     @staticmethod
@@ -189,7 +222,15 @@ class _SaveDerivative(torch.autograd.Function):
         (derivative,), grad = ctx.saved_tensors, grads[0]
         if ctx.dim is not None:
             grad = torch.cat((grad, grad), ctx.dim)
+        if ctx.substitution.anew and derivative.dtype is grad.dtype and _is_ordinary(grad):
+            return derivative.mul_(grad), None, None, None, None
         return (derivative * grad).to(grad.dtype), None, None, None, None
+
+
+def _is_ordinary(grad: Tensor) -> bool:
+    """Whether another tensor of its shape has place for it: vmap shows one where there are several."""
+    return type(grad) is Tensor and not (
+        is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad))
 
 
 # Where torch.nn.functional takes ``inplace``, which may be any value that counts as true.

@@ -71,6 +71,8 @@ class SavedTensor:
         reach: what the backward graph does with it, where that is known: how far a rounding goes, as in
             :class:`Decision`, or "nonlinear".
         role: what the tensor is to a rewritten operation, or to checkpointing; else None.
+        derivative: name of the function whose derivative at ``tensor`` is stored, in the same shape and
+            dtype; None: the tensor itself.
     """
 
     tensor: Tensor
@@ -83,6 +85,7 @@ class SavedTensor:
     path: str = ""
     compiled: bool = False
     reach: Reach | None = None
+    derivative: str | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:

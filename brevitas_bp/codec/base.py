@@ -107,6 +107,8 @@ class Codec(ABC):
     recipe: Recipe | None = None
     #: Whether the stored tensors are memory of the codec's own, which nobody else may write to.
     owns: bool = True
+    #: Whether what is decoded is new memory each time, which whoever asked for it may write to.
+    decodes_anew: bool = False
 
     @abstractmethod
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:

@@ -35,6 +35,8 @@ class FewBitCodec(Codec):
     ('1-bit few-bit relu', [0.0, 0.0, 1.0])
     """
 
+    decodes_anew = True
+
     def __init__(self, table: FewBitTable) -> None:
         self.table = table
         self.name = f"{table.bits}-bit few-bit {table.name}"

@@ -91,6 +91,8 @@ class LoweredCodec(Codec):
         spec: its lowered form.
     """
 
+    decodes_anew = True
+
     def __init__(self, quantizer: BucketRescalingIntQuant, spec: BucketQuantSpec) -> None:
         self.quantizer = quantizer
         self.spec = spec
@@ -98,13 +100,22 @@ class LoweredCodec(Codec):
         # By the identity of a layout, which is found faster than an equal one.
         self._ready: dict[int, _Ready] = {}
 
-    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Quantizes and packs a float tensor."""
+    def encode(
+            self, x: Tensor, *, seed: int, where: str = "",
+            derivative: str | None = None) -> Packed:
+        """Quantizes and packs a float tensor; or the derivative of a function at it.
+
+        Args:
+            x: the tensor.
+            seed: of all randomness.
+            where: op and module, for messages.
+            derivative: name of one of :mod:`~brevitas_bp.kernels.derivatives`, which supports ``x``.
+        """
         layout = TensorLayout.of(x)
         spec = self.spec if self.spec.mix_bit_width is None else self._current_spec()
         as_it_is = layout.contiguous and not x.is_neg()
         tensors = self._ready_for(layout, spec).plan.encode(
-            x if as_it_is else layout.flatten(x), seed)
+            x if as_it_is else layout.flatten(x), seed, derivative)
         return Packed(self, tensors, layout, (spec, seed), where)
 
     def decode(self, packed: Packed) -> Tensor:

@@ -95,6 +95,15 @@ def _prefetch(context: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def _float_of(context: Any, bits: Any) -> Any:
+    """The float32 of these bits, an int32."""
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
 def _pointer_to(context: Any, address: Any) -> Any:
     """An address as a pointer."""
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -118,6 +127,7 @@ def _next_of(context: Any, counter: Any) -> Any:
 wide_vectors: Any = _wide_vectors
 window: Any = _window
 prefetch: Any = _prefetch
+float_of: Any = _float_of
 pointer: Any = _pointer_to
 next_of: Any = _next_of
 #: (pointer, shape, dtype) -> the array that lies there.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from brevitas_bp.kernels import cpu_calls
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
+from brevitas_bp.kernels.derivatives_cpu import FUNCTIONS
 from brevitas_bp.kernels.packing import packed_nbytes
 from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
@@ -61,14 +62,24 @@ class Plan:
         self._encoder = array("q", (
             0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.tops,
             *static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic, 0,
-            0, self._payload, 0, self._metadata * (static.stored.itemsize // 2)))
+            0, self._payload, 0, self._metadata * (static.stored.itemsize // 2), 0))
         self._decoder = array("q", (
             0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.lowests,
             static.bf16, 0, 0, 0, self._words, 0, self._words if spec.affine else 0, _LIMITS[dtype]))
 
-    def encode(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Payload and metadata of a contiguous tensor, which is no lazy negation."""
+    def encode(
+            self, x: Tensor, seed: int, function: str | None = None) -> tuple[Tensor, Tensor]:
+        """Payload and metadata of a contiguous tensor, which is no lazy negation.
+
+        Args:
+            x: the tensor.
+            seed: of noise and widths.
+            function: encode its derivative at ``x``, which is float32; see
+                :mod:`brevitas_bp.kernels.derivatives`.
+        """
         numbers, nbytes = self._encoder[:], self._payload
+        if function is not None:
+            numbers[26] = FUNCTIONS[function]
         if self._mixed:
             nbytes = self._mix(numbers, seed)
             numbers[23] = nbytes

@@ -29,7 +29,7 @@ def encoder(computed: torch.dtype) -> Kernel:
     @c_function
     def encode(data: Any) -> None:
         _ = sources  # what a closure holds is part of its key on disk
-        a = memory(data, (26,), np.int64)
+        a = memory(data, (27,), np.int64)
         step, last = a[1], a[2]
         x = memory(pointer(a[3]), (a[4],), real)
         bits = memory(pointer(a[3]), (a[4],), word)
@@ -43,7 +43,7 @@ def encoder(computed: torch.dtype) -> Kernel:
             cpu_kernels.encode(
                 x, bits, a[5], begin, min(begin + step, last), a[6], a[7], a[8], a[9], a[10],
                 (a[11], a[12]), (a[13], a[14]), (a[15], a[16]), a[17], a[18] != 0, a[19] != 0,
-                a[20] != 0, k0, k1, payload, metadata)
+                a[20] != 0, k0, k1, payload, metadata, a[26])
 
     return Kernel(encode)
 

@@ -16,6 +16,7 @@ import torch
 
 from brevitas_bp.kernels.arithmetic import RANGE_LIMIT
 from brevitas_bp.kernels.compiling import jit, prefetch, wide_vectors, window
+from brevitas_bp.kernels.derivatives_cpu import differentiate
 from brevitas_bp.kernels.random import (
     HASH_LAST_SHIFT,
     HASH_ROUNDS,
@@ -395,8 +396,11 @@ def _ranges(
 def encode(
         x: Any, bits: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any,
         multiplier: Any, shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any,
-        integer: Any, stochastic: Any, k0: Any, k1: Any, payload: Any, metadata: Any) -> None:
+        integer: Any, stochastic: Any, k0: Any, k1: Any, payload: Any, metadata: Any,
+        function: Any) -> None:
     """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``.
+
+    Where ``function`` is not 0, its derivative at ``x`` is encoded.
 
     ``metadata`` holds the scales, then for affine codes the offsets, as :func:`store` writes them.
 
@@ -409,6 +413,8 @@ def encode(
     padded_bits = np.empty(size, bits.dtype)
     padded = padded_bits.view(x.dtype)
     scratch = np.empty(size if rule == 2 else 1, np.float64)
+    slope_bits = np.empty(group * size if function else 1, bits.dtype)
+    slopes = slope_bits.view(x.dtype)
     lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
     norms, all_tops = highs.view(x.dtype), np.empty(group, x.dtype)
     valid = x.size - (end - 1 - first) * size
@@ -424,11 +430,16 @@ def encode(
             top[i] = number(tops[kind])
             start = (begin + i - first) * size
             if start + size <= x.size:
-                _ranges(
-                    window(x, start, size), window(bits, start, size), i, rule, low, high, norms,
-                    scratch)
+                values, words = window(x, start, size), window(bits, start, size)
             else:
-                _ranges(padded, padded_bits, i, rule, low, high, norms, scratch)
+                values, words = padded, padded_bits
+            if function:
+                slope, words = window(slopes, i * size, size), window(slope_bits, i * size, size)
+                differentiate(function, values, slope)
+                if start + size > x.size and rule == 2:
+                    slope[valid:] = number(0)
+                values = slope
+            _ranges(values, words, i, rule, low, high, norms, scratch)
         scales, offsets = high.view(x.dtype), low.view(x.dtype)
         if rule == 0:
             affine_metadata(low, high, top, bf16, integer)
@@ -440,6 +451,8 @@ def encode(
             kind, _ = locate(bucket, size, n, mixed, multiplier, shift, widths)
             scale, lo, codes = scales[i], offsets[i], window(buffer, i * size, size)
             values = window(x, start, size) if start + size <= x.size else padded
+            if function:
+                values = window(slopes, i * size, size)
             # Of the next group: memory is read while this one is rounded.
             ahead = start + group * size
             for j in range(ahead, min(ahead + size, stop), line):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import averages, few_bit, masks, reference
+from brevitas_bp.kernels import averages, derivatives, few_bit, masks, reference
 from brevitas_bp.kernels.masks import Interval, Windows
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
@@ -75,8 +75,12 @@ def backend(device: torch.device, dtype: torch.dtype, spec: BucketQuantSpec) -> 
 class Plan(Protocol):
     """Encodes and decodes tensors of one size, dtype and kind of device."""
 
-    def encode(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Payload and metadata of a contiguous tensor, which is no lazy negation."""
+    def encode(
+            self, x: Tensor, seed: int, function: str | None = None) -> tuple[Tensor, Tensor]:
+        """Payload and metadata of a contiguous tensor, which is no lazy negation.
+
+        With a function, see :func:`derivative`, its derivative at ``x`` is encoded.
+        """
         ...
 
     def decode(
@@ -93,8 +97,12 @@ class _Plan:
             self, form: ModuleType, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
         self._form, self._spec, self._numel, self._dtype = form, spec, numel, dtype
 
-    def encode(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        return self._form.encode(x.view(-1), self._spec, seed).tensors
+    def encode(
+            self, x: Tensor, seed: int, function: str | None = None) -> tuple[Tensor, Tensor]:
+        flat = x.view(-1)
+        if function is not None:
+            flat = derivative(flat, function)
+        return self._form.encode(flat, self._spec, seed).tensors
 
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
@@ -122,6 +130,15 @@ def decode(
     """See :func:`brevitas_bp.kernels.reference.decode`."""
     form = backend(encoded.payload.device, dtype, spec)
     return form.decode(encoded, spec, seed, numel, dtype)
+
+
+def derivative(flat: Tensor, name: str) -> Tensor:
+    """See :func:`brevitas_bp.kernels.derivatives.derivative`; for tensors that it supports."""
+    if _cpu_kernels() is not None:
+        from brevitas_bp.kernels import derivatives_cpu
+
+        return derivatives_cpu.derivative(flat, name)
+    return derivatives.derivative(flat, name)
 
 
 def mask_backend(device: torch.device) -> ModuleType:
