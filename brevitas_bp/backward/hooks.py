@@ -30,6 +30,7 @@ from brevitas_bp.backward.saved import (
     Call,
     Decision,
     SavedTensor,
+    name_of,
     storage_id,
 )
 from brevitas_bp.codec.base import (
@@ -88,16 +89,17 @@ class Kept:
 
     Args:
         x: the tensor.
-        op: name of the function that saves it.
+        function: saves it; None outside of torch functions.
         module: qualified name of the module that runs.
     """
 
-    __slots__ = ("module", "op", "tensor", "version")
+    __slots__ = ("function", "module", "tensor", "version")
 
-    def __init__(self, x: Tensor, op: str | None, module: str) -> None:
-        self.tensor = kept = x.detach()
+    def __init__(self, x: Tensor, function: Any, module: str) -> None:
+        # A parameter is no output that would save itself, and autograd sees what becomes of its data.
+        self.tensor = kept = x if type(x) is nn.Parameter else x.detach()
         self.version = version_of(kept)
-        self.op = op
+        self.function = function
         self.module = module
 
     def decode(self) -> Tensor:
@@ -107,7 +109,8 @@ class Kept:
             ModifiedInPlaceError: it was modified by an in-place operation since.
         """
         if version_of(self.tensor) != self.version:
-            refuse_modified(self.tensor, self.version, _where(self.op, self.module))
+            op = None if self.function is None else name_of(self.function)
+            refuse_modified(self.tensor, self.version, _where(op, self.module))
         return self.tensor
 
 
@@ -181,6 +184,8 @@ class ForwardPass:
     def pack(self, x: Tensor) -> Packed | Kept:
         """Pack hook."""
         location, substitution = self.location, self._substitution
+        if type(x) is nn.Parameter and substitution is None and not self.listeners:
+            return Kept(x, location.call.function, location.qualified_module)
         role = None if substitution is None else next(substitution.roles, None)
         call = location.call
         if call is NO_CALL and is_checkpoint_input():
@@ -188,7 +193,7 @@ class ForwardPass:
         derivative = None if substitution is None else substitution.derivative
         if derivative is None and self.parameters.contains(x, call.arguments):
             if not self.listeners:
-                return Kept(x, location.op, location.qualified_module)
+                return Kept(x, call.function, location.qualified_module)
             saved, decision = self._saved(x, None, None), PARAMETER
             packed = self._encode_once(saved, decision) if can_encode(x) else _kept(saved)
         else:
@@ -198,7 +203,7 @@ class ForwardPass:
             if decision.codec is None and not self.listeners:
                 if self.explanation is not None:
                     self.explanation.add_kept(saved, decision)
-                return Kept(_stored(saved), saved.op, saved.module)
+                return Kept(_stored(saved), call.function, saved.module)
             packed = _kept(saved) if decision is _NOT_PLAIN else self._encode_once(saved, decision)
             if substitution is not None:
                 substitution.anew = packed.codec.decodes_anew

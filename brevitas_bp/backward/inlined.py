@@ -59,8 +59,8 @@ def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor
     location = current_location()
     assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
     location.graphs.add(graph)
-    encoded = dispatch.encode(x.reshape(-1), BucketQuantSpec.from_text(spec), location.next_seed())
-    return encoded.tensors
+    plan = dispatch.plan_from_text(spec, x.numel(), x.dtype, x.device)
+    return plan.encode(x.reshape(-1).resolve_neg().contiguous(), location.next_seed())
 
 
 _library.impl("encode", _encode, "CompositeExplicitAutograd")

@@ -39,7 +39,7 @@ class Call:
     @property
     def name(self) -> str:
         """The function's own name."""
-        return getattr(self.function, "__name__", None) or str(self.function)
+        return name_of(self.function)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -49,6 +49,11 @@ class Call:
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument that may be passed by position or by name."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+
+def name_of(function: Any) -> str:
+    """A function's own name."""
+    return getattr(function, "__name__", None) or str(function)
 
 
 #: Outside of any torch function, for instance in a custom autograd Function.

@@ -16,7 +16,6 @@ from brevitas_bp.codec.quantized import LoweredCodec, codec_name
 from brevitas_bp.core.bucket import memory_order
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.masks import Interval, mask_nbytes, next_value
-from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
 # NOTE [ Graphs call the kernels ]
@@ -44,10 +43,9 @@ _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 
 def _decode(
         payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
-    own = BucketQuantSpec.from_text(spec)
-    encoded = Encoded(payload, metadata, own.affine)
+    plan = dispatch.plan_from_text(spec, numel, dtype, payload.device)
     # Of one width, nothing is drawn again.
-    return dispatch.decode(encoded, own, 0, numel, dtype)
+    return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,))
 
 
 def _decode_rectified(

@@ -2,8 +2,8 @@
 
 What is computed, in torch operations: ``spec`` and ``widths`` (a quantizer, lowered), ``random``
 (noise), ``arithmetic`` (formulas of a bucket), ``packing``, ``reference`` (the definition of every
-byte), and apart from buckets ``averages``, ``derivatives``, ``few_bit``, ``masks``. ``dispatch`` chooses a
-form of it by device.
+byte), and apart from buckets ``averages``, ``derivatives``, ``few_bit``, ``masks``. ``dispatch``
+chooses a form of it by device.
 
 Compiled for CPUs, by numba: ``cpu`` (buckets) and ``cpu_whole`` (large ones) are called by ``dispatch``;
 ``cpu_kernels`` is their source, ``cpu_calls`` its C functions; ``averages_cpu``, ``derivatives_cpu``,

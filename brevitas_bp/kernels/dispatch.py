@@ -119,6 +119,12 @@ def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.de
     return _Plan(form, spec, numel, dtype) if made is None else made
 
 
+@lru_cache(maxsize=4096)
+def plan_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """As :func:`plan`, of a quantizer as :meth:`BucketQuantSpec.to_text` writes it."""
+    return plan(BucketQuantSpec.from_text(spec), numel, dtype, device)
+
+
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.kernels.reference.encode`."""
     return backend(flat.device, flat.dtype, spec).encode(flat, spec, seed)
