@@ -5,6 +5,7 @@ mirrored: one form serves all dtypes, half precision without conversion. So a su
 taken for zero, not even after ``torch.set_flush_denormal(True)``.
 """
 
+from array import array
 from functools import cache, lru_cache
 from typing import Any
 
@@ -23,10 +24,13 @@ from brevitas_bp.kernels.compiling import (
     wide_vectors,
 )
 from brevitas_bp.kernels.masks import INTEGERS, Interval, Windows, mask_nbytes, order_of
-from brevitas_bp.kernels.threads import Kernel, run, run_in_pool
+from brevitas_bp.kernels.threads import Kernel, launch, run, run_in_pool, shares
 
 # Bytes of a mask that a thread writes before it goes on: they stay in the first cache.
 _BLOCK = 4096
+
+# Where the array of a call says whether a NaN was seen.
+_SEEN = 7
 
 _WORDS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
@@ -74,8 +78,9 @@ def _stream(block: Any, i: Any, n: Any, numel: Any) -> Any:
 
 @jit
 def _pack_mask(
-        begin: Any, end: Any, x: Any, constants: Any, watch: Any, packed: Any, seen: Any) -> None:
-    """Blocks ``begin .. end - 1`` of a mask."""
+        begin: Any, end: Any, x: Any, constants: Any, watch: Any, packed: Any) -> Any:
+    """Blocks ``begin .. end - 1`` of a mask; if it is watched for, whether a NaN is in them."""
+    seen = np.uint8(0)
     n = packed.size
     lo, hi, sign = constants[0], constants[1], constants[2]
     largest, limit, infinity = constants[3], constants[4], constants[5]
@@ -93,9 +98,10 @@ def _pack_mask(
                 part = x[start:start + valid]
                 _pack_block(part, lo, hi, sign, largest, limit, shift, out)
                 if watch:
-                    seen[block] |= _has_nan(part, largest, infinity)
+                    seen |= _has_nan(part, largest, infinity)
             for j in range(valid, size):
                 out[j] |= np.uint8(last[0] << shift)
+    return seen != 0
 
 
 @jit
@@ -167,17 +173,18 @@ def _packer(word: Any) -> Kernel:
     @c_function
     def pack(data: Any) -> None:
         _ = sources
-        a = memory(data, (16,), np.int64)
+        a = memory(data, (15,), np.int64)
         step, last = a[1], a[2]
         x = memory(pointer(a[3]), (a[4],), word)
         packed = memory(pointer(a[5]), (a[6],), np.uint8)
-        seen = memory(pointer(a[7]), (a[8],), np.uint8)
-        constants = (word(a[10]), word(a[11]), word(a[12]), word(a[13]), word(a[14]), word(a[15]))
+        constants = (word(a[9]), word(a[10]), word(a[11]), word(a[12]), word(a[13]), word(a[14]))
         while True:
             begin = next_of(data) * step
             if begin >= last:
                 break
-            _pack_mask(begin, min(begin + step, last), x, constants, a[9] != 0, packed, seen)
+            if _pack_mask(begin, min(begin + step, last), x, constants, a[8] != 0, packed):
+                # The answer. Whichever threads write it, they write the same.
+                a[_SEEN] = 1
 
     return Kernel(pack)
 
@@ -256,11 +263,12 @@ def _pack(flat: Tensor, constants: tuple[int, ...], watch_nan: bool) -> tuple[Te
     flat = flat.contiguous().resolve_neg()
     packed = torch.empty(mask_nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
     blocks = -(-packed.numel() // _BLOCK)
-    seen = torch.zeros(blocks if watch_nan else 0, dtype=torch.uint8, device="cpu")
-    run(_packer(_WORDS[flat.itemsize]), 0, blocks, 8 * _BLOCK, (
-        flat.data_ptr(), flat.numel(), packed.data_ptr(), packed.numel(), seen.data_ptr(),
-        seen.numel(), watch_nan, *constants))
-    return packed, watch_nan and bool(seen.any())
+    step, most = shares(blocks, 8 * _BLOCK)
+    numbers = array("q", (
+        0, step, blocks, flat.data_ptr(), flat.numel(), packed.data_ptr(), packed.numel(), 0,
+        watch_nan, *constants))
+    launch(_packer(_WORDS[flat.itemsize]), numbers, most)
+    return packed, numbers[_SEEN] != 0
 
 
 # As _constants has them: bytes that are 1.
