@@ -23,6 +23,7 @@ bench: $(STAMP)
 	$(BENCH)/kernels.py --only widths
 	$(BENCH)/kernels.py --threads 1 --only codecs libraries small --out runs/bench/one_thread.json
 	$(BENCH)/step_time.py --model every
+	$(BENCH)/step_parts.py
 	$(BENCH)/memory.py
 	$(BENCH)/step_time.py --compiled --model every --out runs/bench/step_time_compiled.json
 	$(BENCH)/plots.py

@@ -31,7 +31,10 @@ def bars(axes: Axes, names: Sequence[str], series: dict[str, tuple[str, Sequence
         numbers = [v if isinstance(v, (int, float)) else 0 for v in values]
         drawn = axes.barh(places, numbers, height * 0.9, color=color, label=label)
         texts = [_short(v) if isinstance(v, (int, float)) else "" for v in values]
-        axes.bar_label(drawn, texts, padding=3, fontsize=7, color=MUTED)
+        # Nothing shows through a label.
+        axes.bar_label(
+            drawn, texts, padding=3, fontsize=7, color=MUTED,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     axes.set_yticks(range(len(names)), names, fontsize=8, color=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x", color=LIGHT)

@@ -15,7 +15,8 @@ from brevitas_bp.kernels import reference
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from tests.examples.scripts import benchmark
 
-kernels, memory, step_time, plots = map(benchmark, ("kernels", "memory", "step_time", "plots"))
+kernels, memory, step_parts, step_time, plots = map(
+    benchmark, ("kernels", "memory", "step_parts", "step_time", "plots"))
 libraries = kernels.libraries
 
 QUICK = ["--threads", "1", "--seconds", "0.001"]
@@ -115,6 +116,21 @@ def test_step_time_has_every_variant(tmp_path: Path) -> None:
     assert rows["plain"]["saved MiB"] == rows["save_on_cpu"]["saved MiB"] == 3 * 256 * 64 * 4 / 2**20
     assert rows["ours, 2 bits, policy all"]["bytes ratio"] > 12
     assert draw(out) == ["step_time.png"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_parts_of_a_step(tmp_path: Path) -> None:
+    out, pack = tmp_path / "step_parts.json", step_parts.hooks.ForwardPass.pack
+    step_parts.main(["--model", "tiny", "--rounds", "1", "--threads", "1", "--out", str(out)])
+    rows = {row["what"]: row for row in tables_of(out)["step_parts"]}
+    assert rows["step: plain"]["x plain"] == 1
+    # The two inputs of the layers and the derivative; the weight of the second layer.
+    for part in ("forward: stored tensors, beside kernels", "forward: kernels", "backward: kernels"):
+        assert rows[part]["calls"] == 3
+    assert rows["forward: kept tensors"]["calls"] == 1
+    assert rows["forward: rewritten calls, with the operation"]["calls"] == 1
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert step_parts.hooks.ForwardPass.pack is pack
 
 
 @pytest.mark.usefixtures("tiny")
