@@ -26,6 +26,7 @@ from brevitas_bp.backward.policy import (
 from brevitas_bp.backward.rewrites import Substitution, derivative_at
 from brevitas_bp.backward.saved import (
     CHECKPOINT_INPUT,
+    FEW_BIT_INPUT,
     NO_CALL,
     Call,
     Decision,
@@ -89,15 +90,14 @@ class Kept:
 
     Args:
         x: the tensor.
-        function: saves it; None outside of torch functions.
+        function: what saves it, or the name of that; None outside of torch functions.
         module: qualified name of the module that runs.
     """
 
     __slots__ = ("function", "module", "tensor", "version")
 
     def __init__(self, x: Tensor, function: Any, module: str) -> None:
-        # A parameter is no output that would save itself, and autograd sees what becomes of its data.
-        self.tensor = kept = x if type(x) is nn.Parameter else x.detach()
+        self.tensor = kept = x.detach()
         self.version = version_of(kept)
         self.function = function
         self.module = module
@@ -191,7 +191,9 @@ class ForwardPass:
         if call is NO_CALL and is_checkpoint_input():
             role = CHECKPOINT_INPUT
         derivative = None if substitution is None else substitution.derivative
-        if derivative is None and self.parameters.contains(x, call.arguments):
+        # What a derivative follows from is not what is saved, be it a parameter.
+        stands_in = derivative is not None or role == FEW_BIT_INPUT
+        if not stands_in and self.parameters.contains(x, call.arguments):
             if not self.listeners:
                 return Kept(x, call.function, location.qualified_module)
             saved, decision = self._saved(x, None, None), PARAMETER
@@ -203,10 +205,12 @@ class ForwardPass:
             if decision.codec is None and not self.listeners:
                 if self.explanation is not None:
                     self.explanation.add_kept(saved, decision)
-                return Kept(_stored(saved), call.function, saved.module)
+                return Kept(_stored(saved), call.function or saved.op, saved.module)
             packed = _kept(saved) if decision is _NOT_PLAIN else self._encode_once(saved, decision)
             if substitution is not None:
-                substitution.anew = packed.codec.decodes_anew
+                # Where elements share memory, writing to one would write to all.
+                substitution.anew = packed.codec.decodes_anew and (
+                    packed.layout.base_shape == packed.layout.shape)
         if self.explanation is not None and decision is not PARAMETER:
             self.explanation.add(saved, packed, decision)
         if self.listeners:
@@ -292,6 +296,10 @@ class ForwardPass:
             codec = codec.slot((where, next(self._slots[codec, where])))
         fused = saved.derivative is not None and type(codec) is LoweredCodec and not self.on_backward
         x = saved.tensor if fused else _stored(saved)
+
+        def kept() -> Packed:
+            return _KEEP.encode(_stored(saved) if fused else x, where=where)
+
         shard = shard_of(x)
         if shard is not x and not isinstance(codec, Keep):
             codec = ShardCodec(codec)
@@ -303,7 +311,7 @@ class ForwardPass:
             layout = TensorLayout.of(shard)
             least = codec.stored_nbytes(layout)
             if least is not None and least >= layout.nbytes:
-                return _kept(saved)
+                return kept()
         if self.on_backward:
             return QuantizeOnBackward(codec).encode(x, seed=self.next_seed(), where=where)
         if fused and isinstance(codec, LoweredCodec):
@@ -314,7 +322,7 @@ class ForwardPass:
             packed = codec.encode(x, seed=self.next_seed(), where=where)
         if self.verify:
             packed = packed.sealed()
-        return packed if packed.nbytes < packed.layout.nbytes else _kept(saved)
+        return packed if packed.nbytes < packed.layout.nbytes else kept()
 
     def __enter__(self) -> "ForwardPass":
         try:
@@ -376,7 +384,7 @@ def _identity(x: Tensor) -> tuple[Hashable, ...]:
 
 
 def _kept(saved: SavedTensor) -> Packed:
-    """Of what has no elements, or no memory to know it by, or would not get smaller."""
+    """Of what has no elements, or no memory to know it by."""
     return _KEEP.encode(_stored(saved), where=_where(saved.op, saved.module))
 
 

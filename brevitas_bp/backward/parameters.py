@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.parameter import is_lazy
 
 from brevitas_bp.backward.saved import is_parameter, own_shape, storage_id, tensors_in
@@ -133,7 +134,7 @@ def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
         node, output = node.next_functions[0]
 
 
-# Class of a node -> whether it makes something new; of classes that stand for one operation.
+# Class of a node -> whether it makes something new; of torch's own, each of which is one operation.
 _new: dict[type, bool] = {}
 
 
@@ -144,7 +145,8 @@ def _makes_new(node: Any) -> bool:
     if found is None:
         name: str = node.name()
         found = name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES
-        if kind.__name__ == name:
+        # Classes of Python functions may hold tensors, and would never go.
+        if kind.__name__ == name and not issubclass(kind, BackwardCFunction):
             _new[kind] = found
     return found
 

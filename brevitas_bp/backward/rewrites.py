@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from brevitas_bp.backward.ops import Location, seen_through
@@ -229,7 +230,7 @@ class _SaveDerivative(torch.autograd.Function):
 
 def _is_ordinary(grad: Tensor) -> bool:
     """Whether another tensor of its shape has place for it: vmap shows one where there are several."""
-    return type(grad) is Tensor and not (
+    return type(grad) is Tensor and not is_compiling() and not (
         is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad))
 
 

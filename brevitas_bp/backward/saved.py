@@ -65,7 +65,8 @@ class SavedTensor:
     """A tensor that autograd is about to save, and where.
 
     Attributes:
-        tensor: the tensor; not to be kept or modified.
+        tensor: the tensor; not to be kept or modified. With ``derivative``, what that follows from: the
+            function's input or output.
         op: name of the torch function that saves it, or None (for instance a custom Function).
         module: qualified name of the innermost module that runs.
         codec: the codec configured for that module; None where it is to be kept exact.
@@ -76,8 +77,8 @@ class SavedTensor:
         reach: what the backward graph does with it, where that is known: how far a rounding goes, as in
             :class:`Decision`, or "nonlinear".
         role: what the tensor is to a rewritten operation, or to checkpointing; else None.
-        derivative: name of the function whose derivative at ``tensor`` is stored, in the same shape and
-            dtype; None: the tensor itself.
+        derivative: name of the function whose derivative is stored, in its shape and dtype; None:
+            the tensor itself, as always while a report listens.
     """
 
     tensor: Tensor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.checksum import checksum
-from brevitas_bp.codec.integrity import Form, are_at, check_forms, refuse, versions_of
+from brevitas_bp.codec.integrity import Form, check_forms, refuse, versions_of
 from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError
@@ -78,9 +78,9 @@ class Packed(_Referable):
         return replace(self, seal=self._checksum()) if self.codec.owns else self
 
     def _check(self) -> None:
-        if not are_at(self.tensors, self.versions):
-            refuse(self, f"stored tensors at versions {self.versions}",
-                   f"versions {versions_of(self.tensors)}")
+        versions = versions_of(self.tensors)
+        if versions != self.versions:
+            refuse(self, f"stored tensors at versions {self.versions}", f"versions {versions}")
         if not (self.layout.made_here or self.layout.is_sound()):
             refuse(self, "strides that address every stored element once", self.layout)
         forms = self.codec.forms(self)

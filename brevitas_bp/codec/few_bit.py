@@ -1,6 +1,7 @@
 """Stores which interval of a few-bit table each element lies in, and restores derivatives."""
 
 from collections.abc import Sequence
+from typing import final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from brevitas_bp.kernels.few_bit import few_bit_nbytes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@final
 class FewBitCodec(Codec):
     """Takes an activation's *input*, gives back its *derivative*: a constant level per interval.
 

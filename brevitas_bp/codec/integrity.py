@@ -53,14 +53,6 @@ def versions_of(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     return tuple([None if t.is_inference() else t._version for t in tensors])
 
 
-def are_at(tensors: Sequence[Tensor], versions: Sequence[int | None]) -> bool:
-    """Whether nobody wrote to the tensors since they had these version counters."""
-    for tensor, version in zip(tensors, versions):
-        if version is not None and tensor._version != version:
-            return False
-    return True
-
-
 def check_forms(payload: Any, forms: Sequence[Form]) -> None:
     """Compares the tensors of a payload with their forms.
 

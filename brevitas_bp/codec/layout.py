@@ -1,8 +1,9 @@
 """Shape, strides, dtype and device of a tensor, kept while its values are packed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,10 @@ class TensorLayout:
     def nbytes(self) -> int:
         """Bytes of those elements, uncompressed."""
         return self.numel * self.dtype.itemsize
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was found out about this one does not hold for a copy that somebody changes.
+        return {field.name: self.__dict__[field.name] for field in fields(self)}
 
     def is_sound(self) -> bool:
         """Whether the strides address each stored element once, and no other memory."""

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from brevitas.inject import ExtendedInjector
@@ -83,6 +83,7 @@ class _Ready(NamedTuple):
         return cls(layout, spec, plan(spec, numel, dtype, layout.device), forms)
 
 
+@final
 class LoweredCodec(Codec):
     """A bucket quantizer of known parts: one kernel from values to bytes.
 
@@ -112,7 +113,7 @@ class LoweredCodec(Codec):
             derivative: name of one of :mod:`~brevitas_bp.kernels.derivatives`, which supports ``x``.
         """
         layout = TensorLayout.of(x)
-        spec = self.spec if self.spec.mix_bit_width is None else self._current_spec()
+        spec = self._current_spec()
         as_it_is = layout.contiguous and not x.is_neg()
         tensors = self._ready_for(layout, spec).plan.encode(
             x if as_it_is else layout.flatten(x), seed, derivative)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _f32(value: float) -> float:
@@ -96,8 +96,8 @@ DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def supports(x: Tensor) -> bool:
-    """Whether derivatives at ``x`` are those of this module."""
-    return x.dtype is torch.float32 and x.device.type == "cpu"
+    """Whether derivatives at ``x`` are those of this module: kernels read its memory."""
+    return type(x) in (Tensor, nn.Parameter) and x.dtype is torch.float32 and x.device.type == "cpu"
 
 
 def derivative(flat: Tensor, name: str) -> Tensor:

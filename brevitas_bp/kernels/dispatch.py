@@ -1,4 +1,8 @@
-"""Chooses the form of the kernels by device. All forms give the same bytes."""
+"""Chooses the form of the kernels by device. All forms give the same bytes.
+
+Buckets: whoever handles many tensors of one size has a :func:`plan`; :func:`encode` and :func:`decode`
+are for single ones.
+"""
 
 import importlib.util
 import warnings
@@ -115,8 +119,9 @@ class _Plan:
 def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """How tensors of this size, dtype and device are encoded and decoded."""
     form = backend(device, dtype, spec)
-    made: Plan | None = form.plan(spec, numel, dtype) if hasattr(form, "plan") else None
-    return _Plan(form, spec, numel, dtype) if made is None else made
+    if hasattr(form, "plan"):
+        return form.plan(spec, numel, dtype)
+    return _Plan(form, spec, numel, dtype)
 
 
 @lru_cache(maxsize=4096)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
-from brevitas_bp.backward import OpAware
-from brevitas_bp.backward.rewrites import Rewrite, derivative_at
+from brevitas_bp.backward import OpAware, register_op
+from brevitas_bp.backward.operations import elementwise
+from brevitas_bp.backward.rewrites import derivative_at
 from brevitas_bp.backward.saved import DERIVATIVE, Decision, SavedTensor
 from brevitas_bp.quant import ShiftedUint8DynamicActPerBucketFloatStochastic as Stochastic8
 from tests.backward.support import Apply
@@ -95,7 +96,8 @@ def test_a_policy_may_keep_a_derivative(name: str) -> None:
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-5)
 
 
-def test_the_derivative_at_a_parameter_is_no_parameter() -> None:
+@pytest.mark.parametrize("policy", [OpAware(), OpAware(few_bit=8)], ids=["rounded", "few-bit"])
+def test_the_derivative_at_a_parameter_is_no_parameter(policy: OpAware) -> None:
     class Gate(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -105,18 +107,28 @@ def test_the_derivative_at_a_parameter_is_no_parameter() -> None:
             return x * F.silu(self.scale)
 
     module, x = Gate(), torch.randn(16, 32)
-    QuantBackwardWrapper(module, Stochastic8, seed=0)(x).sum().backward()
+    QuantBackwardWrapper(module, Stochastic8, seed=0, policy=policy)(x).sum().backward()
     got, module.scale.grad = module.scale.grad, None
     module(x).sum().backward()
     assert got is not None and module.scale.grad is not None
     assert 0 < (got - module.scale.grad).abs().max() < 0.05
 
 
+def test_a_derivative_that_is_expanded_is_not_written_to(registry: None) -> None:
+    def scaled(x: Tensor, factors: Tensor) -> Tensor:
+        if torch.overrides.has_torch_function((x, factors)):
+            return torch.overrides.handle_torch_function(scaled, (x, factors), x, factors)
+        return torch.mul(x, factors)
+
+    register_op(scaled, elementwise(lambda x, y, call: call.args[1].expand_as(x)))
+    factors = torch.randn(64, 1)
+    (got,) = gradients(lambda x: scaled(x, factors), torch.randn(64, 512))
+    (exact,) = gradients(lambda x: x * factors, torch.randn(64, 512), policy="exact")
+    assert 0 < (got - exact).abs().max() < 0.3
+
+
 def test_two_activations_of_one_tensor_are_rounded_apart() -> None:
     class Spy(OpAware):
-        def rewrite(self, function: Any) -> Rewrite | None:
-            return super().rewrite(function)
-
         def decide(self, saved: SavedTensor) -> Decision:
             decision = super().decide(saved)
             names.append(saved.derivative)

@@ -39,6 +39,34 @@ class Watch:
             not s.expired() and s.cdata not in self.inputs for s in self.storages)
 
 
+def test_functions_defined_in_a_forward_pass_are_freed() -> None:
+    """Whether nodes show parameters is remembered by their class: not by one that holds a tensor."""
+    held: list[weakref.ref[Tensor]] = []
+
+    def forward(x: Tensor) -> Tensor:
+        factor = torch.randn(64)
+        held.append(weakref.ref(factor))
+
+        class Multiply(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x * factor
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> Tensor:
+                return grads[0] * factor
+
+        y = Multiply.apply(x)
+        assert isinstance(y, Tensor)
+        return y.square()
+
+    model = QuantBackwardWrapper(Apply(forward), seed=0)
+    for _ in range(3):
+        model(torch.randn(64, 64, requires_grad=True)).sum().backward()
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3
+
+
 def test_tensor_that_saves_itself_is_freed() -> None:
     x = torch.ones(8, requires_grad=True)
     with identity_hooks():

@@ -23,14 +23,6 @@ from brevitas_bp.quant import (
 from tests.backward.support import Apply, Square, assert_same, run, wrapped_run
 
 
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registrations of a test end with it."""
-    for name in ("_by_name", "_by_object"):
-        monkeypatch.setattr(operations, name, dict(getattr(operations, name)))
-    monkeypatch.setattr(operations, "_found", {})
-
-
 def sites(model: QuantBackwardWrapper) -> list[tuple[str, str]]:
     return [(site.op, site.stored) for site in model.explain().sites.values()]
 

@@ -1,5 +1,7 @@
 """Shape, strides, dtype and device come back."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -30,6 +32,18 @@ CASES: dict[str, tuple[Tensor, tuple[int, ...]]] = {
     "empty": (torch.empty(0, 3), (3, 1)),
     "offset": (x[1], (20, 5, 1))}
 each_case = pytest.mark.parametrize(("tensor", "stride"), CASES.values(), ids=CASES.keys())
+
+
+@each_case
+def test_a_copy_that_somebody_changes_describes_what_it_says(
+        tensor: Tensor, stride: tuple[int, ...]) -> None:
+    layout = TensorLayout.of(tensor)
+    assert layout is TensorLayout.of(tensor) and layout.is_sound() and layout.numel >= 0
+    changed = copy.copy(layout)
+    assert changed == layout and pickle.loads(pickle.dumps(layout)) == layout
+    object.__setattr__(changed, "base_shape", torch.Size((7,)))
+    assert changed.numel == 7 and changed.nbytes == 7 * tensor.element_size()
+    assert layout.made_here and not changed.made_here and not changed.contiguous
 
 
 @each_case

@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import (
+    AsyncCollectiveTensor,
+    all_gather_tensor_autograd,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
 
-from brevitas_bp import ModifiedInPlaceError
+from brevitas_bp import ModifiedInPlaceError, OpAware
 from brevitas_bp.codec import Codec, Copy
 from brevitas_bp.codec.shard import ShardCodec, is_partial, shard_of
 from tests.distributed.support import Facts, digest, local, wrapper
@@ -100,4 +106,25 @@ def change(folder: Path) -> Facts:
         "late": error(64, storage="quantize_on_backward"), "encoded": error(64)}
 
 
-SCENARIOS = {"tp shards": shards, "tp once": once, "tp change": change}
+def gathered(folder: Path) -> Facts:
+    """Activations of what a collective has made, which it may still be making: no ordinary tensor."""
+    errors: Facts = {}
+    for function in (F.silu, F.gelu, torch.tanh):
+        x = torch.randn(64, 64, requires_grad=True)
+
+        class Net(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                y = all_gather_tensor_autograd(x, 0, dist.group.WORLD)
+                assert isinstance(y, AsyncCollectiveTensor)
+                return function(y)  # noqa: B023
+
+        found = []
+        for model in (Net(), wrapper(policy=OpAware(multiplier_bits=8))(Net())):
+            (grad,) = torch.autograd.grad(model(x).sum(), x)
+            found.append(grad)
+        errors[function.__name__] = float((found[0] - found[1]).abs().max())
+    return errors
+
+
+SCENARIOS = {
+    "tp shards": shards, "tp once": once, "tp change": change, "tp gathered": gathered}
