@@ -5,7 +5,7 @@ They give the bytes of :mod:`brevitas_bp.kernels.reference`. Their source is in
 
 NOTE [ The threads are torch's ] in :mod:`brevitas_bp.kernels.threads` says which threads run them.
 
-Larger buckets, those of a whole tensor among them, have kernels of their own:
+Larger buckets, those of a large tensor in one bucket among them, have kernels of their own:
 :mod:`brevitas_bp.kernels.cpu_whole`.
 """
 
@@ -141,6 +141,15 @@ class Plan:
 
 
 plan = lru_cache(maxsize=4096)(Plan)
+
+
+def has_plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels cover tensors of this size: one bucket of all elements may be small, too."""
+    if spec.bucket_size is None:
+        return dtype.is_floating_point and 0 < numel <= LARGEST_BUCKET
+    return supports(dtype, spec)
+
+
 
 _ONE_WIDTH = (0, 1, 0)
 _MASK64, _TWO63, _TWO64 = (1 << 64) - 1, 1 << 63, 1 << 64

@@ -119,8 +119,10 @@ class _Plan:
 def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """How tensors of this size, dtype and device are encoded and decoded."""
     form = backend(device, dtype, spec)
-    if hasattr(form, "plan"):
-        return form.plan(spec, numel, dtype)
+    if device.type == "cpu":
+        kernels = _cpu_kernels()
+        if kernels is not None and kernels.has_plan(spec, numel, dtype):
+            return kernels.plan(spec, numel, dtype)
     return _Plan(form, spec, numel, dtype)
 
 

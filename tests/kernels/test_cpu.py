@@ -6,9 +6,11 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from brevitas_bp.kernels import dispatch, reference
 from brevitas_bp.kernels.packing import pack, unpack
+from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from tests.kernels.table import DTYPES, LARGE_SPECS, SPECS, check, same_bytes, samples
 from tests.strategies import dtype_name
@@ -93,6 +95,34 @@ def test_packing_pieces_one_after_another_would_be_noticed() -> None:
 def test_an_empty_tensor_has_no_large_bucket() -> None:
     for spec in LARGE_SPECS:
         check(cpu_whole, torch.empty(0), spec)
+
+
+class Plans:
+    """Encodes and decodes as codecs do, through the plan for a size."""
+
+    def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+        plan = dispatch.plan(spec, flat.numel(), flat.dtype, flat.device)
+        return Encoded(*plan.encode(flat, seed), spec.affine)
+
+    def decode(
+            self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+            dtype: torch.dtype) -> Tensor:
+        plan = dispatch.plan(spec, numel, dtype, encoded.payload.device)
+        return plan.decode(*encoded.tensors, seed, torch.Size((numel,)), (1,))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
+def test_plans_have_the_bytes_of_the_reference(dtype: torch.dtype) -> None:
+    for spec, x in product((*SPECS[::7], *LARGE_SPECS[::3]), samples(dtype).values()):
+        check(Plans(), x, spec)
+
+
+@pytest.mark.parametrize("numel", [1, 3000, cpu.LARGEST_BUCKET, cpu.LARGEST_BUCKET + 1])
+def test_a_small_tensor_in_one_bucket_has_a_plan_of_its_own(numel: int) -> None:
+    spec, x = BucketQuantSpec(3, None), torch.randn(numel)
+    plan = dispatch.plan(spec, numel, x.dtype, x.device)
+    assert isinstance(plan, cpu.Plan) is (numel <= cpu.LARGEST_BUCKET)
+    check(Plans(), x, spec)
 
 
 def test_each_bucket_size_has_its_kernels() -> None:

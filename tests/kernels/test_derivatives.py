@@ -94,11 +94,11 @@ def test_encoding_a_derivative_gives_the_bytes_of_the_reference(name: str) -> No
 
 
 @each_function
-@pytest.mark.parametrize("size", [256, None])
+@pytest.mark.parametrize(("size", "numel"), [(256, 3000), (None, 3000), (None, 70_000)])
 def test_every_plan_encodes_derivatives(
-        name: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With compiled kernels for whole tensors, and without any."""
-    x, spec = torch.randn(3000) * 3, reference.BucketQuantSpec(3, size)
+        name: str, size: int | None, numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With compiled kernels, those for large tensors among them, and without any."""
+    x, spec = torch.randn(numel) * 3, reference.BucketQuantSpec(3, size)
     expected = reference.encode(derivative(x, name), spec, 5)
     for kernels in (dispatch._cpu_kernels, lambda: None):
         monkeypatch.setattr(dispatch, "_cpu_kernels", kernels)
