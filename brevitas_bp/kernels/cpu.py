@@ -58,7 +58,7 @@ class Plan:
         self._mixed = spec.mix_bit_width is not None
         self._parts = _converted(dtype, n, size)
         self._step, self._most = shares(n, size)
-        # As cpu_calls takes them. What differs between calls is 0: see encode and decode_into.
+        # As cpu_calls takes them. What differs between calls is 0, and entered for each.
         self._encoder = array("q", (
             0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.tops,
             *static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic, 0,
@@ -79,18 +79,19 @@ class Plan:
         """
         numbers, nbytes = self._encoder[:], self._payload
         if function is not None:
-            numbers[26] = FUNCTIONS[function]
+            numbers[cpu_calls.FUNCTION] = FUNCTIONS[function]
         if self._mixed:
             nbytes = self._mix(numbers, seed)
-            numbers[23] = nbytes
+            numbers[cpu_calls.NBYTES] = nbytes
         payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         metadata = torch.empty(self._metadata, dtype=self._stored, device="cpu")
         seed &= _MASK64
-        numbers[21] = seed - _TWO64 if seed >= _TWO63 else seed
-        numbers[22], numbers[24] = payload.data_ptr(), metadata.data_ptr()
+        numbers[cpu_calls.SEED] = seed - _TWO64 if seed >= _TWO63 else seed
+        numbers[cpu_calls.PAYLOAD] = payload.data_ptr()
+        numbers[cpu_calls.METADATA] = metadata.data_ptr()
         kernel = cpu_calls.encoder(self._computed)
         if self._plain:
-            numbers[3] = x.data_ptr()
+            numbers[cpu_calls.VALUES] = x.data_ptr()
             launch(kernel, numbers, self._most)
         else:
             flat = x.view(-1)
@@ -112,11 +113,13 @@ class Plan:
         numbers, scales = self._decoder[:], metadata.data_ptr()
         if self._mixed:
             self._mix(numbers, seed)
-        numbers[16], numbers[17] = payload.data_ptr(), payload.numel()
-        numbers[18], numbers[20] = scales, scales + 2 * self._words
+        numbers[cpu_calls.STORED] = payload.data_ptr()
+        numbers[cpu_calls.STORED_NBYTES] = payload.numel()
+        numbers[cpu_calls.SCALES] = scales
+        numbers[cpu_calls.OFFSETS] = scales + 2 * self._words
         kernel = cpu_calls.decoder(self._computed)
         if self._plain:
-            numbers[3] = out.data_ptr()
+            numbers[cpu_calls.VALUES] = out.data_ptr()
             launch(kernel, numbers, self._most)
             return
         flat = out.as_strided((self._numel,), (1,))
@@ -129,14 +132,16 @@ class Plan:
     def _launch_part(
             self, kernel: Kernel, numbers: "array[int]", part: Tensor, first: int, last: int) -> None:
         """Runs ``kernel`` on buckets ``first .. last - 1``, whose elements are ``part``."""
-        numbers[0], numbers[2], numbers[3] = 0, last, part.data_ptr()
-        numbers[4], numbers[5] = part.numel(), first
+        numbers[cpu_calls.COUNTER], numbers[cpu_calls.LAST] = 0, last
+        numbers[cpu_calls.VALUES], numbers[cpu_calls.NUMEL] = part.data_ptr(), part.numel()
+        numbers[cpu_calls.FIRST] = first
         launch(kernel, numbers, shares(last - first, self._size)[1])
 
     def _mix(self, numbers: "array[int]", seed: int) -> int:
         """Enters the widths of the buckets; bytes of all codes."""
         layout = draw_layout(self._n, self._spec, seed)
-        numbers[8], numbers[9], numbers[10] = layout.mixed, layout.multiplier, layout.shift
+        place = cpu_calls.MIXED
+        numbers[place:place + 3] = array("q", (layout.mixed, layout.multiplier, layout.shift))
         return payload_nbytes(layout, self._spec, self._size)
 
 

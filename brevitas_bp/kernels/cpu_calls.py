@@ -20,6 +20,14 @@ LIMITS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LIMIT32, _LIMIT16, _LIMIT_B16 = (_F(torch.finfo(dtype).max) for dtype in LIMITS[:3])
 _LIMIT64 = _D(torch.finfo(torch.float64).max)
 
+# Where the numbers of a call lie that differ from one call to the next. Of both kernels:
+COUNTER, LAST, VALUES, NUMEL, FIRST, MIXED = 0, 2, 3, 4, 5, 8
+# of the encoder:
+SEED, PAYLOAD, NBYTES, METADATA, FUNCTION = 21, 22, 23, 24, 26
+# and of the decoder.
+STORED, STORED_NBYTES, SCALES, OFFSETS = 16, 17, 18, 20
+
+
 @cache
 def encoder(computed: torch.dtype) -> Kernel:
     """:func:`cpu_kernels.encode` for the dtype computed in."""
