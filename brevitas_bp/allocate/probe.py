@@ -17,6 +17,7 @@ from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, tensors_in
 from brevitas_bp.codec import Codec, Packed
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.rows import Rows
 
 
 @dataclass(eq=False)
@@ -31,11 +32,13 @@ class Probed:
         calls: number of each call that saves it -> indices of the parameters beside it in the call;
             None where there is another trained tensor, or no call to be seen.
         reaches: as the policy says; see :class:`~brevitas_bp.backward.saved.Decision`.
+        rows: elements of a row and of the last dimension, if buckets are to end with rows.
     """
 
     flat: Tensor
     layout: TensorLayout
     configured: Codec
+    rows: Rows | None = None
     sites: set[str] = field(default_factory=set)
     calls: dict[int, set[int] | None] = field(default_factory=dict)
     reaches: set[str] = field(default_factory=set)
@@ -110,13 +113,22 @@ class ProbeCodec(Codec):
 
     Args:
         decode: says so; held weakly, for the graph holds this codec.
+        probed: the codec in whose place it stands.
+        rows: of the tensors.
     """
 
     name = "probe"
     compresses = False
 
-    def __init__(self, decode: "weakref.WeakMethod[Decode]") -> None:
+    def __init__(
+            self, decode: "weakref.WeakMethod[Decode]", probed: Codec,
+            rows: Rows | None = None) -> None:
         self._decode = decode
+        self.probed = probed
+        self.rows = rows
+
+    def in_rows(self, length: int, last: int) -> Codec:
+        return ProbeCodec(self._decode, self.probed, Rows(length, last))
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         layout = TensorLayout.of(x)
@@ -146,9 +158,9 @@ class Probing:
         self.observing = True
         # Weakly: the graph holds the pass, and with it this.
         self._decode = weakref.WeakMethod(decode)
-        # Tensors share an encoding by the identity of its codec: so do their probes. The codec is kept
-        # beside, or another might get its address.
-        self._probes: dict[int, tuple[Codec, ProbeCodec]] = {}
+        # Tensors share an encoding by the identity of its codec: so do their probes. A probe holds the
+        # codec, so that no other gets its address.
+        self._probes: dict[int, ProbeCodec] = {}
         self._parameters = {id(p): i for i, p in enumerate(parameters)}
         self._saving: set[int] = set()
         self._packed: list[weakref.ref[Packed]] = []
@@ -165,9 +177,9 @@ class Probing:
         if codec is None or not is_quantized(saved, decision):
             return decision
         if id(codec) not in self._probes:
-            self._probes[id(codec)] = codec, ProbeCodec(self._decode)
+            self._probes[id(codec)] = ProbeCodec(self._decode, codec)
         self._saving.add(saved.call.number)
-        return decision._replace(codec=self._probes[id(codec)][1])
+        return decision._replace(codec=self._probes[id(codec)])
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """As the other does."""
@@ -186,19 +198,19 @@ class Probing:
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
         """Listener: one more name for a tensor."""
+        # In the order and the units in which the tensor is stored.
+        packed = packed.innermost
         if not isinstance(packed.codec, ProbeCodec):
             return
         if not packed.facts:
-            configured = configured_of(saved, self._probed_codec(packed.codec))
-            packed.facts.append(Probed(packed.tensors[0], packed.layout, configured))
+            configured = configured_of(saved, packed.codec.probed)
+            packed.facts.append(
+                Probed(packed.tensors[0], packed.layout, configured, packed.codec.rows))
             self._packed.append(weakref.ref(packed))
         tensor = packed.facts[0]
         tensor.sites.add(site_of(saved))
         tensor.calls[saved.call.number] = self._own_parameters(saved)
         tensor.reaches.add(decision.reaches)
-
-    def _probed_codec(self, probe: ProbeCodec) -> Codec:
-        return next(codec for codec, other in self._probes.values() if other is probe)
 
     def _own_parameters(self, saved: SavedTensor) -> set[int] | None:
         """The parameters beside the tensor in the call; None if there is another trained tensor."""

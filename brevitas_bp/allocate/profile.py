@@ -16,6 +16,7 @@ from brevitas_bp.backward.planned import Candidate
 from brevitas_bp.backward.policy import explained
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
 from brevitas_bp.codec import Packed
+from brevitas_bp.codec.rows import in_rows
 from brevitas_bp.codec.shard import is_dtensor
 from brevitas_bp.kernels.random import derive
 from brevitas_bp.memory import track_saved_memory
@@ -103,6 +104,8 @@ class Profile:
         codec = candidate.codec(tensor.configured)
         if codec is None:
             return None
+        if tensor.rows is not None:
+            codec = in_rows(codec, tensor.rows)
         seed = derive(self.seed, self.tensors.index(tensor), draw)
         packed = codec.encode(tensor.exact, seed=seed)
         # The break-even rule of the hooks.

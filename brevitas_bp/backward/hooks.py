@@ -5,6 +5,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol, final
 
 import torch
@@ -34,16 +35,27 @@ from brevitas_bp.backward.saved import (
     name_of,
     storage_id,
 )
+from brevitas_bp.backward.units import (
+    Deferred,
+    NormUnits,
+    PendingNorm,
+    channel_units,
+    units_of,
+)
 from brevitas_bp.codec.base import (
     Codec,
     Keep,
     Packed,
     QuantizeOnBackward,
+    is_plain,
     refuse_modified,
     version_of,
 )
 from brevitas_bp.codec.layout import TensorLayout, shape_of
+from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
 from brevitas_bp.codec.quantized import LoweredCodec
+from brevitas_bp.codec.rows import ReorderedCodec, in_rows
+from brevitas_bp.codec.shape_only import zeros
 from brevitas_bp.codec.shard import ShardCodec, placements_of, shard_of
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
@@ -56,6 +68,10 @@ _pop_hooks: Any = torch._C._autograd._pop_saved_tensors_default_hooks  # pyright
 # Elements below which it is asked before encoding whether that can be worth it.
 _SMALL = 1024
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
+# Elements from which a tensor that is kept as it is may spare others an encoding.
+_WORTH_NOTING = 64
+_KEPT_ALREADY = "another operation keeps it exact"
+_CENTRED = Decision(None, "the input is stored as its deviation from the mean")
 
 
 class Listener(Protocol):
@@ -94,7 +110,7 @@ class Kept:
         module: qualified name of the module that runs.
     """
 
-    __slots__ = ("function", "module", "tensor", "version")
+    __slots__ = ("__weakref__", "function", "module", "tensor", "version")
 
     def __init__(self, x: Tensor, function: Any, module: str) -> None:
         self.tensor = kept = x.detach()
@@ -180,8 +196,10 @@ class ForwardPass:
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._slots: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
         self._substitution: Substitution | None = None
+        self._exact: dict[int, tuple[StorageWeakRef, weakref.ref[Kept | Packed], int | None]] = {}
+        self._norm: PendingNorm | None = None
 
-    def pack(self, x: Tensor) -> Packed | Kept:
+    def pack(self, x: Tensor) -> Packed | Kept | Deferred:
         """Pack hook."""
         location, substitution = self.location, self._substitution
         if type(x) is nn.Parameter and substitution is None and not self.listeners:
@@ -202,22 +220,98 @@ class ForwardPass:
             saved = self._saved(x, self.codec_of(location.module), role)
             saved.derivative = derivative
             decision = self.policy.decide(saved) if can_encode(x) else _NOT_PLAIN
+            if decision.codec is not None and decision.rows is not None and self._is_kept(saved):
+                decision = decision._replace(codec=None, reason=_KEPT_ALREADY)
+            if decision.units == "statistic" and decision.codec is not None and is_plain(x):
+                return self._begin_norm(saved, decision)
+            if self._norm is not None and self._norm.saved.call is call and (
+                    decision.codec is None and x.is_floating_point()):
+                deferred = Deferred()
+                self._norm.statistics.append((saved, decision, deferred))
+                return deferred
             if decision.codec is None and not self.listeners:
-                if self.explanation is not None:
-                    self.explanation.add_kept(saved, decision)
-                return Kept(_stored(saved), call.function or saved.op, saved.module)
+                return self._keep(saved, decision)
             packed = _kept(saved) if decision is _NOT_PLAIN else self._encode_once(saved, decision)
+            if decision.codec is None:
+                self._note_exact(saved, packed)
             if substitution is not None:
                 # Where elements share memory, writing to one would write to all.
                 substitution.anew = packed.codec.decodes_anew and (
                     packed.layout.base_shape == packed.layout.shape)
+        self._tell(saved, packed, decision, self._originals(x) if self.listeners else ())
+        return packed
+
+    def _keep(self, saved: SavedTensor, decision: Decision) -> Kept:
+        """Keeps a tensor where nobody listens."""
+        if self.explanation is not None:
+            self.explanation.add_kept(saved, decision)
+        kept = Kept(_stored(saved), saved.call.function or saved.op, saved.module)
+        self._note_exact(saved, kept)
+        return kept
+
+    def _tell(
+            self, saved: SavedTensor, packed: Packed, decision: Decision,
+            originals: Sequence[Tensor]) -> None:
         if self.explanation is not None and decision is not PARAMETER:
             self.explanation.add(saved, packed, decision)
-        if self.listeners:
-            originals = self._originals(x)
-            for listener in self.listeners:
-                listener(saved, packed, decision, originals)
-        return packed
+        for listener in self.listeners:
+            listener(saved, packed, decision, originals)
+
+    def _note_exact(self, saved: SavedTensor, kept: Kept | Packed) -> None:
+        """Notes a storage that the graph keeps alive as it is; see :meth:`_is_kept`."""
+        x = saved.tensor
+        if saved.derivative is None and is_plain(x) and x.numel() >= _WORTH_NOTING and (
+                isinstance(kept, Kept) or kept.codec is _KEEP):
+            storage = x.untyped_storage()
+            self._exact[storage._cdata] = (
+                StorageWeakRef(storage), weakref.ref(kept), version_of(x))
+
+    def _is_kept(self, saved: SavedTensor) -> bool:
+        """Whether another operation keeps the storage of the tensor as it is.
+
+        A reference to it costs nothing, where an encoding would take bytes and add noise.
+        """
+        x = saved.tensor
+        if saved.derivative is not None or not self._exact or not is_plain(x):
+            return False
+        found = self._exact.get(x.untyped_storage()._cdata)
+        return found is not None and found[1]() is not None and found[2] == version_of(x)
+
+    def _begin_norm(self, saved: SavedTensor, decision: Decision) -> Deferred:
+        """See NOTE [ Inputs of norms are stored normalized ]."""
+        deferred = Deferred()
+        originals = self._originals(saved.tensor) if self.listeners else ()
+        self._norm = PendingNorm(saved, decision, deferred, originals)
+        if saved.call is NO_CALL:
+            # A custom Function says nothing of its end.
+            self._end_norm()
+        else:
+            self.location.ending = self._end_norm
+        return deferred
+
+    def _end_norm(self) -> None:
+        """Stores the input of the norm that has ended, and what else it has saved."""
+        pending, self._norm = self._norm, None
+        assert pending is not None
+        saved, decision = pending.saved, pending.decision
+        units = units_of(pending, keeps_mean=self.on_backward)
+        packed = self._encode_once(saved, decision, units)
+        pending.deferred.packed = packed
+        self._tell(saved, packed, decision, pending.originals)
+        dropped = None
+        if units is not None and units.drops_mean and isinstance(packed.codec, (
+                NormalizedCodec, ReorderedCodec)):
+            dropped = pending.statistics[-2][0]
+        for statistic, why, deferred in pending.statistics:
+            if statistic is dropped:
+                stored = zeros().encode(statistic.tensor)
+                self._tell(statistic, stored, _CENTRED, (statistic.tensor,) if self.listeners else ())
+            elif self.listeners:
+                stored = _kept(statistic)
+                self._tell(statistic, stored, why, (statistic.tensor,))
+            else:
+                stored = self._keep(statistic, why)
+            deferred.packed = stored
 
     def graphs(
             self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
@@ -274,9 +368,21 @@ class ForwardPass:
         originals, self._substitution.originals = self._substitution.originals, []
         return originals
 
-    def _encode_once(self, saved: SavedTensor, decision: Decision) -> Packed:
+    def _encode_once(
+            self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
+        in_units: Callable[[Codec], Codec] | None = None
+        if units is not None:
+            return self._encode(saved, codec, partial(_normalized, units))
+        if decision.codec is not None and decision.units == "quotient" and (
+                divisor := _divisor_of(saved)) is not None:
+            in_units = partial(QuotientCodec, divisor)
+        elif decision.codec is not None and decision.units == "channel" and is_plain(x):
+            in_units = partial(_in_channels, x)
+        if decision.codec is not None and decision.rows is not None and (
+                rows := decision.rows(shard_of(x), saved.call)) is not None:
+            codec = in_rows(codec, rows)
         # Each derivative is one of its own, whatever it is computed from.
         shared = decision.shared and saved.derivative is None
         key = *_identity(x), id(codec), -1 if shared else saved.call.number
@@ -285,15 +391,19 @@ class ForwardPass:
             packed = before[1]()
             if packed is not None:
                 return packed
-        packed = self._encode(saved, codec)
+        packed = self._encode(saved, codec, in_units)
         self._encoded[key] = (
             StorageWeakRef(shard_of(x).untyped_storage()), weakref.ref(packed))
         return packed
 
-    def _encode(self, saved: SavedTensor, codec: Codec) -> Packed:
+    def _encode(
+            self, saved: SavedTensor, codec: Codec,
+            in_units: Callable[[Codec], Codec] | None = None) -> Packed:
         where = _where(saved.op, saved.module)
         if isinstance(codec, StatefulCodec):
             codec = codec.slot((where, next(self._slots[codec, where])))
+        if in_units is not None:
+            codec = in_units(codec)
         fused = saved.derivative is not None and type(codec) is LoweredCodec and not self.on_backward
         x = saved.tensor if fused else _stored(saved)
 
@@ -399,15 +509,43 @@ def _where(op: str | None, module: str) -> str:
     return f"{op or 'a custom function'} in {module or 'the wrapped module'}"
 
 
-def unpack(packed: Packed | Kept) -> Tensor:
+def _normalized(units: NormUnits, codec: Codec) -> Codec:
+    """The codec of a norm's input."""
+    rows = units.rows
+    if rows is not None:
+        codec = in_rows(codec, rows._replace(order=None))
+    codec = NormalizedCodec(codec, units.affine, units.undo)
+    return codec if rows is None or rows.order is None else ReorderedCodec(codec, rows.order)
+
+
+def _in_channels(x: Tensor, codec: Codec) -> Codec:
+    """The codec of an input whose channels meet gradients of their own."""
+    units = channel_units(x)
+    return codec if units is None else _normalized(units, codec)
+
+
+def _divisor_of(saved: SavedTensor) -> Callable[[], Tensor] | None:
+    """The divisor of a quotient that has the shape of its dividend, kept exact; None: there is none."""
+    divisor = saved.call.argument(1, "other")
+    x = saved.tensor
+    if not (isinstance(divisor, Tensor) and is_plain(divisor) and is_plain(x)):
+        return None
+    if not divisor.is_floating_point() or TensorLayout.base(x).shape != x.shape or (
+            torch.broadcast_shapes(divisor.shape, x.shape) != x.shape):
+        return None
+    return Kept(divisor, saved.call.function, saved.module).decode
+
+
+def unpack(given: Packed | Kept | Deferred) -> Tensor:
     """Unpack hook. Holds nothing of the forward pass.
 
     Raises:
         CorruptPayloadError: the codec gave back another kind of tensor. Autograd would not complain: a
             wrong shape is broadcast.
     """
+    packed: Packed | Kept = given.packed if isinstance(given, Deferred) else given
     x = packed.decode()
-    if type(packed) is Kept:
+    if isinstance(packed, Kept):
         return x
     layout = packed.layout
     if shape_of(x) != layout.shape or x.dtype != layout.dtype or x.device != layout.device:

@@ -69,7 +69,7 @@ _library.impl("encode", _encode, "CompositeExplicitAutograd")
 @torch.library.register_fake("brevitas_bp::encode", lib=_library)
 def _encode_fake(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
     own = BucketQuantSpec.from_text(spec)
-    n, size = bucket_shape(x.numel(), own.bucket_size)
+    n, size = bucket_shape(x.numel(), own.bucket_size, own.row_size)
     stored = stored_metadata_dtype(own.metadata_dtype, compute_dtype(x.dtype))
     return (
         x.new_empty(n * packed_nbytes(size, own.bit_width), dtype=torch.uint8),

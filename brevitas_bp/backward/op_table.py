@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward.operations import (
+    FLOAT_DTYPES,
     OpRule,
     composite,
     elementwise,
     exact,
-    linear,
     lossless,
     normalization,
     product,
@@ -21,6 +21,7 @@ from brevitas_bp.backward.operations import (
     weighted,
 )
 from brevitas_bp.backward.rewrites import Passing, ReplayAttention, SaveDerivative
+from brevitas_bp.backward.rows import convolved, of_elements, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.average import unaveraged
@@ -39,6 +40,7 @@ from brevitas_bp.codec.regions import (
     sign,
     threshold_region,
 )
+from brevitas_bp.codec.rows import Rows
 from brevitas_bp.codec.shape_only import shape_only
 from brevitas_bp.codec.signed import sign_exact
 from brevitas_bp.codec.stock import StatefulCodec
@@ -124,7 +126,7 @@ def _power(saved: SavedTensor) -> Decision:
     """``x ** 2`` is a product; with other exponents backward is not linear in ``x``."""
     exponent = saved.call.argument(1, "exponent")
     if saved.position == 0 and isinstance(exponent, (int, float)) and exponent == 2:
-        return product().decide(saved)
+        return product(rows=of_elements).decide(saved)
     return Decision(None, "not linear in what is saved")
 
 
@@ -151,6 +153,21 @@ def _einsum(saved: SavedTensor) -> Decision:
     if len(operands) + sum(map(len, listed)) <= 2:
         return product().decide(saved)
     return Decision(None, "a product of more than two tensors")
+
+
+def _deviation(saved: SavedTensor) -> Decision:
+    """The gradient of a variance or deviation is ``(x - mean)`` times one number for each statistic."""
+    x, dims = saved.tensor, saved.call.argument(1, "dim")
+    if saved.position != 0 or x.dtype not in FLOAT_DTYPES:
+        return Decision(None, "backward is not linear in it")
+    reduced = {dims} if isinstance(dims, int) and not isinstance(dims, bool) else (
+        set(dims) if isinstance(dims, (tuple, list)) else set(range(x.dim())))
+    reduced = {d % x.dim() for d in reduced} or set(range(x.dim()))
+    if reduced != set(range(x.dim() - len(reduced), x.dim())):
+        return Decision(None, "its statistics run across rows")
+    return Decision(
+        saved.codec, "backward is linear in it", reaches="all",
+        rows=lambda x, call: trailing(x, len(reduced)))
 
 
 def _threshold(saved: SavedTensor) -> Codec | None:
@@ -198,7 +215,13 @@ def _prelu(saved: SavedTensor) -> Decision:
     if saved.position != 0 or isinstance(saved.codec, StatefulCodec) or saved.codec is None:
         return Decision(None, "slopes")
     return Decision(
-        sign_exact(unaveraged(saved.codec)), "sign exact; the slope's gradient is linear in the rest")
+        sign_exact(unaveraged(saved.codec)), "sign exact; the slope's gradient is linear in the rest",
+        rows=_prelu_rows)
+
+
+def _prelu_rows(x: Tensor, call: Call) -> Rows | None:
+    """Each slope belongs to a channel."""
+    return trailing(x, max(x.dim() - 2, 1))
 
 
 def _dropout(saved: SavedTensor) -> Codec | None:
@@ -255,22 +278,24 @@ def _register(rule: OpRule, names: str) -> None:
         register_op(name, rule)
 
 
-_register(weighted(), """
-    linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc
-    convolution _convolution""")
-_register(product(), """
-    mul multiply rmul imul square matmul rmatmul imatmul mm bmm mv dot vdot inner outer ger
-    tensordot""")
-_register(product(summands=1), "addmm addmv addbmm baddbmm addr addcmul")
+_register(weighted(), "linear conv_tbc")
+_register(weighted(rows=convolved), """
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
+    _convolution""")
+_register(product(rows=of_elements), "mul multiply rmul imul square")
+_register(product(), "matmul rmatmul imatmul mm bmm mv dot vdot inner outer ger tensordot")
+_register(product(summands=1), "addmm addmv addbmm baddbmm addr")
+_register(product(summands=1, rows=of_elements), "addcmul")
 _register(OpRule(_power), "ipow float_power")
 register_op("pow", OpRule(_power, _rewrite_power))
 _register(OpRule(_einsum), "einsum")
 _register(quotient(), "div divide true_divide truediv itruediv idiv")
-_register(linear(0), "var std var_mean std_mean")
-_register(normalization(), """
+_register(OpRule(_deviation), "var std var_mean std_mean")
+_register(normalization(statistics=True), """
     batch_norm native_batch_norm _native_batch_norm_legit layer_norm native_layer_norm group_norm
-    native_group_norm instance_norm rms_norm""")
-register_op(torch.nn.SyncBatchNorm, normalization())
+    native_group_norm instance_norm""")
+_register(normalization(), "rms_norm")
+register_op(torch.nn.SyncBatchNorm, normalization(statistics=True))
 
 register_op("silu", elementwise(_silu, few_bit=_named("silu"), named=lambda call: "silu"))
 register_op("gelu", elementwise(_gelu, few_bit=_gelu_table, named=_gelu_name))

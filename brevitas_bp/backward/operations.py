@@ -14,6 +14,14 @@ from torch import Tensor
 
 from brevitas_bp.backward.parameters import shows
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
+from brevitas_bp.backward.rows import (
+    RowsOf,
+    convolved,
+    last_dimension,
+    of_elements,
+    of_matrix,
+    shares_planes,
+)
 from brevitas_bp.backward.saved import (
     Call,
     Decision,
@@ -68,20 +76,28 @@ def linear(*positions: int) -> OpRule:
     def decide(saved: SavedTensor) -> Decision:
         if positions and saved.position not in positions:
             return Decision(None, "backward is not linear in it")
-        return Decision(saved.codec, "backward is linear in it", reaches="all")
+        return Decision(
+            saved.codec, "backward is linear in it", reaches="all", rows=last_dimension)
 
     return OpRule(_floats(decide))
 
 
-def weighted(weight: int = 1) -> OpRule:
+def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
     """A layer ``f(input, weight)``: the input is quantized, the weight exact.
 
     So the gradient of the input stays exact, and roundings do not add up from layer to layer.
+
+    Args:
+        weight: position of the weight among the arguments.
+        rows: elements of the input that the same gradients are multiplied with.
     """
     def decide(saved: SavedTensor) -> Decision:
         if _is_weight(saved, weight):
             return Decision(None, "weight: keeps the gradient of the input exact")
-        return Decision(saved.codec, "input: the gradient of the weight is linear in it")
+        apart = shares_planes(saved.tensor, saved.call) if rows is convolved else False
+        return Decision(
+            saved.codec, "input: the gradient of the weight is linear in it", rows=rows,
+            units="channel" if apart else None)
 
     return OpRule(_floats(decide))
 
@@ -99,7 +115,7 @@ def _is_weight(saved: SavedTensor, weight: int) -> bool:
     return shows(x, tensors[weight])
 
 
-def product(summands: int = 0) -> OpRule:
+def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
     """A product of two tensors, of elements or of matrices; each gradient is linear in the other.
 
     Both may depend on one input, so a tensor that a product saves shares its rounding with no other
@@ -107,6 +123,7 @@ def product(summands: int = 0) -> OpRule:
 
     Args:
         summands: arguments before the factors, to which the product is added.
+        rows: elements of a factor that are multiplied with the same gradients.
     """
     def decide(saved: SavedTensor) -> Decision:
         tensors = list(tensors_in(saved.arguments[summands:]))
@@ -116,13 +133,17 @@ def product(summands: int = 0) -> OpRule:
         reach = _reach(tensors, size)
         return Decision(
             saved.codec, "factor: the other's gradient is linear in it", shared=reach == "weight",
-            reaches=reach)
+            reaches=reach, rows=rows)
 
     return OpRule(_floats(decide))
 
 
 def quotient() -> OpRule:
-    """A quotient ``a / b``: linear in ``a``, not in ``b``."""
+    """A quotient ``a / b``: linear in ``a``, not in ``b``.
+
+    Where it has the shape of ``a``, the quotient is stored instead: the gradient of ``b`` is
+    ``-g (a / b) / b``, so that a rounding of ``a`` would count more, the smaller ``b``.
+    """
     def decide(saved: SavedTensor) -> Decision:
         dividend, divisor = (
             saved.call.argument(i, name) for i, name in enumerate(("input", "other")))
@@ -130,7 +151,8 @@ def quotient() -> OpRule:
             return Decision(None, "divisor: backward is not linear in it")
         return Decision(
             saved.codec, "dividend: the divisor's gradient is linear in it",
-            reaches=_reach(list(tensors_in((divisor,))), saved.tensor.numel()))
+            reaches=_reach(list(tensors_in((divisor,))), saved.tensor.numel()), rows=of_elements,
+            units="quotient")
 
     return OpRule(_floats(decide))
 
@@ -142,16 +164,23 @@ def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
     return "sum" if any(t.numel() * _AVERAGED <= size for t in factors) else "all"
 
 
-def normalization() -> OpRule:
-    """A norm: the input is quantized, mean and inverse deviation are exact.
+def normalization(statistics: bool = False) -> OpRule:
+    """A norm over the last dimension: the input is quantized, mean and inverse deviation are exact.
 
     The gradient of the scale is unbiased. That of the input has a relative bias of order 1/M with M
     elements in a statistic: the normalized input enters it twice.
+
+    Args:
+        statistics: the last two tensors that the operation saves are mean and inverse deviation. Then
+            the input is stored normalized, ``(x - mean) * rstd``: that is what backward uses, so that
+            a rounding counts the same in every row or channel.
     """
     def decide(saved: SavedTensor) -> Decision:
         if saved.is_norm_statistic:
             return Decision(None, "statistic of a norm")
-        return Decision(saved.codec, "input of a norm: bias of order 1/M", reaches="norm")
+        return Decision(
+            saved.codec, "input of a norm: bias of order 1/M", reaches="norm", rows=last_dimension,
+            units="statistic" if statistics else None)
 
     return OpRule(_floats(decide))
 

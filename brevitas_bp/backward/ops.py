@@ -40,6 +40,8 @@ class Location:
         self.call = NO_CALL
         self.rewrites: Rewrites | None = None
         self.observer: Callable[[Call, Any], None] | None = None
+        # To be called when the operation that runs has ended.
+        self.ending: Callable[[], None] | None = None
         # The pass itself, and the seed of its next encode, for hooks that serve several passes.
         self.passing: Any = None
         self.next_seed: Callable[[], int] | None = None
@@ -143,11 +145,14 @@ class _OpMode(TorchFunctionMode):
             output = NotImplemented if rewrite is None else rewrite(call)
             if output is NotImplemented:
                 output = func(*args, **kwargs)
+            if location.ending is not None:
+                location.ending, ending = None, location.ending
+                ending()
             if location.observer is not None:
                 location.observer(call, output)
             return output
         finally:
-            location.call = before
+            location.call, location.ending = before, None
 
 
 def _traceable(func: Any) -> Any:
@@ -283,6 +288,7 @@ def leave(location: Location) -> None:
     location.ended = True
     # It holds the pass, which would wait for the garbage collector.
     location.rewrites = location.observer = location.passing = location.next_seed = None
+    location.ending = None
     location.tree = []
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]

@@ -12,6 +12,7 @@ from torch import Tensor
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
 from brevitas_bp.backward.operations import FLOAT_DTYPES, OpRule, rule_of
 from brevitas_bp.backward.rewrites import Passing, ReplayAttention, Rewrite, SaveDerivative
+from brevitas_bp.backward.rows import last_dimension
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -241,7 +242,7 @@ class OpAware:
             if self._attention is not None:
                 return Decision(
                     self._attention, "query and key: biased, as asked for", shared=False,
-                    reaches="all")
+                    reaches="all", rows=last_dimension)
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # A view would keep the value alive that lies in the same memory.
@@ -253,7 +254,9 @@ class OpAware:
             return _MASK
         if self._checkpoint is None or not x.requires_grad or x.dtype not in FLOAT_DTYPES:
             return _RUN_AGAIN
-        return Decision(self._checkpoint, "run again from it: biased, as asked for", reaches="all")
+        return Decision(
+            self._checkpoint, "run again from it: biased, as asked for", reaches="all",
+            rows=last_dimension)
 
 
 #: Why a tensor of a compiled graph is quantized, by its reach.
@@ -265,7 +268,8 @@ _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
 # At the configured width: four bits were measured not to lower the noise of whole transformers.
-_VALUE = Decision(None, "value: backward is linear in it", shared=False, reaches="sum")
+_VALUE = Decision(
+    None, "value: backward is linear in it", shared=False, reaches="sum", rows=last_dimension)
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)

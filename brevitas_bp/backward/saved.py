@@ -1,6 +1,6 @@
 """What a pack hook knows about a tensor, and what is decided for it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.rows import Rows
 from brevitas_bp.codec.shard import shard_of
 
 #: How far a rounding goes, see :class:`Decision`; "nonlinear": backward is not linear in the tensor.
@@ -169,6 +170,10 @@ class Decision(NamedTuple):
             gradient only; "sum", into gradients further up, but summed with so many others that no more
             bits are needed; "norm", weakly into all gradients further up; "all", as a factor into all
             of them. Only what reaches no further than a weight may be averaged.
+        rows: the rows with which buckets end, see :mod:`~brevitas_bp.backward.rows`; None: buckets may
+            lie anywhere.
+        units: the units in which backward uses the tensor, in which it is stored, see
+            :mod:`~brevitas_bp.backward.units`; None: its own.
     """
 
     codec: Codec | None
@@ -176,12 +181,12 @@ class Decision(NamedTuple):
     shared: bool = True
     known: bool = True
     reaches: Literal["weight", "sum", "norm", "all"] = "weight"
+    rows: "Callable[[Tensor, Call], Rows | None] | None" = None
+    units: Literal["statistic", "channel", "quotient"] | None = None
 
     def with_codec(self, codec: Codec) -> "Decision":
         """The same with another codec; itself with its own."""
-        if codec is self.codec:
-            return self
-        return Decision(codec, self.reason, self.shared, self.known, self.reaches)
+        return self if codec is self.codec else self._replace(codec=codec)
 
 
 def storage_id(x: Tensor) -> int:

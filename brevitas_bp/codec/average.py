@@ -70,6 +70,12 @@ class AverageCodec(Codec):
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self.inner.stored_nbytes(self._layout_of_means(layout))
 
+    def in_rows(self, length: int, last: int) -> Codec:
+        if length % last:
+            return self
+        groups = group_count(last, self.average_size)
+        return AverageCodec(self.inner.in_rows(length // last * groups, groups), self.average_size)
+
     def _layout_of_means(self, layout: TensorLayout) -> TensorLayout:
         shape = layout.base_shape or torch.Size((1,))
         shape = torch.Size((*shape[:-1], group_count(shape[-1], self.average_size)))

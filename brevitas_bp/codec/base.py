@@ -73,6 +73,11 @@ class Packed(_Referable):
             self._check()
         return self.codec.decode(self)
 
+    @property
+    def innermost(self) -> "Packed":
+        """What the codec stored that chose the bytes, inside of those that changed order or units."""
+        return self.facts.innermost if self.codec.wraps else self
+
     def sealed(self) -> "Packed":
         """The same with a checksum, which :meth:`decode` compares; itself where nothing is owned."""
         return replace(self, seal=self._checksum()) if self.codec.owns else self
@@ -107,6 +112,8 @@ class Codec(ABC):
     recipe: Recipe | None = None
     #: Whether the stored tensors are memory of the codec's own, which nobody else may write to.
     owns: bool = True
+    #: Whether its payload is that of another codec, which is in the facts.
+    wraps: bool = False
     #: Whether what is decoded is new memory each time, which whoever asked for it may write to.
     decodes_anew: bool = False
 
@@ -129,6 +136,17 @@ class Codec(ABC):
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         """Least bytes a tensor of this layout would take, or None where only encoding tells."""
         return None
+
+    def in_rows(self, length: int, last: int) -> "Codec":
+        """The same codec with buckets that end with each row, see :mod:`~brevitas_bp.codec.rows`.
+
+        Itself where it has no buckets. It must not hold this codec.
+
+        Args:
+            length: elements of a row, which are consecutive in memory.
+            last: elements of the last dimension, of which a row is a multiple or a part.
+        """
+        return self
 
 
 class Keep(Codec):

@@ -1,5 +1,6 @@
 """Bucket quantizers with parts of the user's own: modules -> codes -> bytes."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype, to_metadata
 from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
 from brevitas_bp.kernels.random import seeded, seeded_rows
-from brevitas_bp.kernels.reference import bucket_shape, rows_of, take
+from brevitas_bp.kernels.reference import bucket_shape, cut_rows, pad_rows, rows_of, take
+from brevitas_bp.kernels.spec import row_bucket
 from brevitas_bp.kernels.widths import WidthLayout
 
 # Elements handled at once where all parts work bucket by bucket: modules make temporaries of three to
@@ -41,8 +43,10 @@ class ModuleCodec(Codec):
     bucket by bucket, see :func:`~brevitas_bp.codec.bucketwise.is_bucketwise`: the same bytes again.
     """
 
-    def __init__(self, quantizer: BucketRescalingIntQuant) -> None:
+    def __init__(
+            self, quantizer: BucketRescalingIntQuant, row_size: int | None = None) -> None:
         self.quantizer = quantizer
+        self.row_size = row_size
         self.widths = quantizer.bit_widths
         top = [int(quantizer.int_quant.max_int(torch.tensor(float(w)))) for w in self.widths]
         self.lowest = tuple(-t if quantizer.int_quant.signed else 0 for t in top)
@@ -55,6 +59,8 @@ class ModuleCodec(Codec):
             return Keep().encode(x, where=where)
         layout = TensorLayout.of(x)
         flat = layout.flatten(x.detach())
+        if self.row_size is not None:
+            flat = pad_rows(flat, self.row_size, self._view.bucket_size, self._view.bucket_pad_zero)
         if self.bucketwise and flat.numel() > _chunk(flat):
             tensors, facts = self._encode_in_chunks(flat, seed)
         else:
@@ -78,21 +84,43 @@ class ModuleCodec(Codec):
             for rows, part, which in self._parts(payload, size, widths, step):
                 codes = self._unpack(part, size, which, metadata[0].dtype)
                 out[rows] = self._dequantize(codes, metadata[:, rows], out)
-        return layout.restore_flat(out.view(-1)[:layout.numel])
+        flat = out.view(-1)
+        if self.row_size is not None:
+            flat = cut_rows(flat, self.row_size, size)
+        return layout.restore_flat(flat[:layout.numel])
 
     def forms(self, packed: Packed) -> Sequence[Form]:
         n, size, width_layout = packed.facts
         inner = compute_dtype(float_dtype(packed))
-        if width_layout.n != n or not n * size >= packed.layout.numel > (n - 1) * size:
+        numel = packed.layout.numel
+        if self.row_size is not None:
+            expected, _ = bucket_shape(numel, size, self.row_size)
+            whole = expected == n and numel % self.row_size == 0
+        else:
+            whole = n * size >= numel > (n - 1) * size
+        if width_layout.n != n or not whole:
             refuse(packed, f"{n} buckets of {size}, {width_layout.n} with a width", packed.layout)
         stored = stored_metadata_dtype(self.quantizer.metadata_dtype, inner)
         return [
             Form.flat(self._nbytes(size, width_layout)), Form.flat(n * (1 + self._is_affine()), stored)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        size = getattr(self.quantizer.input_view_impl, "bucket_size", None)
-        n, size = bucket_shape(layout.numel, size)
+        size = getattr(self._view, "bucket_size", None)
+        n, size = bucket_shape(layout.numel, size, self.row_size)
         return n * packed_nbytes(size, min(self.widths))
+
+    def in_rows(self, length: int, last: int) -> Codec:
+        size = getattr(self._view, "bucket_size", None)
+        if type(self._view) is not OverBucketView or size is None:
+            return self
+        quantizer = _with_bucket_size(self.quantizer, row_bucket(length, size))
+        if quantizer is None:
+            return self
+        return ModuleCodec(quantizer, length if length % row_bucket(length, size) else None)
+
+    @property
+    def _view(self) -> Any:
+        return self.quantizer.input_view_impl
 
     def _encode_at_once(self, flat: Tensor, seed: int) -> tuple[tuple[Tensor, ...], Any]:
         with seeded(seed):
@@ -178,6 +206,28 @@ class ModuleCodec(Codec):
                 part = payload[position:position + (last - first) * nbytes]
                 position += part.numel()
                 yield rows_of(widths, first, last, payload.device), part.view(-1, nbytes), which
+
+
+def _with_bucket_size(
+        quantizer: BucketRescalingIntQuant, size: int) -> BucketRescalingIntQuant | None:
+    """The quantizer with other buckets; all parts that know nothing of their size are shared.
+
+    None where a part that has a view of buckets is scripted, and so cannot be copied.
+    """
+    views = [part for part in quantizer.modules() if type(part) is OverBucketView]
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (
+        *quantizer.parameters(), *quantizer.buffers())}
+    for part in quantizer.modules():
+        inner = list(part.modules())
+        if not any(view is other for view in views for other in inner):
+            shared[id(part)] = part
+        elif isinstance(part, torch.jit.ScriptModule):
+            return None
+    other = copy.deepcopy(quantizer, shared)
+    for part in other.modules():
+        if type(part) is OverBucketView:
+            part.bucket_size = size
+    return other
 
 
 def _chunk(x: Tensor) -> int:

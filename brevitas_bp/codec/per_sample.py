@@ -1,5 +1,6 @@
 """Bit widths chosen for each sample of a tensor."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, final
@@ -88,10 +89,12 @@ class PerSampleCodec(Codec):
             raise ValueError(
                 f"{_WHERE}: average_bits must lie between the smallest and the largest of bit_widths, "
                 f"{self.bit_widths[0]} and {self.bit_widths[-1]}, got {average_bits!r}")
-        self._codecs = {
+        codecs = {
             bits: _bucket_codec(codec_from(quantizer, bit_width=bits, **settings))
             for bits in self.bit_widths}
-        quantizers = [codec.quantizer for codec in self._codecs.values()]
+        self._codecs: dict[int, Codec] = {**codecs}
+        quantizers = [codec.quantizer for codec in codecs.values()]
+        self._scaling: Any = quantizers[0].scaling_impl
         self._variance = torch.tensor([
             float(q.int_scaling_impl(torch.tensor(float(bits)))) ** -2
             for q, bits in zip(quantizers, self.bit_widths)], dtype=torch.float64)
@@ -157,6 +160,12 @@ class PerSampleCodec(Codec):
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self._codecs[self.bit_widths[0]].stored_nbytes(layout)
 
+    def in_rows(self, length: int, last: int) -> Codec:
+        other = copy.copy(self)
+        other._codecs = {
+            bits: codec.in_rows(length, last) for bits, codec in self._codecs.items()}
+        return other
+
     def _widths(self, flat: Tensor, samples: int) -> Tensor:
         if flat.numel() == 0:
             return torch.tensor(self.bit_widths[:1])
@@ -169,10 +178,9 @@ class PerSampleCodec(Codec):
         size = self._view.bucket_size
         buckets = to_buckets(flat, size, self._view.bucket_pad_zero)
         dtype = compute_dtype(flat.dtype)
-        scaling: Any = self._codecs[self.bit_widths[0]].quantizer.scaling_impl
         with torch.no_grad():
             ranges = torch.cat([
-                scaling.scaling_stats_impl(part.to(dtype))
+                self._scaling.scaling_stats_impl(part.to(dtype))
                 for part in buckets.split(max(1, _CHUNK // size))])
         squares = ranges.view(-1).cpu().double().square()
         return torch.where(squares.isfinite(), squares, 0)

@@ -31,6 +31,7 @@ from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.kernels.dispatch import Plan, plan
+from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.packing import packed_nbytes
 from brevitas_bp.kernels.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec
@@ -41,7 +42,7 @@ from brevitas_bp.proxy import check_override_names
 def _forms_of(
         spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[Form]:
     """What a bucket quantizer stores of ``numel`` elements whose buckets have these widths."""
-    n, size = bucket_shape(numel, spec.bucket_size)
+    n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
     metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype))
     return [
         Form.flat(payload_nbytes(layout, spec, size)), Form.flat(n * (1 + spec.affine), metadata)]
@@ -49,7 +50,7 @@ def _forms_of(
 
 @lru_cache(maxsize=4096)
 def _least_nbytes(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> int:
-    n, size = bucket_shape(numel, spec.bucket_size)
+    n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
     metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)).itemsize
     return n * (packed_nbytes(size, min(spec.bit_widths)) + metadata * (1 + spec.affine))
 
@@ -78,7 +79,7 @@ class _Ready(NamedTuple):
         numel, dtype = layout.numel, layout.dtype
         forms = None
         if spec.mix_bit_width is None:
-            n, _ = bucket_shape(numel, spec.bucket_size)
+            n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
             forms = _forms_of(spec, WidthLayout(n, 0), numel, dtype)
         return cls(layout, spec, plan(spec, numel, dtype, layout.device), forms)
 
@@ -102,8 +103,8 @@ class LoweredCodec(Codec):
         self._ready: dict[int, _Ready] = {}
 
     def encode(
-            self, x: Tensor, *, seed: int, where: str = "",
-            derivative: str | None = None) -> Packed:
+            self, x: Tensor, *, seed: int, where: str = "", derivative: str | None = None,
+            affine: Affine | None = None) -> Packed:
         """Quantizes and packs a float tensor; or the derivative of a function at it.
 
         Args:
@@ -111,20 +112,25 @@ class LoweredCodec(Codec):
             seed: of all randomness.
             where: op and module, for messages.
             derivative: name of one of :mod:`~brevitas_bp.kernels.derivatives`, which supports ``x``.
+            affine: ``x`` is normalized by it first, in the order of its memory.
         """
         layout = TensorLayout.of(x)
         spec = self._current_spec()
         as_it_is = layout.contiguous and not x.is_neg()
         tensors = self._ready_for(layout, spec).plan.encode(
-            x if as_it_is else layout.flatten(x), seed, derivative)
+            x if as_it_is else layout.flatten(x), seed, derivative, affine)
         return Packed(self, tensors, layout, (spec, seed), where)
 
-    def decode(self, packed: Packed) -> Tensor:
-        """Unpacks and dequantizes."""
+    def decode(self, packed: Packed, affine: Affine | None = None) -> Tensor:
+        """Unpacks and dequantizes; ``affine`` undoes a normalization."""
         (spec, seed), layout = packed.facts, packed.layout
         payload, metadata = packed.tensors
         return self._ready_for(layout, spec).plan.decode(
-            payload, metadata, seed, layout.shape, layout.stride)
+            payload, metadata, seed, layout.shape, layout.stride, affine)
+
+    def in_rows(self, length: int, last: int) -> Codec:
+        spec = self.spec.in_rows(length)
+        return self if spec == self.spec else LoweredCodec(self.quantizer, spec)
 
     def forms(self, packed: Packed) -> Sequence[Form]:
         (spec, seed), own = packed.facts, self.spec
@@ -134,7 +140,7 @@ class LoweredCodec(Codec):
         forms = self._ready_for(packed.layout, spec).forms
         if forms is None:
             numel = packed.layout.numel
-            n, _ = bucket_shape(numel, spec.bucket_size)
+            n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
             forms = _forms_of(spec, draw_layout(n, spec, seed), numel, dtype)
         return forms
 

@@ -61,6 +61,39 @@ class ShapeOnly(Codec):
         return 0
 
 
+@final
+@dataclass(frozen=True)
+class Zeros(Codec):
+    """Shape, dtype and device; decoded are zeros.
+
+    For the mean of a norm whose input is stored as its deviation from the mean.
+    """
+
+    name: str = "not kept"
+
+    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
+        """Stores no tensor."""
+        return Packed(self, (), TensorLayout.of(x), None, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Zeros."""
+        layout = packed.layout
+        return torch.empty_strided(
+            layout.shape, layout.stride, dtype=layout.dtype, device=layout.device).zero_()
+
+    def forms(self, packed: Packed) -> Sequence[Form]:
+        return []
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return 0
+
+
+@lru_cache(maxsize=1)
+def zeros() -> Zeros:
+    """The codec of what is zero when it is decoded."""
+    return Zeros()
+
+
 @lru_cache(maxsize=1)
 def shape_only() -> ShapeOnly:
     """The codec that stores nothing."""

@@ -10,6 +10,7 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.regions import positive_region
+from brevitas_bp.codec.rows import Rows, in_rows
 from brevitas_bp.kernels.masks import mask_nbytes
 
 
@@ -55,6 +56,9 @@ class SignExact(Codec):
                 refuse(packed, f"halves of {layout}", half.layout)
         # Whether they belong to their layout is compared by the halves, when they are decoded.
         return [Form(tuple(t.shape), t.dtype) for half in packed.facts for t in half.tensors]
+
+    def in_rows(self, length: int, last: int) -> Codec:
+        return SignExact(in_rows(self.inner, Rows(length, last)))
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         inner = self.inner.stored_nbytes(layout)

@@ -83,7 +83,30 @@ def l2_norm(x: Tensor, size: int | None = None) -> Tensor:
         peak = largest_magnitude(x)
         unit = torch.where(peak > 0, peak, 1)
     total = _sum_of_squares(x, unit, size)
-    return (total.sqrt() if unit is None else total.sqrt() * unit).to(computed)
+    root = square_root(total)
+    return (root if unit is None else root * unit).to(computed)
+
+
+def square_root(x: Tensor) -> Tensor:
+    """The square root of float64 values >= 0, correctly rounded, as IEEE 754 asks for.
+
+    ``torch.sqrt`` of float64 is off by one unit in the last place for some values where it runs in a
+    library for vectors. Its result ``s`` is moved to its neighbour where ``x - s**2``, which is computed
+    exactly, says that the root lies beyond the middle between the two.
+    """
+    s = x.sqrt()
+    # s**2 is square + rest: Veltkamp's splitting and Dekker's product.
+    upper = s * 134217729.0
+    upper = upper - (upper - s)
+    lower = s - upper
+    square = s * s
+    rest = ((upper * upper - square) + 2.0 * upper * lower) + lower * lower
+    left = (x - square) - rest
+    above = torch.nextafter(s, torch.full_like(s, float("inf")))
+    below = torch.nextafter(s, torch.zeros_like(s))
+    s = torch.where(left > s * (above - s), above, torch.where(left <= -s * (s - below), below, s))
+    # Zero, infinity and NaN are their own roots.
+    return torch.where((x > 0) & (x < float("inf")), s, x.sqrt())
 
 
 def _sum_of_squares(x: Tensor, unit: Tensor | None, size: int | None) -> Tensor:

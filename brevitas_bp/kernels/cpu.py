@@ -18,7 +18,9 @@ from torch import Tensor
 
 from brevitas_bp.kernels import cpu_calls
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
+from brevitas_bp.kernels.cpu_kernels import NORMALIZED
 from brevitas_bp.kernels.derivatives_cpu import FUNCTIONS
+from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.packing import packed_nbytes
 from brevitas_bp.kernels.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec, lowest_code, top_code
@@ -48,7 +50,7 @@ class Plan:
     """
 
     def __init__(self, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
-        n, size = bucket_shape(numel, spec.bucket_size)
+        n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
         static = _static(spec, compute_dtype(dtype))
         self._spec, self._n, self._size, self._computed = spec, n, size, static.computed
         self._numel, self._dtype, self._plain = numel, dtype, dtype == static.computed
@@ -56,19 +58,24 @@ class Plan:
         self._payload = n * packed_nbytes(size, spec.bit_width)
         self._words = n * (static.stored.itemsize // 2)
         self._mixed = spec.mix_bit_width is not None
-        self._parts = _converted(dtype, n, size)
+        self._row = spec.row_size or 0
+        self._per_row = -(-self._row // size) if size else 0
+        self._parts = _converted(dtype, n, size, self._per_row)
         self._step, self._most = shares(n, size)
         # As cpu_calls takes them. What differs between calls is 0, and entered for each.
         self._encoder = array("q", (
             0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.tops,
             *static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic, 0,
-            0, self._payload, 0, self._metadata * (static.stored.itemsize // 2), 0))
+            0, self._payload, 0, self._metadata * (static.stored.itemsize // 2), 0,
+            self._row, self._per_row, *_NO_AFFINE))
         self._decoder = array("q", (
             0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.lowests,
-            static.bf16, 0, 0, 0, self._words, 0, self._words if spec.affine else 0, _LIMITS[dtype]))
+            static.bf16, 0, 0, 0, self._words, 0, self._words if spec.affine else 0, _LIMITS[dtype],
+            self._row, self._per_row, *_NO_AFFINE))
 
     def encode(
-            self, x: Tensor, seed: int, function: str | None = None) -> tuple[Tensor, Tensor]:
+            self, x: Tensor, seed: int, function: str | None = None,
+            affine: Affine | None = None) -> tuple[Tensor, Tensor]:
         """Payload and metadata of a contiguous tensor, which is no lazy negation.
 
         Args:
@@ -76,10 +83,17 @@ class Plan:
             seed: of noise and widths.
             function: encode its derivative at ``x``, which is float32; see
                 :mod:`brevitas_bp.kernels.derivatives`.
+            affine: encode ``x`` normalized, see :mod:`brevitas_bp.kernels.normalizing`.
         """
         numbers, nbytes = self._encoder[:], self._payload
         if function is not None:
             numbers[cpu_calls.FUNCTION] = FUNCTIONS[function]
+        elif affine is not None:
+            numbers[cpu_calls.FUNCTION] = NORMALIZED
+            # Kernels subtract: there is always a shift.
+            if affine.shift is None:
+                affine = affine._replace(shift=torch.zeros_like(affine.scale))
+            _enter_affine(numbers, cpu_calls.ENCODER_TAIL, affine)
         if self._mixed:
             nbytes = self._mix(numbers, seed)
             numbers[cpu_calls.NBYTES] = nbytes
@@ -96,21 +110,26 @@ class Plan:
         else:
             flat = x.view(-1)
             for first, last in self._parts:
-                part = flat[first * self._size:last * self._size].to(self._computed)
-                self._launch_part(kernel, numbers, part, first, last)
+                part = flat[self._element(first):self._element(last)].to(self._computed)
+                self._launch_part(
+                    kernel, numbers, cpu_calls.ENCODER_TAIL, part, first, last)
         return payload, metadata
 
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
-            stride: tuple[int, ...]) -> Tensor:
-        """The tensor, whose strides leave no gaps in memory."""
+            stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
+        """The tensor, whose strides leave no gaps in memory; ``affine`` undoes a normalization."""
         out = torch.empty_strided(shape, stride, dtype=self._dtype, device="cpu")
-        self.decode_into(out, payload, metadata, seed)
+        self.decode_into(out, payload, metadata, seed, affine)
         return out
 
-    def decode_into(self, out: Tensor, payload: Tensor, metadata: Tensor, seed: int) -> None:
+    def decode_into(
+            self, out: Tensor, payload: Tensor, metadata: Tensor, seed: int,
+            affine: Affine | None = None) -> None:
         """Writes all of ``out``, a tensor without gaps in memory."""
         numbers, scales = self._decoder[:], metadata.data_ptr()
+        if affine is not None:
+            _enter_affine(numbers, cpu_calls.DECODER_TAIL, affine)
         if self._mixed:
             self._mix(numbers, seed)
         numbers[cpu_calls.STORED] = payload.data_ptr()
@@ -124,14 +143,20 @@ class Plan:
             return
         flat = out.as_strided((self._numel,), (1,))
         for first, last in self._parts:
-            part = flat[first * self._size:last * self._size]
+            part = flat[self._element(first):self._element(last)]
             values = torch.empty(part.numel(), dtype=self._computed, device="cpu")
-            self._launch_part(kernel, numbers, values, first, last)
+            self._launch_part(kernel, numbers, cpu_calls.DECODER_TAIL, values, first, last)
             part.copy_(values)
 
+    def _element(self, bucket: int) -> int:
+        """Flat index of the first element of a bucket with which a row begins."""
+        return bucket // self._per_row * self._row if self._row else bucket * self._size
+
     def _launch_part(
-            self, kernel: Kernel, numbers: "array[int]", part: Tensor, first: int, last: int) -> None:
+            self, kernel: Kernel, numbers: "array[int]", tail: int, part: Tensor, first: int,
+            last: int) -> None:
         """Runs ``kernel`` on buckets ``first .. last - 1``, whose elements are ``part``."""
+        numbers[tail + cpu_calls.INDEX] = self._element(first)
         numbers[cpu_calls.COUNTER], numbers[cpu_calls.LAST] = 0, last
         numbers[cpu_calls.VALUES], numbers[cpu_calls.NUMEL] = part.data_ptr(), part.numel()
         numbers[cpu_calls.FIRST] = first
@@ -157,6 +182,7 @@ def has_plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
 
 
 _ONE_WIDTH = (0, 1, 0)
+_NO_AFFINE = (0, 0, 0, 0, 0, 1)
 _MASK64, _TWO63, _TWO64 = (1 << 64) - 1, 1 << 63, 1 << 64
 
 
@@ -181,6 +207,14 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
     return out
 
 
+def _enter_affine(numbers: "array[int]", tail: int, affine: Affine) -> None:
+    scale, shift, inner = affine
+    place = tail + cpu_calls.SHIFTS
+    numbers[place:place + 5] = array("q", (
+        0 if shift is None else shift.data_ptr(), 0 if shift is None else len(shift),
+        scale.data_ptr(), len(scale), inner))
+
+
 class _Static(NamedTuple):
     """What the kernels take of a spec; widths and codes of (base, mixed) buckets."""
 
@@ -203,7 +237,9 @@ def _static(spec: BucketQuantSpec, computed: torch.dtype) -> _Static:
         _RULES[spec.scale_rule], stored == torch.bfloat16, computed, stored)
 
 
-def _converted(dtype: torch.dtype, n: int, size: int) -> list[tuple[int, int]]:
+def _converted(dtype: torch.dtype, n: int, size: int, per_row: int) -> list[tuple[int, int]]:
     """Ranges of buckets handled at once: all of them, or chunks that are converted to float32."""
     step = max(n, 1) if dtype == compute_dtype(dtype) else max(1, _CHUNK // size)
+    # Whole rows.
+    step = -(-step // max(per_row, 1)) * max(per_row, 1)
     return [(first, min(first + step, n)) for first in range(0, n, step)]

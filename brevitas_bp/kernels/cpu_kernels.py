@@ -41,6 +41,8 @@ _B2S, _B4S, _B6S = np.uint8(2), np.uint8(4), np.uint8(6)
 
 # Elements of a group of buckets: half of a first cache.
 _GROUP = 1 << 12
+#: In place of the number of a derivative: the input is normalized.
+NORMALIZED = -1
 
 
 @jit
@@ -393,14 +395,85 @@ def _ranges(
 
 
 @jit
+def place(bucket: Any, first: Any, size: Any, row: Any, per_row: Any) -> Any:
+    """Where a bucket begins in a tensor that starts with bucket ``first``, and its elements at most.
+
+    Rows of ``row`` elements have ``per_row`` buckets each. ``row`` is 0 where there are no rows.
+    """
+    if row == 0:
+        return (bucket - first) * size, size
+    of_row = bucket // per_row
+    inside = (bucket - of_row * per_row) * size
+    return (of_row - first // per_row) * row + inside, min(size, row - inside)
+
+
+@jit
+def normalize(x: Any, index: Any, shifts: Any, scales: Any, inner: Any, out: Any) -> None:
+    """See ``normalizing.normalize``; ``x`` begins with element ``index`` of the tensor."""
+    wide_vectors()
+    done, kinds = 0, scales.size
+    while done < x.size:
+        run = (index + done) // inner
+        kind = run % kinds
+        if inner == 1:
+            count = min(kinds - kind, x.size - done)
+            a, b = window(shifts, kind, count), window(scales, kind, count)
+            u, v = window(x, done, count), window(out, done, count)
+            for i in range(count):
+                v[i] = (u[i] - a[i]) * b[i]
+        else:
+            count = min((run + 1) * inner - (index + done), x.size - done)
+            shift, scale = shifts[kind], scales[kind]
+            u, v = window(x, done, count), window(out, done, count)
+            for i in range(count):
+                v[i] = (u[i] - shift) * scale
+        done += count
+
+
+@jit
+def denormalize(y: Any, index: Any, shifts: Any, scales: Any, inner: Any, limit: Any) -> None:
+    """See ``normalizing.denormalize``; in place. ``shifts`` is empty where there are none."""
+    wide_vectors()
+    done, kinds = 0, scales.size
+    while done < y.size:
+        run = (index + done) // inner
+        kind = run % kinds
+        if inner == 1:
+            count = min(kinds - kind, y.size - done)
+            v, b = window(y, done, count), window(scales, kind, count)
+            for i in range(count):
+                v[i] *= b[i]
+            if shifts.size:
+                a = window(shifts, kind, count)
+                for i in range(count):
+                    v[i] += a[i]
+        else:
+            count = min((run + 1) * inner - (index + done), y.size - done)
+            v, scale = window(y, done, count), scales[kind]
+            for i in range(count):
+                v[i] *= scale
+            if shifts.size:
+                shift = shifts[kind]
+                for i in range(count):
+                    v[i] += shift
+        done += count
+    for i in range(y.size):
+        v = y[i]
+        v = limit if v > limit else v
+        y[i] = -limit if v < -limit else v
+
+
+@jit
 def encode(
         x: Any, bits: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any,
         multiplier: Any, shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any,
         integer: Any, stochastic: Any, k0: Any, k1: Any, payload: Any, metadata: Any,
-        function: Any) -> None:
-    """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``.
+        function: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
+        inner: Any) -> None:
+    """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
 
-    Where ``function`` is not 0, its derivative at ``x`` is encoded.
+    Where ``function`` is not 0, its derivative at ``x`` is encoded, or with :data:`NORMALIZED` what
+    :func:`normalize` makes of ``x``. Rows are those of :func:`place`.
 
     ``metadata`` holds the scales, then for affine codes the offsets, as :func:`store` writes them.
 
@@ -410,35 +483,36 @@ def encode(
     number = x.dtype.type
     group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
     buffer = np.empty(group * size, np.uint8)
-    padded_bits = np.empty(size, bits.dtype)
-    padded = padded_bits.view(x.dtype)
     scratch = np.empty(size if rule == 2 else 1, np.float64)
-    slope_bits = np.empty(group * size if function else 1, bits.dtype)
-    slopes = slope_bits.view(x.dtype)
+    # Of what is computed or padded. Without rows only the last bucket of all is padded.
+    apart = function != 0 or row != 0
+    copy_bits = np.empty(group * size if apart else size, bits.dtype)
+    copies = copy_bits.view(x.dtype)
     lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
     norms, all_tops = highs.view(x.dtype), np.empty(group, x.dtype)
-    valid = x.size - (end - 1 - first) * size
-    if valid < size:
-        padded[:valid] = x[x.size - valid:]
-        padded[valid:] = number(0) if rule == 2 else x[x.size - 1]
-    stop = (end - first) * size
     while begin < end:
         count = min(group, end - begin)
         low, high, top = window(lows, 0, count), window(highs, 0, count), window(all_tops, 0, count)
         for i in range(count):
             kind, _ = locate(begin + i, size, n, mixed, multiplier, shift, widths)
             top[i] = number(tops[kind])
-            start = (begin + i - first) * size
-            if start + size <= x.size:
-                values, words = window(x, start, size), window(bits, start, size)
+            start, most = place(begin + i, first, size, row, per_row)
+            valid = min(most, x.size - start)
+            if function != 0 or valid < size:
+                slot = i * size if apart else 0
+                values, words = window(copies, slot, size), window(copy_bits, slot, size)
+                source, target = window(x, start, valid), window(copies, slot, valid)
+                if function == NORMALIZED:
+                    normalize(source, index + start, shifts, scales_of, inner, target)
+                elif function != 0:
+                    differentiate(function, source, target)
+                else:
+                    copy_bytes(source, target)
+                fill = number(0) if rule == 2 else values[valid - 1]
+                for j in range(valid, size):
+                    values[j] = fill
             else:
-                values, words = padded, padded_bits
-            if function:
-                slope, words = window(slopes, i * size, size), window(slope_bits, i * size, size)
-                differentiate(function, values, slope)
-                if start + size > x.size and rule == 2:
-                    slope[valid:] = number(0)
-                values = slope
+                values, words = window(x, start, size), window(bits, start, size)
             _ranges(values, words, i, rule, low, high, norms, scratch)
         scales, offsets = high.view(x.dtype), low.view(x.dtype)
         if rule == 0:
@@ -447,15 +521,17 @@ def encode(
             finish_scales(scales, top, bf16)
             offsets[:] = number(0)
         for i in range(count):
-            bucket, start = begin + i, (begin + i - first) * size
+            bucket = begin + i
+            start, most = place(bucket, first, size, row, per_row)
             kind, _ = locate(bucket, size, n, mixed, multiplier, shift, widths)
             scale, lo, codes = scales[i], offsets[i], window(buffer, i * size, size)
-            values = window(x, start, size) if start + size <= x.size else padded
-            if function:
-                values = window(slopes, i * size, size)
+            if function != 0 or min(most, x.size - start) < size:
+                values = window(copies, i * size if apart else 0, size)
+            else:
+                values = window(x, start, size)
             # Of the next group: memory is read while this one is rounded.
             ahead = start + group * size
-            for j in range(ahead, min(ahead + size, stop), line):
+            for j in range(ahead, min(ahead + size, x.size), line):
                 prefetch(x, j)
             inverse = reciprocal(scale, x.dtype)
             if np.isnan(scale):
@@ -493,8 +569,12 @@ def dequantize(codes: Any, lowest: Any, scale: Any, lo: Any, limit: Any, out: An
 def decode(
         out: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
         shift: Any, widths: Any, lowests: Any, bf16: Any, payload: Any, scales: Any, offsets: Any,
-        limit: Any) -> None:
-    """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``."""
+        limit: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
+        inner: Any) -> None:
+    """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``.
+
+    The last six are those of :func:`encode`; ``scales_of`` is empty where nothing is normalized.
+    """
     number = out.dtype.type
     codes = np.empty(size, np.uint8)
     scale, lo = np.empty(end - begin, out.dtype), np.empty(end - begin, out.dtype)
@@ -503,12 +583,14 @@ def decode(
         load(offsets, begin, bf16, lo)
     else:
         lo[:] = number(0)
+    largest = number(np.finfo(out.dtype).max) if scales_of.size else limit
     for bucket in range(begin, end):
         kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
         unpack(window(payload, position, size * width // 8), width, codes)
-        start = (bucket - first) * size
-        count = min(size, out.size - start)
+        start, most = place(bucket, first, size, row, per_row)
+        values = window(out, start, min(most, out.size - start))
         dequantize(
-            codes, lowests[kind], scale[bucket - begin], lo[bucket - begin], limit,
-            window(out, start, count))
+            codes, lowests[kind], scale[bucket - begin], lo[bucket - begin], largest, values)
+        if scales_of.size:
+            denormalize(values, index + start, shifts, scales_of, inner, limit)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.kernels import averages, derivatives, few_bit, masks, reference
+from brevitas_bp.kernels.arithmetic import compute_dtype
 from brevitas_bp.kernels.masks import Interval, Windows
+from brevitas_bp.kernels.normalizing import Affine, denormalize, normalize
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
@@ -80,40 +82,64 @@ class Plan(Protocol):
     """Encodes and decodes tensors of one size, dtype and kind of device."""
 
     def encode(
-            self, x: Tensor, seed: int, function: str | None = None) -> tuple[Tensor, Tensor]:
+            self, x: Tensor, seed: int, function: str | None = None,
+            affine: Affine | None = None) -> tuple[Tensor, Tensor]:
         """Payload and metadata of a contiguous tensor, which is no lazy negation.
 
-        With a function, see :func:`derivative`, its derivative at ``x`` is encoded.
+        With a function, see :func:`derivative`, its derivative at ``x`` is encoded; with an affine map
+        ``x`` is normalized first.
         """
         ...
 
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
-            stride: tuple[int, ...]) -> Tensor:
-        """The tensor, whose strides leave no gaps in memory."""
+            stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
+        """The tensor, whose strides leave no gaps in memory; ``affine`` undoes a normalization."""
         ...
 
 
 class _Plan:
-    """A plan made of the functions of a backend."""
+    """A plan made of the functions of a backend; rows and normalization in torch operations."""
 
     def __init__(
             self, form: ModuleType, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
         self._form, self._spec, self._numel, self._dtype = form, spec, numel, dtype
 
     def encode(
-            self, x: Tensor, seed: int, function: str | None = None) -> tuple[Tensor, Tensor]:
+            self, x: Tensor, seed: int, function: str | None = None,
+            affine: Affine | None = None) -> tuple[Tensor, Tensor]:
         flat = x.view(-1)
         if function is not None:
             flat = derivative(flat, function)
-        return self._form.encode(flat, self._spec, seed).tensors
+        elif affine is not None:
+            flat = normalize(flat, affine)
+        return _encode(self._form, flat, self._spec, seed).tensors
 
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
-            stride: tuple[int, ...]) -> Tensor:
+            stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
         encoded = Encoded(payload, metadata, self._spec.affine)
-        flat = self._form.decode(encoded, self._spec, seed, self._numel, self._dtype)
+        dtype = self._dtype if affine is None else compute_dtype(self._dtype)
+        flat = _decode(self._form, encoded, self._spec, seed, self._numel, dtype)
+        if affine is not None:
+            flat = denormalize(flat, affine, self._dtype)
         return flat.as_strided(shape, stride)
+
+
+def _encode(form: ModuleType, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+    """By the functions of a backend, some of which know no rows."""
+    return form.encode(*reference.padded_rows(flat, spec), seed)
+
+
+def _decode(
+        form: ModuleType, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`_encode`."""
+    if spec.row_size is None:
+        return form.decode(encoded, spec, seed, numel, dtype)
+    n, size = reference.bucket_shape(numel, spec.bucket_size, spec.row_size)
+    padded = form.decode(encoded, reference.without_rows(spec), seed, n * size, dtype)
+    return reference.cut_rows(padded, spec.row_size, size)
 
 
 def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
@@ -134,7 +160,7 @@ def plan_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.devi
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.kernels.reference.encode`."""
-    return backend(flat.device, flat.dtype, spec).encode(flat, spec, seed)
+    return _encode(backend(flat.device, flat.dtype, spec), flat, spec, seed)
 
 
 def decode(
@@ -142,7 +168,7 @@ def decode(
         dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.kernels.reference.decode`."""
     form = backend(encoded.payload.device, dtype, spec)
-    return form.decode(encoded, spec, seed, numel, dtype)
+    return _decode(form, encoded, spec, seed, numel, dtype)
 
 
 def derivative(flat: Tensor, name: str) -> Tensor:

@@ -16,12 +16,16 @@ all arithmetic in float32 (float64 for float64 input), no fused multiply-add::
 the largest float so that finite data never decodes to Inf. A NaN scale stores zero codes and decodes
 to NaN. Decoded values are clamped to the finite range of the output dtype.
 
+Where buckets end with a row (``spec.row_size``), each row is padded to whole buckets first; flat indices
+are those of the padded tensor.
+
 The formulas are those of Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation
 Compressed Training", 2021, without its absolute epsilon, and of Li, "Mix-Precision Stochastic
 Quantization of Activations during Backpropagation", 2025, with metadata rounded before the codes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -83,15 +87,55 @@ class Encoded:
         return self.metadata[len(self.metadata) // 2:] if self.affine else None
 
 
-def bucket_shape(numel: int, bucket_size: int | None) -> tuple[int, int]:
+def bucket_shape(
+        numel: int, bucket_size: int | None, row_size: int | None = None) -> tuple[int, int]:
     """Number and size of the buckets of ``numel`` elements; size is padded to a multiple of 8.
+
+    Args:
+        numel: elements of the tensor.
+        bucket_size: elements of a bucket; None: one bucket.
+        row_size: elements after which a bucket ends early, see :class:`BucketQuantSpec`.
 
     >>> bucket_shape(1000, 256), bucket_shape(1000, None), bucket_shape(0, 256)
     ((4, 256), (1, 1000), (0, 256))
+    >>> bucket_shape(490, 56, 49)
+    (10, 56)
     """
     if bucket_size is None:
         return int(numel > 0), -(-numel // 8) * 8
+    if row_size is not None:
+        return numel // row_size * -(-row_size // bucket_size), bucket_size
     return -(-numel // bucket_size), bucket_size
+
+
+def pad_rows(flat: Tensor, row_size: int, bucket_size: int, pad_with_zero: bool) -> Tensor:
+    """Rows of ``row_size`` elements, each padded to whole buckets; flat."""
+    rows = flat.view(-1, row_size)
+    padded = flat.new_empty((len(rows), -(-row_size // bucket_size) * bucket_size))
+    padded[:, :row_size] = rows
+    padded[:, row_size:] = 0 if pad_with_zero else rows[:, -1:]
+    return padded.view(-1)
+
+
+def cut_rows(padded: Tensor, row_size: int, bucket_size: int) -> Tensor:
+    """Inverse of :func:`pad_rows`."""
+    length = -(-row_size // bucket_size) * bucket_size
+    return padded.view(-1, length)[:, :row_size].contiguous().view(-1)
+
+
+def padded_rows(flat: Tensor, spec: BucketQuantSpec) -> tuple[Tensor, BucketQuantSpec]:
+    """The rows of a tensor, padded, and the quantizer of that, which knows no rows."""
+    if spec.row_size is None:
+        return flat, spec
+    assert spec.bucket_size is not None
+    padded = pad_rows(flat, spec.row_size, spec.bucket_size, spec.pads_with_zero)
+    return padded, without_rows(spec)
+
+
+@lru_cache(maxsize=256)
+def without_rows(spec: BucketQuantSpec) -> BucketQuantSpec:
+    """The quantizer of what :func:`pad_rows` returns."""
+    return replace(spec, row_size=None)
 
 
 def to_buckets(flat: Tensor, bucket_size: int | None, pad_with_zero: bool = False) -> Tensor:
@@ -131,6 +175,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
         spec: the quantizer.
         seed: 64-bit seed of the rounding noise and of the choice of widths.
     """
+    flat, spec = padded_rows(flat, spec)
     n, size = bucket_shape(flat.numel(), spec.bucket_size)
     layout = draw_layout(n, spec, seed)
     stored_dtype = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(flat.dtype))
@@ -162,6 +207,10 @@ def decode(
         encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Tensor:
     """Unpacks and dequantizes: the flat tensor [numel] of ``dtype`` that :func:`encode` was given."""
+    if spec.row_size is not None:
+        n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
+        padded = decode(encoded, without_rows(spec), seed, n * size, dtype)
+        return cut_rows(padded, spec.row_size, size)
     n, size = bucket_shape(numel, spec.bucket_size)
     layout = draw_layout(n, spec, seed)
     inner, device = compute_dtype(dtype), encoded.payload.device

@@ -1,7 +1,7 @@
 """The static facts of one bucket quantizer: what a fused kernel needs to know."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Real
 from typing import Any, Literal
@@ -69,6 +69,8 @@ class BucketQuantSpec:
         mix_bit_width: second width, or None.
         mix_prob: probability of the second width.
         mix_per: one draw per "bucket" or one per "tensor".
+        row_size: elements of a row. The last bucket of each row is padded, so that no bucket holds
+            elements of two rows. None: buckets follow one another through the whole tensor.
     """
 
     bit_width: int = 2
@@ -81,10 +83,11 @@ class BucketQuantSpec:
     mix_bit_width: int | None = None
     mix_prob: float = 0.0
     mix_per: MixPer = "bucket"
+    row_size: int | None = None
 
     def __hash__(self) -> int:
         # It is looked up for every tensor: what specs differ in most is enough.
-        return hash((self.bit_width, self.bucket_size, self.mix_prob))
+        return hash((self.bit_width, self.bucket_size, self.row_size, self.mix_prob))
 
     def __post_init__(self) -> None:
         where = "brevitas_bp.kernels.BucketQuantSpec"
@@ -102,6 +105,27 @@ class BucketQuantSpec:
             raise ValueError(
                 f"{where}: an integer zero point needs metadata_dtype=torch.float32, got "
                 f"{self.metadata_dtype}; a rounded offset would move zero off the grid")
+        if self.row_size is not None and (self.bucket_size is None or self.row_size < 1):
+            raise ValueError(
+                f"{where}: row_size must be a positive number of elements, beside a bucket_size, got "
+                f"row_size={self.row_size!r} and bucket_size={self.bucket_size!r}")
+
+    def in_rows(self, length: int) -> "BucketQuantSpec":
+        """The same quantizer with buckets that end with each row of ``length`` elements.
+
+        The buckets of a row are equally large, and no larger than ``bucket_size``. One bucket for the
+        whole tensor stays one.
+
+        >>> rows = BucketQuantSpec(bucket_size=256).in_rows
+        >>> [(spec.bucket_size, spec.row_size) for spec in (rows(768), rows(300), rows(49))]
+        [(256, None), (152, 300), (56, 49)]
+        """
+        if self.bucket_size is None:
+            return self
+        size = row_bucket(length, self.bucket_size)
+        # Buckets that fill a row need not know of it.
+        return replace(
+            self, bucket_size=size, row_size=None if length % size == 0 else length)
 
     def to_text(self) -> str:
         """All of it as text, for operators of compiled graphs, which take no objects.
@@ -132,6 +156,16 @@ class BucketQuantSpec:
     def pads_with_zero(self) -> bool:
         """Whether the tail is padded with zeros (l2) or with its last element (min-max, max)."""
         return self.scale_rule == "l2"
+
+
+def row_bucket(length: int, bucket_size: int) -> int:
+    """Size of the buckets of a row: equal parts of it, padded to a multiple of 8 elements.
+
+    >>> [row_bucket(length, 256) for length in (1, 49, 192, 256, 1000)]
+    [8, 56, 192, 256, 256]
+    """
+    parts = -(-length // bucket_size)
+    return -(-length // (8 * parts)) * 8
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,134 @@
+"""The rows of a saved tensor: elements that backward multiplies by the same gradient.
+
+See NOTE [ Rows ] in :mod:`brevitas_bp.codec.rows`. A function here takes a saved tensor, or the shard of
+it that is here, and the call that saves it. It returns the :class:`~brevitas_bp.codec.rows.Rows`, or None
+where buckets may lie anywhere.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+from torch import Tensor
+
+from brevitas_bp.backward.saved import Call, tensors_in
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.rows import Rows
+
+RowsOf = Callable[[Tensor, Call], Rows | None]
+
+# Elements of a row, and of a plane of an image, from which buckets of its own are worth their bytes.
+# Shorter rows share buckets with those beside them.
+_LEAST_ROW, _LEAST_PLANE = 16, 40
+
+
+def last_dimension(x: Tensor, call: Call) -> Rows | None:
+    """Each row of the last dimension: the features of a token."""
+    dims = 1
+    while dims < x.dim() - 1 and prod(x.shape[-dims:]) < _LEAST_ROW:
+        dims += 1
+    return trailing(x, dims)
+
+
+def of_matrix(x: Tensor, call: Call) -> Rows | None:
+    """Rows of a factor of a matrix product; columns, where these are consecutive in memory.
+
+    Of a matrix that is handed over transposed the columns are what was a row when it was computed.
+    """
+    base = TensorLayout.base(x)
+    if base.dim() >= 2 and base.shape[-1] > 1 and base.stride(-2) == 1 and (
+            base.stride(-1) >= base.shape[-2] >= _LEAST_ROW):
+        length = base.shape[-2]
+        steps = [base.stride(d) for d in range(base.dim() - 2) if base.shape[d] > 1]
+        if all(step >= length for step in steps):
+            return Rows(length, length)
+    return last_dimension(x, call)
+
+
+def of_elements(x: Tensor, call: Call) -> Rows | None:
+    """Rows of a factor of an elementwise product.
+
+    They are what the other factor is broadcast along, since that is summed into one gradient; else the
+    last dimension, and at least a plane of images.
+    """
+    dims = 0
+    for other in tensors_in(call.arguments[:2]):
+        if other.numel() < x.numel() and other.dim() <= x.dim():
+            shape = (1,) * (x.dim() - other.dim()) + tuple(other.shape)
+            while dims < x.dim() and shape[-1 - dims] == 1:
+                dims += 1
+    dims = max(dims, 1)
+    while dims < x.dim() - 2 and prod(x.shape[-dims:]) < _LEAST_PLANE:
+        dims += 1
+    while dims < x.dim() - 1 and prod(x.shape[-dims:]) < _LEAST_ROW:
+        dims += 1
+    base = TensorLayout.base(x)
+    if not base.is_contiguous() and base.dim() > 2 and base.stride(1) == 1:
+        # Channels last: copying would cost more than it is worth.
+        return Rows(base.numel() // base.shape[0], base.shape[-1])
+    return trailing(x, dims)
+
+
+def trailing(x: Tensor, dims: int) -> Rows | None:
+    """Rows of the last ``dims`` dimensions, in their own order."""
+    base = TensorLayout.base(x)
+    if base.dim() == 0:
+        return None
+    length = prod(base.shape[-dims:])
+    last = base.shape[-1]
+    if length == 0 or base.is_contiguous():
+        return Rows(length, last) if length else None
+    # Gaps between rows are closed by the layout; what counts is the order of the dimensions.
+    order = tuple(range(base.dim()))
+    wide = [base.stride(d) for d in order if base.shape[d] > 1]
+    in_order = wide == sorted(wide, reverse=True)
+    return Rows(length, last, None if in_order else order)
+
+
+def convolved(x: Tensor, call: Call) -> Rows | None:
+    """What one sample brings to a convolution; of one in groups, what it brings to each group.
+
+    All channels of a group are multiplied by the same gradients.
+    """
+    base = TensorLayout.base(x)
+    spatial = _spatial(call)
+    if spatial is None or base.dim() < spatial + 1:
+        return trailing(x, 1)
+    channels, plane = base.shape[-spatial - 1], prod(base.shape[-spatial:])
+    groups = _groups(call)
+    length = channels // groups * plane if groups > 1 and channels % groups == 0 else channels * plane
+    if length == 0:
+        return None
+    if groups > 1 and shares_planes(x, call):
+        length = channels * plane
+    if groups > 1 and length < channels * plane:
+        # Channels of a group must lie together.
+        rows = trailing(x, spatial + 1)
+        return None if rows is None else rows._replace(length=length)
+    # The dimensions of a sample may lie in any order.
+    if base.dim() == spatial + 1 or base.shape[0] == 1 or base.stride(0) >= length:
+        return Rows(length, base.shape[-1])
+    return trailing(x, spatial + 1)
+
+
+def shares_planes(x: Tensor, call: Call) -> bool:
+    """Whether a convolution in groups has too few elements to a group for buckets of its own.
+
+    Also where the channels of a group do not lie together in memory. The gradients of two groups may
+    differ by any factor, so what is stored has to be in units of its channel.
+    """
+    spatial, groups = _spatial(call), _groups(call)
+    if spatial is None or groups == 1 or x.dim() != spatial + 2:
+        return False
+    length = x.shape[1] // groups * prod(x.shape[2:])
+    return length < _LEAST_PLANE or (x.stride(1) == 1 and not x.is_contiguous())
+
+
+def _spatial(call: Call) -> int | None:
+    """Dimensions of an image, by those of the weight [out, in, ...]."""
+    weight = call.argument(1, "weight")
+    return weight.dim() - 2 if isinstance(weight, Tensor) and weight.dim() > 2 else None
+
+
+def _groups(call: Call) -> int:
+    groups = call.argument(8 if call.name.strip("_") == "convolution" else 6, "groups", 1)
+    return groups if isinstance(groups, int) else 1

@@ -1,0 +1,180 @@
+"""Inputs of norms, stored as backward uses them: normalized.
+
+NOTE [ Inputs of norms are stored normalized ]
+1. Backward of a norm uses ``(x - mean) * rstd``. A rounding of ``x`` counts ``rstd`` times, which
+   differs from row to row, or from channel to channel, by any factor. One of the normalized input
+   counts once.
+2. Autograd saves the input before the operation runs, mean and inverse deviation afterwards. So the hook
+   returns a :class:`Deferred`, which is filled when the operation has ended.
+3. Decoded is ``normalized / rstd``, and the mean is decoded as zero: the formula of backward then gives
+   the normalized input, whichever kernel computes it. So the mean itself is not kept.
+4. A row or channel without deviation is stored as zeros exactly.
+5. Where mean and inverse deviation are not to be had (evaluation; custom Functions), the tensor's own
+   serve, and the mean is kept and added.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.backward.rows import trailing
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.normalized import Undo
+from brevitas_bp.codec.rows import Rows
+from brevitas_bp.kernels.arithmetic import compute_dtype
+from brevitas_bp.kernels.normalizing import Affine
+
+_LAYER, _GROUP = "layer_norm", "group_norm"
+# Of a variance below eps times this, rstd has no digits left to tell it from zero.
+_NO_VARIANCE = 2.0**-20
+
+
+class Deferred:
+    """What a pack hook returns for a tensor whose payload is made when the operation has ended.
+
+    Attributes:
+        packed: the payload, from then on.
+    """
+
+    __slots__ = ("packed",)
+
+    def __init__(self) -> None:
+        self.packed: Any = None
+
+
+@dataclass(eq=False)
+class PendingNorm:
+    """A norm that is running: its input, and what else it has saved so far.
+
+    Attributes:
+        saved: the input.
+        decision: how it is to be stored.
+        deferred: what autograd got for it.
+        originals: what plain autograd would have saved, for listeners.
+        statistics: the other tensors of numbers that it has saved, in order.
+    """
+
+    saved: SavedTensor
+    decision: Decision
+    deferred: Deferred
+    originals: Sequence[Tensor]
+    statistics: list[tuple[SavedTensor, Decision, Deferred]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NormUnits:
+    """How the input of a norm is normalized, and the rows of its buckets.
+
+    Attributes:
+        affine: normalizes.
+        undo: the way back.
+        rows: None where all buckets may straddle statistics, which are normalized to one scale.
+        drops_mean: whether the mean is decoded as zero.
+    """
+
+    affine: Affine
+    undo: Undo
+    rows: Rows | None
+    drops_mean: bool
+
+
+def units_of(pending: PendingNorm, keeps_mean: bool) -> NormUnits | None:
+    """How the input of a norm that has ended is stored; None: as it is.
+
+    Args:
+        pending: the norm.
+        keeps_mean: the mean is added to what is decoded, and not replaced by zero.
+    """
+    x, call = pending.saved.tensor, pending.saved.call
+    if x.numel() == 0 or x.dim() < 2:
+        return None
+    by_row = _LAYER in call.name or _GROUP in call.name
+    found = [saved.tensor for saved, _, _ in pending.statistics[-2:]]
+    count = found[0].numel() if len(found) == 2 else 0
+    if count == 0 or found[1].numel() != count or not (
+            x.numel() % count == 0 if by_row else x.shape[1] == count):
+        return None if by_row else _own(x)
+    computed = compute_dtype(x.dtype)
+    mean, rstd = (t.detach().reshape(-1).to(computed) for t in found)
+    rows, largest = None, float("inf")
+    if by_row:
+        inner = x.numel() // count
+        rows = _rows(x, inner)
+        if rows is None:
+            return None
+    else:
+        placed = _channels(x)
+        if placed is None:
+            return None
+        inner, rows = placed
+        largest = _largest(call)
+    undo = Undo(rstd, largest, mean if keeps_mean else None, inner)
+    return NormUnits(undo.forward(mean), undo, rows, not keeps_mean)
+
+
+def _rows(x: Tensor, inner: int) -> Rows | None:
+    """Rows of ``inner`` elements, where they are whole trailing dimensions, or equal parts of them."""
+    dims, size = 0, 1
+    while dims < x.dim() and size < inner:
+        dims += 1
+        size = prod(x.shape[-dims:])
+    rows = trailing(x, dims) if dims else None
+    return None if rows is None or size % inner else rows._replace(length=inner)
+
+
+def _channels(x: Tensor) -> tuple[int, Rows | None] | None:
+    """Consecutive elements of one channel in memory, and the order to copy to where there is none."""
+    base = TensorLayout.base(x)
+    if base.shape != x.shape:
+        return None
+    plane = x.shape[2:].numel()
+    if x.is_contiguous():
+        return plane, None
+    if x.stride(1) == 1 and all(
+            s >= x.shape[1] for d, s in enumerate(x.stride()) if d != 1 and x.shape[d] > 1):
+        return 1, None
+    if x.numel() and x.stride(1) >= plane:
+        return plane, None
+    return plane, Rows(x.numel(), x.shape[-1], tuple(range(x.dim())))
+
+
+def _own(x: Tensor) -> NormUnits | None:
+    """Units made of the tensor's own channels: the mean is kept."""
+    placed = _channels(x)
+    if placed is None:
+        return None
+    inner, rows = placed
+    with torch.no_grad():
+        variance, mean = torch.var_mean(
+            x.detach().to(compute_dtype(x.dtype)), _all_but_channels(x), correction=0)
+        rstd = variance.rsqrt()
+    undo = Undo(rstd, torch.finfo(rstd.dtype).max, mean, inner, owned=True)
+    return NormUnits(undo.forward(mean), undo, rows, drops_mean=False)
+
+
+def channel_units(x: Tensor) -> NormUnits | None:
+    """Channels in units of their largest magnitude, which is kept; None where they lie apart."""
+    placed = _channels(x)
+    if placed is None:
+        return None
+    inner, rows = placed
+    with torch.no_grad():
+        peak = torch.linalg.vector_norm(
+            x.detach().to(compute_dtype(x.dtype)), float("inf"), _all_but_channels(x))
+        undo = Undo(peak.reciprocal(), torch.finfo(peak.dtype).max, None, inner, owned=True)
+    return NormUnits(undo.forward(None), undo, rows, drops_mean=False)
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _largest(call: Call) -> float:
+    """The inverse deviation of a channel that has none, from ``eps`` of batch and instance norms."""
+    eps = call.argument(7, "eps", 1e-5)
+    return (eps * (1 + _NO_VARIANCE)) ** -0.5 if isinstance(eps, float) and eps > 0 else float("inf")

@@ -1,0 +1,154 @@
+"""Tensors stored in the units in which backward uses them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import Form
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.quantized import LoweredCodec
+from brevitas_bp.kernels.arithmetic import compute_dtype
+from brevitas_bp.kernels.normalizing import Affine, denormalize, normalize
+
+
+@dataclass(frozen=True, eq=False)
+class Undo:
+    """The way back from a normalized tensor: ``y / rstd``, or ``y / rstd + mean``.
+
+    Attributes:
+        rstd: inverse deviations [K]; where they are 0, so is ``y``.
+        largest: where they reach this, there is no deviation, and ``y`` is 0.
+        mean: [K]; None: left out.
+        inner: see :class:`~brevitas_bp.kernels.normalizing.Affine`.
+        owned: whether the numbers are kept for this tensor alone, and count as its bytes.
+    """
+
+    rstd: Tensor
+    largest: float
+    mean: Tensor | None
+    inner: int
+    owned: bool = False
+
+    def __call__(self) -> Affine:
+        """The affine map back."""
+        deviation = torch.where(self._deviates, self.rstd.reciprocal(), 0)
+        return Affine(deviation, self.mean, self.inner)
+
+    def forward(self, mean: Tensor | None) -> Affine:
+        """The affine map that normalizes: ``(x - mean) * rstd``."""
+        return Affine(torch.where(self._deviates, self.rstd, 0), mean, self.inner)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is kept for this tensor alone."""
+        if not self.owned:
+            return ()
+        return (self.rstd,) if self.mean is None else (self.rstd, self.mean)
+
+    @property
+    def _deviates(self) -> Tensor:
+        return (self.rstd < self.largest) & (self.rstd > 0)
+
+
+@final
+class NormalizedCodec(Codec):
+    """Stores ``(x - shift) * scale``, with one shift and scale for each row or channel.
+
+    A rounding then has the same size in all of them, whatever their own.
+
+    Args:
+        inner: stores the normalized tensor.
+        affine: normalizes; None in a codec that only decodes.
+        undo: the way back.
+    """
+
+    wraps = True
+
+    def __init__(self, inner: Codec, affine: Affine | None, undo: Undo) -> None:
+        self.inner = inner
+        self.affine = affine
+        self.undo = undo
+        self.name = inner.name
+        self.decodes_anew = inner.decodes_anew
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Normalizes and stores; the compiled kernels do both at once."""
+        assert self.affine is not None
+        if isinstance(self.inner, LoweredCodec):
+            stored = self.inner.encode(x, seed=seed, where=where, affine=self.affine)
+        else:
+            layout = TensorLayout.of(x)
+            with torch.no_grad():
+                values = normalize(layout.flatten(x.detach()), self.affine).to(x.dtype)
+            stored = self.inner.encode(layout.restore_flat(values), seed=seed, where=where)
+        # What is stored knows nothing of the means.
+        codec = NormalizedCodec(self.inner, None, self.undo)
+        return Packed(
+            codec, (*stored.tensors, *self.undo.tensors), stored.layout, stored, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """The tensor, but for what ``undo`` leaves out."""
+        # Through what is stored now: it is compared with what was.
+        own = packed.tensors[:len(packed.facts.tensors)]
+        stored, affine = replace(packed.facts, tensors=own), self.undo()
+        if isinstance(self.inner, LoweredCodec):
+            return self.inner.decode(stored, affine)
+        values, layout = stored.decode(), packed.layout
+        with torch.no_grad():
+            flat = layout.flatten(values).to(compute_dtype(layout.dtype))
+            return layout.restore_flat(denormalize(flat, affine, layout.dtype))
+
+    def forms(self, packed: Packed) -> Sequence[Form] | None:
+        inner = packed.facts.codec.forms(packed.facts)
+        return None if inner is None else [
+            *inner, *(Form.flat(t.numel(), t.dtype) for t in self.undo.tensors)]
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        least = self.inner.stored_nbytes(layout)
+        return None if least is None else least + sum(t.nbytes for t in self.undo.tensors)
+
+
+@final
+class QuotientCodec(Codec):
+    """Stores a dividend ``a`` as the quotient ``a / b``, beside the divisor that is kept anyway.
+
+    The gradient of the divisor is ``-g (a / b) / b``: a rounding of the quotient counts as much wherever
+    it is, one of ``a`` counts ``1 / b**2`` times. Where ``b`` is zero, so is what is stored.
+
+    Args:
+        divisor: gives it, when the dividend is stored and when backward needs it.
+        inner: stores the quotient.
+    """
+
+    wraps = True
+
+    def __init__(self, divisor: Callable[[], Tensor], inner: Codec) -> None:
+        self.inner = inner
+        self.divisor = divisor
+        self.name = f"{inner.name}, of the quotient"
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Divides, and stores the quotient."""
+        with torch.no_grad():
+            divisor = self.divisor()
+            quotient = torch.where(divisor == 0, 0, x.detach() / divisor).to(x.dtype)
+        stored = self.inner.encode(quotient, seed=seed, where=where)
+        return Packed(self, stored.tensors, TensorLayout.of(x), stored, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """The quotient times the divisor."""
+        stored = replace(packed.facts, tensors=packed.tensors)
+        with torch.no_grad():
+            values = (stored.decode() * self.divisor()).to(packed.layout.dtype)
+        return packed.layout.restore(
+            values.expand(packed.layout.base_shape))
+
+    def forms(self, packed: Packed) -> Sequence[Form] | None:
+        return packed.facts.codec.forms(packed.facts)
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return self.inner.stored_nbytes(layout)
