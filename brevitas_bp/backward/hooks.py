@@ -294,13 +294,12 @@ class ForwardPass:
         pending, self._norm = self._norm, None
         assert pending is not None
         saved, decision = pending.saved, pending.decision
-        units = units_of(pending, keeps_mean=self.on_backward)
+        units = units_of(pending)
         packed = self._encode_once(saved, decision, units)
         pending.deferred.packed = packed
         self._tell(saved, packed, decision, pending.originals)
         dropped = None
-        if units is not None and units.drops_mean and isinstance(packed.codec, (
-                NormalizedCodec, ReorderedCodec)):
+        if units is not None and units.drops_mean and packed.codec is not _KEEP:
             dropped = pending.statistics[-2][0]
         for statistic, why, deferred in pending.statistics:
             if statistic is dropped:

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from brevitas_bp.backward.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.explain import Explanation
+from brevitas_bp.backward.graph_rows import Grouping, grouping_of
 from brevitas_bp.backward.linearity import inputs_of, is_rectified, is_tangent, reach_of
 from brevitas_bp.backward.ops import Location, current_location
 from brevitas_bp.backward.parameters import ParameterSet
@@ -38,6 +39,7 @@ from brevitas_bp.codec.base import Codec
 from brevitas_bp.codec.inlined import FLEXIBLE, Inlined, InlinedQuantizer, inlined
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
+from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.packing import packed_nbytes
 from brevitas_bp.kernels.reference import bucket_shape
 from brevitas_bp.kernels.spec import BucketQuantSpec
@@ -51,7 +53,36 @@ _library.define(
     tags=FLEXIBLE + tuple(
         getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
         if hasattr(torch.Tag, name)))
+_library.define(
+    "encode_channels(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
+    "Tensor? mean=None) -> (Tensor, Tensor, Tensor)",
+    tags=FLEXIBLE + tuple(
+        getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
+        if hasattr(torch.Tag, name)))
 _sites = itertools.count()
+
+
+def _encode_channels(
+        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
+        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_encode`, of a tensor in units of its channels; and their means and deviations [2, K].
+
+    ``variance`` and ``mean`` are those of the norm that reads ``x``. Without them its own are computed.
+    """
+    location = current_location()
+    assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
+    location.graphs.add(graph)
+    flat = x.reshape(-1).resolve_neg().contiguous()
+    channels = x.shape[dim]
+    if variance is None or mean is None:
+        variance, mean = torch.var_mean(
+            x.to(compute_dtype(x.dtype)), [d for d in range(x.dim()) if d != dim], correction=0)
+    statistics = torch.stack((mean.reshape(-1), variance.reshape(-1).sqrt())).to(
+        compute_dtype(x.dtype))
+    scale = torch.where(statistics[1] > 0, statistics[1].reciprocal(), 0)
+    affine = Affine(scale, statistics[0], x[0].numel() // channels if dim == 1 else 1)
+    plan = dispatch.plan_from_text(spec, x.numel(), x.dtype, x.device)
+    return *plan.encode(flat, location.next_seed(), affine=affine), statistics
 
 
 def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
@@ -64,6 +95,17 @@ def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor
 
 
 _library.impl("encode", _encode, "CompositeExplicitAutograd")
+
+
+_library.impl("encode_channels", _encode_channels, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("brevitas_bp::encode_channels", lib=_library)
+def _encode_channels_fake(
+        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
+        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((2, x.shape[dim]), dtype=compute_dtype(x.dtype))
+    return *_encode_fake(x, spec, graph, site), statistics
 
 
 @torch.library.register_fake("brevitas_bp::encode", lib=_library)
@@ -176,8 +218,12 @@ def _context() -> dict[str, Any] | None:
 
 
 def _packed(form: Inlined, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
-    def quantize(x: Tensor, spec: BucketQuantSpec) -> tuple[Tensor, Tensor]:
-        return torch.ops.brevitas_bp.encode(x, spec.to_text(), _graph_number(), next(_sites))
+    def quantize(
+            x: Tensor, spec: BucketQuantSpec, channels: int | None = None) -> tuple[Tensor, ...]:
+        where = spec.to_text(), _graph_number(), next(_sites)
+        if channels is None:
+            return torch.ops.brevitas_bp.encode(x, *where)
+        return torch.ops.brevitas_bp.encode_channels(x, *where, channels)
 
     return form.pack(x, quantize)
 
@@ -207,9 +253,14 @@ def _decide(
             # Policies that do not ask for the reach treat all tensors alike.
             rectified = reach != "nonlinear" and not isinstance(passing.policy, PlainPolicy)
             saved.reach = reach if rectified else saved.reach
+        grouping = Grouping() if isinstance(passing.policy, PlainPolicy) else grouping_of(
+            node, context["_fw_graph"], backward, x)
+        if grouping.channels and saved.reach == "norm" and isinstance(x.numel(), int):
+            saved.sharing = x.numel() // x.shape[1]
         decision = passing.policy.decide(saved)
         form = None if decision.codec is None else inlined(
-            decision.codec, x, _runs_channels_last(context["_fw_graph"], x), rectified)
+            decision.codec, x, _runs_channels_last(context["_fw_graph"], x), rectified,
+            grouping.row, grouping.in_memory, grouping.channels)
         if form is None and decision.codec is not None:
             decision = _NO_FORM
     given = stored = x.numel() * x.element_size()

@@ -126,10 +126,10 @@ class _Reader:
             if trace is not None:
                 self.traces[node] = trace
             return
-        name = _name_of(node)
+        name = name_of(node)
         if name in _CONSTANT or (name in _COMPARISONS and self._compares_with_zero(node, 0, 1)):
             return
-        if _shows_all(node) and node.args[0] in self.same:
+        if shows_all(node) and node.args[0] in self.same:
             self.same.add(node)
         if name == "threshold_backward" and self._compares_with_zero(node, 1, 2):
             trace = self.trace(node.args[0])
@@ -267,7 +267,7 @@ def _linear_in_all(reader: _Reader, node: Node) -> Trace:
     "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate", "scatter_add", "index_add")
 def _written(reader: _Reader, node: Node) -> Trace:
     # The others have one argument more before what is written: a mask, or a dimension.
-    count = 3 if _name_of(node) in ("index_put", "_unsafe_index_put") else 4
+    count = 3 if name_of(node) in ("index_put", "_unsafe_index_put") else 4
     target, *where, source = node.args[:count]
     trace = reader.trace([target, source])
     return _NONLINEAR if trace is None or _depends(reader, where) else trace
@@ -319,8 +319,10 @@ def _added_product(reader: _Reader, node: Node) -> Trace:
     return _join(reader.trace(node.args[0]), product) or _NONLINEAR
 
 
-def _name_of(node: Node) -> str:
+def name_of(node: Node) -> str:
     """``aten.mul.Tensor`` -> "mul"; "" for what is no operator of aten or prims."""
+    if node.target is operator.getitem:
+        return "getitem"
     namespace = getattr(node.target, "namespace", "")
     return getattr(node.target, "_opname", "") if namespace in ("aten", "prims") else ""
 
@@ -328,7 +330,7 @@ def _name_of(node: Node) -> str:
 def _gradients_of(node: Node) -> list[int]:
     """Positions of the arguments of aten's backward operators that are gradients."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None or "_backward" not in _name_of(node):
+    if schema is None or "_backward" not in name_of(node):
         return []
     return [
         i for i, argument in enumerate(schema.arguments)
@@ -381,14 +383,15 @@ def tangential_nodes(graph: Graph) -> set[Node]:
 
 def is_rectified(node: Node) -> bool:
     """Whether a node of a forward graph is the output of a ReLU, in any shape."""
-    while _shows_all(node) and isinstance(node.args[0], Node):
+    while shows_all(node) and isinstance(node.args[0], Node):
         node = node.args[0]
-    name = _name_of(node)
+    name = name_of(node)
     return name == "relu" or (name == "clamp_min" and _is_zero(node.args[1]))
 
 
-def _shows_all(node: Node) -> bool:
-    return _name_of(node) in _IDENTITIES and not _is_reinterpreted(node)
+def shows_all(node: Node) -> bool:
+    """Whether a node is all of its argument, in another shape or memory."""
+    return name_of(node) in _IDENTITIES and not _is_reinterpreted(node)
 
 
 def _is_zero(number: Any) -> bool:

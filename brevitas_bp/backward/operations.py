@@ -5,6 +5,7 @@ where no two roundings of one tensor are multiplied. Each rule says which saved 
 are such; everything else is exact.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +38,9 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A factor that is broadcast to this many times its size is kept: few bytes, and each of its roundings
 # would reach many gradients.
 _BROADCAST = 16
+
+# Elements of a statistic of a norm, from which on its input needs no more bits than are configured.
+_ENOUGH = 256
 
 # Roundings that are summed into one gradient, from which on they need no more bits.
 _AVERAGED = 256
@@ -178,11 +182,27 @@ def normalization(statistics: bool = False) -> OpRule:
     def decide(saved: SavedTensor) -> Decision:
         if saved.is_norm_statistic:
             return Decision(None, "statistic of a norm")
+        x = saved.tensor
+        of_channels = statistics and x.dim() > 1 and (
+            "batch" in saved.call.name or "instance" in saved.call.name)
+        least = norm_bits(x.numel() // max(x.shape[1], 1)) if of_channels else 1
         return Decision(
             saved.codec, "input of a norm: bias of order 1/M", reaches="norm", rows=last_dimension,
-            units="statistic" if statistics else None)
+            units="statistic" if statistics else None, least_bits=least)
 
     return OpRule(_floats(decide))
+
+
+def norm_bits(elements: int) -> int:
+    """Least bits of the input of a norm with so many elements to a statistic.
+
+    A rounding reaches the gradient of the input with a weight of order 1 / sqrt(elements). Four times
+    fewer elements are worth one more bit, and such tensors are small.
+
+    >>> [norm_bits(elements) for elements in (1000, 256, 64, 16, 4, 2)]
+    [1, 1, 3, 4, 5, 6]
+    """
+    return 1 if elements >= _ENOUGH else 2 + math.ceil(math.log(_ENOUGH / max(elements, 1), 4))
 
 
 def lossless(

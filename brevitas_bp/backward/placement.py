@@ -9,11 +9,14 @@ NOTE [ Encoders rise, decoders sink ]
    moves the operations of the calls before it; those of the last one stay where they are.
 """
 
+import torch
 from torch.fx import Graph, Node
 
+from brevitas_bp.backward.graph_rows import statistics_of
+
 _MOVED = "brevitas_bp moved"
-_ENCODERS = frozenset({"encode", "pack_bits", "pack_positive"})
-_DECODERS = frozenset({"decode", "decode_rectified", "unpack_bits"})
+_ENCODERS = frozenset({"encode", "encode_channels", "pack_bits", "pack_positive"})
+_DECODERS = frozenset({"decode", "decode_channels", "decode_rectified", "unpack_bits"})
 _VIEWS = frozenset({"view", "permute", "reshape", "_unsafe_view"})
 
 
@@ -28,8 +31,13 @@ def raise_encoders(forward: Graph) -> None:
         made = chain[0].args[0]
         # Inputs of the graph are there from the beginning; an encoder may stand behind the last of them.
         inputs = forward.find_nodes(op="placeholder")
+        assert isinstance(made, Node)
         place = inputs[-1] if made in inputs else made
-        assert isinstance(place, Node)
+        if encoder.target is torch.ops.brevitas_bp.encode_channels.default and (
+                statistics := statistics_of(made)) is not None:
+            # The norm has computed them; it runs right after what made its input.
+            encoder.args = (*encoder.args[:5], *statistics)
+            place = max(place, *statistics, key=list(forward.nodes).index)
         while _name(place.next) == "getitem":
             place = place.next
         for node in reversed(chain):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
-from brevitas_bp.backward.operations import FLOAT_DTYPES, OpRule, rule_of
+from brevitas_bp.backward.operations import FLOAT_DTYPES, OpRule, norm_bits, rule_of
 from brevitas_bp.backward.rewrites import Passing, ReplayAttention, Rewrite, SaveDerivative
 from brevitas_bp.backward.rows import last_dimension
 from brevitas_bp.backward.saved import (
@@ -113,9 +113,10 @@ class OpAware:
         multiplier_bits: least width of what multiplies the gradient that passes: derivatives, factors
             of products of activations. A rounding there reaches the gradients
             of all layers further up, while one of a layer's input reaches that of its own weight.
-        norm_bits: least width of the inputs of norms; None: as configured. Roundings there reach all
-            layers further up with a weight of order 1 / sqrt(M): worth more bits where few elements
-            share a statistic, as in small batches.
+        norm_bits: least width of the inputs of norms; None: as configured, and one bit more for each
+            factor of four by which fewer than 256 elements share a statistic of a batch or instance
+            norm, as in small batches. Roundings there reach all layers further up, with a weight of
+            order 1 / sqrt(M).
         multiplier_quant: quantizer in place of the configured one with ``multiplier_bits``.
         few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
             2023), stored instead of a rounded derivative: smaller, without noise, and biased. None: off.
@@ -209,8 +210,8 @@ class OpAware:
             return decision
         if decision.reaches == "all":
             return decision.with_codec(self._multiplier or at_least(codec, self.multiplier_bits))
-        bits = self.norm_bits if decision.reaches == "norm" else None
-        return decision.with_codec(unaveraged(codec) if bits is None else at_least(codec, bits))
+        bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reaches == "norm" else 1)
+        return decision.with_codec(unaveraged(codec) if bits == 1 else at_least(codec, bits))
 
     def _decide_compiled(self, saved: SavedTensor, codec: Codec) -> Decision:
         if saved.reach is None:
@@ -220,7 +221,9 @@ class OpAware:
         if of_norm or _is_log_sum(saved):
             return _STATISTIC
         if saved.reach != "nonlinear":
-            return self._widened(Decision(codec, _LINEAR[saved.reach], reaches=saved.reach), codec)
+            least = 1 if saved.sharing is None else norm_bits(saved.sharing)
+            return self._widened(Decision(
+                codec, _LINEAR[saved.reach], reaches=saved.reach, least_bits=least), codec)
         bits = self.recomputed_bits
         return _RECOMPUTED_EXACT if bits is None else Decision(
             at_least(codec, bits), "backward recomputes functions of it: slightly biased", reaches="all")

@@ -1,8 +1,7 @@
 """The rows of a saved tensor: elements that backward multiplies by the same gradient.
 
 See NOTE [ Rows ] in :mod:`brevitas_bp.codec.rows`. A function here takes a saved tensor, or the shard of
-it that is here, and the call that saves it. It returns the :class:`~brevitas_bp.codec.rows.Rows`, or None
-where buckets may lie anywhere.
+it that is here, and the call that saves it. It returns the rows, or None where buckets may lie anywhere.
 """
 
 from collections.abc import Callable
@@ -16,15 +15,15 @@ from brevitas_bp.codec.rows import Rows
 
 RowsOf = Callable[[Tensor, Call], Rows | None]
 
-# Elements of a row, and of a plane of an image, from which buckets of its own are worth their bytes.
-# Shorter rows share buckets with those beside them.
-_LEAST_ROW, _LEAST_PLANE = 16, 40
+#: Elements of a row, and of a plane of an image, from which buckets of its own are worth their bytes.
+#: Shorter rows share buckets with those beside them.
+LEAST_ROW, LEAST_PLANE = 16, 40
 
 
 def last_dimension(x: Tensor, call: Call) -> Rows | None:
     """Each row of the last dimension: the features of a token."""
     dims = 1
-    while dims < x.dim() - 1 and prod(x.shape[-dims:]) < _LEAST_ROW:
+    while dims < x.dim() - 1 and prod(x.shape[-dims:]) < LEAST_ROW:
         dims += 1
     return trailing(x, dims)
 
@@ -36,7 +35,7 @@ def of_matrix(x: Tensor, call: Call) -> Rows | None:
     """
     base = TensorLayout.base(x)
     if base.dim() >= 2 and base.shape[-1] > 1 and base.stride(-2) == 1 and (
-            base.stride(-1) >= base.shape[-2] >= _LEAST_ROW):
+            base.stride(-1) >= base.shape[-2] >= LEAST_ROW):
         length = base.shape[-2]
         steps = [base.stride(d) for d in range(base.dim() - 2) if base.shape[d] > 1]
         if all(step >= length for step in steps):
@@ -57,9 +56,9 @@ def of_elements(x: Tensor, call: Call) -> Rows | None:
             while dims < x.dim() and shape[-1 - dims] == 1:
                 dims += 1
     dims = max(dims, 1)
-    while dims < x.dim() - 2 and prod(x.shape[-dims:]) < _LEAST_PLANE:
+    while dims < x.dim() - 2 and prod(x.shape[-dims:]) < LEAST_PLANE:
         dims += 1
-    while dims < x.dim() - 1 and prod(x.shape[-dims:]) < _LEAST_ROW:
+    while dims < x.dim() - 1 and prod(x.shape[-dims:]) < LEAST_ROW:
         dims += 1
     base = TensorLayout.base(x)
     if not base.is_contiguous() and base.dim() > 2 and base.stride(1) == 1:
@@ -120,7 +119,7 @@ def shares_planes(x: Tensor, call: Call) -> bool:
     if spatial is None or groups == 1 or x.dim() != spatial + 2:
         return False
     length = x.shape[1] // groups * prod(x.shape[2:])
-    return length < _LEAST_PLANE or (x.stride(1) == 1 and not x.is_contiguous())
+    return length < LEAST_PLANE or (x.stride(1) == 1 and not x.is_contiguous())
 
 
 def _spatial(call: Call) -> int | None:

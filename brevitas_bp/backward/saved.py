@@ -80,6 +80,7 @@ class SavedTensor:
         role: what the tensor is to a rewritten operation, or to checkpointing; else None.
         derivative: name of the function whose derivative is stored, in its shape and dtype; None:
             the tensor itself, as always while a report listens.
+        sharing: elements that share one statistic of a norm in a compiled graph, where that is known.
     """
 
     tensor: Tensor
@@ -93,6 +94,7 @@ class SavedTensor:
     compiled: bool = False
     reach: Reach | None = None
     derivative: str | None = None
+    sharing: int | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -152,7 +154,7 @@ class SavedTensor:
         if self.op is None or "norm" not in self.op or not self.arguments:
             return False
         normalized = self.arguments[0]
-        return isinstance(normalized, Tensor) and (
+        return isinstance(normalized, Tensor) and not self.shows(normalized) and (
             self.tensor.numel() < normalized.numel() or normalized.shape[-1:] == (1,))
 
 
@@ -172,6 +174,7 @@ class Decision(NamedTuple):
             of them. Only what reaches no further than a weight may be averaged.
         rows: the rows with which buckets end, see :mod:`~brevitas_bp.backward.rows`; None: buckets may
             lie anywhere.
+        least_bits: width below which a rounding would be too coarse, whatever is configured.
         units: the units in which backward uses the tensor, in which it is stored, see
             :mod:`~brevitas_bp.backward.units`; None: its own.
     """
@@ -183,6 +186,7 @@ class Decision(NamedTuple):
     reaches: Literal["weight", "sum", "norm", "all"] = "weight"
     rows: "Callable[[Tensor, Call], Rows | None] | None" = None
     units: Literal["statistic", "channel", "quotient"] | None = None
+    least_bits: int = 1
 
     def with_codec(self, codec: Codec) -> "Decision":
         """The same with another codec; itself with its own."""

@@ -83,13 +83,8 @@ class NormUnits:
     drops_mean: bool
 
 
-def units_of(pending: PendingNorm, keeps_mean: bool) -> NormUnits | None:
-    """How the input of a norm that has ended is stored; None: as it is.
-
-    Args:
-        pending: the norm.
-        keeps_mean: the mean is added to what is decoded, and not replaced by zero.
-    """
+def units_of(pending: PendingNorm) -> NormUnits | None:
+    """How the input of a norm that has ended is stored; None: as it is."""
     x, call = pending.saved.tensor, pending.saved.call
     if x.numel() == 0 or x.dim() < 2:
         return None
@@ -113,8 +108,8 @@ def units_of(pending: PendingNorm, keeps_mean: bool) -> NormUnits | None:
             return None
         inner, rows = placed
         largest = _largest(call)
-    undo = Undo(rstd, largest, mean if keeps_mean else None, inner)
-    return NormUnits(undo.forward(mean), undo, rows, not keeps_mean)
+    undo = Undo(rstd, largest, None, inner)
+    return NormUnits(undo.forward(mean), undo, rows, drops_mean=True)
 
 
 def _rows(x: Tensor, inner: int) -> Rows | None:

@@ -249,8 +249,9 @@ class QuantizeOnBackward(Codec):
         if not encoded:
             # Not at each call: a quantizer that collects statistics would give other codes.
             encoded.append(self.codec.encode(x, seed=seed, where=packed.where))
-        # The same break-even rule as for storing early.
-        return encoded[0].decode() if encoded[0].nbytes < encoded[0].layout.nbytes else x
+        # The same break-even rule as for storing early; but what is in other units goes with others.
+        smaller = encoded[0].nbytes < encoded[0].layout.nbytes
+        return encoded[0].decode() if smaller or self.codec.wraps else x
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

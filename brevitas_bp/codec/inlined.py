@@ -16,6 +16,7 @@ from brevitas_bp.codec.quantized import LoweredCodec, codec_name
 from brevitas_bp.core.bucket import memory_order
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.masks import Interval, mask_nbytes, next_value
+from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
 # NOTE [ Graphs call the kernels ]
@@ -36,6 +37,9 @@ FLEXIBLE = tuple(
 _library.define(
     "decode_rectified(Tensor payload, Tensor metadata, Tensor positive, str spec, SymInt numel, "
     "ScalarType dtype) -> Tensor")
+_library.define(
+    "decode_channels(Tensor payload, Tensor metadata, Tensor statistics, str spec, SymInt numel, "
+    "SymInt inner, ScalarType dtype) -> Tensor")
 _library.define("pack_bits(Tensor x) -> Tensor", tags=FLEXIBLE)
 _library.define("pack_positive(Tensor x) -> Tensor", tags=FLEXIBLE)
 _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
@@ -53,6 +57,15 @@ def _decode_rectified(
         dtype: torch.dtype) -> Tensor:
     """See :class:`InlinedRectified`. NaN stays."""
     return dispatch.rectify_(_decode(payload, metadata, spec, numel, dtype), positive)
+
+
+def _decode_channels(
+        payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :class:`InlinedChannels`."""
+    plan = dispatch.plan_from_text(spec, numel, dtype, payload.device)
+    affine = Affine(statistics[1].contiguous(), statistics[0].contiguous(), inner)
+    return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,), affine)
 
 
 def _pack_bits(x: Tensor) -> Tensor:
@@ -73,7 +86,8 @@ def _unpack_bits(packed: Tensor, numel: int) -> Tensor:
 
 
 for _name, _function in (
-        ("decode", _decode), ("decode_rectified", _decode_rectified), ("pack_bits", _pack_bits),
+        ("decode", _decode), ("decode_channels", _decode_channels),
+        ("decode_rectified", _decode_rectified), ("pack_bits", _pack_bits),
         ("pack_positive", _pack_positive), ("unpack_bits", _unpack_bits)):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -91,6 +105,13 @@ def _decode_rectified_fake(
     return payload.new_empty(numel, dtype=dtype)
 
 
+@torch.library.register_fake("brevitas_bp::decode_channels", lib=_library)
+def _decode_channels_fake(
+        payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
+        dtype: torch.dtype) -> Tensor:
+    return payload.new_empty(numel, dtype=dtype)
+
+
 @torch.library.register_fake("brevitas_bp::pack_positive", lib=_library)
 @torch.library.register_fake("brevitas_bp::pack_bits", lib=_library)
 def _pack_bits_fake(x: Tensor) -> Tensor:
@@ -102,8 +123,9 @@ def _unpack_bits_fake(packed: Tensor, numel: int) -> Tensor:
     return packed.new_empty(numel, dtype=torch.bool)
 
 
-#: A tensor and a spec of one width -> payload, and scales and offsets in one tensor.
-Quantize = Callable[[Tensor, BucketQuantSpec], tuple[Tensor, Tensor]]
+#: A tensor, a spec of one width and perhaps the place of its channels -> payload; scales and offsets in
+#: one tensor; and of channels their means and deviations.
+Quantize = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -130,8 +152,9 @@ class Inlined(ABC):
         """Stored tensors of ``x``, whose dimensions are in ``order``; ``quantize`` calls the kernels."""
 
     @abstractmethod
-    def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
-        """The elements in memory order."""
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        """The elements in memory order; ``sizes`` in the same order."""
 
     def pack(self, x: Tensor, quantize: Quantize) -> tuple[tuple[Tensor, ...], list[Any]]:
         """Stored tensors, and the sizes in memory order that :meth:`unpack` wants."""
@@ -143,7 +166,7 @@ class Inlined(ABC):
         numel = 1
         for size in sizes:
             numel = numel * size
-        x = self.decode(tensors, numel).view(sizes)
+        x = self.decode(tensors, numel, sizes).view(sizes)
         if self.order is None:
             return x
         return x.permute([self.order.index(d) for d in range(len(self.order))])
@@ -166,8 +189,37 @@ class InlinedQuantizer(Inlined):
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
         return quantize(x, self.spec)
 
-    def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
         return torch.ops.brevitas_bp.decode(*tensors, self.spec.to_text(), numel, self.dtype)
+
+
+@dataclass(frozen=True)
+class InlinedChannels(InlinedQuantizer):
+    """A bucket quantizer of a tensor [N, C, ...] in units of its channels: deviations from their means.
+
+    Channels of any size are rounded alike, wherever they lie in memory; one without deviation is exact.
+
+    Attributes:
+        dim: place of the channels in ``order``: 1, or the last.
+    """
+
+    dim: int
+
+    @property
+    def parts(self) -> int:
+        return 3
+
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return quantize(x, self.spec, self.dim)
+
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        inner = 1
+        for size in sizes[self.dim + 1:]:
+            inner = inner * size
+        return torch.ops.brevitas_bp.decode_channels(
+            *tensors, self.spec.to_text(), numel, inner, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -185,7 +237,8 @@ class InlinedRectified(InlinedQuantizer):
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
         return *quantize(x, self.spec), torch.ops.brevitas_bp.pack_positive(x)
 
-    def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
         return torch.ops.brevitas_bp.decode_rectified(
             *tensors, self.spec.to_text(), numel, self.dtype)
 
@@ -197,13 +250,15 @@ class InlinedMask(Inlined):
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
         return (torch.ops.brevitas_bp.pack_bits(x),)
 
-    def decode(self, tensors: tuple[Tensor, ...], numel: Any) -> Tensor:
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
         return torch.ops.brevitas_bp.unpack_bits(tensors[0], numel)
 
 
 def inlined(
-        codec: Codec, x: Tensor, channels_last: bool = False,
-        rectified: bool = False) -> Inlined | None:
+        codec: Codec, x: Tensor, channels_last: bool = False, rectified: bool = False,
+        row: int | None = None, in_memory: bool = False,
+        channels: bool = False) -> Inlined | None:
     """``codec`` for a tensor of a graph; None where the graph has to keep the tensor as it is.
 
     That is where the codec has no such form, see :func:`can_inline`, or elements share memory.
@@ -217,12 +272,18 @@ def inlined(
         channels_last: whether images [N, C, H, W] will be channels_last when the graph runs, though they
             are contiguous as it was traced.
         rectified: whether it is the output of a ReLU, whose sign is to be exact.
+        row: elements of a row, see :mod:`brevitas_bp.codec.rows`.
+        in_memory: rows are whole samples, in whatever order their dimensions lie.
+        channels: what is stored is to be in units of its channel, dimension 1.
     """
     if not _is_apart(x):
         return None
     order = memory_order(x)
     if order is None and channels_last and x.dim() == 4:
         order = [0, 2, 3, 1]
+    if row is not None and not in_memory:
+        # Rows are those of the dimensions in their own order.
+        order = None if x.is_contiguous() else list(range(x.dim()))
     settings = (None if order is None else tuple(order), x.dtype)
     if isinstance(codec, BitMask):
         return InlinedMask(codec.name, *settings)
@@ -231,8 +292,12 @@ def inlined(
         width = max(codec.spec.bit_widths)
         spec = replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0)
         name = codec_name((width,), spec.stochastic)
+        spec = spec if row is None else spec.in_rows(row)
         if rectified:
             return InlinedRectified(f"{name}, sign exact", *settings, spec)
+        dim = 1 if order is None else order.index(1) if x.dim() > 1 else 0
+        if channels and x.dim() > 1 and dim in (1, x.dim() - 1):
+            return InlinedChannels(name, *settings, spec, dim)
         return InlinedQuantizer(name, *settings, spec)
     return None
 

@@ -149,6 +149,8 @@ def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.de
         kernels = _cpu_kernels()
         if kernels is not None and kernels.has_plan(spec, numel, dtype):
             return kernels.plan(spec, numel, dtype)
+    elif form is not reference:
+        return form.plan(spec, numel, dtype)
     return _Plan(form, spec, numel, dtype)
 
 

@@ -2,7 +2,8 @@
 
 They give the bytes of :mod:`brevitas_bp.kernels.reference`. A program handles a few buckets, each as
 eight slices of ``B / 8`` elements: every byte of every plane is made of codes at one place of different
-slices, so that packing stays within a thread and each slice is a contiguous vector load.
+slices, so that packing stays within a thread and each slice is a contiguous vector load. Rows are padded
+and values normalized on the way: nothing is copied.
 
 Nothing synchronises: sizes follow from the spec and the seed, and a bucket finds its width and its
 bytes by the arithmetic of :mod:`brevitas_bp.kernels.widths`.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.kernels import gpu_kernels
+from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.random import noise_keys
 from brevitas_bp.kernels.reference import (
     Encoded,
@@ -34,6 +36,8 @@ _PER_THREAD = 4
 # The numbers that the kernels know rules and float formats by.
 _RULES = {"min_max": 0, "max": 1, "l2": 2}
 _FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Statistics of a bucket, where values are normalized.
+_ONE, _SEVERAL = 1, 2
 # The hash of the noise wraps around: that is no error, also where kernels are debugged.
 _LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
 
@@ -47,22 +51,79 @@ def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
         spec.bucket_size <= LARGEST_BUCKET)
 
 
+class Plan:
+    """Encodes and decodes tensors of one size: see :class:`~brevitas_bp.kernels.dispatch.Plan`.
+
+    Args:
+        spec: the quantizer.
+        numel: elements of a tensor.
+        dtype: of the tensor.
+    """
+
+    def __init__(self, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
+        self._spec, self._numel, self._dtype = spec, numel, dtype
+        self._n, self._size = bucket_shape(numel, spec.bucket_size, spec.row_size)
+        # Buckets that fill a row need not know of it.
+        self._row = 0 if spec.row_size is None or spec.row_size % self._size == 0 else spec.row_size
+        self._shape = _shape(self._size)
+        self._grid = (-(-self._n // self._shape["buckets"]),)
+
+    def encode(
+            self, x: Tensor, seed: int, function: str | None = None,
+            affine: Affine | None = None) -> tuple[Tensor, Tensor]:
+        """Payload and metadata of a contiguous tensor; no derivative is computed here."""
+        assert function is None
+        spec, n = self._spec, self._n
+        layout = draw_layout(n, spec, seed)
+        payload = x.new_empty(payload_nbytes(layout, spec, self._size), dtype=torch.uint8)
+        metadata = x.new_empty(n * (1 + spec.affine), dtype=spec.metadata_dtype)
+        if n:
+            keys = noise_keys(seed) if spec.stochastic else (0, 0)
+            with _on(x.device):
+                _encode_kernel[self._grid](
+                    x, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
+                    layout.shift, _int32(keys[0]), _int32(keys[1]), self._row, *_statistics(affine),
+                    **self._shape, levels=self._shape["lanes"].bit_length() - 1, **self._switches(affine),
+                    **_encode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
+        return payload, metadata
+
+    def decode(
+            self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
+            stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
+        """The tensor, whose strides leave no gaps in memory; ``affine`` undoes a normalization."""
+        out = torch.empty_strided(shape, stride, dtype=self._dtype, device=payload.device)
+        self.decode_into(out, payload, metadata, seed, affine)
+        return out
+
+    def decode_into(
+            self, out: Tensor, payload: Tensor, metadata: Tensor, seed: int,
+            affine: Affine | None = None) -> None:
+        """Writes all of ``out``, a tensor without gaps in memory."""
+        spec, n = self._spec, self._n
+        layout = draw_layout(n, spec, seed)
+        if n:
+            with _on(out.device):
+                _decode_kernel[self._grid](
+                    out, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
+                    layout.shift, self._row, *_statistics(affine), **self._shape, **self._switches(affine),
+                    **_decode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
+
+    def _switches(self, affine: Affine | None) -> dict[str, int]:
+        """The switches of the kernels: whether there are rows, and how many statistics a bucket has."""
+        units = 0
+        if affine is not None:
+            # A run of elements of one statistic is made of whole rows, or of whole buckets.
+            whole = affine.inner % (self._row or self._size) == 0 or len(affine.scale) == 1
+            units = _ONE if whole else _SEVERAL
+        return {"rows": self._row > 0, "units": units}
+
+
+plan = lru_cache(maxsize=4096)(Plan)
+
+
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.kernels.reference.encode`."""
-    n, size = bucket_shape(flat.numel(), spec.bucket_size)
-    layout = draw_layout(n, spec, seed)
-    payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
-    metadata = flat.new_empty(n * (1 + spec.affine), dtype=spec.metadata_dtype)
-    if n:
-        widths = _widths(spec, layout.mixed > 0)
-        keys = noise_keys(seed) if spec.stochastic else (0, 0)
-        shape = _shape(size)
-        with _on(flat.device):
-            _encode_kernel[(-(-n // shape["buckets"]),)](
-                flat, payload, metadata, flat.numel(), n,
-                layout.mixed, layout.multiplier, layout.shift, _int32(keys[0]), _int32(keys[1]),
-                **shape, **_encode_options(spec, widths, flat.dtype))
-    return Encoded(payload, metadata, spec.affine)
+    return Encoded(*plan(spec, flat.numel(), flat.dtype).encode(flat, seed), spec.affine)
 
 
 def decode(
@@ -74,17 +135,15 @@ def decode(
 
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
-    n, size = bucket_shape(out.numel(), spec.bucket_size)
-    layout = draw_layout(n, spec, seed)
-    if n:
-        widths = _widths(spec, layout.mixed > 0)
-        shape = dict(_shape(size))
-        del shape["levels"]
-        with _on(out.device):
-            _decode_kernel[(-(-n // shape["buckets"]),)](
-                out, encoded.payload, encoded.metadata, out.numel(), n, layout.mixed, layout.multiplier,
-                layout.shift, **shape, **_decode_options(spec, widths, out.dtype))
+    plan(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
     return out
+
+
+def _statistics(affine: Affine | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """As the kernels take them: scales, shifts, elements of one statistic and number of statistics."""
+    if affine is None:
+        return None, None, 1, 1
+    return affine.scale, affine.shift, affine.inner, len(affine.scale)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -117,7 +176,7 @@ def _shape(size: int) -> dict[str, int]:
     num_warps = min(max(4, lanes // (32 * _PER_THREAD)), 32)
     return {
         "size": size, "buckets": max(1, num_warps * 32 * _PER_THREAD // lanes), "lanes": lanes,
-        "levels": lanes.bit_length() - 1, "num_warps": num_warps}
+        "num_warps": num_warps}
 
 
 @lru_cache(maxsize=256)

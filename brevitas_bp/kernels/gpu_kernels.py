@@ -2,7 +2,11 @@
 
 Shapes: [buckets] for what a bucket has once; [buckets, lanes] for a slice of each bucket, where lanes
 are the elements of a slice padded to a power of two. Tuples hold the eight slices of each bucket, or
-the rows of bytes (as many as a slice has elements) that a width needs.
+the lines of bytes (as many as a slice has elements) that a width needs.
+
+Two switches of a kernel cost nothing where they are off. ``rows``: buckets end with rows of ``row``
+elements, which they do not fill. ``units``: values are normalized, with one or several statistics in a
+bucket; there are ``kinds`` of them, ``scales`` and ``shifts``.
 """
 
 # NOTE [ The device and Triton's interpreter ]
@@ -16,6 +20,16 @@ the rows of bytes (as many as a slice has elements) that a width needs.
 # 5. The interpreter rounds to bfloat16 wrongly, so that conversion is integer arithmetic.
 # 6. ``tl.floor`` flushes subnormal numbers on a device. Rounding is done by additions.
 
+# NOTE [ Divisions ]
+# Bucket b is in row b // per_row, and element i has statistic i // inner % kinds. Such numbers are 64
+# bits wide, and their division is slow:
+# 1. A program divides once, in 64 bits, for its first bucket. All others are at most 2**16 elements
+#    away: they divide their distance from there, in 32 bits. Of a period that is longer than _LONG only
+#    the distance to its end matters, as if it were _LONG.
+# 2. Statistics are found so for the first slice; each further one is reached from the one before by
+#    additions: both numbers wrap around at most once. Where all of a bucket has one statistic (units is
+#    _ONE), nothing changes from slice to slice.
+
 # Triton's own types are not those that a checker infers from Python.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
@@ -28,6 +42,7 @@ from brevitas_bp.kernels.arithmetic import RANGE_LIMIT
 from brevitas_bp.kernels.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS, NOISE_STEP
 
 _FLOAT32 = torch.finfo(torch.float32)
+_LARGEST = tl.constexpr(_FLOAT32.max)
 _LIMIT = tl.constexpr(_FLOAT32.max * RANGE_LIMIT)
 _TINY = tl.constexpr(_FLOAT32.tiny)
 _BF16_MIN = tl.constexpr(torch.finfo(torch.bfloat16).min)
@@ -50,6 +65,11 @@ _SLICES = tl.constexpr(8)
 # Rules (1 is max) and formats (0 is float32), numbered as in gpu.py.
 _MIN_MAX, _L2 = tl.constexpr(0), tl.constexpr(2)
 _F16, _BF16 = tl.constexpr(1), tl.constexpr(2)
+# Statistics of a bucket (0 where values are not normalized), numbered as in gpu.py.
+_ONE, _SEVERAL = tl.constexpr(1), tl.constexpr(2)
+_LONG = tl.constexpr(1 << 30)
+# Of which a kernel is not compiled for each kind.
+_NUMBERS = ["numel", "n", "mixed", "multiplier", "shift", "row", "inner", "kinds"]
 
 
 @triton.jit
@@ -96,22 +116,132 @@ def _store(pointer: tl.tensor, x: tl.tensor, mask: tl.tensor, form: tl.constexpr
 
 
 @triton.jit
+def _short(period: tl.tensor) -> tl.tensor:
+    """A period as NOTE [ Divisions ] shortens it, int32."""
+    return tl.minimum(period, _LONG).to(tl.int32)
+
+
+@triton.jit
+def _within(far: tl.tensor, period: tl.tensor) -> tl.tensor:
+    """How far something is within a shortened period, int32."""
+    return tl.maximum(far - (period - _short(period)), 0).to(tl.int32)
+
+
+@triton.jit
+def _place(
+        first: tl.tensor, number: tl.tensor, n: tl.tensor, row: tl.tensor, size: tl.constexpr,
+        buckets: tl.constexpr, rows: tl.constexpr) -> tl.tensor:
+    """Where the first bucket begins, int64; how far from there others begin and end, int32 [buckets, 1].
+
+    In rows, those that do not exist are taken for the last one; without, ends are left out.
+    """
+    limit = 0
+    if rows:
+        per_row = (row + (size - 1)) // size
+        of_row = first // per_row
+        inside = first - of_row * per_row
+        number = tl.minimum(number, tl.minimum(n - 1 - first, buckets).to(tl.int32))
+        further = (_within(inside, per_row) + number) // _short(per_row)
+        begin = (inside + number - further * per_row) * size
+        distance = (further * row + begin - inside * size).to(tl.int32)
+        place = of_row * row + inside * size
+        limit = (distance + tl.minimum(row - begin, size).to(tl.int32))[:, None]
+    else:
+        distance, place = number * size, first * size
+    return place, distance[:, None], limit
+
+
+@triton.jit
+def _first_units(
+        place: tl.tensor, distance: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
+        units: tl.constexpr) -> tl.tensor:
+    """How far elements are within runs of one statistic, int32, and their statistics, int64.
+
+    They lie ``distance`` after ``place``.
+    """
+    far, kind = 0, 0
+    if units > 0:
+        run = place // inner
+        far = _within(place - run * inner, inner) + distance
+        runs = far // _short(inner)
+        far -= runs * _short(inner)
+        kind = run % kinds + runs % _short(kinds)
+        kind = tl.where(kind >= kinds, kind - kinds, kind)
+    return far, kind
+
+
+@triton.jit
+def _next_units(
+        far: tl.tensor, kind: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
+        step: tl.constexpr) -> tl.tensor:
+    """As :func:`_first_units`, of the elements that lie ``step`` further."""
+    period = _short(inner)
+    runs = step // period
+    far += step - runs * period
+    over = far >= period
+    kind += runs % _short(kinds) + over.to(tl.int32)
+    return tl.where(over, far - period, far), tl.where(kind >= kinds, kind - kinds, kind)
+
+
+@triton.jit
+def _unit(kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor) -> tl.tensor:
+    """Scale and shift of statistics; the shift is 0 where there are none."""
+    shift = 0.0
+    if shifts is not None:
+        shift = tl.load(shifts + kind)
+    return tl.load(scales + kind), shift
+
+
+@triton.jit
 def _load_slices(
         x: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, fill: tl.tensor,
-        form: tl.constexpr, slice_size: tl.constexpr, padded: tl.constexpr,
-        tail: tl.constexpr) -> tl.tensor:
-    """The eight slices of all buckets; ``fill`` behind the end of the tensor."""
+        far: tl.tensor, kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor,
+        kinds: tl.tensor, form: tl.constexpr, slice_size: tl.constexpr, units: tl.constexpr,
+        padded: tl.constexpr, tail: tl.constexpr) -> tl.tensor:
+    """The eight slices of all buckets, normalized; ``fill`` from ``limit`` on."""
+    if units == _ONE:
+        scale, shift = _unit(kind, scales, shifts)
     out = ()
     for s in tl.static_range(_SLICES):
         offset = inside + s * slice_size
         if tail:
-            value = _load(x + offset, (offset < limit) & (lane < slice_size), fill, form)
+            mask = (offset < limit) & (lane < slice_size)
         elif padded:
-            value = _load(x + offset, (lane < slice_size) & (offset >= 0), 0.0, form)
+            mask = (lane < slice_size) & (offset >= 0)
         else:
-            value = _load(x + offset, None, 0.0, form)
+            mask = None
+        value = _load(x + offset, mask, fill if tail else 0.0, form)
+        if units == _SEVERAL:
+            if s > 0:
+                far, kind = _next_units(far, kind, inner, kinds, slice_size)
+            scale, shift = _unit(kind, scales, shifts)
+        if units > 0:
+            # Less +0 is exact, also of -0.
+            value = (value - shift) * scale
+            if tail:
+                value = tl.where(mask, value, fill)
         out = out + (value,)
     return out
+
+
+@triton.jit
+def _fill(
+        x: tl.tensor, place: tl.tensor, limit: tl.tensor, scales: tl.tensor, shifts: tl.tensor,
+        inner: tl.tensor, kinds: tl.tensor, rule: tl.constexpr, units: tl.constexpr,
+        form: tl.constexpr) -> tl.tensor:
+    """What buckets are padded with: zero, or their last element, normalized.
+
+    The tensor goes on with ``x`` at ``place``, and ends ``limit`` elements later.
+    """
+    value = 0.0
+    if rule != _L2:
+        last = limit - 1
+        value = _load(x + last, None, 0.0, form)
+        if units > 0:
+            _, kind = _first_units(place, last, inner, kinds, units)
+            scale, shift = _unit(kind, scales, shifts)
+            value = (value - shift) * scale
+    return value
 
 
 @triton.jit
@@ -288,7 +418,7 @@ def _pack(
 def _load_planes(
         pointer: tl.tensor, mask: tl.tensor, width: tl.constexpr,
         slice_size: tl.constexpr) -> tl.tensor:
-    """The ``width`` rows of ``slice_size`` bytes of each bucket, as integers."""
+    """The ``width`` lines of ``slice_size`` bytes of each bucket, as integers."""
     out = ()
     for t in tl.static_range(width):
         out = out + (tl.load(pointer + t * slice_size, mask, 0).to(tl.int32),)
@@ -297,51 +427,61 @@ def _load_planes(
 
 @triton.jit
 def _unpack_plane(
-        rows: tl.tuple, s: tl.constexpr, bits: tl.constexpr, first: tl.constexpr) -> tl.tensor:
-    part = rows[first + s % bits] >> (bits * (s // bits))
+        lines: tl.tuple, s: tl.constexpr, bits: tl.constexpr, first: tl.constexpr) -> tl.tensor:
+    part = lines[first + s % bits] >> (bits * (s // bits))
     return (part & ((1 << bits) - 1)) << first
 
 
 @triton.jit
-def _unpack(rows: tl.tuple, s: tl.constexpr, width: tl.constexpr) -> tl.tensor:
+def _unpack(lines: tl.tuple, s: tl.constexpr, width: tl.constexpr) -> tl.tensor:
     """Codes of slice ``s``."""
-    code = tl.zeros_like(rows[0])
+    code = tl.zeros_like(lines[0])
     for p in tl.static_range(4):
         if width & (8 >> p):
-            code = code | _unpack_plane(rows, s, 8 >> p, width & -(16 >> p))
+            code = code | _unpack_plane(lines, s, 8 >> p, width & -(16 >> p))
     return code
 
 
-@triton.jit(do_not_specialize=["numel", "n", "mixed", "multiplier", "shift", "k0", "k1"])
+@triton.jit(
+    do_not_specialize=[*_NUMBERS, "k0", "k1"], do_not_specialize_on_alignment=["scales", "shifts"])
 def encode_kernel(
         x: tl.tensor, payload: tl.tensor, metadata: tl.tensor, numel: tl.int64,
         n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, k0: tl.int32,
-        k1: tl.int32, size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr,
+        k1: tl.int32, row: tl.int64, scales: tl.tensor, shifts: tl.tensor, inner: tl.int64,
+        kinds: tl.int64, size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr,
         levels: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, top: tl.constexpr,
         mix_top: tl.constexpr, signed: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
-        stochastic: tl.constexpr, form: tl.constexpr, meta_form: tl.constexpr) -> None:
+        stochastic: tl.constexpr, rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr,
+        meta_form: tl.constexpr) -> None:
     """Encodes ``buckets`` buckets; ``mix_width`` is 0 where all have one width."""
     slice_size: tl.constexpr = size // 8
     padded: tl.constexpr = slice_size != lanes
     numel, n, mixed = numel.to(tl.int64), n.to(tl.int64), mixed.to(tl.int64)
+    row, inner, kinds = row.to(tl.int64), inner.to(tl.int64), kinds.to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * buckets
-    row = tl.arange(0, buckets)
+    number = tl.arange(0, buckets)
     lane = tl.arange(0, lanes)[None, :]
-    bucket = first + row
+    bucket = first + number
     is_mixed, start = _locate(
         bucket, n, mixed, multiplier.to(tl.int64), shift.to(tl.int64), size, width, mix_width)
     # Offsets within the program are 32 bits wide, its place in the tensor is 64.
-    inside = row[:, None] * size + lane
-    here = x + first * size
-    if first * size + buckets * size <= numel:
-        xs = _load_slices(here, inside, lane, 0, 0.0, form, slice_size, padded, False)
+    place, distance, end = _place(first, number, n, row, size, buckets, rows)
+    here, inside = x + place, distance + lane
+    far, kind = _first_units(
+        place, inside if units == _SEVERAL else distance, inner, kinds, units)
+    whole = place + buckets * size <= numel
+    if rows:
+        whole = False
+    if whole:
+        xs = _load_slices(
+            here, inside, lane, 0, 0.0, far, kind, scales, shifts, inner, kinds, form,
+            slice_size, units, padded, False)
     else:
-        if rule == _L2:
-            fill = 0.0
-        else:
-            fill = _load(x + (numel - 1), None, 0.0, form)
-        limit = (numel - first * size).to(tl.int32)
-        xs = _load_slices(here, inside, lane, limit, fill, form, slice_size, padded, True)
+        limit = end if rows else (numel - place).to(tl.int32)
+        fill = _fill(here, place, limit, scales, shifts, inner, kinds, rule, units, form)
+        xs = _load_slices(
+            here, inside, lane, limit, fill, far, kind, scales, shifts, inner, kinds, form,
+            slice_size, units, padded, True)
 
     tops = tl.where(is_mixed, mix_top, top).to(tl.float32)
     scale, inverse, lo, broken = _metadata(
@@ -384,16 +524,28 @@ def encode_kernel(
 
 @triton.jit
 def _decode_slices(
-        out: tl.tensor, rows: tl.tuple, mix_rows: tl.tuple, lowest: tl.tensor, scale: tl.tensor,
-        lo: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, largest: tl.constexpr,
-        width: tl.constexpr, mix_width: tl.constexpr, form: tl.constexpr, slice_size: tl.constexpr,
-        padded: tl.constexpr, tail: tl.constexpr) -> None:
+        out: tl.tensor, lines: tl.tuple, mix_lines: tl.tuple, lowest: tl.tensor, scale: tl.tensor,
+        lo: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, far: tl.tensor,
+        kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
+        largest: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, form: tl.constexpr,
+        slice_size: tl.constexpr, units: tl.constexpr, padded: tl.constexpr,
+        tail: tl.constexpr) -> None:
+    if units == _ONE:
+        unit, shift = _unit(kind, scales, shifts)
     for s in tl.static_range(_SLICES):
-        code = _unpack(rows, s, width)
+        code = _unpack(lines, s, width)
         if mix_width > 0:
-            # The rows of the other width are zero.
-            code = code | _unpack(mix_rows, s, mix_width)
+            # The lines of the other width are zero.
+            code = code | _unpack(mix_lines, s, mix_width)
         y = (code + lowest).to(tl.float32) * scale + lo
+        if units == _SEVERAL:
+            if s > 0:
+                far, kind = _next_units(far, kind, inner, kinds, slice_size)
+            unit, shift = _unit(kind, scales, shifts)
+        if units > 0:
+            y = tl.clamp(y, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL) * unit
+            if shifts is not None:
+                y = y + shift
         y = tl.clamp(y, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
         offset = inside + s * slice_size
         if tail:
@@ -404,21 +556,23 @@ def _decode_slices(
             _store(out + offset, y, None, form)
 
 
-@triton.jit(do_not_specialize=["numel", "n", "mixed", "multiplier", "shift"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["scales", "shifts"])
 def decode_kernel(
         out: tl.tensor, payload: tl.tensor, metadata: tl.tensor, numel: tl.int64,
-        n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, size: tl.constexpr,
+        n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, row: tl.int64,
+        scales: tl.tensor, shifts: tl.tensor, inner: tl.int64, kinds: tl.int64, size: tl.constexpr,
         buckets: tl.constexpr, lanes: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr,
         lowest: tl.constexpr, mix_lowest: tl.constexpr, affine: tl.constexpr, largest: tl.constexpr,
-        form: tl.constexpr, meta_form: tl.constexpr) -> None:
+        rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr, meta_form: tl.constexpr) -> None:
     """Decodes ``buckets`` buckets; ``mix_width`` is 0 where all have one width."""
     slice_size: tl.constexpr = size // 8
     padded: tl.constexpr = slice_size != lanes
     numel, n, mixed = numel.to(tl.int64), n.to(tl.int64), mixed.to(tl.int64)
+    row, inner, kinds = row.to(tl.int64), inner.to(tl.int64), kinds.to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * buckets
-    row = tl.arange(0, buckets)
+    number = tl.arange(0, buckets)
     lane = tl.arange(0, lanes)[None, :]
-    bucket = first + row
+    bucket = first + number
     is_mixed, start = _locate(
         bucket, n, mixed, multiplier.to(tl.int64), shift.to(tl.int64), size, width, mix_width)
     exists = bucket < n
@@ -430,21 +584,26 @@ def decode_kernel(
     pointer = payload + start[:, None] + lane
     mask = exists[:, None] & (lane < slice_size)
     if mix_width == 0:
-        rows = _load_planes(pointer, mask, width, slice_size)
-        mix_rows = ()
+        lines = _load_planes(pointer, mask, width, slice_size)
+        mix_lines = ()
     else:
         other = is_mixed[:, None]
-        rows = _load_planes(pointer, mask & (other == 0), width, slice_size)
-        mix_rows = _load_planes(pointer, mask & other, mix_width, slice_size)
+        lines = _load_planes(pointer, mask & (other == 0), width, slice_size)
+        mix_lines = _load_planes(pointer, mask & other, mix_width, slice_size)
     low = tl.where(is_mixed, mix_lowest, lowest)[:, None]
-    inside = row[:, None] * size + lane
-    here = out + first * size
-    if first * size + buckets * size <= numel:
+    place, distance, end = _place(first, number, n, row, size, buckets, rows)
+    here, inside = out + place, distance + lane
+    far, kind = _first_units(
+        place, inside if units == _SEVERAL else distance, inner, kinds, units)
+    whole = place + buckets * size <= numel
+    if rows:
+        whole = False
+    if whole:
         _decode_slices(
-            here, rows, mix_rows, low, scale, lo, inside, lane, 0, largest, width, mix_width,
-            form, slice_size, padded, False)
+            here, lines, mix_lines, low, scale, lo, inside, lane, 0, far, kind, scales,
+            shifts, inner, kinds, largest, width, mix_width, form, slice_size, units, padded, False)
     else:
-        limit = (numel - first * size).to(tl.int32)
+        limit = tl.where(exists[:, None], end, 0) if rows else (numel - place).to(tl.int32)
         _decode_slices(
-            here, rows, mix_rows, low, scale, lo, inside, lane, limit, largest, width, mix_width,
-            form, slice_size, padded, True)
+            here, lines, mix_lines, low, scale, lo, inside, lane, limit, far, kind, scales,
+            shifts, inner, kinds, largest, width, mix_width, form, slice_size, units, padded, True)
