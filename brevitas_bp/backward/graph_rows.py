@@ -54,7 +54,8 @@ def grouping_of(node: Node, forward: Graph, backward: Graph, x: Tensor) -> Group
     while dims < x.dim() - 1 and _size(x.shape[-dims:]) < (
             LEAST_ROW if x.dim() < 4 or x.shape[-1] >= LEAST_ROW else LEAST_PLANE):
         dims += 1
-    return Grouping(_static(x.shape[-dims:]))
+    row = _static(x.shape[-dims:])
+    return Grouping(None if row is None or row < LEAST_ROW else row)
 
 
 def statistics_of(node: Node) -> tuple[Node, Node] | None:

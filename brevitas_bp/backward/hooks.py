@@ -258,13 +258,14 @@ class ForwardPass:
             listener(saved, packed, decision, originals)
 
     def _note_exact(self, saved: SavedTensor, kept: Kept | Packed) -> None:
-        """Notes a storage that the graph keeps alive as it is; see :meth:`_is_kept`."""
+        """Notes a storage that the graph keeps alive as it is, all of it; see :meth:`_is_kept`."""
         x = saved.tensor
         if saved.derivative is None and is_plain(x) and x.numel() >= _WORTH_NOTING and (
                 isinstance(kept, Kept) or kept.codec is _KEEP):
             storage = x.untyped_storage()
-            self._exact[storage._cdata] = (
-                StorageWeakRef(storage), weakref.ref(kept), version_of(x))
+            if storage.nbytes() <= x.numel() * x.element_size():
+                self._exact[storage._cdata] = (
+                    StorageWeakRef(storage), weakref.ref(kept), version_of(x))
 
     def _is_kept(self, saved: SavedTensor) -> bool:
         """Whether another operation keeps the storage of the tensor as it is.

@@ -22,10 +22,7 @@ LEAST_ROW, LEAST_PLANE = 16, 40
 
 def last_dimension(x: Tensor, call: Call) -> Rows | None:
     """Each row of the last dimension: the features of a token."""
-    dims = 1
-    while dims < x.dim() - 1 and prod(x.shape[-dims:]) < LEAST_ROW:
-        dims += 1
-    return trailing(x, dims)
+    return _wide_enough(x, 1)
 
 
 def of_matrix(x: Tensor, call: Call) -> Rows | None:
@@ -58,13 +55,19 @@ def of_elements(x: Tensor, call: Call) -> Rows | None:
     dims = max(dims, 1)
     while dims < x.dim() - 2 and prod(x.shape[-dims:]) < LEAST_PLANE:
         dims += 1
-    while dims < x.dim() - 1 and prod(x.shape[-dims:]) < LEAST_ROW:
-        dims += 1
     base = TensorLayout.base(x)
     if not base.is_contiguous() and base.dim() > 2 and base.stride(1) == 1:
         # Channels last: copying would cost more than it is worth.
         return Rows(base.numel() // base.shape[0], base.shape[-1])
-    return trailing(x, dims)
+    return _wide_enough(x, dims)
+
+
+def _wide_enough(x: Tensor, dims: int) -> Rows | None:
+    """Rows of the last ``dims`` dimensions, and of more where these are too few elements."""
+    while dims < x.dim() and prod(x.shape[-dims:]) < LEAST_ROW:
+        dims += 1
+    # What is left of a batch of tiny rows needs none.
+    return None if dims == x.dim() > 1 else trailing(x, dims)
 
 
 def trailing(x: Tensor, dims: int) -> Rows | None:
