@@ -66,6 +66,7 @@ class Plan:
         # Buckets that fill a row need not know of it.
         self._row = 0 if spec.row_size is None or spec.row_size % self._size == 0 else spec.row_size
         self._shape = _shape(self._size)
+        self._levels = self._shape["lanes"].bit_length() - 1
         self._grid = (-(-self._n // self._shape["buckets"]),)
 
     def encode(
@@ -83,7 +84,7 @@ class Plan:
                 _encode_kernel[self._grid](
                     x, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
                     layout.shift, _int32(keys[0]), _int32(keys[1]), self._row, *_statistics(affine),
-                    **self._shape, levels=self._shape["lanes"].bit_length() - 1, **self._switches(affine),
+                    levels=self._levels, **self._shape, **self._switches(affine),
                     **_encode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
         return payload, metadata
 
@@ -105,11 +106,12 @@ class Plan:
             with _on(out.device):
                 _decode_kernel[self._grid](
                     out, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
-                    layout.shift, self._row, *_statistics(affine), **self._shape, **self._switches(affine),
+                    layout.shift, self._row, *_statistics(affine),
+                    **self._shape, **self._switches(affine),
                     **_decode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
 
     def _switches(self, affine: Affine | None) -> dict[str, int]:
-        """The switches of the kernels: whether there are rows, and how many statistics a bucket has."""
+        """Whether there are rows, and whether a bucket has one statistic or several."""
         units = 0
         if affine is not None:
             # A run of elements of one statistic is made of whole rows, or of whole buckets.

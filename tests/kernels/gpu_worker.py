@@ -7,8 +7,9 @@ cannot change its mind.
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 
@@ -40,6 +42,7 @@ class Worker:
 
 # Tensors travel as numpy arrays: torch would put each into shared memory.
 Array = tuple[Any, torch.dtype]
+Statistics = tuple[Array, Array | None, int] | None
 
 
 def to_array(x: Tensor) -> Array:
@@ -55,21 +58,48 @@ def from_arrays(arrays: list[Array], spec: BucketQuantSpec) -> Encoded:
     return Encoded(payload, metadata, spec.affine)
 
 
+def to_statistics(affine: Affine | None) -> Statistics:
+    if affine is None:
+        return None
+    shift = None if affine.shift is None else to_array(affine.shift)
+    return to_array(affine.scale), shift, affine.inner
+
+
+def from_statistics(statistics: Statistics) -> Affine | None:
+    if statistics is None:
+        return None
+    scale, shift, inner = statistics
+    return Affine(from_array(scale), None if shift is None else from_array(shift), inner)
+
+
 class Interpreted:
     """The kernels in Triton's interpreter: CPU tensors, numpy arithmetic."""
 
     def __init__(self) -> None:
         self._worker = Worker(TRITON_INTERPRET="1")
 
-    def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
-        arrays = self._worker.run(_encode, to_array(flat.contiguous()), spec, seed)
+    def encode(
+            self, flat: Tensor, spec: BucketQuantSpec, seed: int,
+            affine: Affine | None = None) -> Encoded:
+        arrays = self._worker.run(
+            _encode, to_array(flat.contiguous()), spec, seed, to_statistics(affine))
         return from_arrays(arrays, spec)
 
     def decode(
             self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
-            dtype: torch.dtype) -> Tensor:
+            dtype: torch.dtype, affine: Affine | None = None) -> Tensor:
         arrays = [to_array(t) for t in encoded.tensors]
-        return from_array(self._worker.run(_decode, arrays, spec, seed, numel, dtype))
+        return from_array(self._worker.run(
+            _decode, arrays, spec, seed, numel, dtype, to_statistics(affine)))
+
+    @contextmanager
+    def constant(self, name: str, value: int) -> Iterator[None]:
+        """Kernels with another value of one of their constants."""
+        before = self._worker.run(_set_constant, name, value)
+        try:
+            yield
+        finally:
+            self._worker.run(_set_constant, name, before)
 
     def close(self) -> None:
         self._worker.close()
@@ -88,16 +118,30 @@ def _interpreted_kernels() -> Any:
     return gpu
 
 
-def _encode(flat: Array, spec: BucketQuantSpec, seed: int) -> list[Array]:
-    encoded = _interpreted_kernels().encode(from_array(flat), spec, seed)
-    return [to_array(t) for t in encoded.tensors]
+def _encode(
+        flat: Array, spec: BucketQuantSpec, seed: int, statistics: Statistics) -> list[Array]:
+    x = from_array(flat)
+    plan = _interpreted_kernels().plan(spec, x.numel(), x.dtype)
+    return [to_array(t) for t in plan.encode(x, seed, affine=from_statistics(statistics))]
 
 
 def _decode(
-        arrays: list[Array], spec: BucketQuantSpec, seed: int, numel: int,
-        dtype: torch.dtype) -> Array:
-    gpu = _interpreted_kernels()
-    return to_array(gpu.decode(from_arrays(arrays, spec), spec, seed, numel, dtype))
+        arrays: list[Array], spec: BucketQuantSpec, seed: int, numel: int, dtype: torch.dtype,
+        statistics: Statistics) -> Array:
+    plan = _interpreted_kernels().plan(spec, numel, dtype)
+    payload, metadata = map(from_array, arrays)
+    return to_array(plan.decode(
+        payload, metadata, seed, torch.Size((numel,)), (1,), from_statistics(statistics)))
+
+
+def _set_constant(name: str, value: int) -> int:
+    from triton.language import constexpr
+
+    from brevitas_bp.kernels import gpu_kernels
+
+    before: Any = getattr(gpu_kernels, name)
+    setattr(gpu_kernels, name, constexpr(value))
+    return before.value
 
 
 @dataclass(frozen=True)
@@ -154,7 +198,8 @@ class _CompileOnly:
 
 def compile_kernels(
         capability: int, dtype: torch.dtype, spec: BucketQuantSpec,
-        calls: list[tuple[int, int]], **options: Any) -> list[Compiled]:
+        calls: list[tuple[int, int]], affine: Affine | None = None,
+        **options: Any) -> list[Compiled]:
     """What encode and decode are compiled to for calls (number of elements, seed)."""
     from triton.runtime import driver
 
@@ -165,6 +210,7 @@ def compile_kernels(
     with patch.object(gpu, "_encode_kernel", _CompileOnly(gpu._encode_kernel, found, **options)), \
             patch.object(gpu, "_decode_kernel", _CompileOnly(gpu._decode_kernel, found, **options)):
         for numel, seed in calls:
-            encoded = gpu.encode(torch.empty(numel, dtype=dtype), spec, seed)
-            gpu.decode(encoded, spec, seed, numel, dtype)
+            plan = gpu.plan(spec, numel, dtype)
+            stored = plan.encode(torch.empty(numel, dtype=dtype), seed, affine=affine)
+            plan.decode(*stored, seed, torch.Size((numel,)), (1,), affine)
     return found

@@ -1,6 +1,8 @@
 """The Triton kernels give the reference's bytes: interpreted, compiled without a device, on one."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from brevitas_bp import codec_from, quant
 from brevitas_bp.kernels import arithmetic, dispatch, reference
+from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.reference import Encoded
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from tests.kernels.gpu_worker import Compiled, Interpreted, Worker, compile_kernels
@@ -20,6 +23,75 @@ pytest.importorskip("triton")
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 MIXED = BucketQuantSpec(3, 24, mix_bit_width=6, mix_prob=0.3)
+
+
+# Rows that do and do not fill their buckets: (bucket_size, row_size, rows). Most are several programs.
+ROWS = [(8, 1, 600), (8, 40, 14), (24, 17, 140), (56, 49, 70), (104, 1001, 2), (256, 300, 12)]
+# Of NUMEL elements: (statistics, elements of each in a run, bucket_size, row_size).
+NUMEL = 2520
+STATISTICS = {
+    "one for all": (1, NUMEL, 256, None),
+    "one in a bucket": (7, 120, 40, None),
+    "one in a row": (5, 252, 24, 42),
+    "one in several rows": (4, 90, 24, 45),
+    "channels last": (360, 1, 24, None),
+    "few channels last": (7, 1, 24, None),
+    "channels last in rows": (7, 1, 24, 21),
+    "several in a bucket": (3, 5, 104, None),
+    "several in a bucket of a row": (14, 9, 104, 60),
+    "a run over several buckets": (2, 315, 56, 180)}
+
+
+def row_specs(bucket_size: int | None, row_size: int | None) -> list[BucketQuantSpec]:
+    """One quantizer of each rule."""
+    return [
+        BucketQuantSpec(3, bucket_size, row_size=row_size),
+        BucketQuantSpec(5, bucket_size, "max", "narrow", False, row_size=row_size),
+        BucketQuantSpec(
+            2, bucket_size, "l2", "narrow", mix_bit_width=4, mix_prob=0.4, row_size=row_size)]
+
+
+def normalized_cases(name: str) -> list[tuple[Tensor, BucketQuantSpec, Affine]]:
+    """Of one of ``STATISTICS``: with shifts and without; rules and dtypes differ from name to name."""
+    kinds, inner, size, row = STATISTICS[name]
+    number = list(STATISTICS).index(name)
+    return [
+        (joined(DTYPES[(number + i) % 3], NUMEL), row_specs(size, row)[(number // 3 + i) % 3],
+         statistics(kinds, inner, shifted=i == 0))
+        for i in range(2)]
+
+
+class Normalizing(Protocol):
+    """As ``table.Form``, of kernels that normalize."""
+
+    def encode(
+        self, flat: Tensor, spec: BucketQuantSpec, seed: int,
+        affine: Affine | None = None) -> Encoded: ...
+
+    def decode(
+        self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int, dtype: torch.dtype,
+        affine: Affine | None = None) -> Tensor: ...
+
+
+def statistics(kinds: int, inner: int, shifted: bool) -> Affine:
+    shift = normals((kinds,), 1).float() if shifted else None
+    return Affine(normals((kinds,), 2).float() * 3, shift, inner)
+
+
+def normalized_reference(spec: BucketQuantSpec, x: Tensor) -> dispatch.Plan:
+    """Rows and normalization in torch operations."""
+    return dispatch._Plan(reference, spec, x.numel(), x.dtype)
+
+
+def check_normalized(form: Normalizing, x: Tensor, spec: BucketQuantSpec, affine: Affine) -> None:
+    """As ``table.check``, of a normalized tensor."""
+    oracle = normalized_reference(spec, x)
+    expected, got = oracle.encode(x, 3, affine=affine), form.encode(x, spec, 3, affine)
+    for name, a, b in zip(("payload", "metadata"), expected, got.tensors):
+        assert same_bytes(a, b), (name, spec)
+    values = oracle.decode(*expected, 3, x.shape, x.stride(), affine)
+    decoded = form.decode(Encoded(*expected, spec.affine), spec, 3, x.numel(), x.dtype, affine)
+    assert same_bits(values, decoded), ("values", spec)
 
 
 # In the interpreter.
@@ -122,6 +194,51 @@ def test_empty_tensors_launch_nothing(interpreted: Interpreted) -> None:
     check(interpreted, torch.empty(0), MIXED)
 
 
+@pytest.mark.parametrize("size, row, rows", ROWS)
+def test_interpreted_buckets_end_with_rows(
+        interpreted: Interpreted, size: int, row: int, rows: int) -> None:
+    for dtype, spec in zip(DTYPES, row_specs(size, row)):
+        check(interpreted, joined(dtype, rows * row), spec)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_interpreted_tensors_are_normalized(interpreted: Interpreted, name: str) -> None:
+    for case in normalized_cases(name):
+        check_normalized(interpreted, *case)
+
+
+def test_only_the_end_of_a_long_period_matters(interpreted: Interpreted) -> None:
+    # Of several programs, which are shorter than a period.
+    x, (spec, *_) = joined(torch.float32, 6600), row_specs(24, None)
+    long_rows = replace(spec, row_size=3300)
+    cases = [statistics(2, 3300, True), statistics(6600, 1, True)]
+    with interpreted.constant("_LONG", 3100):
+        for affine in cases:
+            check_normalized(interpreted, x, spec, affine)
+    with interpreted.constant("_LONG", 130):
+        check(interpreted, x, long_rows)
+    # Positive control: a slice reaches further.
+    with interpreted.constant("_LONG", 2):
+        for case, affine in ((spec, cases[0]), (spec, cases[1]), (long_rows, None)):
+            expected = normalized_reference(case, x).encode(x, 3, affine=affine)
+            assert not same_bytes(expected[0], interpreted.encode(x, case, 3, affine).payload)
+
+
+def test_another_padding_or_statistic_gives_other_bytes(interpreted: Interpreted) -> None:
+    # Positive controls.
+    x = normals((NUMEL,)).float()
+    for spec in row_specs(24, 42):
+        affine, got = statistics(4, 7, True), interpreted.encode(x, spec, 3)
+        padded = reference.pad_rows(x, 42, 24, not spec.pads_with_zero)
+        other = reference.encode(padded, reference.without_rows(spec), 3)
+        assert not same_bytes(other.payload, got.payload)
+        expected, _ = normalized_reference(spec, x).encode(x, 3, affine=affine)
+        for wrong in (
+                affine._replace(inner=1), affine._replace(shift=None),
+                affine._replace(scale=affine.scale.roll(1))):
+            assert not same_bytes(expected, interpreted.encode(x, spec, 3, wrong).payload)
+
+
 # Compiled for devices that are not there: what the interpreter cannot see.
 
 
@@ -141,18 +258,34 @@ COMPILED = {
     "norm": (torch.float32, BucketQuantSpec(4, 256, "l2", "narrow")),
     "norm of an odd size": (torch.bfloat16, BucketQuantSpec(4, 40, "l2", "narrow")),
     "smallest": (torch.float32, BucketQuantSpec(1, 8)),
-    "largest": (torch.float32, BucketQuantSpec(2, 1 << 16))}
+    "largest": (torch.float32, BucketQuantSpec(2, 1 << 16)),
+    "rows of one statistic": (torch.bfloat16, BucketQuantSpec(2, 56, row_size=50)),
+    "rows of several": (torch.float32, BucketQuantSpec(2, 56, row_size=50)),
+    "several statistics": (torch.float32, BucketQuantSpec(2, 256, "max", "narrow"))}
+# (statistics, elements of each in a run, whether there are shifts).
+COMPILED_STATISTICS = {
+    "rows of one statistic": (10, 100, False),
+    "rows of several": (5, 10, True),
+    "several statistics": (50, 1, True)}
+
+
+def compiled(
+        compiler: Worker, name: str, capability: int = 90,
+        calls: list[tuple[int, int]] | None = None) -> list[Compiled]:
+    """The kernels of one of ``COMPILED``."""
+    affine = statistics(*COMPILED_STATISTICS[name]) if name in COMPILED_STATISTICS else None
+    return compiler.run(compile_kernels, capability, *COMPILED[name], calls or [(5000, 1)], affine)
 
 
 def inexact(kernel: Compiled) -> set[str]:
     """Operations that do not give the reference's bits."""
-    return kernel.operations(r"fma\.") | kernel.operations(r"(?:div|rcp|sqrt)\.(?!rn)") | (
+    return kernel.operations(r"fma\.") | kernel.operations(r"(?:div|rcp|sqrt)\.(?!rn|[us]\d)") | (
         kernel.operations(r"\w+\.(?:\w+\.)*ftz"))
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_arithmetic_is_exact(compiler: Worker, name: str) -> None:
-    kernels = compiler.run(compile_kernels, 90, *COMPILED[name], [(5000, 1)])
+    kernels = compiled(compiler, name)
     assert [kernel.name for kernel in kernels] == ["encode_kernel", "decode_kernel"]
     assert [inexact(kernel) for kernel in kernels] == [set(), set()]
     assert kernels[0].operations(r"div\.rn\.f32")
@@ -160,9 +293,13 @@ def test_compiled_arithmetic_is_exact(compiler: Worker, name: str) -> None:
     assert kernels[0].operations(r"max\.NaN\.f32")
 
 
-@pytest.mark.parametrize("capability", [80, 86, 100])
-def test_kernels_compile_for_other_devices(compiler: Worker, capability: int) -> None:
-    kernels = compiler.run(compile_kernels, capability, *COMPILED["bfloat16"], [(5000, 1)])
+@pytest.mark.parametrize(
+    "capability, name",
+    [(80, "bfloat16"), (86, "bfloat16"), (100, "bfloat16"), (80, "rows of several"),
+     (100, "rows of one statistic")])
+def test_kernels_compile_for_other_devices(
+        compiler: Worker, capability: int, name: str) -> None:
+    kernels = compiled(compiler, name, capability)
     assert [inexact(kernel) for kernel in kernels] == [set(), set()]
 
 
@@ -178,7 +315,7 @@ def fused() -> list[Compiled]:
 
 
 def test_memory_is_accessed_by_vectors(compiler: Worker) -> None:
-    encode, decode = compiler.run(compile_kernels, 90, *COMPILED["2 bits"], [(1 << 16, 1)])
+    encode, decode = compiled(compiler, "2 bits", calls=[(1 << 16, 1)])
     assert any(".v4" in name for name in encode.operations(r"ld\.global"))
     assert any(".v4" in name for name in decode.operations(r"st\.global"))
     # Four bytes of packed codes at once.
@@ -193,6 +330,17 @@ def test_lengths_and_seeds_share_one_kernel(compiler: Worker) -> None:
     assert len({kernel.key for kernel in kernels}) == 2
 
 
+def test_rows_and_statistics_of_all_lengths_share_one_kernel(compiler: Worker) -> None:
+    dtype, spec = COMPILED["rows of several"]
+    found = set()
+    for row, kinds, inner in ((50, 5, 10), (16, 1000, 1)):
+        kernels = compiler.run(
+            compile_kernels, 90, dtype, replace(spec, row_size=row), [(48_000, 1)],
+            statistics(kinds, inner, True))
+        found |= {kernel.key for kernel in kernels}
+    assert len(found) == 2
+
+
 # Which kernels serve a tensor.
 
 
@@ -203,6 +351,15 @@ def test_double_and_whole_tensors_go_to_the_reference() -> None:
     assert not gpu.supports(torch.float32, BucketQuantSpec(bucket_size=None))
     assert not gpu.supports(torch.float32, BucketQuantSpec(bucket_size=(1 << 16) + 8))
     assert gpu.supports(torch.bfloat16, BucketQuantSpec())
+
+
+def test_plans_of_a_device_are_those_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from brevitas_bp.kernels import gpu
+
+    monkeypatch.setattr(dispatch, "_gpu_kernels", lambda: gpu)
+    device, spec = torch.device("cuda"), BucketQuantSpec(2, 56, row_size=49)
+    assert isinstance(dispatch.plan(spec, 490, torch.float32, device), gpu.Plan)
+    assert isinstance(dispatch.plan(spec, 490, torch.float64, device), dispatch._Plan)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -223,13 +380,26 @@ class OnDevice:
     def __init__(self, device: str = "cuda") -> None:
         self._device = device
 
-    def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
-        return moved(kernels().encode(flat.to(self._device), spec, seed), "cpu")
+    def encode(
+            self, flat: Tensor, spec: BucketQuantSpec, seed: int,
+            affine: Affine | None = None) -> Encoded:
+        plan = kernels().plan(spec, flat.numel(), flat.dtype)
+        payload, metadata = plan.encode(flat.to(self._device), seed, affine=self._moved(affine))
+        return moved(Encoded(payload, metadata, spec.affine), "cpu")
 
     def decode(
             self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
-            dtype: torch.dtype) -> Tensor:
-        return kernels().decode(moved(encoded, self._device), spec, seed, numel, dtype).cpu()
+            dtype: torch.dtype, affine: Affine | None = None) -> Tensor:
+        plan = kernels().plan(spec, numel, dtype)
+        stored = moved(encoded, self._device).tensors
+        return plan.decode(
+            *stored, seed, torch.Size((numel,)), (1,), self._moved(affine)).cpu()
+
+    def _moved(self, affine: Affine | None) -> Affine | None:
+        if affine is None:
+            return None
+        shift = None if affine.shift is None else affine.shift.to(self._device)
+        return Affine(affine.scale.to(self._device), shift, affine.inner)
 
 
 def kernels() -> dispatch.ModuleType:
@@ -280,6 +450,23 @@ def test_device_bucket_sizes(size: int, rule: str) -> None:
 
 
 @gpu_test
+@pytest.mark.slow
+@pytest.mark.parametrize("size, row, rows", ROWS)
+def test_device_buckets_end_with_rows(size: int, row: int, rows: int) -> None:
+    for dtype, spec in zip(DTYPES, row_specs(size, row)):
+        check(OnDevice(), joined(dtype, 100 * rows * row), spec)
+
+
+@gpu_test
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATISTICS)
+def test_device_tensors_are_normalized(name: str) -> None:
+    for x, spec, affine in normalized_cases(name):
+        check_normalized(OnDevice(), x, spec, affine)
+        check_normalized(OnDevice(), x.repeat(100), spec, affine)
+
+
+@gpu_test
 @pytest.mark.parametrize("size", [40, 64])
 def test_device_norms_are_summed_in_order(size: int) -> None:
     x = norms_on_the_edge(size).view(-1)
@@ -324,13 +511,17 @@ def test_tensors_of_more_than_2_31_elements() -> None:
 @gpu_test
 def test_nothing_synchronises() -> None:
     x = normals((10_000,)).float().cuda()
-    for spec in (BucketQuantSpec(), MIXED):
-        kernels().decode(kernels().encode(x, spec, 3), spec, 3, x.numel(), x.dtype)
+    affine = Affine(x[:100].clone(), x[100:200].clone(), 1)
+    cases = [(BucketQuantSpec(), None), (MIXED, None), (BucketQuantSpec(2, 56, row_size=50), affine)]
+    for spec, normalizing in cases:
+        plan = kernels().plan(spec, x.numel(), x.dtype)
+        stored = plan.encode(x, 3, affine=normalizing)
+        plan.decode(*stored, 3, x.shape, x.stride(), normalizing)
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            encoded = kernels().encode(x, spec, 4)
-            kernels().decode(encoded, spec, 4, x.numel(), x.dtype)
+            stored = plan.encode(x, 4, affine=normalizing)
+            plan.decode(*stored, 4, x.shape, x.stride(), normalizing)
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
