@@ -5,7 +5,7 @@ Compose a quantizer from injector classes (:mod:`brevitas_bp.quant`), hand it to
 while the forward pass stays bit-identical.
 """
 
-from brevitas_bp.allocate import plan_bit_widths
+from brevitas_bp.allocate import check_gradients, plan_bit_widths
 from brevitas_bp.backward import OpAware, QuantBackwardWrapper, SavedTensor, register_op
 from brevitas_bp.codec import Codec, Packed, codec_from
 from brevitas_bp.core.bit_width import MixProbScheduler
@@ -27,4 +27,5 @@ __all__ = [
     "BrevitasBpError", "Codec", "CorruptPayloadError", "MixProbScheduler", "ModifiedInPlaceError",
     "OpAware", "Packed", "QuantBackwardWrapper", "SavedMemoryReport", "SavedTensor",
     "SecondDerivativeError", "StochasticRound", "UnknownNameError", "UnsupportedQuantizerError",
-    "__version__", "codec_from", "plan_bit_widths", "register_op", "seeded", "track_saved_memory"]
+    "__version__", "check_gradients", "codec_from", "plan_bit_widths", "register_op", "seeded",
+    "track_saved_memory"]

@@ -1,5 +1,6 @@
 """Which saved tensor gets how many bits, and when, and what that costs the gradient."""
 
+from brevitas_bp.allocate.check import GradientCheck, GradientMonitor, check_gradients
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
 from brevitas_bp.allocate.gradient_error import measure_gradient_error
 from brevitas_bp.allocate.plan import BitPlan
@@ -10,6 +11,6 @@ from brevitas_bp.allocate.sensitivity import ClosedForm, Empirical, GradientNorm
 from brevitas_bp.backward.planned import Candidate
 
 __all__ = [
-    "BitPlan", "Candidate", "ClosedForm", "Empirical", "GradientError", "GradientErrorRow",
-    "GradientNorms", "QuantizerSchedule", "Replanner", "Sensitivity", "measure_gradient_error",
-    "plan_bit_widths"]
+    "BitPlan", "Candidate", "ClosedForm", "Empirical", "GradientCheck", "GradientError",
+    "GradientErrorRow", "GradientMonitor", "GradientNorms", "QuantizerSchedule", "Replanner",
+    "Sensitivity", "check_gradients", "measure_gradient_error", "plan_bit_widths"]

@@ -71,11 +71,15 @@ def measure_gradient_error(
         >>> [row.name for row in error.modules], error.parameters[1].noise  # biases are exact
         (['0', '2'], 0.0)
     """
-    wrappers = _wrappers(model)
+    wrappers = wrappers_of(_WHERE, model)
     if draws < 2:
         raise ValueError(
             f"{_WHERE}: draws must be at least 2, or there is no variance to take off, got {draws}")
-    named = _named_parameters(model)
+    named = named_parameters(_WHERE, model)
+
+    def checked(model: nn.Module, *arguments: Any) -> Tensor:
+        return checked_loss(f"{_WHERE}: run", run(model, *arguments))
+
     moments = [Moments() for _ in named]
     cosines = Cosines()
     with unchanged(model, wrappers, seed) as restore, torch.enable_grad():
@@ -83,13 +87,13 @@ def measure_gradient_error(
         for number, arguments in enumerate(points, start=1):
             restore()
             with exact_policy(wrappers):
-                exact, loss = _gradients(run, model, named, arguments)
+                exact, loss = gradients_of(checked, model, named, arguments)
             _check_finite(exact, named)
             for of_one, gradient in zip(moments, exact):
                 of_one.start(gradient)
             for _ in _bar(range(draws), progress, f"batch {number}"):
                 restore()
-                gradients, again = _gradients(run, model, named, arguments)
+                gradients, again = gradients_of(checked, model, named, arguments)
                 _check_same_loss(loss, again)
                 cosines.add([of_one.add(g) for of_one, g in zip(moments, gradients)])
             for of_one in moments:
@@ -127,31 +131,41 @@ def _summarize(
         row("total", list(range(len(names)))))
 
 
-def _wrappers(model: nn.Module) -> list[QuantBackwardWrapper]:
+def wrappers_of(where: str, model: nn.Module) -> list[QuantBackwardWrapper]:
+    """The wrappers in a model whose gradients are to be compared.
+
+    Raises:
+        TypeError: there are none, or ``DistributedDataParallel`` is around.
+    """
     wrappers = [wrapper for _, wrapper in wrappers_in(model)]
     if not wrappers:
         raise TypeError(
-            f"{_WHERE}: model must be a QuantBackwardWrapper or contain one, got "
+            f"{where}: model must be a QuantBackwardWrapper or contain one, got "
             f"{type(model).__name__}; without a wrapper every gradient is exact")
     if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise TypeError(
-            f"{_WHERE}: model must not be inside of DistributedDataParallel, which averages what "
+            f"{where}: model must not be inside of DistributedDataParallel, which averages what "
             "backward leaves in .grad, and nothing is left there; pass the module that it wraps")
     return wrappers
 
 
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name."""
+def named_parameters(where: str, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name.
+
+    Raises:
+        ValueError: there are none.
+    """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
-        raise ValueError(f"{_WHERE}: no parameter of {type(model).__name__} requires a gradient")
+        raise ValueError(f"{where}: no parameter of {type(model).__name__} requires a gradient")
     return named
 
 
-def _gradients(
+def gradients_of(
         run: Callable[..., Tensor], model: nn.Module, named: dict[str, nn.Parameter],
-        arguments: tuple[Any, ...]) -> tuple[Sequence[Tensor], Tensor]:
-    loss = checked_loss(f"{_WHERE}: run", run(model, *arguments))
+        arguments: tuple[Any, ...] = ()) -> tuple[Sequence[Tensor], Tensor]:
+    """Gradients of the parameters, zeros for those without any, and the loss."""
+    loss = run(model, *arguments)
     gradients = torch.autograd.grad(
         loss, list(named.values()), torch.ones_like(loss), allow_unused=True, materialize_grads=True)
     return gradients, loss.detach()

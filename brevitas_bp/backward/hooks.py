@@ -10,6 +10,8 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
@@ -34,6 +36,7 @@ from brevitas_bp.backward.saved import (
     SavedTensor,
     name_of,
     storage_id,
+    tensors_in,
 )
 from brevitas_bp.backward.units import (
     Deferred,
@@ -222,7 +225,8 @@ class ForwardPass:
             decision = self.policy.decide(saved) if can_encode(x) else _NOT_PLAIN
             if decision.codec is not None and decision.rows is not None and self._is_kept(saved):
                 decision = decision._replace(codec=None, reason=_KEPT_ALREADY)
-            if decision.units == "statistic" and decision.codec is not None and is_plain(x):
+            if decision.units == "statistic" and decision.codec is not None and is_plain(x) and (
+                    self._may_begin_norm(call)):
                 return self._begin_norm(saved, decision)
             if self._norm is not None and self._norm.saved.call is call and (
                     decision.codec is None and x.is_floating_point()):
@@ -277,6 +281,16 @@ class ForwardPass:
             return False
         found = self._exact.get(x.untyped_storage()._cdata)
         return found is not None and found[1]() is not None and found[2] == version_of(x)
+
+    def _may_begin_norm(self, call: Call) -> bool:
+        """Whether what the call saves last are mean and inverse deviation of what it saves now.
+
+        Forward mode saves more, some of it without memory; in transforms of ``torch.func`` what is
+        computed after the operation may have none.
+        """
+        begun = self._norm is not None and self._norm.saved.call is call
+        return not begun and forward_ad._current_level < 0 and not any(
+            is_functorch_wrapped_tensor(t) for t in tensors_in(call.arguments))
 
     def _begin_norm(self, saved: SavedTensor, decision: Decision) -> Deferred:
         """See NOTE [ Inputs of norms are stored normalized ]."""
@@ -374,18 +388,20 @@ class ForwardPass:
         codec = _KEEP if decision.codec is None else decision.codec
         in_units: Callable[[Codec], Codec] | None = None
         if units is not None:
-            return self._encode(saved, codec, partial(_normalized, units))
-        if decision.codec is not None and decision.units == "quotient" and (
+            in_units = partial(_normalized, units)
+        elif decision.codec is not None and decision.units == "quotient" and (
                 divisor := _divisor_of(saved)) is not None:
             in_units = partial(QuotientCodec, divisor)
         elif decision.codec is not None and decision.units == "channel" and is_plain(x):
             in_units = partial(_in_channels, x)
-        if decision.codec is not None and decision.rows is not None and (
+        if units is None and decision.codec is not None and decision.rows is not None and (
                 rows := decision.rows(shard_of(x), saved.call)) is not None:
             codec = in_rows(codec, rows)
         # Each derivative is one of its own, whatever it is computed from.
         shared = decision.shared and saved.derivative is None
-        key = *_identity(x), id(codec), -1 if shared else saved.call.number
+        # Norms of one kind with equal settings have equal statistics of one tensor.
+        norm = None if units is None else _settings(saved.call)
+        key = *_identity(x), id(codec), -1 if shared else saved.call.number, norm
         before = self._encoded.get(key)
         if before is not None:
             packed = before[1]()
@@ -491,6 +507,12 @@ def _identity(x: Tensor) -> tuple[Hashable, ...]:
     if shard is x:
         return of_shard
     return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
+
+
+def _settings(call: Call) -> str:
+    """A function and all its arguments but tensors, in their order."""
+    others = [a for a in call.arguments if not (a is None or isinstance(a, Tensor))]
+    return f"{call.name} {others}"
 
 
 def _kept(saved: SavedTensor) -> Packed:

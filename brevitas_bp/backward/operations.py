@@ -188,9 +188,16 @@ def normalization(statistics: bool = False) -> OpRule:
         least = norm_bits(x.numel() // max(x.shape[1], 1)) if of_channels else 1
         return Decision(
             saved.codec, "input of a norm: bias of order 1/M", reaches="norm", rows=last_dimension,
-            units="statistic" if statistics else None, least_bits=least)
+            units="statistic" if statistics and _is_first(saved) else None, least_bits=least)
 
     return OpRule(_floats(decide))
+
+
+def _is_first(saved: SavedTensor) -> bool:
+    """Whether it is the first argument; not where a copy may be one of another that is as large."""
+    position = saved.position
+    return position == 0 or (position is None and not any(
+        t.numel() == saved.tensor.numel() for t in tensors_in(saved.arguments[1:])))
 
 
 def norm_bits(elements: int) -> int:

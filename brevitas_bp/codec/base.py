@@ -112,6 +112,8 @@ class Codec(ABC):
     recipe: Recipe | None = None
     #: Whether the stored tensors are memory of the codec's own, which nobody else may write to.
     owns: bool = True
+    #: Whether what is decoded may differ from what was stored.
+    lossy: bool = True
     #: Whether its payload is that of another codec, which is in the facts.
     wraps: bool = False
     #: Whether what is decoded is new memory each time, which whoever asked for it may write to.
@@ -158,6 +160,7 @@ class Keep(Codec):
     It is kept detached: a tensor that saves itself as an output would otherwise never be freed.
     """
 
+    lossy = False
     name = "exact"
     compresses = False
     owns = False
@@ -207,6 +210,7 @@ def refuse_modified(kept: Tensor, version: int | None, where: str) -> NoReturn:
 class Copy(Codec):
     """Keeps an exact copy of its own, so that the memory of which the tensor is a part can go."""
 
+    lossy = False
     name = "exact copy"
     compresses = False
 

@@ -113,10 +113,12 @@ class ModuleCodec(Codec):
         size = getattr(self._view, "bucket_size", None)
         if type(self._view) is not OverBucketView or size is None:
             return self
-        quantizer = _with_bucket_size(self.quantizer, row_bucket(length, size))
-        if quantizer is None:
-            return self
-        return ModuleCodec(quantizer, length if length % row_bucket(length, size) else None)
+        # On the host, whatever device is the default where a tensor is saved.
+        with torch.device("cpu"):
+            quantizer = _with_bucket_size(self.quantizer, row_bucket(length, size))
+            if quantizer is None:
+                return self
+            return ModuleCodec(quantizer, length if length % row_bucket(length, size) else None)
 
     @property
     def _view(self) -> Any:

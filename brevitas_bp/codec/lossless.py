@@ -19,6 +19,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class BitMask(Codec):
     """Bool tensors, 1 bit an element (8 in a byte, planar)."""
 
+    lossy = False
     name = "bit mask"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
@@ -52,6 +53,8 @@ class NarrowInt(Codec):
         dtype: stored.
         name: shown in reports.
     """
+
+    lossy = False
 
     dtype: torch.dtype | None = None
     name: str = "narrowed"

@@ -40,6 +40,8 @@ class WindowIndex(Codec):
         name: shown in reports.
     """
 
+    lossy = False
+
     sizes: tuple[int, ...]
     kernel: tuple[int, ...]
     stride: tuple[int, ...] | None

@@ -55,6 +55,7 @@ class Region(Codec):
         bounds: the arithmetic of the comparison.
     """
 
+    lossy = False
     name: str
     lo: float | None = None
     hi: float | None = None
@@ -198,6 +199,7 @@ class Sign(Codec):
     For the input of ``abs``: backward is ``grad * sgn(x)``, and autograd's ``sgn(NaN)`` is 0.
     """
 
+    lossy = False
     name: str = "sign"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
@@ -243,6 +245,7 @@ class ScaledMask(Codec):
         factor: ``v = 1 * factor``.
     """
 
+    lossy = False
     name: str = "scaled mask"
     divisor: float | None = None
     factor: float | None = None

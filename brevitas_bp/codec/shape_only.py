@@ -42,6 +42,7 @@ class ShapeOnly(Codec):
     interpolation and padding, pixel_shuffle, unfold, fold, expand, repeat, roll, flip, cat, sum, mean.
     """
 
+    lossy = False
     name: str = "shape only"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
@@ -69,6 +70,7 @@ class Zeros(Codec):
     For the mean of a norm whose input is stored as its deviation from the mean.
     """
 
+    lossy = False
     name: str = "not kept"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
