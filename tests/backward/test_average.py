@@ -51,7 +51,8 @@ def test_bytes_are_those_of_live_tensors() -> None:
         nn.Linear(256, 8), CONFIG, metadata_dtype=torch.bfloat16)
     with track_saved_memory(model) as report:
         output = model(torch.randn(1024, 256))
-    assert report.stored_bytes * 8 == 0.53125 * 1024 * 256
+    # Buckets end with the 64 means of a row; each has a scale and an offset.
+    assert report.stored_bytes == 1024 * (64 * 2 // 8 + 2 * 2)
     del output
 
 
@@ -118,11 +119,11 @@ def test_the_mean_gradient_is_the_exact_one_averaged_over_each_group() -> None:
 
 
 def stored(function: Callable[..., Tensor], *shapes: tuple[int, ...], **options: Any) -> set[str]:
-    """How what a function of new tensors saves is stored."""
+    """How what a function of new tensors saves is stored, where it is."""
     torch.manual_seed(0)
     model = QuantBackwardWrapper(Apply(function), CONFIG, bucket_size=64, **options)
     model(*(torch.randn(shape, requires_grad=True) for shape in shapes))
-    return {site.stored for site in model.explain().sites.values()} - {"exact"}
+    return {site.stored for site in model.explain().sites.values()} - {"exact", "not kept"}
 
 
 X = (8, 16, 8, 8)

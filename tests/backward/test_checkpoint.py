@@ -148,10 +148,11 @@ def test_checkpoint_with_rounded_inputs_takes_less_than_either(reentrant: bool) 
     only_ours, only_checkpoint = stored(plain), stored(module, policy="exact")
     both = stored(module, policy=OpAware(checkpoint_quant=STOCHASTIC))
     assert both < only_ours
-    # Bits per element: three inputs of parts, of float32 metadata; the derivative of tanh at 4 bits and
-    # the input of the stem at 2, of bfloat16 metadata.
+    # Bits per element: three inputs of parts, in buckets of a row of 64, of float32 metadata; the
+    # derivative of tanh at 4 bits in buckets of 256, and the input of the stem at 2 in rows, of bfloat16
+    # metadata.
     numel = images().numel()
-    assert both == numel * (3 * (2 + 64 / 256) + (4 + 32 / 256) + (2 + 32 / 256)) / 8
+    assert both == numel * (3 * (2 + 64 / 64) + (4 + 32 / 256) + (2 + 32 / 64)) / 8
     assert only_checkpoint == 4 * 4 * numel
 
 
@@ -160,6 +161,7 @@ def test_gradient_is_the_one_at_the_rounded_input(reentrant: bool) -> None:
     part = Body()
     h = images().tanh().requires_grad_()
     quantizer = codec_from(ShiftedUint2DynamicActPerBucketFloat)  # to nearest: no seed to know
+    quantizer = quantizer.in_rows(64, 64)
     rounded = quantizer.encode(h.detach(), seed=0).decode().requires_grad_()
     model = QuantBackwardWrapper(
         Apply(lambda x: checkpoint(part, x * 1, use_reentrant=reentrant)),
@@ -193,7 +195,8 @@ def test_masks_indices_and_constants_beside_the_input_stay_exact() -> None:
     assert x.grad.isfinite().all()
     stored_as = {site.stored: site.tensors for site in model.explain().sites.values()}
     assert stored_as == {"bit mask": 1, "2-bit stochastic": 1, "exact": 2}
-    quantized, masked = x.numel() * (2 + 64 / 256) / 8, x.numel() / 8
+    # In buckets of a row of 64.
+    quantized, masked = x.numel() * (2 + 64 / 64) / 8, x.numel() / 8
     assert report.stored_bytes == quantized + masked + 4 * x.numel() + 8 * x.numel()
 
 
