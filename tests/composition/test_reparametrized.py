@@ -88,8 +88,9 @@ def test_computed_weights_under_both_policies(way: str, cast: bool) -> None:
     with casting(cast):
         assert_exact_policy_is_plain(module, X)  # buffers too: spectral norm iterates in forward
         # Three weights and what they are made of are kept; the inputs and the mask get smaller.
-        # Measured: 1.10 (Householder under autocast) to 2.3.
-        assert_default_policy_trains(module, X, ratio=1.1)
+        # Three bits to an element of an input, in buckets of a row of 64. Measured: 1.085 (Householder
+        # under autocast) to 2.2.
+        assert_default_policy_trains(module, X, ratio=1.08)
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
