@@ -40,7 +40,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BROADCAST = 16
 
 # Elements of a statistic of a norm, from which on its input needs no more bits than are configured.
-_ENOUGH = 256
+_ENOUGH, _FEW = 256, 16
 
 # Roundings that are summed into one gradient, from which on they need no more bits.
 _AVERAGED = 256
@@ -186,6 +186,8 @@ def normalization(statistics: bool = False) -> OpRule:
         of_channels = statistics and x.dim() > 1 and (
             "batch" in saved.call.name or "instance" in saved.call.name)
         least = norm_bits(x.numel() // max(x.shape[1], 1)) if of_channels else 1
+        if least is None:
+            return FEW_IN_STATISTIC
         return Decision(
             saved.codec, "input of a norm: bias of order 1/M", reaches="norm", rows=last_dimension,
             units="statistic" if statistics and _is_first(saved) else None, least_bits=least)
@@ -200,16 +202,23 @@ def _is_first(saved: SavedTensor) -> bool:
         t.numel() == saved.tensor.numel() for t in tensors_in(saved.arguments[1:])))
 
 
-def norm_bits(elements: int) -> int:
-    """Least bits of the input of a norm with so many elements to a statistic.
+def norm_bits(elements: int) -> int | None:
+    """Least bits of the input of a norm with so many elements to a statistic; None: it stays exact.
 
     A rounding reaches the gradient of the input with a weight of order 1 / sqrt(elements). Four times
-    fewer elements are worth one more bit, and such tensors are small.
+    fewer elements are worth one more bit, and such tensors are small. With very few elements the norm
+    takes most of the gradient away, and what is left is far smaller than what is rounded.
 
-    >>> [norm_bits(elements) for elements in (1000, 256, 64, 16, 4, 2)]
-    [1, 1, 3, 4, 5, 6]
+    >>> [norm_bits(elements) for elements in (1000, 256, 64, 16, 4)]
+    [1, 1, 3, 4, None]
     """
-    return 1 if elements >= _ENOUGH else 2 + math.ceil(math.log(_ENOUGH / max(elements, 1), 4))
+    if elements < _FEW:
+        return None
+    return 1 if elements >= _ENOUGH else 2 + math.ceil(math.log(_ENOUGH / elements, 4))
+
+
+#: For the input of a norm with few elements to a statistic.
+FEW_IN_STATISTIC = Decision(None, "so few elements share a statistic that backward would not bear it")
 
 
 def lossless(

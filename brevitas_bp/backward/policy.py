@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
-from brevitas_bp.backward.operations import FLOAT_DTYPES, OpRule, norm_bits, rule_of
+from brevitas_bp.backward.operations import (
+    FEW_IN_STATISTIC,
+    FLOAT_DTYPES,
+    OpRule,
+    norm_bits,
+    rule_of,
+)
 from brevitas_bp.backward.rewrites import Passing, ReplayAttention, Rewrite, SaveDerivative
 from brevitas_bp.backward.rows import last_dimension
 from brevitas_bp.backward.saved import (
@@ -113,10 +119,10 @@ class OpAware:
         multiplier_bits: least width of what multiplies the gradient that passes: derivatives, factors
             of products of activations. A rounding there reaches the gradients
             of all layers further up, while one of a layer's input reaches that of its own weight.
-        norm_bits: least width of the inputs of norms; None: as configured, and one bit more for each
-            factor of four by which fewer than 256 elements share a statistic of a batch or instance
-            norm, as in small batches. Roundings there reach all layers further up, with a weight of
-            order 1 / sqrt(M).
+        norm_bits: least width of the inputs of norms; None: as configured. Roundings there reach all
+            layers further up, with a weight of order 1 / sqrt(M). So batch and instance norms with fewer
+            than 256 elements to a statistic, as in small batches, have one bit more for each factor of
+            four, and with fewer than 16 their input stays exact.
         multiplier_quant: quantizer in place of the configured one with ``multiplier_bits``.
         few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
             2023), stored instead of a rounded derivative: smaller, without noise, and biased. None: off.
@@ -222,6 +228,8 @@ class OpAware:
             return _STATISTIC
         if saved.reach != "nonlinear":
             least = 1 if saved.sharing is None else norm_bits(saved.sharing)
+            if least is None:
+                return FEW_IN_STATISTIC
             return self._widened(Decision(
                 codec, _LINEAR[saved.reach], reaches=saved.reach, least_bits=least), codec)
         bits = self.recomputed_bits

@@ -94,8 +94,7 @@ def units_of(pending: PendingNorm) -> NormUnits | None:
     if count == 0 or found[1].numel() != count or not (
             x.numel() % count == 0 if by_row else x.shape[1] == count):
         return None if by_row else _own(x)
-    computed = compute_dtype(x.dtype)
-    mean, rstd = (t.detach().reshape(-1).to(computed) for t in found)
+    mean, rstd = (t.detach().reshape(-1) for t in found)
     rows, largest = None, float("inf")
     if by_row:
         inner = x.numel() // count
@@ -109,7 +108,8 @@ def units_of(pending: PendingNorm) -> NormUnits | None:
         inner, rows = placed
         largest = _largest(call)
     undo = Undo(rstd, largest, None, inner)
-    return NormUnits(undo.forward(mean), undo, rows, drops_mean=True)
+    return NormUnits(
+        undo.forward(mean.to(compute_dtype(x.dtype))), undo, rows, drops_mean=True)
 
 
 def _rows(x: Tensor, inner: int) -> Rows | None:

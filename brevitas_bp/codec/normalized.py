@@ -20,7 +20,7 @@ class Undo:
     """The way back from a normalized tensor: ``y / rstd``, or ``y / rstd + mean``.
 
     Attributes:
-        rstd: inverse deviations [K]; where they are 0, so is ``y``.
+        rstd: inverse deviations [K], as they are kept; where they are 0, so is ``y``.
         largest: where they reach this, there is no deviation, and ``y`` is 0.
         mean: [K]; None: left out.
         inner: see :class:`~brevitas_bp.kernels.normalizing.Affine`.
@@ -35,12 +35,14 @@ class Undo:
 
     def __call__(self) -> Affine:
         """The affine map back."""
-        deviation = torch.where(self._deviates, self.rstd.reciprocal(), 0)
+        rstd = self._rstd
+        deviation = torch.where(self._deviates(rstd), rstd.reciprocal(), 0)
         return Affine(deviation, self.mean, self.inner)
 
     def forward(self, mean: Tensor | None) -> Affine:
         """The affine map that normalizes: ``(x - mean) * rstd``."""
-        return Affine(torch.where(self._deviates, self.rstd, 0), mean, self.inner)
+        rstd = self._rstd
+        return Affine(torch.where(self._deviates(rstd), rstd, 0), mean, self.inner)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -50,8 +52,12 @@ class Undo:
         return (self.rstd,) if self.mean is None else (self.rstd, self.mean)
 
     @property
-    def _deviates(self) -> Tensor:
-        return (self.rstd < self.largest) & (self.rstd > 0)
+    def _rstd(self) -> Tensor:
+        # A copy in another dtype would be memory that nobody counts.
+        return self.rstd.to(compute_dtype(self.rstd.dtype))
+
+    def _deviates(self, rstd: Tensor) -> Tensor:
+        return (rstd < self.largest) & (rstd > 0)
 
 
 @final
