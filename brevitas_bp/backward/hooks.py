@@ -432,8 +432,9 @@ class ForwardPass:
         if not codec.compresses:
             packed = codec.encode(x, seed=0, where=where)
             return packed.sealed() if self.verify else packed
-        # Codes, padding and metadata must be smaller than what they replace.
-        if shard.numel() < _SMALL:
+        # Codes, padding and metadata must be smaller than what they replace. What is in other units and
+        # is encoded later has to be known now: its mean is kept, or not.
+        if shard.numel() < _SMALL or (self.on_backward and codec.wraps):
             layout = TensorLayout.of(shard)
             least = codec.stored_nbytes(layout)
             if least is not None and least >= layout.nbytes:

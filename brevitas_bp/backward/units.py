@@ -114,12 +114,11 @@ def units_of(pending: PendingNorm) -> NormUnits | None:
 
 def _rows(x: Tensor, inner: int) -> Rows | None:
     """Rows of ``inner`` elements, where they are whole trailing dimensions, or equal parts of them."""
-    dims, size = 0, 1
-    while dims < x.dim() and size < inner:
+    dims = 1
+    while dims < x.dim() and prod(x.shape[-dims:]) < inner:
         dims += 1
-        size = prod(x.shape[-dims:])
-    rows = trailing(x, dims) if dims else None
-    return None if rows is None or size % inner else rows._replace(length=inner)
+    rows = trailing(x, dims)
+    return None if rows is None or rows.length % inner else rows._replace(length=inner)
 
 
 def _channels(x: Tensor) -> tuple[int, Rows | None] | None:

@@ -107,7 +107,9 @@ class ModuleCodec(Codec):
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         size = getattr(self._view, "bucket_size", None)
         n, size = bucket_shape(layout.numel, size, self.row_size)
-        return n * packed_nbytes(size, min(self.widths))
+        metadata = stored_metadata_dtype(self.quantizer.metadata_dtype, compute_dtype(layout.dtype))
+        return n * (
+            packed_nbytes(size, min(self.widths)) + metadata.itemsize * (1 + self._is_affine()))
 
     def in_rows(self, length: int, last: int) -> Codec:
         size = getattr(self._view, "bucket_size", None)

@@ -55,6 +55,23 @@ def test_break_even_is_the_same_rule_in_both(kind: str, features: int) -> None:
     assert_same(*grads)
 
 
+@pytest.mark.parametrize("features", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["stock", "general"])
+def test_break_even_is_the_same_for_inputs_of_norms(kind: str, features: int) -> None:
+    # The mean is not kept where the input is stored normalized, and only there.
+    torch.manual_seed(0)
+    codec: Any = codec_from(ShiftedUint2DynamicActPerBucketFloat)
+    quantizer = ModuleCodec(codec.quantizer) if kind == "general" else codec
+    module, x = nn.LayerNorm(features), torch.randn(512, features) * 3 + 5
+    early, late = (
+        wrapped_run(module, x, act_quant=quantizer, storage=storage)
+        for storage in ("save_quantized", "quantize_on_backward"))
+    assert_same(late.grads, early.grads)
+    # A row takes at least 2 bytes of codes and 8 of metadata.
+    plain = run(module, x)
+    assert torch.equal(early.grads["weight"], plain.grads["weight"]) == (4 * features <= 10)
+
+
 def test_quantizing_on_backward_saves_nothing() -> None:
     # Of every float: a derivative saved beside an output that another layer saves costs bytes.
     module, inputs = net("shared")
