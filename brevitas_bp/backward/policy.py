@@ -18,7 +18,7 @@ from brevitas_bp.backward.operations import (
     rule_of,
 )
 from brevitas_bp.backward.rewrites import Passing, ReplayAttention, Rewrite, SaveDerivative
-from brevitas_bp.backward.rows import last_dimension
+from brevitas_bp.backward.rows import last_dimension, of_elements, of_halves
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -29,6 +29,7 @@ from brevitas_bp.backward.saved import (
     Call,
     Decision,
     SavedTensor,
+    name_of,
 )
 from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
@@ -240,7 +241,11 @@ class OpAware:
         if role == CHECKPOINT_INPUT:
             return self._decide_checkpoint(saved.tensor)
         if role == DERIVATIVE:
-            return self._widened(_DERIVATIVE.with_codec(codec), codec)
+            name = name_of(saved.call.function).strip("_")
+            decision = _DERIVATIVE if name in _BOUNDED else _UNBOUNDED_DERIVATIVE
+            if name == "glu":
+                decision = decision._replace(rows=of_halves)
+            return self._widened(decision.with_codec(codec), codec)
         if role == FEW_BIT_INPUT:
             rule = rule_of(saved.call.function)
             assert rule is not None and self.few_bit is not None
@@ -278,6 +283,11 @@ _STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
+_UNBOUNDED_DERIVATIVE = _DERIVATIVE._replace(rows=of_elements)
+#: Functions whose derivative is of order 1 at most, whatever the input: buckets may hold any rows of it.
+_BOUNDED = frozenset({
+    "silu", "gelu", "mish", "elu", "selu", "celu", "softplus", "tanh", "sigmoid", "logsigmoid",
+    "log_sigmoid", "hardswish", "softsign", "tanhshrink", "sin", "cos", "erf", "erfc", "atan", "arctan"})
 # At the configured width: four bits were measured not to lower the noise of whole transformers.
 _VALUE = Decision(
     None, "value: backward is linear in it", shared=False, reaches="sum", rows=last_dimension)

@@ -62,6 +62,15 @@ def of_elements(x: Tensor, call: Call) -> Rows | None:
     return _wide_enough(x, dims)
 
 
+def of_halves(x: Tensor, call: Call) -> Rows | None:
+    """Halves of the dimension that ``glu`` halves: their derivatives differ by any factor."""
+    dim = call.argument(1, "dim", -1) % x.dim()
+    if not x.is_contiguous():
+        return of_elements(x, call)
+    half = prod(x.shape[dim:]) // 2
+    return Rows(half, x.shape[-1]) if half >= LEAST_ROW else None
+
+
 def _wide_enough(x: Tensor, dims: int) -> Rows | None:
     """Rows of the last ``dims`` dimensions, and of more where these are too few elements."""
     while dims < x.dim() and prod(x.shape[-dims:]) < LEAST_ROW:
