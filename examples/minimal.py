@@ -2,14 +2,15 @@
 
     python examples/minimal.py
 
-Expect 24.6 MiB of saved tensors in 2.3 MiB, and 93 to 95 % after five epochs, in 20 seconds.
+Expect 24.6 MiB of saved tensors in 2.4 MiB, a gradient with an error of 0.6 to 0.7, and 93 to 95 % after
+five epochs, in 20 seconds.
 """
 
 import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, interpolate
 
-from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp import QuantBackwardWrapper, check_gradients, track_saved_memory
 from brevitas_bp.models.efficientnet_v2 import efficientnet_v2_nano
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
@@ -29,6 +30,7 @@ with track_saved_memory(model) as report:
     loss = cross_entropy(model(images[batch]), labels[batch])
 loss.backward()
 print(report)  # per module and op: tensors, exact bytes, stored bytes, ratio
+print(check_gradients(model, batch, lambda m, i: cross_entropy(m(images[i]), labels[i]), top=0))
 
 for epoch in range(5):
     for batch in torch.randperm(1500).split(30):

@@ -44,7 +44,7 @@ def of_elements(x: Tensor, call: Call) -> Rows | None:
     """Rows of a factor of an elementwise product.
 
     They are what the other factor is broadcast along, since that is summed into one gradient; else the
-    last dimension, and at least a plane of images.
+    last dimension, and at least a plane of images. Images with small planes have rows of a sample.
     """
     dims = 0
     for other in tensors_in(call.arguments[:2]):
@@ -54,6 +54,8 @@ def of_elements(x: Tensor, call: Call) -> Rows | None:
                 dims += 1
     dims = max(dims, 1)
     while dims < x.dim() - 2 and prod(x.shape[-dims:]) < LEAST_PLANE:
+        dims += 1
+    if dims == x.dim() - 2 > 1 and prod(x.shape[-dims:]) < LEAST_PLANE:
         dims += 1
     base = TensorLayout.base(x)
     if not base.is_contiguous() and base.dim() > 2 and base.stride(1) == 1:

@@ -171,6 +171,10 @@ def run(knobs: Knobs, on_step: Callable[[Progress], object] | None = None) -> di
     else:
         folder.start(dataclasses.asdict(knobs))
         folder.save(trainer.state_dict())
+        if (check := trainer.check_gradients()) is not None:
+            (folder.path / "gradients.txt").write_text(f"{check}\n")
+            if not check.ok:
+                print(check)
     _fit(trainer, knobs, folder, on_step or (lambda _: None))
     result = folder.finish()
     write_run_plots(folder.path, folder.rows(), folder.memory())

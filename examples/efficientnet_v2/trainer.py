@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from brevitas_bp import QuantBackwardWrapper, track_saved_memory
-from brevitas_bp.allocate import Empirical, Replanner
+from brevitas_bp import QuantBackwardWrapper, check_gradients, track_saved_memory
+from brevitas_bp.allocate import Empirical, GradientCheck, Replanner
 
 StepHook = Callable[["Progress"], object]
 
@@ -113,6 +113,15 @@ class Trainer:
         if self.progress.step > 0:
             self.progress.seconds.append(self._now() - start)
         self.progress.step += 1
+
+    def check_gradients(self) -> GradientCheck | None:
+        """What rounding does to the gradient of the first images; None where nothing is rounded."""
+        if not isinstance(self.model, QuantBackwardWrapper):
+            return None
+        train, size = self.dataset.train, self.batches.batch_size
+        self.model.train()
+        batch = train.images[:size], train.labels[:size]
+        return check_gradients(self.model, batch, lambda _, batch: self._loss(*batch), top=0)
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._logits(images)

@@ -59,7 +59,7 @@ def _variance(x: Tensor) -> Tensor:
     return x.var(-1, keepdim=True) * torch.ones(WIDTH)
 
 
-_IMAGE = (4, 16, 6, 6)
+_IMAGE = (4, 16, 7, 7)
 CASES = {
     "linear": Case(F.linear, weights=((32, WIDTH),), names="linear"),
     "linear of a transposed input": Case(
