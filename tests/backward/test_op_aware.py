@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.backward import OpAware
+from brevitas_bp.backward.operations import norm_bits
+from brevitas_bp.kernels.spec import row_bucket
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
 from tests.backward.support import Apply, assert_same, cotangent, run, wrapped_run
 from tests.stats import hoeffding
@@ -187,13 +189,22 @@ def test_tensor_methods_and_functions_are_one_operation() -> None:
 # Products and layers.
 
 
-def bilinear_variance(saved: Tensor, bits: int = 2) -> Tensor:
-    """Bound on the variance of each decoded element: a quarter of the squared step of its bucket."""
-    flat = saved.detach().double().flatten()
-    flat = F.pad(flat, (0, -flat.numel() % BUCKET), value=float(flat[-1]))
-    lo, hi = flat.view(-1, BUCKET).aminmax(dim=1, keepdim=True)
-    step = ((hi - lo) / (2**bits - 1)).expand(-1, BUCKET).reshape(-1)[:saved.numel()]
-    return (step**2 / 4).view(saved.shape)
+def bilinear_variance(saved: Tensor, layer: bool, bits: int = 2) -> Tensor:
+    """Bound on the variance of each decoded element: a quarter of the squared step of its bucket.
+
+    Buckets end with a row: a sample of a convolution; else the last dimension, and as many before it as
+    give 16 elements.
+    """
+    dims = saved.dim() - 1 if layer else 1
+    while saved.shape[-dims:].numel() < 16:
+        dims += 1
+    row = saved.shape[-dims:].numel()
+    bucket = row_bucket(row, BUCKET)
+    rows = saved.detach().double().view(-1, row)
+    rows = torch.cat([rows, rows[:, -1:].expand(-1, -row % bucket)], 1).view(len(rows), -1, bucket)
+    lo, hi = rows.aminmax(dim=2, keepdim=True)
+    step = ((hi - lo) / (2**bits - 1)).expand_as(rows).reshape(len(rows), -1)[:, :row]
+    return (step**2 / 4).reshape(saved.shape)
 
 
 #: Bilinear in two tensors, so that variances follow from the same formula with squares.
@@ -225,12 +236,12 @@ def test_products_and_layers_are_unbiased(name: str) -> None:
     module = Apply(function)
     exact = run(module, a, b).grads
     # The gradient of one is linear in the other: its variance has squared factors in the same formula.
-    squared = [bilinear_variance(x).requires_grad_() for x in (a, b)]
+    layer = name == "linear" or name.startswith("conv")
+    squared = [bilinear_variance(x, name.startswith("conv")).requires_grad_() for x in (a, b)]
     output = function(squared[0], squared[1])
     variances = torch.autograd.grad(output, squared, cotangent(output).square())
     model = wrapped(module)
     draws = [run(model, a, b, copied=False).grads for _ in range(DRAWS)]
-    layer = name == "linear" or name.startswith("conv")
     for key, variance in zip(("input 0", "input 1"), variances):
         mean = torch.stack([grads[key] for grads in draws]).mean(0)
         if layer and key == "input 0":
@@ -285,7 +296,11 @@ def test_norms_round_their_input_only(name: str) -> None:
     model = wrapped(norm)
     output = model(x.requires_grad_())
     stored = {site.reason: site.stored for site in model.explain().sites.values()}
-    assert stored["input of a norm: bias of order 1/M"] == "2-bit stochastic"
+    # More where few elements share a statistic: a bucket of them in each instance.
+    bits = norm_bits(BUCKET) if name == "instance" else 2
+    assert stored["input of a norm: bias of order 1/M"] == f"{bits}-bit stochastic"
+    if name == "instance":
+        assert bits > 2
     assert stored["statistic of a norm"] == "exact"
     output.backward(cotangent(output))
     assert x.grad is not None
@@ -355,7 +370,7 @@ def test_attention_is_unbiased_and_exact_for_the_value(name: str, math_kernel: b
     limit = math.sqrt(2 * math.log(2 * q.numel() / 1e-9))
     variance = {"input 0": torch.zeros_like(q), "input 1": torch.zeros_like(k)}
     zero = run(Chosen(), q, k, torch.zeros_like(v), seed=5).grads
-    for i, spread in enumerate(bilinear_variance(v).flatten()):
+    for i, spread in enumerate(bilinear_variance(v, False).flatten()):
         unit = torch.zeros(v.numel()).index_fill_(0, torch.tensor(i), 1).view_as(v)
         grads = run(Chosen(), q, k, unit, seed=5).grads
         for key, total in variance.items():
