@@ -45,6 +45,8 @@ def grouping_of(node: Node, forward: Graph, backward: Graph, x: Tensor) -> Group
     for seen, user in _users(node):
         if name_of(user) == "var_mean":
             return _of_statistic(x, seen, user)
+        if name_of(user).endswith("norm") or "batch_norm" in name_of(user):
+            return _of_norm(x, user)
     groups = [
         user.args[9] for start in _named(backward, node.name) for _, user in _users(start)
         if name_of(user) == "convolution_backward"]
@@ -78,6 +80,18 @@ def _of_statistic(x: Tensor, seen: Node, user: Node) -> Grouping:
     if reduced == set(range(value.dim() - len(reduced), value.dim())):
         return Grouping(_static(value.shape[-len(reduced):]))
     return Grouping(channels=value.dim() == x.dim() and 1 not in reduced)
+
+
+def _of_norm(x: Tensor, user: Node) -> Grouping:
+    """Of a norm that was not taken apart, by its name and arguments."""
+    if "layer_norm" in name_of(user):
+        shape: Any = user.args[1]
+        return Grouping(_static(x.shape[-len(shape):]))
+    if "group_norm" in name_of(user):
+        groups: Any = user.args[6]
+        sample = _static(x.shape[1:])
+        return Grouping(None if sample is None else sample // groups)
+    return Grouping(channels="batch_norm" in name_of(user))
 
 
 def _of_convolution(x: Tensor, groups: int) -> Grouping:
