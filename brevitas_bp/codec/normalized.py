@@ -79,6 +79,7 @@ class NormalizedCodec(Codec):
         self.affine = affine
         self.undo = undo
         self.name = inner.name
+        self.compresses = inner.compresses
         self.decodes_anew = inner.decodes_anew
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
@@ -136,6 +137,7 @@ class QuotientCodec(Codec):
         self.inner = inner
         self.divisor = divisor
         self.name = f"{inner.name}, of the quotient"
+        self.compresses = inner.compresses
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Divides, and stores the quotient."""

@@ -48,6 +48,7 @@ class ReorderedCodec(Codec):
         self.inner = inner
         self.order = order
         self.name = inner.name
+        self.compresses = inner.compresses
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Copies ``x`` in the new order, and stores the copy."""
