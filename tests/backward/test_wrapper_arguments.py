@@ -51,6 +51,11 @@ def bits_by_module(model: nn.Module) -> dict[str, float]:
         for row in report.rows}
 
 
+def site_reasons(model: QuantBackwardWrapper) -> dict[str, str]:
+    """Module -> why what it saved last is stored as it is."""
+    return {site.module: site.reason for site in model.explain().sites.values()}
+
+
 # Quantizers and their settings.
 
 
@@ -104,7 +109,8 @@ def test_override_reaches_derivatives(override: Any, bits: float) -> None:
     # Of four bits at least, where the module is not to be exact.
     module = nn.Sequential(nn.Tanh(), layer())
     model = QuantBackwardWrapper(module, overrides={"0": override})
-    assert bits_by_module(model) == {"0": bits, "1": 2}
+    # The output that an exact module keeps is the input of the next one: a reference costs nothing.
+    assert bits_by_module(model) == ({"0": 32} if override is None else {"0": bits, "1": 2})
 
 
 @pytest.mark.parametrize("policy", QUANTIZING)
@@ -125,7 +131,11 @@ def test_operation_outside_of_submodules_belongs_to_the_module_that_runs_it(poli
             return self.body(x) * self.scale
 
     model = QuantBackwardWrapper(Net(), overrides={"body": None}, policy=policy)
-    assert bits_by_module(model) == {"body.0": 32, "": 2}
+    # The op-aware policy refers to what the exact module keeps.
+    outside = {"": 2} if policy == "all" else {}
+    assert bits_by_module(model) == {"body.0": 32, **outside}
+    assert site_reasons(model)[""] == (
+        "policy quantize_all" if policy == "all" else "another operation keeps it exact")
 
 
 # Bad input. Every message says what was expected, what came, and what to do.
