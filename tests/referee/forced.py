@@ -1,6 +1,6 @@
 """Encoding whatever could be encoded: the samples are tiny, and the break-even rule would keep them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,10 @@ from brevitas_bp.codec.signed import SignExact
 @contextmanager
 def encoding_forced() -> Iterator[None]:
     """Within the block, size is no reason to keep a tensor or not to rewrite an operation."""
-    def encode(self: hooks.ForwardPass, saved: SavedTensor, codec: Codec) -> Packed:
+    def encode(
+            self: hooks.ForwardPass, saved: SavedTensor, codec: Codec,
+            in_units: Callable[[Codec], Codec] | None = None) -> Packed:
+        codec = codec if in_units is None else in_units(codec)
         seed = self.next_seed() if codec.compresses else 0
         return codec.encode(saved.tensor, seed=seed, where=saved.op or "")
 
