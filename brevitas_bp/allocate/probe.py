@@ -17,6 +17,7 @@ from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, tensors_in
 from brevitas_bp.codec import Codec, Packed
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.normalized import spared_nbytes
 from brevitas_bp.codec.rows import Rows
 
 
@@ -33,12 +34,14 @@ class Probed:
             None where there is another trained tensor, or no call to be seen.
         reaches: as the policy says; see :class:`~brevitas_bp.backward.saved.Decision`.
         rows: elements of a row and of the last dimension, if buckets are to end with rows.
+        spared: bytes that are kept besides where the tensor is exact: the mean of a norm.
     """
 
     flat: Tensor
     layout: TensorLayout
     configured: Codec
     rows: Rows | None = None
+    spared: int = 0
     sites: set[str] = field(default_factory=set)
     calls: dict[int, set[int] | None] = field(default_factory=dict)
     reaches: set[str] = field(default_factory=set)
@@ -199,13 +202,13 @@ class Probing:
             originals: Sequence[Tensor]) -> None:
         """Listener: one more name for a tensor."""
         # In the order and the units in which the tensor is stored.
-        packed = packed.innermost
+        spared, packed = spared_nbytes(packed), packed.innermost
         if not isinstance(packed.codec, ProbeCodec):
             return
         if not packed.facts:
             configured = configured_of(saved, packed.codec.probed)
             packed.facts.append(
-                Probed(packed.tensors[0], packed.layout, configured, packed.codec.rows))
+                Probed(packed.tensors[0], packed.layout, configured, packed.codec.rows, spared))
             self._packed.append(weakref.ref(packed))
         tensor = packed.facts[0]
         tensor.sites.add(site_of(saved))

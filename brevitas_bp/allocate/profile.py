@@ -114,7 +114,7 @@ class Profile:
     def stored_bytes(self, group: Group, candidate: Candidate) -> int:
         """Bytes of a group as a candidate stores it."""
         packed = [(t, self.stored(t, candidate)) for t in group.tensors]
-        return sum(t.layout.nbytes if p is None else p.nbytes for t, p in packed)
+        return sum(t.layout.nbytes + t.spared if p is None else p.nbytes for t, p in packed)
 
     def distance(self, tensor: Probed, candidate: Candidate, draw: int = 0) -> float:
         """Sum of squared differences between a tensor and what is decoded."""

@@ -74,6 +74,7 @@ _NOT_PLAIN = Decision(None, "not an ordinary tensor")
 # Elements from which a tensor that is kept as it is may spare others an encoding.
 _WORTH_NOTING = 64
 _KEPT_ALREADY = "another operation keeps it exact"
+_STATISTIC = Decision(None, "statistic of a norm")
 _CENTRED = Decision(None, "the input is stored as its deviation from the mean")
 
 
@@ -229,7 +230,9 @@ class ForwardPass:
                     self._may_begin_norm(call)):
                 return self._begin_norm(saved, decision)
             if self._norm is not None and self._norm.saved.call is call and (
-                    decision.codec is None and x.is_floating_point()):
+                    x.is_floating_point() and (decision.codec is None or saved.position is None)):
+                # What a norm computes are statistics, be they as many as the elements of its input.
+                decision = decision if decision.codec is None else _STATISTIC
                 deferred = Deferred()
                 self._norm.statistics.append((saved, decision, deferred))
                 return deferred

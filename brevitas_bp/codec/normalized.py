@@ -119,6 +119,16 @@ class NormalizedCodec(Codec):
         return None if least is None else least + sum(t.nbytes for t in self.undo.tensors)
 
 
+def spared_nbytes(packed: Packed) -> int:
+    """Bytes of the mean that need not be kept, because a tensor is stored as its deviation from it."""
+    while packed.codec.wraps:
+        codec = packed.codec
+        if isinstance(codec, NormalizedCodec) and codec.undo.mean is None and not codec.undo.owned:
+            return codec.undo.rstd.numel() * codec.undo.rstd.element_size()
+        packed = packed.facts
+    return 0
+
+
 @final
 class QuotientCodec(Codec):
     """Stores a dividend ``a`` as the quotient ``a / b``, beside the divisor that is kept anyway.
