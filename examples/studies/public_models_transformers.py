@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+from vision import import_torchvision  # isort: skip
+
+# Models of transformers import torchvision themselves.
+import_torchvision()
+
 TOKENS, WORDS, WIDTH, LAYERS = 64, 512, 128, 2
 
 #: Pattern of a field's name -> its value, where the default is above it. The first match counts.
