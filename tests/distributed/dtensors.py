@@ -92,8 +92,8 @@ def change(folder: Path) -> Facts:
     """Kept DTensors are watched: exact ones, small ones, and those quantized when backward starts."""
     mesh = init_device_mesh("cpu", (2,))
 
-    def error(rows: int, **options: Any) -> str:
-        x = distribute_tensor(torch.randn(rows, 64), mesh, [Shard(0)]).requires_grad_()
+    def error(rows: int, width: int = 64, **options: Any) -> str:
+        x = distribute_tensor(torch.randn(rows, width), mesh, [Shard(0)]).requires_grad_()
         loss = wrapper(**options)(ChangedLater())(x).sum()
         try:
             loss.backward()
@@ -102,7 +102,7 @@ def change(folder: Path) -> Facts:
         return ""
 
     return {
-        "exact": error(64, policy="exact"), "small": error(2, bucket_size=8192),
+        "exact": error(64, policy="exact"), "small": error(2, width=1),
         "late": error(64, storage="quantize_on_backward"), "encoded": error(64)}
 
 

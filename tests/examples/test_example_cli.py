@@ -73,7 +73,9 @@ def test_run_leaves_its_files_and_is_not_overwritten(
     out = tmp_path / "run"
     assert status_of(out) == 0
     assert "ShiftedUint2" in capsys.readouterr().out
-    names = {"checkpoint.pt", "config.json", "log.jsonl", "memory.json", "result.json"}
+    names = {
+        "checkpoint.pt", "config.json", "gradients.txt", "log.jsonl", "memory.json", "result.json"}
+    assert "error |g~ - g| / |g|" in (out / "gradients.txt").read_text()
     assert {path.name for path in out.iterdir()} == names | {"curves.png", "modules.png"}
     row = json.loads((out / "log.jsonl").read_text())
     assert row["stored_bytes"] < row["exact_bytes"] / 4
