@@ -20,7 +20,7 @@ class Undo:
     """The way back from a normalized tensor: ``y / rstd``, or ``y / rstd + mean``.
 
     Attributes:
-        rstd: inverse deviations [K], as they are kept; where they are 0, so is ``y``.
+        rstd: inverse deviations [K], as they are kept.
         largest: where they reach this, there is no deviation, and ``y`` is 0.
         mean: [K]; None: left out.
         inner: see :class:`~brevitas_bp.kernels.normalizing.Affine`.
@@ -36,13 +36,17 @@ class Undo:
     def __call__(self) -> Affine:
         """The affine map back."""
         rstd = self._rstd
-        deviation = torch.where(self._deviates(rstd), rstd.reciprocal(), 0)
-        return Affine(deviation, self.mean, self.inner)
+        if self.largest == float("inf"):
+            return Affine(rstd.reciprocal(), self.mean, self.inner)
+        # Zero where there is no deviation. Few operations: this runs for every norm of every step.
+        return Affine(rstd.lt(self.largest) / rstd, self.mean, self.inner)
 
     def forward(self, mean: Tensor | None) -> Affine:
         """The affine map that normalizes: ``(x - mean) * rstd``."""
         rstd = self._rstd
-        return Affine(torch.where(self._deviates(rstd), rstd, 0), mean, self.inner)
+        if self.largest < float("inf"):
+            rstd = torch.where(rstd < self.largest, rstd, 0)
+        return Affine(rstd, mean, self.inner)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -55,9 +59,6 @@ class Undo:
     def _rstd(self) -> Tensor:
         # A copy in another dtype would be memory that nobody counts.
         return self.rstd.to(compute_dtype(self.rstd.dtype))
-
-    def _deviates(self, rstd: Tensor) -> Tensor:
-        return (rstd < self.largest) & (rstd > 0)
 
 
 @final

@@ -412,21 +412,24 @@ def normalize(x: Any, index: Any, shifts: Any, scales: Any, inner: Any, out: Any
     """See ``normalizing.normalize``; ``x`` begins with element ``index`` of the tensor."""
     wide_vectors()
     done, kinds = 0, scales.size
+    run = index // inner
+    kind, left = run % kinds, (run + 1) * inner - index
     while done < x.size:
-        run = (index + done) // inner
-        kind = run % kinds
         if inner == 1:
             count = min(kinds - kind, x.size - done)
             a, b = window(shifts, kind, count), window(scales, kind, count)
             u, v = window(x, done, count), window(out, done, count)
             for i in range(count):
                 v[i] = (u[i] - a[i]) * b[i]
+            kind = 0
         else:
-            count = min((run + 1) * inner - (index + done), x.size - done)
+            count = min(left, x.size - done)
             shift, scale = shifts[kind], scales[kind]
             u, v = window(x, done, count), window(out, done, count)
             for i in range(count):
                 v[i] = (u[i] - shift) * scale
+            kind, left = kind + 1, inner
+            kind = 0 if kind == kinds else kind
         done += count
 
 
@@ -435,9 +438,9 @@ def denormalize(y: Any, index: Any, shifts: Any, scales: Any, inner: Any, limit:
     """See ``normalizing.denormalize``; in place. ``shifts`` is empty where there are none."""
     wide_vectors()
     done, kinds = 0, scales.size
+    run = index // inner
+    kind, left = run % kinds, (run + 1) * inner - index
     while done < y.size:
-        run = (index + done) // inner
-        kind = run % kinds
         if inner == 1:
             count = min(kinds - kind, y.size - done)
             v, b = window(y, done, count), window(scales, kind, count)
@@ -447,8 +450,9 @@ def denormalize(y: Any, index: Any, shifts: Any, scales: Any, inner: Any, limit:
                 a = window(shifts, kind, count)
                 for i in range(count):
                     v[i] += a[i]
+            kind = 0
         else:
-            count = min((run + 1) * inner - (index + done), y.size - done)
+            count = min(left, y.size - done)
             v, scale = window(y, done, count), scales[kind]
             for i in range(count):
                 v[i] *= scale
@@ -456,6 +460,8 @@ def denormalize(y: Any, index: Any, shifts: Any, scales: Any, inner: Any, limit:
                 shift = shifts[kind]
                 for i in range(count):
                     v[i] += shift
+            kind, left = kind + 1, inner
+            kind = 0 if kind == kinds else kind
         done += count
     for i in range(y.size):
         v = y[i]
