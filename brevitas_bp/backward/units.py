@@ -86,7 +86,8 @@ class NormUnits:
 def units_of(pending: PendingNorm) -> NormUnits | None:
     """How the input of a norm that has ended is stored; None: as it is."""
     x, call = pending.saved.tensor, pending.saved.call
-    if x.numel() == 0 or x.dim() < 2:
+    # Where elements share memory, there are fewer than statistics would be counted for.
+    if x.numel() == 0 or x.dim() < 2 or TensorLayout.base(x).shape != x.shape:
         return None
     by_row = _LAYER in call.name or _GROUP in call.name
     found = [saved.tensor for saved, _, _ in pending.statistics[-2:]]
@@ -132,7 +133,9 @@ def _channels(x: Tensor) -> tuple[int, Rows | None] | None:
     if x.stride(1) == 1 and all(
             s >= x.shape[1] for d, s in enumerate(x.stride()) if d != 1 and x.shape[d] > 1):
         return 1, None
-    if x.numel() and x.stride(1) >= plane:
+    inside = all(
+        x.stride(d) * x.shape[d] <= x.stride(1) for d in range(2, x.dim()) if x.shape[d] > 1)
+    if inside and (x.shape[0] == 1 or x.stride(0) >= x.stride(1) * x.shape[1]):
         return plane, None
     return plane, Rows(x.numel(), x.shape[-1], tuple(range(x.dim())))
 

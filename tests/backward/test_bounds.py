@@ -290,3 +290,57 @@ def test_the_mean_gradient_of_norms_of_images_is_the_exact_one(
         exact = gradient(norm)
         mean = torch.stack([gradient(wrapped) for _ in range(50)]).mean(0)
         assert (mean - exact).norm() <= 0.05 * exact.norm(), (norm, kind)
+
+
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "channels first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "planes transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "rows outside": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "columns inside": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "with gaps": lambda x: torch.cat((x, x), 3)[..., :x.shape[3]],
+    "expanded": lambda x: x[:, :, :1].expand_as(x),
+    "one sample": lambda x: x.flatten(0, 1)[:, None].transpose(0, 1)[:, :16],
+}
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS)
+@pytest.mark.parametrize("kind", ["batch", "evaluated", "instance", "group", "layer", "grouped conv"])
+def test_units_belong_to_their_channel_in_every_memory_layout(kind: str, layout: str) -> None:
+    """At 8 bits: a statistic of another channel, or a mean that is missing, would show at once."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 16, 8, 12) * torch.logspace(-2, 2, 16).view(16, 1, 1) + torch.arange(
+        16.0).view(16, 1, 1)
+    x = _LAYOUTS[layout](x)
+    norm: torch.nn.Module = {
+        "batch": torch.nn.BatchNorm2d(x.shape[1]),
+        "evaluated": torch.nn.BatchNorm2d(x.shape[1]).eval(),
+        "instance": torch.nn.InstanceNorm2d(x.shape[1], affine=True),
+        "group": torch.nn.GroupNorm(4, x.shape[1]),
+        "layer": torch.nn.LayerNorm(tuple(x.shape[2:])),
+        "grouped conv": torch.nn.Conv2d(x.shape[1], x.shape[1], 3, groups=x.shape[1]),
+    }[kind]
+    wrapped = QuantBackwardWrapper(norm, bit_width=8, seed=0, bucket_size=256)
+    cotangent = torch.randn(norm(x).shape)
+
+    def gradients(layer: torch.nn.Module) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        return list(torch.autograd.grad((layer(leaf) * cotangent).sum(), [leaf, *norm.parameters()]))
+
+    for exact, got in zip(gradients(norm), gradients(wrapped)):
+        assert (got - exact).norm() <= 0.05 * exact.norm() + 1e-6, (kind, layout)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_units_of_features_without_places(turned: bool) -> None:
+    x = torch.randn(64, 64) * torch.logspace(-2, 2, 64) + torch.arange(64.0)
+    x = x.T.contiguous().T if turned else x
+    norm = torch.nn.BatchNorm1d(64)
+    wrapped = QuantBackwardWrapper(norm, bit_width=8, seed=0, bucket_size=256)
+    cotangent = torch.randn(64, 64)
+    found = []
+    for layer in (norm, wrapped):
+        leaf = x.detach().requires_grad_()
+        found.append(torch.autograd.grad(layer(leaf), leaf, cotangent)[0])
+    assert (found[1] - found[0]).norm() <= 0.02 * found[0].norm()
