@@ -1,5 +1,8 @@
 """The error of the gradient is bounded in compiled graphs too: rows, channels, statistics of norms."""
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,15 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
     "ignore:Dynamo does not know how to trace:UserWarning",
     "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that was compiled here outlives its test: other tests count live tensors."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
 
 
 class _Images(nn.Module):
