@@ -46,20 +46,27 @@ from brevitas_bp.kernels.spec import BucketQuantSpec
 
 _META = "brevitas_bp"
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")
+_DRAWS = FLEXIBLE + tuple(
+    getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
+    if hasattr(torch.Tag, name))
 # See NOTE [ Graphs call the kernels ]. Two calls with equal arguments would be merged: so each has a
 # number.
 _library.define(
     "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
-    tags=FLEXIBLE + tuple(
-        getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
-        if hasattr(torch.Tag, name)))
+    tags=_DRAWS)
 _library.define(
     "encode_channels(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
     "Tensor? mean=None) -> (Tensor, Tensor, Tensor)",
-    tags=FLEXIBLE + tuple(
-        getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
-        if hasattr(torch.Tag, name)))
+    tags=_DRAWS)
 _sites = itertools.count()
+
+
+def _seed_in(graph: int) -> int:
+    """The seed of the next encode of this thread's forward pass, which notes that the graph ran."""
+    location = current_location()
+    assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
+    location.graphs.add(graph)
+    return location.next_seed()
 
 
 def _encode_channels(
@@ -69,9 +76,7 @@ def _encode_channels(
 
     ``variance`` and ``mean`` are those of the norm that reads ``x``. Without them its own are computed.
     """
-    location = current_location()
-    assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
-    location.graphs.add(graph)
+    seed = _seed_in(graph)
     flat = x.reshape(-1).resolve_neg().contiguous()
     channels = x.shape[dim]
     if variance is None or mean is None:
@@ -82,16 +87,14 @@ def _encode_channels(
     scale = torch.where(statistics[1] > 0, statistics[1].reciprocal(), 0)
     affine = Affine(scale, statistics[0], x[0].numel() // channels if dim == 1 else 1)
     plan = dispatch.plan_from_text(spec, x.numel(), x.dtype, x.device)
-    return *plan.encode(flat, location.next_seed(), affine=affine), statistics
+    return *plan.encode(flat, seed, affine=affine), statistics
 
 
 def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
     """Payload and metadata of a tensor that a graph saves in the forward pass of this thread."""
-    location = current_location()
-    assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
-    location.graphs.add(graph)
+    seed = _seed_in(graph)
     plan = dispatch.plan_from_text(spec, x.numel(), x.dtype, x.device)
-    return plan.encode(x.reshape(-1).resolve_neg().contiguous(), location.next_seed())
+    return plan.encode(x.reshape(-1).resolve_neg().contiguous(), seed)
 
 
 _library.impl("encode", _encode, "CompositeExplicitAutograd")
