@@ -513,10 +513,10 @@ def _identity(x: Tensor) -> tuple[Hashable, ...]:
     return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
 
 
-def _settings(call: Call) -> str:
+def _settings(call: Call) -> Hashable:
     """A function and all its arguments but tensors, in their order."""
     others = [a for a in call.arguments if not (a is None or isinstance(a, Tensor))]
-    return f"{call.name} {others}"
+    return call.name, *(a if isinstance(a, float) else str(a) for a in others)
 
 
 def _kept(saved: SavedTensor) -> Packed:

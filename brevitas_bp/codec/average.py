@@ -1,7 +1,6 @@
 """Averages of groups of neighbours, stored by another codec."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import final
 
 import torch
@@ -51,7 +50,7 @@ class AverageCodec(Codec):
         """Decodes the averages and repeats them."""
         layout = packed.layout
         # Through what is stored now: it is compared with what was.
-        stored = replace(packed.facts, tensors=packed.tensors)
+        stored = packed.facts.with_tensors(packed.tensors)
         length = layout.base_shape[-1] if layout.base_shape else 1
         order = sorted(range(len(layout.stride)), key=lambda d: -layout.stride[d])
         with torch.no_grad():

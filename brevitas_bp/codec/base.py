@@ -78,6 +78,12 @@ class Packed(_Referable):
         """What the codec stored that chose the bytes, inside of those that changed order or units."""
         return self.facts.innermost if self.codec.wraps else self
 
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> "Packed":
+        """The same, with the first of these tensors in place of its own."""
+        own = tensors[:len(self.tensors)]
+        same = all(a is b for a, b in zip(own, self.tensors, strict=True))
+        return self if same else replace(self, tensors=own)
+
     def sealed(self) -> "Packed":
         """The same with a checksum, which :meth:`decode` compares; itself where nothing is owned."""
         return replace(self, seal=self._checksum()) if self.codec.owns else self

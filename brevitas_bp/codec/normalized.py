@@ -1,7 +1,7 @@
 """Tensors stored in the units in which backward uses them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -35,18 +35,11 @@ class Undo:
 
     def __call__(self) -> Affine:
         """The affine map back."""
-        rstd = self._rstd
-        if self.largest == float("inf"):
-            return Affine(rstd.reciprocal(), self.mean, self.inner)
-        # Zero where there is no deviation. Few operations: this runs for every norm of every step.
-        return Affine(rstd.lt(self.largest) / rstd, self.mean, self.inner)
+        return Affine(self._rstd, self.mean, self.inner, self.largest, True)
 
     def forward(self, mean: Tensor | None) -> Affine:
         """The affine map that normalizes: ``(x - mean) * rstd``."""
-        rstd = self._rstd
-        if self.largest < float("inf"):
-            rstd = torch.where(rstd < self.largest, rstd, 0)
-        return Affine(rstd, mean, self.inner)
+        return Affine(self._rstd, mean, self.inner, self.largest)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -58,7 +51,8 @@ class Undo:
     @property
     def _rstd(self) -> Tensor:
         # A copy in another dtype would be memory that nobody counts.
-        return self.rstd.to(compute_dtype(self.rstd.dtype))
+        computed = compute_dtype(self.rstd.dtype)
+        return self.rstd if self.rstd.dtype == computed else self.rstd.to(computed)
 
 
 @final
@@ -101,8 +95,7 @@ class NormalizedCodec(Codec):
     def decode(self, packed: Packed) -> Tensor:
         """The tensor, but for what ``undo`` leaves out."""
         # Through what is stored now: it is compared with what was.
-        own = packed.tensors[:len(packed.facts.tensors)]
-        stored, affine = replace(packed.facts, tensors=own), self.undo()
+        stored, affine = packed.facts.with_tensors(packed.tensors), self.undo()
         if isinstance(self.inner, LoweredCodec):
             return self.inner.decode(stored, affine)
         values, layout = stored.decode(), packed.layout
@@ -160,7 +153,7 @@ class QuotientCodec(Codec):
 
     def decode(self, packed: Packed) -> Tensor:
         """The quotient times the divisor."""
-        stored = replace(packed.facts, tensors=packed.tensors)
+        stored = packed.facts.with_tensors(packed.tensors)
         with torch.no_grad():
             values = (stored.decode() * self.divisor()).to(packed.layout.dtype)
         return packed.layout.restore(

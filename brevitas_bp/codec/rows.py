@@ -8,8 +8,7 @@ of the larger: its gradient could be wrong by any factor. See docs/bounds.md.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -60,7 +59,7 @@ class ReorderedCodec(Codec):
     def decode(self, packed: Packed) -> Tensor:
         """The tensor, in its own order in memory."""
         # Through what is stored now: it is compared with what was.
-        values = replace(packed.facts, tensors=packed.tensors).decode()
+        values = packed.facts.with_tensors(packed.tensors).decode()
         return packed.layout.restore(
             values.permute([self.order.index(d) for d in range(len(self.order))]))
 
@@ -76,7 +75,8 @@ class ReorderedCodec(Codec):
 
 
 # Hooks share an encoding by the identity of its codec, so each is made once.
-_made: WeakKeyDictionary[Codec, dict[Rows, Codec]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Codec, dict[Rows, Codec | None]] = WeakKeyDictionary()
+_UNKNOWN: Any = object()
 # Networks have few lengths of rows; inputs of ever new sizes would add one after another.
 _MOST = 1024
 
@@ -86,11 +86,15 @@ def in_rows(codec: Codec, rows: Rows) -> Codec:
     made = _made.get(codec)
     if made is None or len(made) > _MOST:
         made = _made[codec] = {}
-    found = made.get(rows)
+    found = made.get(rows, _UNKNOWN)
     if found is None:
+        return codec
+    if found is _UNKNOWN:
         # A value that holds its key would never be freed: what is made holds the codec's parts.
         found = codec.in_rows(rows.length, rows.last)
         if found is codec:
+            # Not the codec itself, which would hold itself.
+            made[rows] = None
             return codec
         if rows.order is not None:
             found = ReorderedCodec(found, rows.order)

@@ -9,6 +9,8 @@ Larger buckets, those of a large tensor in one bucket among them, have kernels o
 :mod:`brevitas_bp.kernels.cpu_whole`.
 """
 
+import struct
+import sys
 from array import array
 from functools import lru_cache
 from typing import NamedTuple
@@ -90,9 +92,6 @@ class Plan:
             numbers[cpu_calls.FUNCTION] = FUNCTIONS[function]
         elif affine is not None:
             numbers[cpu_calls.FUNCTION] = NORMALIZED
-            # Kernels subtract: there is always a shift.
-            if affine.shift is None:
-                affine = affine._replace(shift=torch.zeros_like(affine.scale))
             _enter_affine(numbers, cpu_calls.ENCODER_TAIL, affine)
         if self._mixed:
             nbytes = self._mix(numbers, seed)
@@ -182,7 +181,7 @@ def has_plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
 
 
 _ONE_WIDTH = (0, 1, 0)
-_NO_AFFINE = (0, 0, 0, 0, 0, 1)
+_NO_AFFINE = (0, 0, 0, 0, 0, 1, 0, 0)
 _MASK64, _TWO63, _TWO64 = (1 << 64) - 1, 1 << 63, 1 << 64
 
 
@@ -208,11 +207,16 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
 
 
 def _enter_affine(numbers: "array[int]", tail: int, affine: Affine) -> None:
-    scale, shift, inner = affine
-    place = tail + cpu_calls.SHIFTS
-    numbers[place:place + 5] = array("q", (
-        0 if shift is None else shift.data_ptr(), 0 if shift is None else len(shift),
-        scale.data_ptr(), len(scale), inner))
+    scale, shift, inner, largest, divides = affine
+    place, kinds = tail + cpu_calls.SHIFTS, scale.numel()
+    numbers[place:place + 7] = array("q", (
+        0 if shift is None else shift.data_ptr(), 0 if shift is None else kinds, scale.data_ptr(), kinds,
+        inner, _bits_of(largest), divides))
+
+
+@lru_cache(maxsize=256)
+def _bits_of(x: float) -> int:
+    return int.from_bytes(struct.pack("=d", x), sys.byteorder, signed=True)
 
 
 class _Static(NamedTuple):

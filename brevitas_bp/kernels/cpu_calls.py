@@ -27,10 +27,12 @@ SEED, PAYLOAD, NBYTES, METADATA, FUNCTION = 21, 22, 23, 24, 26
 # and of the decoder.
 STORED, STORED_NBYTES, SCALES, OFFSETS = 16, 17, 18, 20
 # Both end with rows (elements, buckets), the flat index of the first element, and the affine map of
-# normalizing.Affine: shifts (address, number), scales (address, number), elements of a statistic.
+# normalizing.Affine: shifts (address, number), scales (address, number), elements of a statistic, the
+# largest scale (the bits of a float64), and whether values are divided by scales.
 ENCODER_TAIL, DECODER_TAIL = 27, 23
-ROW, PER_ROW, INDEX, SHIFTS, SHIFT_COUNT, SCALES_OF, KINDS, INNER = range(8)
-_TAIL = 8
+ROW, PER_ROW, INDEX, SHIFTS, SHIFT_COUNT, SCALES_OF, KINDS, INNER, LARGEST, DIVIDES = (
+    range(10))
+_TAIL = 10
 
 
 @cache
@@ -46,6 +48,7 @@ def encoder(computed: torch.dtype) -> Kernel:
         step, last = a[1], a[2]
         shifts = memory(pointer(a[30]), (a[31],), real)
         scales_of = memory(pointer(a[32]), (a[33],), real)
+        largest = real(memory(data, (ENCODER_TAIL + _TAIL,), np.float64)[35])
         x = memory(pointer(a[3]), (a[4],), real)
         bits = memory(pointer(a[3]), (a[4],), word)
         k0, k1 = cpu_kernels.noise_keys(np.uint64(a[21]))
@@ -59,7 +62,7 @@ def encoder(computed: torch.dtype) -> Kernel:
                 x, bits, a[5], begin, min(begin + step, last), a[6], a[7], a[8], a[9], a[10],
                 (a[11], a[12]), (a[13], a[14]), (a[15], a[16]), a[17], a[18] != 0, a[19] != 0,
                 a[20] != 0, k0, k1, payload, metadata, a[26], a[27], a[28], a[29], shifts, scales_of,
-                a[34])
+                a[34], largest, a[36] != 0)
 
     return Kernel(encode)
 
@@ -76,6 +79,7 @@ def decoder(computed: torch.dtype) -> Kernel:
         step, last = a[1], a[2]
         shifts = memory(pointer(a[26]), (a[27],), real)
         scales_of = memory(pointer(a[28]), (a[29],), real)
+        largest = real(memory(data, (DECODER_TAIL + _TAIL,), np.float64)[31])
         out = memory(pointer(a[3]), (a[4],), real)
         payload = memory(pointer(a[16]), (a[17],), np.uint8)
         scales = memory(pointer(a[18]), (a[19],), np.uint16)
@@ -94,6 +98,6 @@ def decoder(computed: torch.dtype) -> Kernel:
             cpu_kernels.decode(
                 out, a[5], begin, min(begin + step, last), a[6], a[7], a[8], a[9], a[10],
                 (a[11], a[12]), (a[13], a[14]), a[15] != 0, payload, scales, offsets, limit, a[23],
-                a[24], a[25], shifts, scales_of, a[30])
+                a[24], a[25], shifts, scales_of, a[30], largest, a[32] != 0)
 
     return Kernel(decode)

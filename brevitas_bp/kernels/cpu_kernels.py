@@ -408,8 +408,22 @@ def place(bucket: Any, first: Any, size: Any, row: Any, per_row: Any) -> Any:
 
 
 @jit
-def normalize(x: Any, index: Any, shifts: Any, scales: Any, inner: Any, out: Any) -> None:
-    """See ``normalizing.normalize``; ``x`` begins with element ``index`` of the tensor."""
+def multiplier_of(scales: Any, kind: Any, largest: Any, divides: Any) -> Any:
+    """What values of a statistic are multiplied by; see ``normalizing.Affine``."""
+    scale, number = scales[kind], scales.dtype.type
+    if scale >= largest:
+        return number(0)
+    return number(1) / scale if divides else scale
+
+
+@jit
+def normalize(
+        x: Any, index: Any, shifts: Any, scales: Any, inner: Any, largest: Any, divides: Any,
+        out: Any) -> None:
+    """See ``normalizing.normalize``; ``x`` begins with element ``index`` of the tensor.
+
+    ``shifts`` is empty where there are none.
+    """
     wide_vectors()
     done, kinds = 0, scales.size
     run = index // inner
@@ -417,24 +431,36 @@ def normalize(x: Any, index: Any, shifts: Any, scales: Any, inner: Any, out: Any
     while done < x.size:
         if inner == 1:
             count = min(kinds - kind, x.size - done)
-            a, b = window(shifts, kind, count), window(scales, kind, count)
             u, v = window(x, done, count), window(out, done, count)
+            copy_bytes(u, v)
+            if shifts.size:
+                a = window(shifts, kind, count)
+                for i in range(count):
+                    v[i] -= a[i]
+            b = window(scales, kind, count)
             for i in range(count):
-                v[i] = (u[i] - a[i]) * b[i]
+                v[i] *= multiplier_of(b, i, largest, divides)
             kind = 0
         else:
             count = min(left, x.size - done)
-            shift, scale = shifts[kind], scales[kind]
             u, v = window(x, done, count), window(out, done, count)
-            for i in range(count):
-                v[i] = (u[i] - shift) * scale
+            scale = multiplier_of(scales, kind, largest, divides)
+            if shifts.size:
+                shift = shifts[kind]
+                for i in range(count):
+                    v[i] = (u[i] - shift) * scale
+            else:
+                for i in range(count):
+                    v[i] = u[i] * scale
             kind, left = kind + 1, inner
             kind = 0 if kind == kinds else kind
         done += count
 
 
 @jit
-def denormalize(y: Any, index: Any, shifts: Any, scales: Any, inner: Any, limit: Any) -> None:
+def denormalize(
+        y: Any, index: Any, shifts: Any, scales: Any, inner: Any, largest: Any, divides: Any,
+        limit: Any) -> None:
     """See ``normalizing.denormalize``; in place. ``shifts`` is empty where there are none."""
     wide_vectors()
     done, kinds = 0, scales.size
@@ -445,7 +471,7 @@ def denormalize(y: Any, index: Any, shifts: Any, scales: Any, inner: Any, limit:
             count = min(kinds - kind, y.size - done)
             v, b = window(y, done, count), window(scales, kind, count)
             for i in range(count):
-                v[i] *= b[i]
+                v[i] *= multiplier_of(b, i, largest, divides)
             if shifts.size:
                 a = window(shifts, kind, count)
                 for i in range(count):
@@ -453,7 +479,7 @@ def denormalize(y: Any, index: Any, shifts: Any, scales: Any, inner: Any, limit:
             kind = 0
         else:
             count = min(left, y.size - done)
-            v, scale = window(y, done, count), scales[kind]
+            v, scale = window(y, done, count), multiplier_of(scales, kind, largest, divides)
             for i in range(count):
                 v[i] *= scale
             if shifts.size:
@@ -475,7 +501,7 @@ def encode(
         multiplier: Any, shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any,
         integer: Any, stochastic: Any, k0: Any, k1: Any, payload: Any, metadata: Any,
         function: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
-        inner: Any) -> None:
+        inner: Any, largest: Any, divides: Any) -> None:
     """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
 
     Where ``function`` is not 0, its derivative at ``x`` is encoded, or with :data:`NORMALIZED` what
@@ -509,7 +535,8 @@ def encode(
                 values, words = window(copies, slot, size), window(copy_bits, slot, size)
                 source, target = window(x, start, valid), window(copies, slot, valid)
                 if function == NORMALIZED:
-                    normalize(source, index + start, shifts, scales_of, inner, target)
+                    normalize(
+                        source, index + start, shifts, scales_of, inner, largest, divides, target)
                 elif function != 0:
                     differentiate(function, source, target)
                 else:
@@ -576,10 +603,10 @@ def decode(
         out: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
         shift: Any, widths: Any, lowests: Any, bf16: Any, payload: Any, scales: Any, offsets: Any,
         limit: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
-        inner: Any) -> None:
+        inner: Any, largest: Any, divides: Any) -> None:
     """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``.
 
-    The last six are those of :func:`encode`; ``scales_of`` is empty where nothing is normalized.
+    The last eight are those of :func:`encode`; ``scales_of`` is empty where nothing is normalized.
     """
     number = out.dtype.type
     codes = np.empty(size, np.uint8)
@@ -589,7 +616,7 @@ def decode(
         load(offsets, begin, bf16, lo)
     else:
         lo[:] = number(0)
-    largest = number(np.finfo(out.dtype).max) if scales_of.size else limit
+    bound = number(np.finfo(out.dtype).max) if scales_of.size else limit
     for bucket in range(begin, end):
         kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
@@ -597,6 +624,7 @@ def decode(
         start, most = place(bucket, first, size, row, per_row)
         values = window(out, start, min(most, out.size - start))
         dequantize(
-            codes, lowests[kind], scale[bucket - begin], lo[bucket - begin], largest, values)
+            codes, lowests[kind], scale[bucket - begin], lo[bucket - begin], bound, values)
         if scales_of.size:
-            denormalize(values, index + start, shifts, scales_of, inner, limit)
+            denormalize(
+                values, index + start, shifts, scales_of, inner, largest, divides, limit)

@@ -145,7 +145,7 @@ def _statistics(affine: Affine | None) -> tuple[Tensor | None, Tensor | None, in
     """As the kernels take them: scales, shifts, elements of one statistic and number of statistics."""
     if affine is None:
         return None, None, 1, 1
-    return affine.scale, affine.shift, affine.inner, len(affine.scale)
+    return affine.multipliers(), affine.shift, affine.inner, len(affine.scale)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
