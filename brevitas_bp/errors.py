@@ -21,6 +21,10 @@ class UnsupportedQuantizerError(BrevitasBpError, TypeError):
     """A Brevitas quantizer whose output cannot be stored as integer or minifloat codes."""
 
 
+class UnsupportedTensorError(BrevitasBpError, TypeError):
+    """A tensor of a dtype that a codec could not restore."""
+
+
 class ModifiedInPlaceError(BrevitasBpError, RuntimeError):
     """A tensor that was kept for backward has been modified by an in-place operation."""
 

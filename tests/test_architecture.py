@@ -15,7 +15,8 @@ PACKAGE = ROOT / "brevitas_bp"
 
 #: Each room may import from its own level and from those before it.
 LEVELS: list[set[str]] = [
-    {"errors"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"}, {"quant"}, {"backward"},
+    {"errors", "probes"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"}, {"quant"},
+    {"backward"},
     {"grad", "nn", "allocate", "memory"}, {"plots", "models"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

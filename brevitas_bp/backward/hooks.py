@@ -248,6 +248,13 @@ class ForwardPass:
         self._tell(saved, packed, decision, self._originals(x) if self.listeners else ())
         return packed
 
+    def _note_rounded(self, saved: SavedTensor) -> None:
+        """See NOTE [ No two roundings of one tensor are multiplied ]."""
+        if saved.call is NO_CALL:
+            self.location.rounded_unseen = True
+        else:
+            self.location.rounding = saved.call
+
     def _keep(self, saved: SavedTensor, decision: Decision) -> Kept:
         """Keeps a tensor where nobody listens."""
         if self.explanation is not None:
@@ -389,6 +396,8 @@ class ForwardPass:
             self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
+        if codec.lossy:
+            self._note_rounded(saved)
         in_units: Callable[[Codec], Codec] | None = None
         if units is not None:
             in_units = partial(_normalized, units)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward.operations import (
-    FLOAT_DTYPES,
     OpRule,
     composite,
     elementwise,
@@ -18,6 +17,7 @@ from brevitas_bp.backward.operations import (
     product,
     quotient,
     register_op,
+    stands_alone,
     weighted,
 )
 from brevitas_bp.backward.rewrites import Passing, ReplayAttention, SaveDerivative
@@ -25,6 +25,7 @@ from brevitas_bp.backward.rows import convolved, of_elements, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.average import unaveraged
+from brevitas_bp.codec.base import FLOATS
 from brevitas_bp.codec.lossless import narrow_to
 from brevitas_bp.codec.pooling import adaptive_max_pool_index, max_pool_index, plane_index
 from brevitas_bp.codec.regions import (
@@ -158,7 +159,7 @@ def _einsum(saved: SavedTensor) -> Decision:
 def _deviation(saved: SavedTensor) -> Decision:
     """The gradient of a variance or deviation is ``(x - mean)`` times one number for each statistic."""
     x, dims = saved.tensor, saved.call.argument(1, "dim")
-    if saved.position != 0 or x.dtype not in FLOAT_DTYPES:
+    if saved.position != 0 or x.dtype not in FLOATS:
         return Decision(None, "backward is not linear in it")
     reduced = {dims} if isinstance(dims, int) and not isinstance(dims, bool) else (
         set(dims) if isinstance(dims, (tuple, list)) else set(range(x.dim())))
@@ -166,7 +167,7 @@ def _deviation(saved: SavedTensor) -> Decision:
     if reduced != set(range(x.dim() - len(reduced), x.dim())):
         return Decision(None, "its statistics run across rows")
     return Decision(
-        saved.codec, "backward is linear in it", reaches="all",
+        saved.codec, "backward is linear in it", shared=stands_alone(saved), reaches="all",
         rows=lambda x, call: trailing(x, len(reduced)))
 
 
@@ -216,7 +217,7 @@ def _prelu(saved: SavedTensor) -> Decision:
         return Decision(None, "slopes")
     return Decision(
         sign_exact(unaveraged(saved.codec)), "sign exact; the slope's gradient is linear in the rest",
-        rows=_prelu_rows)
+        shared=stands_alone(saved), rows=_prelu_rows)
 
 
 def _prelu_rows(x: Tensor, call: Call) -> Rows | None:

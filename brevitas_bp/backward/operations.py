@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from brevitas_bp.backward.ops import current_location
+from brevitas_bp.backward.origins import goes_through_rounded
 from brevitas_bp.backward.parameters import shows
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.rows import (
@@ -31,9 +32,7 @@ from brevitas_bp.backward.saved import (
     own_shape,
     tensors_in,
 )
-from brevitas_bp.codec.base import Codec
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from brevitas_bp.codec.base import FLOATS, Codec
 
 # A factor that is broadcast to this many times its size is kept: few bytes, and each of its roundings
 # would reach many gradients.
@@ -81,7 +80,8 @@ def linear(*positions: int) -> OpRule:
         if positions and saved.position not in positions:
             return Decision(None, "backward is not linear in it")
         return Decision(
-            saved.codec, "backward is linear in it", reaches="all", rows=last_dimension)
+            saved.codec, "backward is linear in it", shared=stands_alone(saved), reaches="all",
+            rows=last_dimension)
 
     return OpRule(_floats(decide))
 
@@ -99,9 +99,11 @@ def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
         if _is_weight(saved, weight):
             return Decision(None, "weight: keeps the gradient of the input exact")
         apart = shares_planes(saved.tensor, saved.call) if rows is convolved else False
+        alone = stands_alone(saved)
         return Decision(
             saved.codec, "input: the gradient of the weight is linear in it", rows=rows,
-            units="channel" if apart else None)
+            units="channel" if apart else None, shared=alone,
+            reaches="weight" if alone else _reach(_others(saved), saved.tensor.numel()))
 
     return OpRule(_floats(decide))
 
@@ -155,10 +157,30 @@ def quotient() -> OpRule:
             return Decision(None, "divisor: backward is not linear in it")
         return Decision(
             saved.codec, "dividend: the divisor's gradient is linear in it",
+            shared=stands_alone(saved),
             reaches=_reach(list(tensors_in((divisor,))), saved.tensor.numel()), rows=of_elements,
             units="quotient")
 
     return OpRule(_floats(decide))
+
+
+def _others(saved: SavedTensor) -> list[Tensor]:
+    """The arguments of numbers beside what is saved."""
+    position = saved.position
+    return [
+        t for i, a in enumerate(saved.arguments) if i != position
+        for t in tensors_in((a,)) if t.is_floating_point()]
+
+
+def stands_alone(saved: SavedTensor) -> bool:
+    """Whether its rounding meets no other in the gradients of the arguments beside it.
+
+    See NOTE [ No two roundings of one tensor are multiplied ] in :mod:`brevitas_bp.backward.origins`.
+    """
+    location = current_location()
+    unseen = location is not None and location.rounded_unseen
+    return not any(
+        goes_through_rounded(t, custom=unseen) for t in _others(saved) if not is_parameter(t))
 
 
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
@@ -188,8 +210,10 @@ def normalization(statistics: bool = False) -> OpRule:
         least = norm_bits(x.numel() // max(x.shape[1], 1)) if of_channels else 1
         if least is None:
             return FEW_IN_STATISTIC
+        alone = stands_alone(saved)
         return Decision(
-            saved.codec, "input of a norm: bias of order 1/M", reaches="norm", rows=last_dimension,
+            saved.codec, "input of a norm: bias of order 1/M", shared=alone,
+            reaches="norm" if alone else "all", rows=last_dimension,
             units="statistic" if statistics and _is_first(saved) else None, least_bits=least)
 
     return OpRule(_floats(decide))
@@ -255,7 +279,7 @@ def composite() -> OpRule:
 
 def _floats(decide: Decide) -> Decide:
     other = Decision(None, "not a floating-point tensor")
-    return lambda saved: decide(saved) if saved.tensor.dtype in FLOAT_DTYPES else other
+    return lambda saved: decide(saved) if saved.tensor.dtype in FLOATS else other
 
 
 _by_name: dict[str, OpRule] = {}
@@ -316,9 +340,16 @@ def _find(operation: Any) -> OpRule | None:
     return _by_name.get(name.strip("_")) if name and _is_of_torch(operation) else None
 
 
+# Modules of operators, before their namespace.
+_REGISTERED = "torch._ops."
+
+
 def _is_of_torch(function: Any) -> bool:
     """Whether a function is torch's: another of the same name may save something else."""
     # Methods of Tensor have no module.
     module = getattr(function, "__module__", None) or getattr(
         getattr(function, "__objclass__", None), "__module__", None) or "torch"
+    if module.startswith(_REGISTERED):
+        # Anybody may register an operator, under any name, with a backward of its own.
+        return module.removeprefix(_REGISTERED) == "aten"
     return module.partition(".")[0] == "torch"

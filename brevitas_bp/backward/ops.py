@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 from brevitas_bp.backward.dynamo import no_graph_of_its_own, set_callback
+from brevitas_bp.backward.origins import note_rounded
 from brevitas_bp.backward.saved import NO_CALL, Call
 
 
@@ -42,6 +43,10 @@ class Location:
         self.observer: Callable[[Call, Any], None] | None = None
         # To be called when the operation that runs has ended.
         self.ending: Callable[[], None] | None = None
+        # The call that saved something rounded last.
+        self.rounding: Call | None = None
+        # Whether a custom Function has, of which nobody sees the end.
+        self.rounded_unseen = False
         # The pass itself, and the seed of its next encode, for hooks that serve several passes.
         self.passing: Any = None
         self.next_seed: Callable[[], int] | None = None
@@ -148,6 +153,8 @@ class _OpMode(TorchFunctionMode):
             if location.ending is not None:
                 location.ending, ending = None, location.ending
                 ending()
+            if location.rounding is call:
+                note_rounded(output)
             if location.observer is not None:
                 location.observer(call, output)
             return output
@@ -288,7 +295,7 @@ def leave(location: Location) -> None:
     location.ended = True
     # It holds the pass, which would wait for the garbage collector.
     location.rewrites = location.observer = location.passing = location.next_seed = None
-    location.ending = None
+    location.ending = location.rounding = None
     location.tree = []
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]

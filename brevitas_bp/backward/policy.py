@@ -12,7 +12,6 @@ from torch import Tensor
 from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
 from brevitas_bp.backward.operations import (
     FEW_IN_STATISTIC,
-    FLOAT_DTYPES,
     OpRule,
     norm_bits,
     rule_of,
@@ -34,7 +33,7 @@ from brevitas_bp.backward.saved import (
 from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
 from brevitas_bp.codec.average import unaveraged
-from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.base import FLOATS, is_plain
 from brevitas_bp.codec.regions import relu_region
 from brevitas_bp.codec.shard import is_storable, shard_of
 from brevitas_bp.core.few_bit import few_bit_table
@@ -186,7 +185,7 @@ class OpAware:
             return self._decide_role(saved, saved.role, codec)
         if x.dtype == torch.bool:
             return _MASK
-        if x.dtype not in FLOAT_DTYPES and x.dtype != torch.int64:
+        if x.dtype not in FLOATS and x.dtype != torch.int64:
             return _OTHER_DTYPE
         if saved.compiled:
             return self._decide_compiled(saved, codec)
@@ -268,7 +267,7 @@ class OpAware:
     def _decide_checkpoint(self, x: Tensor) -> Decision:
         if x.dtype == torch.bool:
             return _MASK
-        if self._checkpoint is None or not x.requires_grad or x.dtype not in FLOAT_DTYPES:
+        if self._checkpoint is None or not x.requires_grad or x.dtype not in FLOATS:
             return _RUN_AGAIN
         return Decision(
             self._checkpoint, "run again from it: biased, as asked for", reaches="all",
@@ -345,7 +344,7 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
     x = saved.tensor
     if x.dtype == torch.bool:
         return _BIT_MASK
-    if x.dtype in FLOAT_DTYPES:
+    if x.dtype in FLOATS:
         # The noise of rrelu is written only after it was saved.
         late = saved.op is not None and saved.op.startswith("rrelu")
         statistic = saved.is_norm_statistic and (saved.op is not None or saved.compiled)
@@ -357,7 +356,7 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
 
 def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:
     """As :func:`quantize_all`, but of a ReLU's output its exact sign is stored, in 1 bit."""
-    if saved.op in _RELU and saved.tensor.dtype in FLOAT_DTYPES:
+    if saved.op in _RELU and saved.tensor.dtype in FLOATS:
         return None if saved.codec is None else relu_region()
     return quantize_all(saved)
 

@@ -9,8 +9,8 @@ NOTE [ Inputs of norms are stored normalized ]
 3. Decoded is ``normalized / rstd``, and the mean is decoded as zero: the formula of backward then gives
    the normalized input, whichever kernel computes it. So the mean itself is not kept.
 4. A row or channel without deviation is stored as zeros exactly.
-5. Where mean and inverse deviation are not to be had (evaluation; custom Functions), the tensor's own
-   serve, and the mean is kept and added.
+5. Where mean and inverse deviation are not to be had (evaluation; custom Functions), the middle and the
+   range of each channel serve, and the middle is kept and added.
 """
 
 from collections.abc import Sequence
@@ -141,17 +141,20 @@ def _channels(x: Tensor) -> tuple[int, Rows | None] | None:
 
 
 def _own(x: Tensor) -> NormUnits | None:
-    """Units made of the tensor's own channels: the mean is kept."""
+    """Units made of the tensor's own channels, whose ranges they are: the middle is kept.
+
+    Largest and smallest values are the same on every processor; sums are not.
+    """
     placed = _channels(x)
     if placed is None:
         return None
     inner, rows = placed
     with torch.no_grad():
-        variance, mean = torch.var_mean(
-            x.detach().to(compute_dtype(x.dtype)), _all_but_channels(x), correction=0)
-        rstd = variance.rsqrt()
-    undo = Undo(rstd, torch.finfo(rstd.dtype).max, mean, inner, owned=True)
-    return NormUnits(undo.forward(mean), undo, rows, drops_mean=False)
+        dims, dtype = _all_but_channels(x), compute_dtype(x.dtype)
+        lo, hi = (m.to(dtype) / 2 for m in (x.detach().amin(dims), x.detach().amax(dims)))
+        middle, scale = lo + hi, (hi - lo).reciprocal()
+    undo = Undo(scale, torch.finfo(dtype).max, middle, inner, owned=True)
+    return NormUnits(undo.forward(middle), undo, rows, drops_mean=False)
 
 
 def channel_units(x: Tensor) -> NormUnits | None:

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.average import check_average_size, group_means, spread, to_dtype
@@ -31,6 +31,8 @@ class AverageCodec(Codec):
         average_size: elements of a group.
     """
 
+    restores = FLOATS
+
     def __init__(self, inner: Codec, average_size: int) -> None:
         self.inner = inner
         self.average_size = check_average_size("brevitas_bp.codec.AverageCodec", average_size)
@@ -39,7 +41,7 @@ class AverageCodec(Codec):
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Averages, then encodes the averages."""
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         # Kernels read memory, and a lazy negation is not in it.
         base = TensorLayout.base(x.detach()).resolve_neg()
         means = group_means(base, self.average_size, dispatch.group_means)

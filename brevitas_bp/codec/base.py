@@ -13,7 +13,10 @@ from brevitas_bp.codec.checksum import checksum
 from brevitas_bp.codec.integrity import Form, check_forms, refuse, versions_of
 from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.codec.recipe import Recipe
-from brevitas_bp.errors import ModifiedInPlaceError
+from brevitas_bp.errors import ModifiedInPlaceError, UnsupportedTensorError
+
+#: Real numbers of 16 to 64 bits.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Referable:
@@ -122,6 +125,8 @@ class Codec(ABC):
     lossy: bool = True
     #: Whether its payload is that of another codec, which is in the facts.
     wraps: bool = False
+    #: Dtypes of the tensors that it can restore; None: any.
+    restores: tuple[torch.dtype, ...] | None = None
     #: Whether what is decoded is new memory each time, which whoever asked for it may write to.
     decodes_anew: bool = False
 
@@ -132,6 +137,20 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, packed: Packed) -> Tensor:
         """Restores what :meth:`encode` stored. Call :meth:`Packed.decode`, which checks it first."""
+
+    def layout_of(self, x: Tensor, where: str = "") -> TensorLayout:
+        """The layout of a tensor that is to be stored.
+
+        Raises:
+            UnsupportedTensorError: its dtype is none that the codec restores.
+        """
+        if self.restores is not None and x.dtype not in self.restores:
+            named = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.restores)
+            raise UnsupportedTensorError(
+                f"brevitas_bp: the codec {self.name!r} stores tensors of {named}, got {x.dtype} "
+                f"{list(x.shape)}{' saved by ' + where if where else ''}; a policy keeps a tensor as it "
+                "is where it returns None")
+        return TensorLayout.of(x)
 
     def forms(self, packed: Packed) -> Sequence[Form] | None:
         """What the stored tensors must be, by layout and facts; None where the codec cannot tell.

@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 from typing import final
 
-import torch
 from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.few_bit import FewBitTable
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.few_bit import few_bit_nbytes
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @final
@@ -37,6 +34,7 @@ class FewBitCodec(Codec):
     ('1-bit few-bit relu', [0.0, 0.0, 1.0])
     """
 
+    restores = FLOATS
     decodes_anew = True
 
     def __init__(self, table: FewBitTable) -> None:
@@ -44,16 +42,8 @@ class FewBitCodec(Codec):
         self.name = f"{table.bits}-bit few-bit {table.name}"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Packs the interval indices of ``x``; ``seed`` is not used.
-
-        Raises:
-            TypeError: not a real float tensor of 16, 32 or 64 bits.
-        """
-        if x.dtype not in FLOATS:
-            raise TypeError(
-                f"brevitas_bp.codec.FewBitCodec: expected a tensor of {FLOATS}, got {x.dtype}"
-                f"{' saved by ' + where if where else ''}")
-        layout = TensorLayout.of(x)
+        """Packs the interval indices of ``x``; ``seed`` is not used."""
+        layout = self.layout_of(x, where)
         stored = dispatch.encode_few_bit(
             layout.flatten(x), self.table.borders, self.table.bits, self.table.even)
         return Packed(self, stored, layout, None, where)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Keep, Packed
 from brevitas_bp.codec.bucketwise import is_bucketwise
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
@@ -43,6 +43,8 @@ class ModuleCodec(Codec):
     bucket by bucket, see :func:`~brevitas_bp.codec.bucketwise.is_bucketwise`: the same bytes again.
     """
 
+    restores = FLOATS
+
     def __init__(
             self, quantizer: BucketRescalingIntQuant, row_size: int | None = None) -> None:
         self.quantizer = quantizer
@@ -57,7 +59,7 @@ class ModuleCodec(Codec):
         """Quantizes and packs a float tensor."""
         if x.numel() == 0:
             return Keep().encode(x, where=where)
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         flat = layout.flatten(x.detach())
         if self.row_size is not None:
             flat = pad_rows(flat, self.row_size, self._view.bucket_size, self._view.bucket_pad_zero)

@@ -19,12 +19,13 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class BitMask(Codec):
     """Bool tensors, 1 bit an element (8 in a byte, planar)."""
 
+    restores = (torch.bool,)
     lossy = False
     name = "bit mask"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Packs a bool tensor."""
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         return Packed(self, (dispatch.pack_bits(layout.flatten(x)),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -54,6 +55,7 @@ class NarrowInt(Codec):
         name: shown in reports.
     """
 
+    restores = _INTEGERS
     lossy = False
 
     dtype: torch.dtype | None = None
@@ -61,7 +63,7 @@ class NarrowInt(Codec):
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Casts to the stored dtype, if it is narrower."""
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         flat = layout.flatten(x)
         dtype = self._stored_dtype(x.dtype, _range_dtype(flat) if self.dtype is None else None)
         return Packed(self, (flat.to(dtype, copy=True),), layout, dtype, where)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec, codec_from
@@ -73,6 +73,8 @@ class PerSampleCodec(Codec):
     [1, 1, 1, 1, 2, 2, 4, 4]
     """
 
+    restores = FLOATS
+
     def __init__(
             self,
             quantizer: Any,
@@ -96,7 +98,8 @@ class PerSampleCodec(Codec):
         quantizers = [codec.quantizer for codec in codecs.values()]
         self._scaling: Any = quantizers[0].scaling_impl
         self._variance = torch.tensor([
-            float(q.int_scaling_impl(torch.tensor(float(bits)))) ** -2
+            1 / float(q.int_scaling_impl(torch.tensor(float(bits)))) / float(
+                q.int_scaling_impl(torch.tensor(float(bits))))
             for q, bits in zip(quantizers, self.bit_widths)], dtype=torch.float64)
         self._view: Any = quantizers[0].input_view_impl
         self.name = f"{average_bits:g}-bit average per sample"
@@ -117,7 +120,7 @@ class PerSampleCodec(Codec):
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Chooses widths, sorts the samples by them, and encodes those of each."""
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         flat, samples = _by_sample(x.detach(), layout)
         widths = self._widths(flat, samples)
         used: list[int] = widths.unique().tolist()
@@ -232,12 +235,15 @@ def greedy_widths(
 def _shared_out(squares: Tensor, bucket_size: int, numel: int, samples: int) -> Tensor:
     """Cost [samples] of buckets [n], each shared out to samples by the elements that it has of them."""
     size = numel // samples
+    # bincount adds one by one. How sum() groups its terms differs between processors, and with it the
+    # last bit, on which widths may depend.
     if size % bucket_size == 0:
-        return squares.view(samples, -1).sum(1)
+        return torch.arange(samples).repeat_interleave(len(squares) // samples).bincount(
+            squares, minlength=samples)
     cuts = torch.cat([torch.arange(0, numel, bucket_size), torch.arange(0, numel, size)]).unique()
     lengths = torch.diff(cuts, append=torch.tensor([numel]))
     shares = squares[cuts // bucket_size] * lengths / bucket_size
-    return torch.zeros(samples, dtype=torch.float64).index_add(0, cuts // size, shares)
+    return (cuts // size).bincount(shares, minlength=samples)
 
 
 def _by_sample(x: Tensor, layout: TensorLayout) -> tuple[Tensor, int]:

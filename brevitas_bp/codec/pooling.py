@@ -40,6 +40,7 @@ class WindowIndex(Codec):
         name: shown in reports.
     """
 
+    restores = (torch.int64,)
     lossy = False
 
     sizes: tuple[int, ...]
@@ -51,7 +52,7 @@ class WindowIndex(Codec):
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Packs indices [..., one per window]; the last dimensions are those of the plane."""
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         windows = windows_of(self, tuple(x.shape))
         # Codes are stored in the order of this view, whatever the strides of the tensor.
         index = _split(x.detach(), len(self.sizes), _is_channels_last(self, layout))

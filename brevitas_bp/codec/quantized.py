@@ -12,7 +12,7 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
 from brevitas_bp.codec.average import AverageCodec
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.general import ModuleCodec, codec_name, float_dtype
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
@@ -93,6 +93,7 @@ class LoweredCodec(Codec):
         spec: its lowered form.
     """
 
+    restores = FLOATS
     decodes_anew = True
 
     def __init__(self, quantizer: BucketRescalingIntQuant, spec: BucketQuantSpec) -> None:
@@ -114,7 +115,7 @@ class LoweredCodec(Codec):
             derivative: name of one of :mod:`~brevitas_bp.kernels.derivatives`, which supports ``x``.
             affine: ``x`` is normalized by it first, in the order of its memory.
         """
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         spec = self._current_spec()
         as_it_is = layout.contiguous and not x.is_neg()
         tensors = self._ready_for(layout, spec).plan.encode(

@@ -13,11 +13,12 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.masks import Interval, mask_nbytes, next_value
+from brevitas_bp.probes import clamp_keeps_borders
 
 _INF = float("inf")
 _NAN = float("nan")
@@ -34,8 +35,9 @@ def _masks(packed: Packed, count: int) -> Sequence[Form]:
 class Region(Codec):
     """Whether ``lo < x < hi`` (``<=`` where ``closed``), 1 bit an element.
 
-    Decoded is a value inside for every element inside, one outside for every other: 1 and 0 where they
-    qualify. Autograd's kernels disagree on NaN (see ``keep_nan``) but nowhere else.
+    Decoded is a value inside for every element inside, one outside for every other. Both lie apart from
+    the borders, wherever there is room: releases of torch do not agree on the gradient there. Autograd's
+    kernels disagree on NaN (see ``keep_nan``) but nowhere else.
 
     NOTE [ Borders are compared as the kernel compares them ]
     A Python number meets a half-precision tensor either rounded to its dtype (``clamp``, the shrinks) or
@@ -55,6 +57,7 @@ class Region(Codec):
         bounds: the arithmetic of the comparison.
     """
 
+    restores = FLOATS
     lossy = False
     name: str
     lo: float | None = None
@@ -66,7 +69,7 @@ class Region(Codec):
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Packs the answers."""
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         flat = layout.flatten(x)
         watch = self.keep_nan and x.device.type == "cpu"
         mask, seen = dispatch.pack_interval(flat, interval_of(self, x.dtype), watch_nan=watch)
@@ -128,12 +131,32 @@ def representatives(region: Region, dtype: torch.dtype) -> tuple[float, float]:
     largest = torch.finfo(dtype).max
     ends = [interval.lo, interval.hi]
     near = [next_value(v, dtype, step) for v, step in zip(ends, (-1, 1)) if abs(v) <= largest]
-    candidates = [0.0, 1.0, -1.0, *ends, *near, largest, -largest, _INF, -_INF, _NAN]
-    inside = next((v for v in (1.0, *candidates) if v in interval), None)
+    candidates = [
+        1.0, 0.0, -1.0, *_apart(region, dtype), *ends, *near, largest, -largest, _INF, -_INF, _NAN]
+    borders = [
+        float(torch.tensor(b, dtype=dtype, device="cpu"))
+        for b in (region.lo, region.hi) if b is not None]
+    # What lies at a border comes last.
+    candidates.sort(key=lambda v: v in borders)
+    inside = next((v for v in candidates if v in interval), None)
     outside = next((v for v in candidates if v not in interval), None)
     found = outside if inside is None else inside
     assert found is not None
     return found if outside is None else outside, found if inside is None else inside
+
+
+def _apart(region: Region, dtype: torch.dtype) -> list[float]:
+    """Values between the borders of a region, and well beyond them."""
+    lo, hi = region.lo, region.hi
+    found = []
+    if lo is not None and hi is not None:
+        found.append(lo + (hi - lo) / 2)
+    for border, step in ((lo, -1), (hi, 1)):
+        if border is not None:
+            away = max(1.0, abs(border)) * step
+            found += [border + away, border - away]
+    values = torch.tensor(found, dtype=torch.float64, device="cpu").to(dtype)
+    return [float(v) for v in values if v.isfinite()]
 
 
 @lru_cache(maxsize=256)
@@ -147,7 +170,7 @@ def relu_region() -> Region:
     """For ``relu``, of its output (or input): backward is ``0 where y <= 0 else grad``.
 
     >>> relu_region().encode(torch.tensor([-1.0, 0.0, 2.0, float("nan")])).decode().tolist()
-    [0.0, 0.0, 1.0, 1.0]
+    [-1.0, -1.0, 1.0, 1.0]
     """
     return Region("relu mask", lo=0.0, nan=True)
 
@@ -186,9 +209,14 @@ def shrink_region(lambd: float = 0.5) -> Region:
 
 
 @lru_cache(maxsize=256)
-def clamp_region(min: float | None = None, max: float | None = None) -> Region:
-    """For ``clamp`` with numbers, of its input: ``grad where min <= x <= max else 0``."""
-    return Region("clamp mask", lo=min, hi=max, closed=True, bounds="dtype")
+def clamp_region(min: float | None = None, max: float | None = None) -> Region | None:
+    """For ``clamp`` with numbers, of its input: ``grad where min <= x <= max else 0``.
+
+    From torch 2.14 on, ``<`` in place of ``<=``. None: this torch gives a part of ``grad`` at a bound.
+    """
+    closed = clamp_keeps_borders()
+    return None if closed is None else Region(
+        "clamp mask", lo=min, hi=max, closed=closed, bounds="dtype")
 
 
 @final
@@ -199,12 +227,13 @@ class Sign(Codec):
     For the input of ``abs``: backward is ``grad * sgn(x)``, and autograd's ``sgn(NaN)`` is 0.
     """
 
+    restores = FLOATS
     lossy = False
     name: str = "sign"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Packs ``x > 0`` and ``x < 0``."""
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         flat, least = layout.flatten(x), next_value(0.0, x.dtype, 1)
         halves = (Interval(least, _INF), Interval(-_INF, -least))
         masks = tuple(dispatch.pack_interval(flat, half)[0] for half in halves)
@@ -245,6 +274,7 @@ class ScaledMask(Codec):
         factor: ``v = 1 * factor``.
     """
 
+    restores = FLOATS
     lossy = False
     name: str = "scaled mask"
     divisor: float | None = None
@@ -252,7 +282,7 @@ class ScaledMask(Codec):
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Packs ``x > 0``."""
-        layout = TensorLayout.of(x)
+        layout = self.layout_of(x, where)
         flat = layout.flatten(x)
         mask, _ = dispatch.pack_interval(flat, Interval(next_value(0.0, x.dtype, 1), _INF))
         if self.divisor is None and self.factor is None:

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.regions import positive_region
@@ -30,17 +30,20 @@ class SignExact(Codec):
         inner: stores the negative part, zero where ``x > 0``.
     """
 
+    restores = FLOATS
+
     inner: Codec
     name: str = "sign and negative part"
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Packs the sign, and ``min(x, 0)``."""
+        layout = self.layout_of(x, where)
         # detach: codecs run while autograd is recording.
         base = TensorLayout.base(x.detach())
         sign = positive_region().encode(base)
         negative = self.inner.encode(base.clamp(max=0), seed=seed, where=where)
         return Packed(
-            self, (*sign.tensors, *negative.tensors), TensorLayout.of(x), (sign, negative), where)
+            self, (*sign.tensors, *negative.tensors), layout, (sign, negative), where)
 
     def decode(self, packed: Packed) -> Tensor:
         """1 or the negative part."""

@@ -8,7 +8,7 @@ import torch
 from brevitas.utils.quant_utils import groupwise_dequant_expand
 from torch import Tensor, nn
 
-from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Keep, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.errors import UnsupportedQuantizerError
@@ -59,6 +59,8 @@ def keeps_statistics(quantizer: nn.Module) -> bool:
 class StockCodec(Codec):
     """What stock codecs share: sound input, codes packed flat, a scale that is NaN for bad values."""
 
+    restores = FLOATS
+
     bit_width: int
     #: Dimension that is split into groups; None: no groups.
     group_dim: int | None
@@ -67,12 +69,13 @@ class StockCodec(Codec):
         """Quantizes and packs a float tensor."""
         if x.numel() == 0:
             return Keep().encode(x, where=where)
+        layout = self.layout_of(x, where)
         base, poison = _finite_input(x)
         with torch.no_grad(), seeded(seed):
             codes, scale, *rest = self._quantize(base)
         tensors = (_pack_flat(codes, self.bit_width), scale.detach() + poison, *rest)
         beside = tuple(Form(tuple(t.shape), t.dtype) for t in tensors[1:])
-        return Packed(self, tensors, TensorLayout.of(x), (tuple(codes.shape), beside), where)
+        return Packed(self, tensors, layout, (tuple(codes.shape), beside), where)
 
     def forms(self, packed: Packed) -> Sequence[Form]:
         shape, beside = packed.facts

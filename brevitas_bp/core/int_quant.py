@@ -22,7 +22,7 @@ class SignMagnitudeIntScaling(nn.Module):
 
     def forward(self, bit_width: Tensor) -> Tensor:
         """Bits -> largest code, same shape."""
-        return torch.exp2(bit_width - 2)
+        return torch.exp2(bit_width - 2).round()
 
 
 class BucketIntQuant(nn.Module):

@@ -7,6 +7,7 @@ function that it calls, in another file, goes unseen. So what is kept here count
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,33 @@ def _digest() -> int:
 SOURCES = _digest()
 
 
+def _can_keep() -> bool:
+    """Whether there is a place on disk for what is compiled."""
+    try:
+        numba.njit(cache=True)(_digest)
+    except RuntimeError as error:
+        warnings.warn(
+            "brevitas_bp: the CPU kernels are compiled anew in every process, half a minute long, "
+            "because there is nowhere to keep them; set NUMBA_CACHE_DIR to a writable folder. "
+            f"numba says: {error}", stacklevel=2)
+        return False
+    return True
+
+
+KEPT = _can_keep()
+
+
 def jit(function: Callable[..., Any]) -> Any:
-    """Compiles ``function`` on its first call, and keeps it on disk."""
-    compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
-    compiled._cache._cache_file._source_stamp = SOURCES
+    """Compiles ``function`` on its first call, and keeps it on disk where it can."""
+    compiled: Any = numba.njit(nogil=True, cache=KEPT, error_model="numpy", boundscheck=False)(function)
+    if KEPT:
+        compiled._cache._cache_file._source_stamp = SOURCES
     return compiled
 
 
 #: Compiles a function of one pointer at once, as a C function for :class:`~.threads.Kernel`. What is
 #: kept on disk has the values of a closure in its key: SOURCES must be one of them.
-c_function: Any = numba.cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
+c_function: Any = numba.cfunc(types.void(types.voidptr), cache=KEPT, error_model="numpy")
 inline = numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")
 
 

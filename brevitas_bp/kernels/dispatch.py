@@ -23,14 +23,20 @@ from brevitas_bp.kernels.spec import BucketQuantSpec
 
 @lru_cache(maxsize=1)
 def _cpu_kernels() -> ModuleType | None:
-    """The compiled CPU kernels, imported at first use; None, with one hint, without numba."""
-    if importlib.util.find_spec("numba") is None:
-        warnings.warn(
-            "brevitas_bp: numba is not installed, so CPU tensors go through the slower torch "
-            "reference (same bytes); pip install brevitas-bp[cpu]", stacklevel=2)
-        return None
-    from brevitas_bp.kernels import cpu
+    """The compiled CPU kernels, imported at first use; None, with one hint, where numba fails."""
+    try:
+        if importlib.util.find_spec("numba") is None:
+            raise ImportError("it is not installed: pip install brevitas-bp[cpu]")
+        import numba
 
+        if numba.config.DISABLE_JIT:  # pyright: ignore
+            raise RuntimeError("NUMBA_DISABLE_JIT is set")
+        from brevitas_bp.kernels import cpu
+    except Exception as error:
+        warnings.warn(
+            "brevitas_bp: CPU tensors go through the slower torch reference (same bytes), because numba "
+            f"cannot be used. The reason: {error}", stacklevel=2)
+        return None
     return cpu
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 #: What is to be run, and its arguments: a fresh copy at every call.
@@ -61,6 +62,36 @@ class Called(nn.Module):
         return output if beside is None else (output, beside)
 
 
+class OfItself(nn.Module):
+    """An operator whose other arguments are computed from its first one, by linear layers."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Any) -> None:
+        super().__init__()
+        self.function = function
+        first, args, kwargs = arguments
+        generator = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterList(
+            0.05 * torch.randn(
+                x.numel(), first.shape[-1], generator=generator, dtype=torch.float64).to(first.dtype)
+            for x in tree_leaves((args, kwargs)) if _is_moved(x))
+
+    def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        weights = iter(self.weights)
+
+        def moved(x: Tensor) -> Tensor:
+            if not _is_moved(x):
+                return x
+            made = F.linear(first, next(weights))
+            return x + made.reshape(-1, x.numel()).mean(0).view(x.shape)
+
+        args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
+        return self.function(first, *args, **kwargs)
+
+
+def _is_moved(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad and x.layout == torch.strided and x.numel() > 0
+
+
 def _as_given(first: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
     return first, args, kwargs, None
 
@@ -86,6 +117,7 @@ def _saved_before(first: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
 VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "function": ("op", _as_given),
     "function of views": ("op", _views_of_results),
+    "function of itself": ("op", _as_given),
     "method": ("method_variant", _as_given),
     "in place": ("inplace_variant", _views_of_results),
     "in place after it was saved": ("inplace_variant", _saved_before),
@@ -166,6 +198,10 @@ def _can_run(op: Any, variant: str, sample: Any) -> bool:
     if getattr(op, attribute) is None or (
             attribute != "op" and not isinstance(sample.input, Tensor)):
         return False
+    if variant == "function of itself" and not (
+            _is_moved(sample.input) and sample.input.dim() and
+            any(_is_moved(x) for x in tree_leaves((sample.args, sample.kwargs)))):
+        return False
     return not (attribute == "inplace_variant" and sample.broadcasts_input)
 
 
@@ -175,6 +211,8 @@ def _op_build(op: Any, variant: str, sample: Any) -> Build:
 
     def build() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         args, kwargs = _copied(((sample.input, *sample.args), sample.kwargs))
+        if variant == "function of itself":
+            return OfItself(function, (args[0], args[1:], kwargs)), args, kwargs
         return Called(function, prepare), args, kwargs
 
     return build

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,17 +93,19 @@ def check_quantized(policy: str) -> Check:
     return check
 
 
-def check_linear(policy: str) -> Check:
+def check_linear(policy: str, *, all_shared: bool = False) -> Check:
     """Where a policy rounds, the gradient is linear in what is rounded.
 
     One saved tensor at a time is moved by ``d`` and by ``-d``: the two gradients have to average to
     that of the tensor itself. That is what makes stochastic rounding unbiased: roundings of different
-    tensors are independent, and so are those that the policy does not share.
+    tensors are independent, and so are those that the policy does not share. With ``all_shared``
+    operations share them whatever it says.
     """
     def check(case: Case, expected: Outcome, tally: Tally) -> str | None:
         if expected.error is not None or not expected.backward:
             return None
-        still, recorder, encoded = _nudged(case, policy, None, 0.0)
+        nudged = partial(_nudged, case, policy, all_shared)
+        still, recorder, encoded = nudged(None, 0.0)
         tally.counts["tensors of stated bias left out"] += recorder.left_out
         if still.error is not None:
             return difference(still, expected)
@@ -111,7 +114,7 @@ def check_linear(policy: str) -> Check:
         if wrong:
             return f"with nothing moved, {wrong}"
         for which in range(min(encoded, MOST_MOVED)):
-            up, down = (_flat(_nudged(case, policy, which, step)[0]) for step in (STEP, -STEP))
+            up, down = (_flat(nudged(which, step)[0]) for step in (STEP, -STEP))
             tally.counts["tensors moved"] += 1
             wrong = _apart([(a + b) / 2 for a, b in zip(up, down)], middle, up)
             if wrong:
@@ -122,8 +125,9 @@ def check_linear(policy: str) -> Check:
 
 
 def _nudged(
-        case: Case, policy: str, which: int | None, step: float) -> tuple[Outcome, Recorder, int]:
-    recorder = Recorder(explained(POLICIES[policy]), unbiased_only=True)
+        case: Case, policy: str, all_shared: bool, which: int | None,
+        step: float) -> tuple[Outcome, Recorder, int]:
+    recorder = Recorder(explained(POLICIES[policy]), unbiased_only=True, all_shared=all_shared)
     codec = Nudge(which, step)
     with encoding_forced():
         outcome = outcome_of(
@@ -142,9 +146,10 @@ def _apart(actual: list[Tensor], expected: list[Tensor], terms: list[Tensor]) ->
     """How far two sets of gradients are apart, if further than the rounding of ``terms`` explains.
 
     Samples are float64 with up to some thousands of terms in a sum: 1e4 roundings of 2**-53 each are
-    1e-12 of the largest term; a further 1e3 for what one operation cancels. A second-order term is of
-    the order of ``STEP ** 2``.
+    1e-12 of the largest term; a further 1e3 for what one operation cancels, and gradients that are
+    small beside the others are what they cancel. A second-order term is of the order of ``STEP ** 2``.
     """
+    of_all = max((float(t.abs().nan_to_num(posinf=0).max()) for t in terms if len(t)), default=0.0)
     for ours, theirs, term in zip(actual, expected, terms, strict=True):
         if len(ours) != len(theirs):
             return "a gradient is missing, or there where none was"
@@ -153,7 +158,7 @@ def _apart(actual: list[Tensor], expected: list[Tensor], terms: list[Tensor]) ->
             continue
         largest = max(float(t[finite].abs().max()) for t in (theirs, term))
         error = float((ours - theirs)[finite].abs().max())
-        if not error <= 1e-9 * largest:
+        if not error <= max(1e-9 * largest, 1e-12 * of_all):
             return f"gradients are {error:.1e} apart, of at most {largest:.1e}"
     return None
 
@@ -185,6 +190,7 @@ CHECKS: dict[str, Check] = {
     "naive hooks": check_hooks(naive_hooks),
     "identity hooks": check_hooks(identity_hooks),
     "linear, of all": check_linear("all"),
+    "linear, all shared": check_linear("op_aware", all_shared=True),
 }
 
 

@@ -46,6 +46,7 @@ class Recorder:
         inner: decides.
         unbiased_only: whether tensors are kept of which the bias of rounding is stated: those of norms
             (the normalized input enters a gradient twice) and of prelu (cut at 0 when it is decoded).
+        all_shared: whether operations share their roundings, whatever the policy says.
         rounded: names of the operations whose saved tensor goes through a quantizer.
         left_out: tensors kept for the sake of ``unbiased_only``.
         replaced: whether an operation saved something that plain autograd does not.
@@ -53,6 +54,7 @@ class Recorder:
 
     inner: ExplainedPolicy
     unbiased_only: bool = False
+    all_shared: bool = False
     rounded: list[str] = field(default_factory=list)
     left_out: int = 0
     replaced: bool = False
@@ -66,11 +68,11 @@ class Recorder:
         if decision.codec is None or isinstance(decision.codec, _LOSSLESS):
             return decision
         if self.unbiased_only and (
-                decision.reaches == "norm" or isinstance(decision.codec, SignExact)):
+                "of order 1/M" in decision.reason or isinstance(decision.codec, SignExact)):
             self.left_out += 1
             return decision._replace(codec=None)
         self.rounded.append(saved.op or "custom function")
-        return decision
+        return decision._replace(shared=True) if self.all_shared else decision
 
     def rewrite(self, function: Any) -> Rewrite | None:
         return self.inner.rewrite(function)

@@ -46,8 +46,9 @@ def run(
 @pytest.mark.parametrize(("policy", "dtype", "variants", "selection"), [
     ("exact", "float32", FORWARD, EVERYTHING), ("exact", "float32", OTHERS, THIRDS[0]),
     ("exact", "bfloat16", FORWARD, THIRDS[1]), ("op_aware", "float32", ALL_VARIANTS, THIRDS[0]),
-    ("all", "float32", FORWARD, THIRDS[1]), ("linear", "float64", FORWARD, THIRDS[2])],
-    ids=["exact", "exact variants", "exact bfloat16", "op_aware", "all", "linear"])
+    ("all", "float32", FORWARD, THIRDS[1]), ("linear", "float64", FORWARD, THIRDS[2]),
+    ("linear", "float64", ["function of itself"], EVERYTHING)],
+    ids=["exact", "exact variants", "exact bfloat16", "op_aware", "all", "linear", "of itself"])
 def test_nothing_fails(
         worker: Worker, policy: str, dtype: str, variants: Sequence[str],
         selection: Selection) -> None:
@@ -71,6 +72,13 @@ def test_overwriting_under_hooks_that_keep_is_caught(worker: Worker) -> None:
     report = run(worker, "identity hooks", THIRDS[0], variants=overwritten)
     assert report["variants"]["function"]["failed"] == 0
     assert report["variants"]["in place after it was saved"]["failed"] > 100 / 3
+
+
+def test_one_rounding_that_meets_itself_is_caught(worker: Worker) -> None:
+    report = worker.run(
+        referee, "linear, all shared", "float64", ["function of itself"], 1, EVERYTHING)
+    assert {"nn.functional.linear", "mul", "matmul", "mv", "div.no_rounding_mode"} <= set(
+        report["failing_ops"])
 
 
 def test_rounding_what_backward_is_not_linear_in_is_caught(worker: Worker) -> None:

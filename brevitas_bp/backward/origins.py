@@ -1,0 +1,56 @@
+"""Whether a tensor was computed from what is stored rounded.
+
+NOTE [ No two roundings of one tensor are multiplied ]
+1. ``f(x, w)`` that saves ``x`` gives ``w`` the gradient ``g x``. Where ``w`` was computed from ``x``, it
+   goes on through operations that saved ``x`` as well, and is multiplied by it again. With one rounding
+   for both the mean of the product is wrong: it is that of a square.
+2. So the operation shares its rounding only where no gradient of its other arguments goes through
+   anything rounded. A parameter is such an argument; so is a weight that is computed from parameters
+   alone, as weight norm and quantizers of weights do: parameters are kept exact.
+3. The last node of an operation that saved something rounded is marked. The marks are in the node's own
+   metadata: its Python object comes and goes.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from brevitas_bp.backward.saved import tensors_in
+
+_MARK = "brevitas_bp: has saved what is rounded"
+# Nodes looked at, before a tensor counts as computed from what is rounded.
+_MOST = 256
+
+
+def note_rounded(output: Any) -> None:
+    """Marks what an operation returns that has saved something rounded."""
+    for tensor in tensors_in(output if isinstance(output, (tuple, list)) else (output,)):
+        node: Any = tensor.grad_fn
+        if node is not None:
+            node.metadata[_MARK] = True
+
+
+def goes_through_rounded(x: Tensor, custom: bool = False) -> bool:
+    """Whether a gradient of ``x`` goes through an operation that saved something rounded.
+
+    Args:
+        x: an argument of an operation.
+        custom: whether custom autograd Functions have saved something rounded. Nobody sees them end, so
+            they bear no mark.
+    """
+    node: Any = x.grad_fn
+    if node is None:
+        return False
+    seen, waiting = {node}, [node]
+    while waiting:
+        node = waiting.pop()
+        if _MARK in node.metadata or (custom and isinstance(node, BackwardCFunction)):
+            return True
+        for source, _ in node.next_functions:
+            if source is not None and source not in seen:
+                seen.add(source)
+                waiting.append(source)
+        if len(seen) > _MOST:
+            return True
+    return False

@@ -1,0 +1,151 @@
+"""A weight that is computed from the layer's own input: two roundings of one tensor are multiplied.
+
+``tests/referee`` moves the saved tensors of every operator so; here real quantizers draw.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from brevitas_bp import QuantBackwardWrapper, SavedTensor
+from brevitas_bp.backward import OpAware
+from brevitas_bp.backward.operations import OpRule, rule_of
+from brevitas_bp.backward.origins import goes_through_rounded
+from brevitas_bp.backward.saved import Decision
+from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
+from tests.backward.support import Apply
+
+DRAWS = 150
+Function = Callable[[Tensor, nn.Module], Tensor]
+
+
+def _kernel(z: Tensor, p: nn.Module) -> Tensor:
+    return p(z)[:, :, :3, :3].mean(0, keepdim=True).expand(4, -1, -1, -1)
+
+
+#: name -> (function of an input and a layer, shape of the input).
+CASES: dict[str, tuple[Function, tuple[int, ...]]] = {
+    "linear": (lambda z, p: F.linear(z, p(z)), (64, 64)),
+    "matmul": (lambda z, p: z @ p(z).T, (64, 64)),
+    "mul": (lambda z, p: z * p(z), (64, 64)),
+    "div": (lambda z, p: z / (p(z).abs() + 1), (64, 64)),
+    "conv2d": (lambda z, p: F.conv2d(z, _kernel(z, p)), (8, 16, 16, 64)),
+    "rms_norm": (lambda z, p: F.rms_norm(z, (64,), p(z).mean(0)), (64, 64)),
+    "layer_norm": (lambda z, p: F.layer_norm(z, (64,), p(z).mean(0)), (64, 64)),
+    "prelu": (lambda z, p: F.prelu(z, p(z).mean(0)), (64, 64)),
+}
+
+
+class _Layer(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+        self.p = nn.Linear(64, 64)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z, self.p)
+
+
+class _AllShared(OpAware):
+    """The policy, but that all operations share their roundings, at one width."""
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        return super().decide(saved)._replace(shared=True, reaches="weight")
+
+
+def bias(name: str, policy: OpAware) -> float:
+    """Of the gradient of the layer that makes the weight, relative, less what draws leave by chance."""
+    function, shape = CASES[name]
+    torch.manual_seed(0)
+    layer = _Layer(function)
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    # Where the square of a rounding counts: its own row, and always of one sign.
+    out = layer(z)
+    cotangent = torch.eye(64) if name in ("linear", "matmul") else torch.rand(out.shape)
+
+    def gradient(module: nn.Module) -> Tensor:
+        grads = torch.autograd.grad(module(z), list(layer.parameters()), cotangent)
+        return torch.cat([g.flatten().double() for g in grads])
+
+    exact = gradient(layer)
+    wrapped = QuantBackwardWrapper(layer, Stochastic2, policy=policy, seed=0, bucket_size=64)
+    drawn = torch.stack([gradient(wrapped) for _ in range(DRAWS)])
+    by_chance = drawn.var(0).sum() / DRAWS
+    off = (drawn.mean(0) - exact).square().sum() - by_chance
+    return float(off.clamp(min=0).sqrt() / exact.norm())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_mean_is_right(name: str) -> None:
+    assert bias(name, OpAware()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul", "mul", "div"])
+def test_with_one_rounding_it_is_not(name: str) -> None:
+    assert bias(name, OpAware(multiplier_bits=2)) < 0.05 < bias(name, _AllShared(multiplier_bits=2))
+
+
+def decided(module: nn.Module, x: Tensor) -> list[Decision]:
+    """What the policy said of the inputs of linear layers."""
+    found = []
+
+    class Noting(OpAware):
+        def decide(self, saved: SavedTensor) -> Decision:
+            decision = super().decide(saved)
+            if saved.op == "linear" and decision.codec is not None:
+                found.append(decision)
+            return decision
+
+    QuantBackwardWrapper(module, Stochastic2, policy=Noting(), seed=0)(x)
+    return found
+
+
+def test_weights_made_of_parameters_alone_share() -> None:
+    x = torch.randn(64, 64)
+    for layer in (nn.Linear(64, 64), weight_norm(nn.Linear(64, 64))):
+        (decision,) = decided(layer, x)
+        assert decision.shared and decision.reaches == "weight"
+
+
+def test_a_weight_made_of_what_is_rounded_does_not() -> None:
+    first, second = decided(_Layer(CASES["linear"][0]), torch.randn(64, 64))
+    assert first.shared and first.reaches == "weight"
+    assert not second.shared and second.reaches == "all"
+
+
+def test_what_is_marked() -> None:
+    layer = nn.Linear(64, 64)
+    x = torch.randn(64, 64, requires_grad=True)
+    assert not goes_through_rounded(layer(x).view(-1).exp())
+    assert goes_through_rounded(QuantBackwardWrapper(layer, Stochastic2)(x).view(-1).exp())
+    assert not goes_through_rounded(QuantBackwardWrapper(layer, policy="exact")(x).view(-1).exp())
+
+
+def test_other_libraries_operators_have_no_rule_of_torchs() -> None:
+    with torch.library._scoped_library("brevitas_bp_tests", "DEF") as library:
+        for name in ("relu", "silu", "linear", "layer_norm", "rms_norm", "avg_pool2d"):
+            library.define(f"{name}(Tensor x) -> Tensor")
+            library.impl(name, torch.clone, "CompositeImplicitAutograd")
+            packet = getattr(torch.ops.brevitas_bp_tests, name)
+            assert rule_of(packet) is None and rule_of(packet.default) is None
+    assert isinstance(rule_of(torch.ops.aten.relu), OpRule)
+
+
+def test_an_operator_of_another_library_is_exact_and_named() -> None:
+    @torch.library.custom_op("brevitas_bp_tests::relu", mutates_args=())
+    def relu(x: Tensor) -> Tensor:
+        return x.clamp(min=0).square()
+
+    relu.register_autograd(
+        lambda ctx, g: 2 * g * ctx.saved_tensors[0].clamp(min=0),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    relu.register_fake(torch.empty_like)
+    x = torch.full((64, 64), 3.0, requires_grad=True)
+    model = QuantBackwardWrapper(Apply(torch.ops.brevitas_bp_tests.relu), Stochastic2)
+    model(x).sum().backward()
+    assert x.grad is not None and bool((x.grad == 6).all())
+    assert model.explain().unknown == ["relu"]
