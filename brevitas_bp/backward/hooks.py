@@ -250,10 +250,13 @@ class ForwardPass:
 
     def _note_rounded(self, saved: SavedTensor) -> None:
         """See NOTE [ No two roundings of one tensor are multiplied ]."""
+        location, storage = self.location, storage_id(saved.tensor)
         if saved.call is NO_CALL:
-            self.location.rounded_unseen = True
-        else:
-            self.location.rounding = saved.call
+            location.rounded_unseen.add(storage)
+            return
+        if location.rounding is not saved.call:
+            location.rounding, location.rounded = saved.call, set()
+        location.rounded.add(storage)
 
     def _keep(self, saved: SavedTensor, decision: Decision) -> Kept:
         """Keeps a tensor where nobody listens."""
@@ -396,7 +399,8 @@ class ForwardPass:
             self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
         x = saved.tensor
         codec = _KEEP if decision.codec is None else decision.codec
-        if codec.lossy:
+        # Each derivative is rounded on its own.
+        if codec.lossy and saved.derivative is None:
             self._note_rounded(saved)
         in_units: Callable[[Codec], Codec] | None = None
         if units is not None:

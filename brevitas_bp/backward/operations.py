@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from brevitas_bp.backward.ops import current_location
-from brevitas_bp.backward.origins import goes_through_rounded
+from brevitas_bp.backward.origins import goes_through_rounding_of
 from brevitas_bp.backward.parameters import shows
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.rows import (
@@ -30,6 +30,7 @@ from brevitas_bp.backward.saved import (
     SavedTensor,
     is_parameter,
     own_shape,
+    storage_id,
     tensors_in,
 )
 from brevitas_bp.codec.base import FLOATS, Codec
@@ -177,10 +178,12 @@ def stands_alone(saved: SavedTensor) -> bool:
 
     See NOTE [ No two roundings of one tensor are multiplied ] in :mod:`brevitas_bp.backward.origins`.
     """
-    location = current_location()
-    unseen = location is not None and location.rounded_unseen
-    return not any(
-        goes_through_rounded(t, custom=unseen) for t in _others(saved) if not is_parameter(t))
+    others = [t for t in _others(saved) if t.grad_fn is not None]
+    if not others:
+        return True
+    location, storage = current_location(), storage_id(saved.tensor)
+    custom = location is not None and storage in location.rounded_unseen
+    return not any(goes_through_rounding_of(storage, t, custom) for t in others)
 
 
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:

@@ -43,10 +43,11 @@ class Location:
         self.observer: Callable[[Call, Any], None] | None = None
         # To be called when the operation that runs has ended.
         self.ending: Callable[[], None] | None = None
-        # The call that saved something rounded last.
+        # The call that saved something rounded last, and the storages of that; and those of what custom
+        # Functions have, of which nobody sees the end.
         self.rounding: Call | None = None
-        # Whether a custom Function has, of which nobody sees the end.
-        self.rounded_unseen = False
+        self.rounded: set[int] = set()
+        self.rounded_unseen: set[int] = set()
         # The pass itself, and the seed of its next encode, for hooks that serve several passes.
         self.passing: Any = None
         self.next_seed: Callable[[], int] | None = None
@@ -154,7 +155,7 @@ class _OpMode(TorchFunctionMode):
                 location.ending, ending = None, location.ending
                 ending()
             if location.rounding is call:
-                note_rounded(output)
+                note_rounded(output, location.rounded)
             if location.observer is not None:
                 location.observer(call, output)
             return output

@@ -1,14 +1,13 @@
-"""Whether a tensor was computed from what is stored rounded.
+"""Whether a tensor was computed from another one that is stored rounded.
 
 NOTE [ No two roundings of one tensor are multiplied ]
 1. ``f(x, w)`` that saves ``x`` gives ``w`` the gradient ``g x``. Where ``w`` was computed from ``x``, it
    goes on through operations that saved ``x`` as well, and is multiplied by it again. With one rounding
    for both the mean of the product is wrong: it is that of a square.
-2. So the operation shares its rounding only where no gradient of its other arguments goes through
-   anything rounded. A parameter is such an argument; so is a weight that is computed from parameters
-   alone, as weight norm and quantizers of weights do: parameters are kept exact.
-3. The last node of an operation that saved something rounded is marked. The marks are in the node's own
-   metadata: its Python object comes and goes.
+2. So the operation has a rounding of its own where the gradient of another argument goes through an
+   operation that saved ``x`` rounded. Roundings of other tensors are independent of it.
+3. The last node of an operation that saved something rounded is marked with the storages of that. The
+   marks are in the node's own metadata: its Python object comes and goes.
 """
 
 from typing import Any
@@ -18,26 +17,27 @@ from torch.autograd.function import BackwardCFunction
 
 from brevitas_bp.backward.saved import tensors_in
 
-_MARK = "brevitas_bp: has saved what is rounded"
-# Nodes looked at, before a tensor counts as computed from what is rounded.
+_MARK = "brevitas_bp: storages of what is saved rounded"
+# Nodes looked at, before a tensor counts as computed from any other.
 _MOST = 256
 
 
-def note_rounded(output: Any) -> None:
-    """Marks what an operation returns that has saved something rounded."""
+def note_rounded(output: Any, storages: set[int]) -> None:
+    """Marks what an operation returns that has saved tensors of these storages rounded."""
     for tensor in tensors_in(output if isinstance(output, (tuple, list)) else (output,)):
         node: Any = tensor.grad_fn
         if node is not None:
-            node.metadata[_MARK] = True
+            node.metadata[_MARK] = storages
 
 
-def goes_through_rounded(x: Tensor, custom: bool = False) -> bool:
-    """Whether a gradient of ``x`` goes through an operation that saved something rounded.
+def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False) -> bool:
+    """Whether a gradient of ``x`` goes through an operation that saved a tensor rounded.
 
     Args:
+        storage: of that tensor.
         x: an argument of an operation.
-        custom: whether custom autograd Functions have saved something rounded. Nobody sees them end, so
-            they bear no mark.
+        custom: whether a custom autograd Function has saved it. Nobody sees them end, so they bear no
+            mark.
     """
     node: Any = x.grad_fn
     if node is None:
@@ -45,7 +45,7 @@ def goes_through_rounded(x: Tensor, custom: bool = False) -> bool:
     seen, waiting = {node}, [node]
     while waiting:
         node = waiting.pop()
-        if _MARK in node.metadata or (custom and isinstance(node, BackwardCFunction)):
+        if storage in node.metadata.get(_MARK, ()) or (custom and isinstance(node, BackwardCFunction)):
             return True
         for source, _ in node.next_functions:
             if source is not None and source not in seen:

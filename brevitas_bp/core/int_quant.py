@@ -1,6 +1,7 @@
 """Bucketed integer quantization: values <-> codes."""
 
 import torch
+from brevitas.function.ops import tensor_clamp
 from torch import Tensor, nn
 
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
@@ -79,7 +80,8 @@ class BucketIntQuant(nn.Module):
         u = (x - offset) * reciprocal(scale)
         codes = self.float_to_int_impl(u)
         top = self.int_scaling_impl(bit_width).to(x.dtype)
-        return torch.clamp(codes, self._lowest(top), top)
+        # Not torch.clamp: from torch 2.14 on, it passes half of the gradient where a code is at an end.
+        return tensor_clamp(codes, self._lowest(top), top)
 
     def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """Codes as floats [N, B] -> values [N, B]."""

@@ -14,8 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from brevitas_bp import QuantBackwardWrapper, SavedTensor
 from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.operations import OpRule, rule_of
-from brevitas_bp.backward.origins import goes_through_rounded
-from brevitas_bp.backward.saved import Decision
+from brevitas_bp.backward.origins import goes_through_rounding_of
+from brevitas_bp.backward.saved import Decision, storage_id
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
 from tests.backward.support import Apply
 
@@ -117,12 +117,33 @@ def test_a_weight_made_of_what_is_rounded_does_not() -> None:
     assert not second.shared and second.reaches == "all"
 
 
+def test_a_weight_made_of_another_tensor_shares() -> None:
+    module = Apply(lambda z, y: F.linear(z, (y * 1).view(64, 64) * 2))
+    x, y = torch.randn(64, 64), torch.randn(64, 64, requires_grad=True)
+    found = []
+
+    class Noting(OpAware):
+        def decide(self, saved: SavedTensor) -> Decision:
+            decision = super().decide(saved)
+            if saved.op == "linear" and decision.codec is not None:
+                found.append(decision)
+            return decision
+
+    QuantBackwardWrapper(module, Stochastic2, policy=Noting(), seed=0)(x, y)
+    (decision,) = found
+    assert decision.shared and decision.reaches == "weight"
+
+
 def test_what_is_marked() -> None:
     layer = nn.Linear(64, 64)
     x = torch.randn(64, 64, requires_grad=True)
-    assert not goes_through_rounded(layer(x).view(-1).exp())
-    assert goes_through_rounded(QuantBackwardWrapper(layer, Stochastic2)(x).view(-1).exp())
-    assert not goes_through_rounded(QuantBackwardWrapper(layer, policy="exact")(x).view(-1).exp())
+
+    def marked(module: nn.Module, tensor: Tensor) -> bool:
+        return goes_through_rounding_of(storage_id(tensor), module(x).view(-1).exp())
+
+    wrapped = QuantBackwardWrapper(layer, Stochastic2)
+    assert marked(wrapped, x) and not marked(wrapped, layer.weight)
+    assert not marked(layer, x) and not marked(QuantBackwardWrapper(layer, policy="exact"), x)
 
 
 def test_other_libraries_operators_have_no_rule_of_torchs() -> None:

