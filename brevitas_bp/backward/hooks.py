@@ -14,6 +14,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from brevitas_bp.allocators import hint
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.dynamo import in_python
 from brevitas_bp.backward.explain import Explanation
@@ -196,6 +197,8 @@ class ForwardPass:
             if explanation is not None:
                 self.location.graphs = explanation.graphs
         self._hooked = self._closed = False
+        # Of what was encoded on the CPU.
+        self._given_bytes = 0
         self._resources = ExitStack()
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._slots: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
@@ -465,7 +468,11 @@ class ForwardPass:
             packed = codec.encode(x, seed=self.next_seed(), where=where)
         if self.verify:
             packed = packed.sealed()
-        return packed if packed.nbytes < packed.layout.nbytes else kept()
+        if packed.nbytes >= packed.layout.nbytes:
+            return kept()
+        if packed.layout.device.type == "cpu":
+            self._given_bytes += packed.layout.nbytes
+        return packed
 
     def __enter__(self) -> "ForwardPass":
         try:
@@ -497,6 +504,7 @@ class ForwardPass:
             leave(self.location)
             self._resources.close()
             self._closed = True
+            hint(self._given_bytes)
             # They hold the pass, which would wait for the garbage collector, and with it the modules.
             self.hooks = unpack, unpack
 

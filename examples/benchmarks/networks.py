@@ -43,6 +43,22 @@ def resnet(batch: int, size: int) -> Task:
     return Task(model, torch.randn(batch, 3, size, size), [block for s in stages for block in s])
 
 
+def small_resnet(batch: int, size: int) -> Task:
+    """A ResNet of eight blocks, 16 to 128 channels wide, for one-channel images of 8x8 such as digits."""
+    import_torchvision()
+    resnets = import_torchvision("torchvision.models.resnet")
+    layers: list[nn.Module] = [
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks, width = [], 16
+    for wider, stride in ((16, 1), (16, 1), (32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+        shortcut = None if (wider, stride) == (width, 1) else nn.Sequential(
+            nn.Conv2d(width, wider, 1, stride, bias=False), nn.BatchNorm2d(wider))
+        blocks.append(resnets.BasicBlock(width, wider, stride, shortcut))
+        width = wider
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)]
+    return Task(nn.Sequential(*layers, *blocks, *head), torch.randn(batch, 1, 8, 8), blocks)
+
+
 def vit(batch: int, size: int) -> Task:
     """torchvision's ViT of four blocks."""
     import_torchvision()
@@ -61,6 +77,8 @@ def gpt(batch: int, size: int) -> Task:
 TASKS: dict[str, tuple[Callable[[int, int], Task], int]] = {
     "efficientnet_v2_s": (efficientnet, 32), "resnet50": (resnet, 32), "vit": (vit, 64),
     "gpt": (gpt, 16)}
+#: Those whose memory is measured, too.
+MORE_TASKS = {**TASKS, "small_resnet": (small_resnet, 1000)}
 
 
 def step(model: Callable[[Tensor], Tensor], inputs: Tensor) -> None:

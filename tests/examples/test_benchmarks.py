@@ -36,7 +36,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
         return sys.modules["networks"].Task(model, torch.randn(batch, 64), [model])
 
-    monkeypatch.setitem(step_time.TASKS, "tiny", (task, 256))
+    for tasks in (step_time.TASKS, memory.MORE_TASKS):
+        monkeypatch.setitem(tasks, "tiny", (task, 256))
 
 
 def tables_of(out: Path) -> dict[str, Any]:
@@ -166,8 +167,10 @@ def test_unknown_variant_stops_before_any_work() -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_memory_counts_and_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(name: str, variant: str, batch: int, size: int, *, count: bool = False) -> dict[str, int]:
-        found = memory.worker(name, variant, batch, size, count)
+    def run(
+            name: str, variant: str, batch: int, size: int, *, steps: int = 1, count: bool = False,
+            launched: bool = True) -> dict[str, float]:
+        found = memory.worker(name, variant, batch, size, steps, count)
         # In one process the peak is that of whatever ran before: a line stands in for it.
         return {**found, "peak": batch * (2**20 if variant == "plain" else 2**18)}
 
@@ -177,13 +180,15 @@ def test_memory_counts_and_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                  "--only", "plain", "ours, 2 bits"])
     plain, ours = tables_of(out)["memory"]
     assert (plain["fits 32 MiB"], ours["fits 32 MiB"]) == (32, 128)
+    assert plain["default: ms"] > 0 and ours["default: forward MiB"] >= 0
     assert plain["saved MiB"] > 4 * ours["saved MiB"] > 0
     assert draw(out) == ["memory.png"]
 
 
 def test_memory_worker_is_a_process_of_its_own() -> None:
-    found = memory.run("gpt", "plain", 2, 2)
-    assert found["peak"] >= found["growth"] >= 0
+    for launched in (True, False):
+        found = memory.run("gpt", "plain", 2, 2, steps=2, launched=launched)
+        assert found["peak"] >= found["growth"] >= 0 < found["seconds"]
 
 
 def test_labels_of_steps_cover_nothing() -> None:

@@ -1,0 +1,82 @@
+"""Runs a script under a memory allocator that gives memory back to the system.
+
+    python -m brevitas_bp.run script.py [arguments]
+    python -m brevitas_bp.run -m package.module [arguments]
+    python -m brevitas_bp.run --allocator jemalloc script.py [arguments]
+
+For CPU training on Linux, where a process on the allocator of glibc may take several times the memory
+that is stored: see NOTE [ Freed memory stays with the process ] in :mod:`brevitas_bp.allocators`. Python
+is started anew, with the library of an allocator in LD_PRELOAD, which workers inherit. The library comes
+from a package (``pip install brevitas-bp[allocator]``) or from the system.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from brevitas_bp.allocators import NAMES, SETTINGS, find
+
+_NONE = (
+    "brevitas_bp.run: no allocator was found, so the script runs on that of the system; "
+    "pip install brevitas-bp[allocator], or install libtcmalloc-minimal4 or libjemalloc2")
+
+
+def command(
+        arguments: Sequence[str], found: tuple[str, str] | None,
+        environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """What is run in place of this process, and its environment.
+
+    Args:
+        arguments: those behind the launcher's own.
+        found: allocator and library; None: there is none.
+        environ: of this process.
+    """
+    # Options of the interpreter come before "-m".
+    own = sys.orig_argv[1:]
+    options = own[:own.index("-m")] if "-m" in own else []
+    environ = dict(environ)
+    if found is not None:
+        name, path = found
+        before = environ.get("LD_PRELOAD")
+        environ["LD_PRELOAD"] = f"{path}:{before}" if before else path
+        for setting, value in SETTINGS.get(name, {}).items():
+            environ.setdefault(setting, value)
+    return [sys.executable, *options, *arguments], environ
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Replaces this process by that of the script.
+
+    Raises:
+        SystemExit: there is no script, or no such allocator.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    wanted = None
+    if given[:1] == ["--allocator"]:
+        wanted, given = (given[1] if len(given) > 1 else ""), given[2:]
+        if wanted not in NAMES:
+            raise SystemExit(
+                f"brevitas_bp.run: --allocator must be one of {', '.join(NAMES)}, got "
+                f"{wanted!r}")
+    if given[:1] in (["-h"], ["--help"]):
+        raise SystemExit(__doc__)
+    if not given or (given[0].startswith("-") and given[0] not in ("-m", "-c")):
+        raise SystemExit(
+            "brevitas_bp.run: expected script.py, -m module or -c command, got "
+            f"{given[0] if given else 'nothing'!r}; see python -m brevitas_bp.run --help")
+    found = find(wanted)
+    if found is None:
+        if wanted is not None:
+            raise SystemExit(
+                f"brevitas_bp.run: the library of {wanted} was not found; leave out --allocator for "
+                "whichever there is")
+        print(_NONE, file=sys.stderr)
+    argv, environ = command(given, found, dict(os.environ))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(argv[0], argv, environ)
+
+
+if __name__ == "__main__":
+    main()
