@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -286,8 +287,11 @@ def _floats(decide: Decide) -> Decide:
 
 
 _by_name: dict[str, OpRule] = {}
-_by_object: dict[Any, OpRule] = {}
-# Function -> rule, as found: asked for every function that runs.
+# Functions and classes go when nobody else has them any more, as those of a notebook's cell that runs
+# again; methods of torch, which have no weak references, stay.
+_by_object: WeakKeyDictionary[Any, OpRule] = WeakKeyDictionary()
+_by_method: dict[Any, OpRule] = {}
+# Function of torch -> rule, as found: asked for every function that runs.
 _found: dict[Any, OpRule | None] = {}
 
 
@@ -316,7 +320,10 @@ def register_op(operation: str | Callable[..., Any], rule: OpRule) -> None:
     if isinstance(operation, str):
         _by_name[operation.strip("_")] = rule
     elif callable(operation):
-        _by_object[operation] = rule
+        try:
+            _by_object[operation] = rule
+        except TypeError:
+            _by_method[operation] = rule
     else:
         raise TypeError(
             f"{where}: operation must be a function, a name or a module class, got {operation!r}")
@@ -328,15 +335,21 @@ def rule_of(operation: Any) -> OpRule | None:
     try:
         return _found[operation]
     except KeyError:
-        rule = _found[operation] = _find(operation)
+        rule = _find(operation)
+        if not isinstance(operation, type) and _is_of_torch(operation):
+            _found[operation] = rule
         return rule
     except TypeError:
         return None
 
 
 def _find(operation: Any) -> OpRule | None:
-    if operation in _by_object:
-        return _by_object[operation]
+    try:
+        known = _by_object.get(operation)
+    except TypeError:
+        known = _by_method.get(operation)
+    if known is not None:
+        return known
     if isinstance(operation, type):
         return next((_by_object[base] for base in operation.__mro__ if base in _by_object), None)
     name = getattr(operation, "__name__", None)

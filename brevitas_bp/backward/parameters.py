@@ -18,6 +18,8 @@ _DISGUISES = frozenset({
     "Transpose", "Unbind", "Unflatten", "Unfold", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View",
     "Chunk"})
 _MAX_DISGUISES = 16
+# Where replicas of nn.DataParallel have their copies of parameters.
+_OF_REPLICAS = "_former_parameters"
 
 
 def _tensors(root: nn.Module, modules: Iterable[nn.Module] | None) -> Iterable[Tensor]:
@@ -25,7 +27,8 @@ def _tensors(root: nn.Module, modules: Iterable[nn.Module] | None) -> Iterable[T
     if modules is None or any(isinstance(module, torch.jit.ScriptModule) for module in modules):
         return (*root.parameters(), *root.buffers())
     return [
-        tensor for module in modules for table in (module._parameters, module._buffers)
+        tensor for module in modules
+        for table in (module._parameters, module._buffers, module.__dict__.get(_OF_REPLICAS, {}))
         for tensor in table.values() if tensor is not None]
 
 

@@ -1,5 +1,6 @@
 """A module that takes the place of another one: same names, keys and attributes."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -73,6 +74,21 @@ class Transparent(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # Reached when a parent module loads.
         self.module._load_from_state_dict(*args, **kwargs)
+
+    def __copy__(self: _Self) -> _Self:
+        # Around a copy of the module: what is set on it would reach the original through the same one.
+        return self._around(copy.copy(self.module))
+
+    def _replicate_for_data_parallel(self: _Self) -> _Self:
+        # nn.DataParallel sets parameters on what it gets.
+        return self._around(self.module._replicate_for_data_parallel())  # pyright: ignore
+
+    def _around(self: _Self, module: nn.Module) -> _Self:
+        """The same wrapper of another module."""
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__getstate__())
+        other._stand_for(module)
+        return other
 
     def __getattr__(self, name: str) -> Any:
         try:

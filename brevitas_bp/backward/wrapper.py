@@ -292,6 +292,12 @@ class QuantBackwardWrapper(Transparent):
         # What listens to this wrapper does not listen to its copies and pickles.
         return {**self.__dict__, "_listeners": [], "_graph_listeners": [], "_inlined": None}
 
+    def _around(self, module: nn.Module) -> "QuantBackwardWrapper":
+        other = super()._around(module)
+        # Replicas run at the same time, each with noise of its own.
+        other._noise = SeedStream(derive(self._stream().next(self._noise_rank()), 0))
+        return other
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantBackwardWrapper":
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other

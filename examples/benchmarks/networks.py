@@ -44,7 +44,7 @@ def resnet(batch: int, size: int) -> Task:
 
 
 def small_resnet(batch: int, size: int) -> Task:
-    """A ResNet of eight blocks, 16 to 128 channels wide, for one-channel images of 8x8 such as digits."""
+    """A ResNet of eight blocks, 16 to 128 channels wide, for 8x8 images of one channel."""
     import_torchvision()
     resnets = import_torchvision("torchvision.models.resnet")
     layers: list[nn.Module] = [

@@ -8,6 +8,6 @@ from brevitas_bp.backward import operations
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registrations of a test end with it."""
-    for name in ("_by_name", "_by_object"):
-        monkeypatch.setattr(operations, name, dict(getattr(operations, name)))
+    for name in ("_by_name", "_by_object", "_by_method"):
+        monkeypatch.setattr(operations, name, getattr(operations, name).copy())
     monkeypatch.setattr(operations, "_found", {})

@@ -76,6 +76,27 @@ def test_module_with_a_custom_function_is_registered_by_its_class(registry: None
     assert sites(model) == [("custom function", "4-bit stochastic")]
 
 
+def test_classes_of_a_cell_that_runs_again_are_freed(registry: None) -> None:
+    gone = []
+    for registered in (False, True):
+        class Layer(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return Square.apply(x)  # pyright: ignore[reportReturnType]
+
+        def function(x: Tensor) -> Tensor:
+            return handle_torch_function(function, (x,), x) if has_torch_function_unary(x) else x.exp()
+
+        if registered:
+            register_op(Layer, linear())
+            register_op(function, linear())
+        model = QuantBackwardWrapper(nn.Sequential(Layer(), Apply(function)))
+        model(torch.randn(64, 64, requires_grad=True)).sum().backward()
+        gone += [weakref.ref(Layer), weakref.ref(function)]
+        del model, Layer, function
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 4
+
+
 def test_registering_replaces_a_rule(registry: None) -> None:
     x = torch.randn(64, 64, requires_grad=True)
     model = QuantBackwardWrapper(Apply(torch.tanh))
