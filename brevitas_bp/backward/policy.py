@@ -1,6 +1,7 @@
 """Which saved tensors are stored how: facts in, decision out."""
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,19 @@ class ObservingPolicy(ExplainedPolicy, Protocol):
 Policy = Callable[[SavedTensor], Codec | None] | ExplainedPolicy
 
 
+class _Asking(threading.local):
+    """Whether a policy of the user's, that is no :class:`ExplainedPolicy`, is being asked."""
+
+    plain = False
+
+
+_asking = _Asking()
+_ASKED_HINT = (
+    "brevitas_bp: a policy that calls OpAware()(saved) gets its codecs, but not the operations that it "
+    "rewrites (derivatives of activations, attention), so that several times more is stored; derive a "
+    "class from OpAware and override decide(saved)")
+
+
 class PlainPolicy:
     """Any policy, with its own name as the reason."""
 
@@ -83,7 +97,11 @@ class PlainPolicy:
         self.reason = f"policy {getattr(policy, '__name__', type(policy).__name__)}"
 
     def decide(self, saved: SavedTensor) -> Decision:
-        codec = self.policy(saved)
+        _asking.plain = True
+        try:
+            codec = self.policy(saved)
+        finally:
+            _asking.plain = False
         if not (codec is None or isinstance(codec, Codec)):
             raise TypeError(
                 "brevitas_bp.QuantBackwardWrapper: policy must return a Codec or None, got "
@@ -173,11 +191,27 @@ class OpAware:
         object.__setattr__(self, "_attention", _codec_of(self.attention_quant))
         object.__setattr__(self, "_checkpoint", _codec_of(self.checkpoint_quant))
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__call__" in cls.__dict__:
+            raise TypeError(
+                f"{_WHERE}: {cls.__name__} overrides __call__, which is not asked; override "
+                "decide(saved), which returns a Decision: super().decide(saved)._replace(codec=...)")
+
     def __call__(self, saved: SavedTensor) -> Codec | None:
+        """The codec alone. A policy that calls this one would lose its rewritten operations."""
+        if _asking.plain:
+            warnings.warn(_ASKED_HINT, stacklevel=2)
         return self.decide(saved).codec
 
     def decide(self, saved: SavedTensor) -> Decision:
-        """Codec and reason for a saved tensor."""
+        """Codec and reason for a saved tensor. Override it to decide otherwise for some::
+
+        class Mine(OpAware):
+            def decide(self, saved):
+                decision = super().decide(saved)
+                return decision._replace(codec=None) if saved.op == "conv2d" else decision
+        """
         codec, x = saved.codec, saved.tensor
         if codec is None:
             return _CONFIGURED_EXACT

@@ -1,11 +1,12 @@
 """``QuantBackwardWrapper``: the shell around mechanism and policy."""
 
 import copy
+import difflib
 import fnmatch
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -123,6 +124,7 @@ class QuantBackwardWrapper(Transparent):
             verify: bool = False,
             **act_quant_overrides: Any) -> None:
         super().__init__()
+        _check_names(act_quant_overrides)
         self._base_policy = self._policy = _check_policy(policy)
         if not isinstance(module, nn.Module):
             kind = f"the class {module.__name__}" if inspect.isclass(module) else repr(module)
@@ -292,8 +294,8 @@ class QuantBackwardWrapper(Transparent):
         # What listens to this wrapper does not listen to its copies and pickles.
         return {**self.__dict__, "_listeners": [], "_graph_listeners": [], "_inlined": None}
 
-    def _around(self, module: nn.Module) -> "QuantBackwardWrapper":
-        other = super()._around(module)
+    def _replicate_for_data_parallel(self) -> "QuantBackwardWrapper":
+        other = super()._replicate_for_data_parallel()
         # Replicas run at the same time, each with noise of its own.
         other._noise = SeedStream(derive(self._stream().next(self._noise_rank()), 0))
         return other
@@ -380,7 +382,20 @@ def _build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec
     return quantizer
 
 
+def _check_names(settings: Iterable[str]) -> None:
+    """Names a misspelt argument of the wrapper, before it is taken for a setting of the quantizer."""
+    own = [name for name in inspect.signature(QuantBackwardWrapper).parameters if "quant_" not in name]
+    for name in settings:
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+        if close:
+            raise UnknownNameError(
+                f"{_WHERE}: there is no argument {name!r}; did you mean {close[0]!r}?")
+
+
 def _check_policy(policy: str | Policy) -> Policy:
+    if inspect.isclass(policy):
+        name = getattr(policy, "__name__", "")
+        raise TypeError(f"{_WHERE}: policy got the class {name}; make one of it, policy={name}()")
     if callable(policy) or isinstance(policy, ExplainedPolicy):
         return policy
     if policy not in POLICIES:
@@ -403,9 +418,21 @@ def _check_overrides(
             raise UnknownNameError(
                 f"{_WHERE}: the pattern {pattern!r} in overrides matches no module of "
                 f"{type(module).__name__}{nearest(pattern, names)}")
+    _refuse_shadowed(list(overrides), names)
     return [
         (pattern, _override(f"overrides[{pattern!r}]", quantizer, configured))
         for pattern, quantizer in overrides.items()]
+
+
+def _refuse_shadowed(patterns: list[str], names: list[str]) -> None:
+    """Refuses a pattern that would do nothing, because those before it match all that it does."""
+    for i, pattern in enumerate(patterns):
+        selected = [name for name in names if _selects(pattern, name)]
+        if all(any(_selects(before, name) for before in patterns[:i]) for name in selected):
+            before = next(b for b in patterns[:i] if _selects(b, selected[0]))
+            raise ValueError(
+                f"{_WHERE}: the pattern {pattern!r} in overrides would do nothing, because the first "
+                f"that matches counts, and {before!r} stands before it; put it before {before!r}")
 
 
 def _override(where: str, given: Any, configured: Codec | None) -> Codec | None:

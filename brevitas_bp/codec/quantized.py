@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 import torch
 from brevitas.inject import ExtendedInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
+from brevitas.quant.solver.act import ActQuantSolver
 from torch import Tensor, nn
 
 from brevitas_bp.codec.average import AverageCodec
@@ -217,11 +218,19 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
         check_override_names(where, config.let(**overrides), sorted(overrides))
         quantizer = _build(recipe)
     except RuntimeError as error:
+        _refuse_order(where, config, error)
         if "group_dim" in str(error):
             raise ValueError(
                 f"{where}: {config.__name__} needs group_dim, the dimension that its groups run "
                 "along; pass for instance group_dim=1") from error
         raise
+    except TypeError as error:
+        _refuse_order(where, config, error)
+        if "quant_type" not in str(error):
+            raise
+        raise UnsupportedQuantizerError(
+            f"{where}: {config.__name__} does not say how values are scaled; derive it from a fragment "
+            "with a scale as well, for instance PerBucketMinMax") from error
     codec = _codec_of(quantizer)
     if _is_one_per_tensor(quantizer):
         if isinstance(codec, AverageCodec):
@@ -231,6 +240,20 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
         codec = StatefulCodec(partial(_codec_from_recipe, recipe), codec.name)
     codec.recipe = recipe
     return codec
+
+
+def _refuse_order(where: str, config: Any, error: Exception) -> None:
+    """Says so where fragments stand right of the solver, whose settings win over theirs."""
+    bases = list(config.__mro__)
+    if ActQuantSolver not in bases:
+        return
+    solver = bases.index(ActQuantSolver)
+    late = [c.__name__ for c in config.__bases__ if bases.index(c) > solver]
+    if late:
+        raise UnsupportedQuantizerError(
+            f"{where}: {config.__name__} has {', '.join(late)} right of ActQuantSolver, which wins over "
+            f"what stands there; write class {config.__name__}({', '.join(late)}, ActQuantSolver)"
+            ) from error
 
 
 def _codec_from_recipe(recipe: Recipe) -> Codec:

@@ -23,7 +23,6 @@ from brevitas.inject.enum import (
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import OverBucketView
 from brevitas_bp.core.int_quant import BucketIntQuant, SignMagnitudeIntScaling
-from brevitas_bp.core.rounding import StochasticRound
 from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
 from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
@@ -35,7 +34,7 @@ from brevitas_bp.quant.solver import (
 )
 
 
-class StochasticRounding(ExtendedInjector):
+class StochasticRounding(SolveFloatToIntImpl):
     """Rounds stochastically; works on Brevitas' own quantizers too.
 
     ``class Mine(StochasticRounding, Int8ActPerTensorFloat)`` is a stock quantizer with noise that
@@ -43,7 +42,6 @@ class StochasticRounding(ExtendedInjector):
     """
 
     float_to_int_impl_type = FloatToIntImplType.STOCHASTIC_ROUND
-    float_to_int_impl = StochasticRound
 
 
 class BucketQuant(SolveFloatToIntImpl, SolveBucketTensorQuant):

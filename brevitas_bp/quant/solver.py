@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from _dependencies.exceptions import DependencyError
 from brevitas.core.zero_point import ZeroZeroPoint
 from brevitas.inject import ExtendedInjector, value
 from brevitas.inject.enum import FloatToIntImplType, QuantType
@@ -18,7 +19,23 @@ from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 _NO_BUCKETS = "no such setting"
 
 
-class SolveFloatToIntImpl(ExtendedInjector):
+class _ConfigType(type(ExtendedInjector)):
+    """Configs that Python's own tools can look at: what is not there is an ``AttributeError``."""
+
+    def __getattr__(cls, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except DependencyError as error:
+            if name in cls.__dependencies__:
+                raise
+            raise _MissingError(str(error)) from None
+
+
+class _MissingError(DependencyError, AttributeError):
+    """A setting that a config does not have."""
+
+
+class SolveFloatToIntImpl(ExtendedInjector, metaclass=_ConfigType):
     """``STOCHASTIC_ROUND`` means :class:`~brevitas_bp.core.rounding.StochasticRound`.
 
     Brevitas' own choice draws the same numbers in every layer, on every checkpoint recompute and in
@@ -29,7 +46,13 @@ class SolveFloatToIntImpl(ExtendedInjector):
     def float_to_int_impl(float_to_int_impl_type: Any) -> Any:  # noqa: N805
         if float_to_int_impl_type == FloatToIntImplType.STOCHASTIC_ROUND:
             return StochasticRound
-        return solve_float_to_int_impl_from_enum(float_to_int_impl_type)
+        try:
+            return solve_float_to_int_impl_from_enum(float_to_int_impl_type)
+        except NotImplementedError as error:
+            kinds = ", ".join(repr(str(kind.value).lower()) for kind in FloatToIntImplType)
+            raise ValueError(
+                f"brevitas_bp.quant: float_to_int_impl_type must be one of {kinds}, got "
+                f"{float_to_int_impl_type!r}") from error
 
 
 class SolveBucketTensorQuant(ExtendedInjector):

@@ -1,0 +1,139 @@
+"""Settings that would do nothing are refused, and messages name what to do."""
+
+from typing import Any
+
+import pytest
+import torch
+from brevitas.quant import Int8ActPerTensorFloat
+from torch import Tensor, nn
+
+from brevitas_bp import Codec, OpAware, QuantBackwardWrapper, SavedTensor, codec_from, quant
+from brevitas_bp.codec.general import ModuleCodec
+from brevitas_bp.errors import UnknownNameError, UnsupportedQuantizerError, UnsupportedTensorError
+from brevitas_bp.quant import ActQuantSolver, PerBucketL2, StochasticRounding
+
+Nearest2 = quant.ShiftedUint2DynamicActPerBucketFloat
+Stochastic2 = quant.ShiftedUint2DynamicActPerBucketFloatStochastic
+
+
+def test_fragments_right_of_the_solver() -> None:
+    class Late(ActQuantSolver, StochasticRounding, PerBucketL2):
+        bit_width = 4
+
+    with pytest.raises(
+            UnsupportedQuantizerError, match=r"class Late\(StochasticRounding, PerBucketL2, ActQuantS"):
+        codec_from(Late)
+
+
+def test_no_scale() -> None:
+    class Scaleless(StochasticRounding, ActQuantSolver):
+        bit_width = 4
+
+    with pytest.raises(UnsupportedQuantizerError, match=r"Scaleless .* PerBucketMinMax"):
+        codec_from(Scaleless)
+
+
+@pytest.mark.parametrize(("given", "meant"), [
+    ("override", "overrides"), ("polcy", "policy"), ("storge", "storage"), ("plans", "plan")])
+def test_misspelt_arguments_of_the_wrapper(given: str, meant: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"{given!r}; did you mean {meant!r}"):
+        QuantBackwardWrapper(nn.Linear(4, 4), **{given: None})
+
+
+def test_a_policy_that_is_a_class() -> None:
+    with pytest.raises(TypeError, match=r"policy=OpAware\(\)"):
+        QuantBackwardWrapper(nn.Linear(4, 4), policy=OpAware)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_policy_of_which_nobody_asks_what_it_overrides() -> None:
+    with pytest.raises(TypeError, match="override decide"):
+        class Mine(OpAware):  # pyright: ignore[reportUnusedClass]
+            def __call__(self, saved: SavedTensor) -> Codec | None:
+                return None
+
+
+def test_a_policy_that_asks_the_default_one() -> None:
+    default = OpAware()
+    model = QuantBackwardWrapper(nn.SiLU(), policy=lambda saved: default(saved))
+    with pytest.warns(UserWarning, match="override decide"):
+        model(torch.randn(64, 64, requires_grad=True))
+
+
+def test_a_class_derived_from_the_default_one_keeps_its_rewrites() -> None:
+    class Mine(OpAware):
+        def decide(self, saved: SavedTensor) -> Any:
+            decision = super().decide(saved)
+            return decision._replace(codec=None) if saved.op == "linear" else decision
+
+    model = QuantBackwardWrapper(nn.Sequential(nn.Linear(64, 64), nn.SiLU()), policy=Mine())
+    model(torch.randn(64, 64, requires_grad=True))
+    assert [(s.op, s.stored) for s in model.explain().sites.values()] == [
+        ("linear", "exact"), ("silu", "4-bit stochastic")]
+
+
+def test_patterns_behind_one_that_matches_all_they_do() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"'1\.0' in overrides would do nothing.*'1' stands before"):
+        QuantBackwardWrapper(net, overrides={"1": None, "1.0": 4})
+    model = QuantBackwardWrapper(net, overrides={"1.0": 4, "1": None, "*": 8})
+    assert "Sequential" in repr(model)
+
+
+@pytest.mark.parametrize("config", [Nearest2, Stochastic2])
+def test_configs_are_classes_for_other_tools_too(config: Any) -> None:
+    assert not hasattr(config, "nothing") and hasattr(config, "bit_width")
+    assert getattr(config, "nothing", 3) == 3
+
+
+#: A setting of docs/quantizers.md -> a value that changes something, and what it changes.
+SETTINGS: dict[str, Any] = {
+    "bit_width": 4, "bucket_size": 64, "metadata_dtype": torch.bfloat16,
+    "float_to_int_impl_type": "round", "quantize_zero_point": True, "average_size": 2}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_takes_effect(setting: str) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    before, after = codec_from(Stochastic2), codec_from(Stochastic2, **{setting: SETTINGS[setting]})
+    stored = [codec.encode(x, seed=1) for codec in (before, after)]
+    assert any(
+        a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a, b)
+        for a, b in zip(*(packed.tensors for packed in stored)))
+
+
+def test_rounding_by_name() -> None:
+    assert codec_from(Stochastic2, float_to_int_impl_type="round").name == "2-bit nearest"
+    assert codec_from(Nearest2, float_to_int_impl_type="stochastic_round").name == "2-bit stochastic"
+    for config in (Nearest2, Stochastic2):
+        with pytest.raises(ValueError, match=r"must be one of .*'stochastic_round', got 'nonsense'"):
+            codec_from(config, float_to_int_impl_type="nonsense")
+
+
+def test_a_stock_quantizer_with_noise_can_lose_it_again() -> None:
+    class Noisy(StochasticRounding, Int8ActPerTensorFloat):
+        pass
+
+    noisy, still = (
+        codec_from(Noisy, **settings) for settings in ({}, {"float_to_int_impl_type": "round"}))
+    x = torch.randn(100)
+    assert not torch.equal(noisy.encode(x, seed=1).decode(), noisy.encode(x, seed=2).decode())
+    assert torch.equal(still.encode(x, seed=1).decode(), still.encode(x, seed=2).decode())
+
+
+@pytest.mark.parametrize("x", [
+    torch.arange(64), torch.zeros(64, dtype=torch.bool), torch.zeros(64, dtype=torch.complex64)])
+def test_codecs_refuse_what_they_cannot_restore(x: Tensor) -> None:
+    codecs = [
+        codec_from(Stochastic2), codec_from(Int8ActPerTensorFloat),
+        codec_from(quant.ShiftedUint2Avg2DynamicActPerBucketFloat),
+        ModuleCodec(codec_from(Stochastic2).quantizer)]  # pyright: ignore[reportAttributeAccessIssue]
+    for codec in codecs:
+        with pytest.raises(UnsupportedTensorError, match=rf"stores tensors of float16.*{x.dtype}"):
+            codec.encode(x, seed=0)
+
+
+def test_a_policy_that_encodes_indices_is_told_in_the_forward_pass() -> None:
+    codec = codec_from(Stochastic2)
+    model = QuantBackwardWrapper(nn.Embedding(10, 64), policy=lambda saved: codec)
+    with pytest.raises(UnsupportedTensorError, match=r"int64.*saved by embedding in"):
+        model(torch.arange(10).repeat(10))
