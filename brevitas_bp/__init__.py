@@ -5,6 +5,7 @@ Compose a quantizer from injector classes (:mod:`brevitas_bp.quant`), hand it to
 while the forward pass stays bit-identical.
 """
 
+from brevitas_bp import probes as _probes  # noqa: F401 - first: it refuses an old torch
 from brevitas_bp.allocate import check_gradients, plan_bit_widths
 from brevitas_bp.backward import OpAware, QuantBackwardWrapper, SavedTensor, register_op
 from brevitas_bp.codec import Codec, Packed, codec_from

@@ -39,7 +39,11 @@ def plot_gradient_error(error: GradientError, path: str | Path | None = None) ->
         raise ValueError(
             "brevitas_bp.plots.plot_gradient_error: at least one module must have a gradient that is "
             "not zero, got none; measure where the loss depends on the parameters")
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise ImportError(
+            "brevitas_bp.plots: pictures need matplotlib: pip install matplotlib") from missing
 
     figure = Figure(figsize=(min(15.0, 6 + 0.06 * len(rows)), 4.6), layout="constrained")
     axes = figure.subplots()

@@ -1,5 +1,6 @@
 """What this release of torch does where releases differ: found out by trying, not by its number."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from threading import Thread
@@ -7,6 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+#: The oldest release of torch in which everything works.
+OLDEST_TORCH = (2, 10)
+
+
+def refuse_old_torch(version: str) -> None:
+    """Refuses a release that lacks what the library is built on.
+
+    Raises:
+        ImportError: says which is needed.
+    """
+    number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if number < OLDEST_TORCH:
+        raise ImportError(
+            f"brevitas_bp needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, and {version} is "
+            "installed: pip install --upgrade torch")
+
+
+refuse_old_torch(torch.__version__)
 
 
 def undisturbed(function: Callable[[], Any]) -> Any:

@@ -1,5 +1,7 @@
 """Settings that would do nothing are refused, and messages name what to do."""
 
+import re
+import sys
 from typing import Any
 
 import pytest
@@ -8,8 +10,12 @@ from brevitas.quant import Int8ActPerTensorFloat
 from torch import Tensor, nn
 
 from brevitas_bp import Codec, OpAware, QuantBackwardWrapper, SavedTensor, codec_from, quant
+from brevitas_bp.allocate import measure_gradient_error
+from brevitas_bp.allocate.plan import parse_bytes
 from brevitas_bp.codec.general import ModuleCodec
 from brevitas_bp.errors import UnknownNameError, UnsupportedQuantizerError, UnsupportedTensorError
+from brevitas_bp.plots import plot_gradient_error
+from brevitas_bp.probes import clamp_keeps_borders, refuse_old_torch
 from brevitas_bp.quant import ActQuantSolver, PerBucketL2, StochasticRounding
 
 Nearest2 = quant.ShiftedUint2DynamicActPerBucketFloat
@@ -137,3 +143,56 @@ def test_a_policy_that_encodes_indices_is_told_in_the_forward_pass() -> None:
     model = QuantBackwardWrapper(nn.Embedding(10, 64), policy=lambda saved: codec)
     with pytest.raises(UnsupportedTensorError, match=r"int64.*saved by embedding in"):
         model(torch.arange(10).repeat(10))
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.4.0+cu121", "2.9.1"])
+def test_an_old_torch_is_refused_in_a_sentence(version: str) -> None:
+    with pytest.raises(ImportError, match=rf"needs torch 2\.10 or newer, and {re.escape(version)} is"):
+        refuse_old_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "2.15.0a0+git123", "3.0"])
+def test_newer_ones_are_not(version: str) -> None:
+    refuse_old_torch(version)
+
+
+def test_clamp_is_tried_out_whatever_the_caller_has_set() -> None:
+    clamp_keeps_borders.cache_clear()
+    with torch.no_grad(), torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(
+            lambda x: None, lambda x: x):
+        found = clamp_keeps_borders()
+    x = torch.tensor([0.0, 1.0], requires_grad=True)
+    x.clamp(0.0, 1.0).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [float(bool(found))] * 2
+
+
+@pytest.mark.parametrize(("budget", "told"), [
+    (0.1, "'10%'"), ("0.1", "'10%'"), ("200%", "at most '100%'"), ("2X", "such as 400_000_000")])
+def test_budgets_that_are_none(budget: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        parse_bytes(budget, 1000)
+
+
+def measured(**options: Any) -> Any:
+    torch.manual_seed(0)
+    model = QuantBackwardWrapper(nn.Linear(64, 64), seed=0)
+    x = torch.linspace(-1, 1, 4096).view(64, 64)
+    return measure_gradient_error(model, lambda m: m(x).square().sum(), draws=2, **options)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "rich"])
+def test_packages_that_are_not_there(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = measured()
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "rich":
+        assert str(measured(progress=True)) == str(error)
+    else:
+        with pytest.raises(ImportError, match="pip install matplotlib"):
+            plot_gradient_error(error)
+
+
+def test_tables_by_something_else() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'module'"):
+        measured().table(by="modul")

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any, Literal
 
 from brevitas_bp.backward.explain import table
+from brevitas_bp.errors import UnknownNameError, nearest
 
 Quantity = Literal["bias", "noise", "signal", "cosine", "sampling_noise"]
 _QUANTITIES: tuple[Quantity, ...] = ("signal", "bias", "noise", "cosine", "sampling_noise")
@@ -101,6 +102,10 @@ class GradientError:
 
     def table(self, by: Literal["module", "parameter"] = "module") -> str:
         """Text with one line for each module or parameter; ``-`` where the gradient is negligible."""
+        if by not in ("module", "parameter"):
+            raise UnknownNameError(
+                f"brevitas_bp.allocate: by must be 'module' or 'parameter', got {by!r}"
+                f"{nearest(str(by), ['module', 'parameter'])}")
         shown: list[Quantity] = list(_QUANTITIES if self.batches > 1 else _QUANTITIES[:-1])
         lines = [(by, "elements", "size", *(q.replace("_", " ") for q in shown))]
         for row in [*(self.modules if by == "module" else self.parameters), self.total]:

@@ -191,7 +191,9 @@ def _check_same_loss(expected: Tensor, got: Tensor) -> None:
 def _bar(draws: Iterable[int], progress: bool, description: str) -> Iterable[int]:
     if not progress:
         return draws
-    from rich.console import Console
-    from rich.progress import track
-
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return draws
     return track(draws, description, console=Console(stderr=True))

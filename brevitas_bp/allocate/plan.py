@@ -331,7 +331,14 @@ def parse_bytes(given: int | str, whole: int = 0) -> int:
         raise ValueError(
             f"{_WHERE}: budget must be bytes, such as 400_000_000, '400MB', '381MiB' or '5%', got "
             f"{given!r}")
-    unit = whole / 100 if match[2] == "%" else _UNITS[match[2].upper()]
-    return int(float(match[1]) * unit)
+    number = float(match[1])
+    if match[2] == "%" and number > 100:
+        raise ValueError(
+            f"{_WHERE}: budget must be at most '100%' of what plain autograd keeps, got {given!r}")
+    if not match[2] and number != int(number):
+        raise ValueError(
+            f"{_WHERE}: budget must be a whole number of bytes, got {given!r}; a part of what plain "
+            f"autograd keeps is '{100 * number:g}%'")
+    return int(number * (whole / 100 if match[2] == "%" else _UNITS[match[2].upper()]))
 
 

@@ -418,7 +418,8 @@ def _check_overrides(
             raise UnknownNameError(
                 f"{_WHERE}: the pattern {pattern!r} in overrides matches no module of "
                 f"{type(module).__name__}{nearest(pattern, names)}")
-    _refuse_shadowed(list(overrides), names)
+    # What the root saves itself has its empty name.
+    _refuse_shadowed(list(overrides), ["", *names])
     return [
         (pattern, _override(f"overrides[{pattern!r}]", quantizer, configured))
         for pattern, quantizer in overrides.items()]

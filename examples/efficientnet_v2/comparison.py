@@ -11,7 +11,7 @@ from typing import Any
 from files import write_json
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import GRID, INK, MUTED, megabytes, plain_table, tidy
+from report import GRID, INK, MUTED, mebibytes, plain_table, tidy
 from rich.console import Console
 
 
@@ -76,8 +76,8 @@ def print_table(entries: Sequence[Entry], title: str) -> None:
         table.add_row(
             entry.label,
             f"{entry.mean('accuracy'):.1f}{spread} %",
-            megabytes(entry.mean("exact_bytes")),
-            megabytes(entry.mean("stored_bytes")),
+            mebibytes(entry.mean("exact_bytes")),
+            mebibytes(entry.mean("stored_bytes")),
             f"{entry.mean('ratio'):.1f}x",
             f"{entry.mean('seconds_per_step'):.3f}",
         )
@@ -171,7 +171,7 @@ def _plot_bars(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.barh(rows, stored, height=0.34, color=[entry.color for entry in entries])
     for row, entry in enumerate(entries):
         ratio = entry.mean("ratio")
-        size = megabytes(entry.mean("stored_bytes"))
+        size = mebibytes(entry.mean("stored_bytes"))
         text = size if ratio < 1.005 else f"{size}, {ratio:.1f}x less"
         axes.text(0, row - 0.24, entry.label, color=entry.color, fontsize=9, va="bottom")
         axes.text(max(exact), row - 0.24, text, color=INK, fontsize=9, va="bottom", ha="right")

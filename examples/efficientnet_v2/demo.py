@@ -11,12 +11,12 @@ Expect on two CPU cores, in about a minute and a half (accuracies move by a poin
 machines and seeds; the per-tensor baseline by ten):
 
     saved tensors         accuracy     exact    stored  ratio
-    FP32                    96.7 %  26.22 MB  26.22 MB   1.0x
-    2-bit per tensor, all   88.9 %  26.22 MB   1.65 MB  15.9x
-    2-bit stochastic, all   96.1 %  26.22 MB   1.85 MB  14.2x
-    2-bit nearest           95.8 %  26.22 MB   2.46 MB  10.7x
-    2-bit stochastic        96.1 %  26.22 MB   2.46 MB  10.7x
-    2/4-bit mix             96.9 %  26.22 MB   3.00 MB   8.7x
+    FP32                    96.7 %  26.22 MiB  26.22 MiB   1.0x
+    2-bit per tensor, all   88.9 %  26.22 MiB   1.65 MiB  15.9x
+    2-bit stochastic, all   96.1 %  26.22 MiB   1.85 MiB  14.2x
+    2-bit nearest           95.8 %  26.22 MiB   2.46 MiB  10.7x
+    2-bit stochastic        96.1 %  26.22 MiB   2.46 MiB  10.7x
+    2/4-bit mix             96.9 %  26.22 MiB   3.00 MiB   8.7x
 """
 
 from __future__ import annotations

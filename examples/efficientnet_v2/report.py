@@ -22,10 +22,10 @@ ORANGE = "#d9772b"
 LIGHT = "#c3cad3"
 
 
-def megabytes(count: float) -> str:
-    """Bytes as a short text in MB of 2**20 bytes, which is what memory tables use."""
+def mebibytes(count: float) -> str:
+    """Bytes as a short text."""
     value = count / 2**20
-    return f"{value:.0f} MB" if value >= 100 else f"{value:.2f} MB"
+    return f"{value:.0f} MiB" if value >= 100 else f"{value:.2f} MiB"
 
 
 class StepBar:
@@ -71,7 +71,7 @@ class StepBar:
             self._bar.console.print(
                 f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}, test "
                 f"{row['test_loss']:.3f}  accuracy {row['test_accuracy']:5.1f} %  saved "
-                f"{megabytes(row['stored_bytes'])} of {megabytes(row['exact_bytes'])}",
+                f"{mebibytes(row['stored_bytes'])} of {mebibytes(row['exact_bytes'])}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -100,8 +100,8 @@ def figures(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['accuracy']:.1f} %",
         f"{result['best_accuracy']:.1f} %",
-        megabytes(result["exact_bytes"]),
-        megabytes(result["stored_bytes"]),
+        mebibytes(result["exact_bytes"]),
+        mebibytes(result["stored_bytes"]),
         f"{result['ratio']:.1f}x",
         "-" if seconds is None else f"{seconds:.3f}",
     ]
@@ -166,7 +166,7 @@ def plot_modules(memory: dict[str, Any], top: int = 15) -> Figure:
     for index, (label, color) in enumerate((("exact", LIGHT), ("stored", BLUE))):
         widths = [pair[index] / 2**20 for _, pair in shown]
         axes.barh(names, widths, height=0.74 - 0.36 * index, color=color, label=label)
-    tidy(axes, f"Bytes saved for backward, MB: the {len(shown)} largest modules", grid="x")
+    tidy(axes, f"Bytes saved for backward, MiB: the {len(shown)} largest modules", grid="x")
     axes.spines["left"].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="lower right", labelcolor=MUTED)
     return figure

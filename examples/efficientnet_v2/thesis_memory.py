@@ -3,10 +3,10 @@
     python examples/efficientnet_v2/thesis_memory.py [--batch 128]
 
 Table 4.1 of Li (2025) counts one output per stage at nominal bits: 12,976,128 elements at batch 128,
-49.50 MB in float32, 6.19 MB at 4 and 3.09 MB at 2 bits (1 MB = 2**20 bytes). Autograd saves many
+49.50 MiB in float32, 6.19 MiB at 4 and 3.09 MiB at 2 bits. Autograd saves many
 tensors per stage; the last columns are bytes of live tensors, codes, padding and metadata included.
 
-Expect 3590 MB saved in float32, 463 MB at 4 bits and 238 MB at 2 bits.
+Expect 3590 MiB saved in float32, 463 MiB at 4 bits and 238 MiB at 2 bits.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch import nn
 
 from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
 from brevitas_bp.models.efficientnet_v2 import (
-    nominal_megabytes,
+    nominal_mebibytes,
     stage_output_elements,
     thesis_efficientnet_v2,
 )
@@ -71,14 +71,14 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in [*elements, "rest"]:
         count = elements.get(stage, 0)
-        nominal = [nominal_megabytes(count, bits) for bits in (32, 4, 2)]
+        nominal = [nominal_mebibytes(count, bits) for bits in (32, 4, 2)]
         measured = [saved[2][stage][0], saved[4][stage][1], saved[2][stage][1]]
         table.add_row(stage, f"{count:,}", *(f"{n:.3f}" for n in nominal),
                       *(f"{b / 2**20:.3f}" for b in measured))
     total = sum(elements.values())
     sums = [sum(s[i] for s in saved[bits].values()) for bits, i in ((2, 0), (4, 1), (2, 1))]
     table.add_section()
-    table.add_row("total", f"{total:,}", *(f"{nominal_megabytes(total, b):.2f}" for b in (32, 4, 2)),
+    table.add_row("total", f"{total:,}", *(f"{nominal_mebibytes(total, b):.2f}" for b in (32, 4, 2)),
                   *(f"{b / 2**20:.2f}" for b in sums))
     Console().print(table)
 

@@ -10,8 +10,8 @@ Ctrl-C leaves a checkpoint; the same command with `--resume` continues bit for b
 folder holds `config.json`, `log.jsonl` (one row an epoch), `memory.json` (saved bytes of each
 module), `checkpoint.pt`, `result.json`, `curves.png` and `modules.png`.
 
-Expect with the defaults on two CPU cores: 95 % after 8 epochs in 20 seconds, 26.2 MB of saved
-tensors stored in 1.85 MB (14.2x less); with `--quant none` 97 % in ten.
+Expect with the defaults on two CPU cores: 95 % after 8 epochs in 20 seconds, 26.2 MiB of saved
+tensors stored in 1.85 MiB (14.2x less); with `--quant none` 97 % in ten.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brevitas_bp import Codec, QuantBackwardWrapper, SavedTensor, codec_from, track_saved_memory
-from brevitas_bp.backward.policy import POLICIES
+from brevitas_bp.backward.policy import POLICIES, explained
 from brevitas_bp.quant import (
     ShiftedUint1DynamicActPerBucketFloat,
     ShiftedUint2DynamicActPerBucketFloat,
@@ -167,7 +167,7 @@ def test_norm_statistics_stay_exact(norm: nn.Module, name: str) -> None:
     decided: dict[int, bool] = {}
 
     def policy(saved: SavedTensor) -> Codec | None:
-        codec = POLICIES[name](saved)
+        codec = explained(POLICIES[name]).decide(saved).codec
         decided[saved.tensor.numel()] = codec is not None
         return codec
 
