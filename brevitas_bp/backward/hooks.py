@@ -38,6 +38,7 @@ from brevitas_bp.backward.saved import (
     name_of,
     storage_id,
     tensors_in,
+    without_class,
 )
 from brevitas_bp.backward.units import (
     Deferred,
@@ -69,6 +70,7 @@ _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright
 _push_hooks: Any = torch._C._autograd._push_saved_tensors_default_hooks  # pyright: ignore
 _pop_hooks: Any = torch._C._autograd._pop_saved_tensors_default_hooks  # pyright: ignore
 
+_PLAIN = (Tensor, nn.Parameter)
 # Elements below which it is asked before encoding whether that can be worth it.
 _SMALL = 1024
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
@@ -208,6 +210,8 @@ class ForwardPass:
 
     def pack(self, x: Tensor) -> Packed | Kept | Deferred:
         """Pack hook."""
+        if type(x) not in _PLAIN:
+            x = without_class(x)
         location, substitution = self.location, self._substitution
         if type(x) is nn.Parameter and substitution is None and not self.listeners:
             return Kept(x, location.call.function, location.qualified_module)

@@ -35,6 +35,7 @@ from brevitas_bp.backward.saved import (
     Call,
     storage_id,
     tensors_in,
+    without_class,
 )
 from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.layout import TensorLayout
@@ -131,7 +132,7 @@ class SaveDerivative:
     def __call__(self, passing: Passing, call: Call) -> Any:
         x = call.argument(0, "input")
         if "out" in call.kwargs or not (
-                isinstance(x, Tensor) and x.requires_grad and is_storable(x)
+                isinstance(x, Tensor) and x.requires_grad and is_storable(without_class(x))
                 and x.is_floating_point() and torch.is_grad_enabled()):
             return NotImplemented
         if is_dtensor(x) and (self.halves is not None or is_partial(x)):
@@ -266,8 +267,9 @@ class ReplayAttention:
     def __call__(self, passing: Passing, call: Call) -> Any:
         given = [call.argument(i, name) for i, name in enumerate(_ATTENTION_TENSORS)]
         tensors = [t for t in given if t is not None]
-        if not torch.is_grad_enabled() or in_forward_ad() or not all(
-                is_plain(t) for t in tensors) or not any(t.requires_grad for t in tensors):
+        if not torch.is_grad_enabled() or in_forward_ad() or not (
+                all(is_plain(without_class(t)) for t in tensors)
+                and any(t.requires_grad for t in tensors)):
             return NotImplemented
         given = [None if t is None else _autocast(t) for t in given]
         roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, REPLAYED][:len(tensors)]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from brevitas_bp.codec import Codec
@@ -211,6 +212,19 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield argument
         elif isinstance(argument, (list, tuple)):
             yield from tensors_in(argument)
+
+
+def without_class(x: Tensor) -> Tensor:
+    """A tensor without its Python class, where that has no say in what operators do.
+
+    Classes such as MONAI's MetaTensor add methods and attributes. Autograd drops them, too.
+    """
+    kind: Any = type(x)
+    ordinary: Any = Tensor
+    if isinstance(x, nn.Parameter) or kind.__torch_dispatch__ is not ordinary.__torch_dispatch__:
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)
 
 
 def is_parameter(x: Tensor) -> bool:

@@ -96,7 +96,6 @@ def test_default_is_two_bits_stochastic() -> None:
     ({"0.1": Uint4}, {"0.0": 2, "0.1": 4, "1": 2, "2": 2}),
     ({"[12]": Uint8}, {"0.0": 2, "0.1": 2, "1": 8, "2": 8}),
     ({"0.0": Uint8, "0": Uint4}, {"0.0": 8, "0.1": 4, "1": 2, "2": 2}),
-    ({"0": Uint4, "0.0": Uint8}, {"0.0": 4, "0.1": 4, "1": 2, "2": 2}),  # the first that matches
     ({"*": None}, {"0.0": 32, "0.1": 32, "1": 32, "2": 32})])
 def test_overrides(overrides: dict[str, Any], expected: dict[str, float], policy: str) -> None:
     model = QuantBackwardWrapper(small_net(), overrides=overrides, policy=policy)
