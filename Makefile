@@ -4,13 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-newest lint bench docs clean
 
+# Under the allocator that training on a CPU should have.
 demo: $(STAMP)
-	$(BIN)/python examples/efficientnet_v2/demo.py
+	$(BIN)/python -m brevitas_bp.run examples/efficientnet_v2/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# Under the newest torch there is (gigabytes): with every change to what torch keeps private.
+NEWEST := .venv-newest
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	grep -v -i '^torch\|^triton' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install -q -U -c $(NEWEST)/constraints.txt torch scikit-learn matplotlib rich scipy pytest \
+		hypothesis expecttest setuptools -e ".[cpu]"
+	$(NEWEST)/bin/python -m pytest -q tests/core tests/codec tests/backward tests/composition tests/kernels tests/quant
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -46,5 +56,5 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an unpinned one may bring gigabytes of another build.
 	$(BIN)/python -m pip install -q -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[cpu,test,lint]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[cpu,allocator,test,lint]"
 	touch $(STAMP)

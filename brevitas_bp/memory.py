@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -83,6 +84,7 @@ class SavedMemoryReport:
         self._graph_records: list[_GraphRecord] = []
         self._seen: list[tuple[str, bool, int]] = []
         self._rows: list[SavedMemoryRow] | None = None
+        self._why_empty = "the block has not ended"
 
     @property
     def rows(self) -> list[SavedMemoryRow]:
@@ -132,11 +134,13 @@ class SavedMemoryReport:
         for row in self.rows:
             lines.append((
                 row.module or "(root)", row.op, row.dtype, str(row.tensors),
-                mib(row.exact_bytes), mib(row.stored_bytes), f"{row.ratio:.2f}"))
+                mib(row.exact_bytes), mib(row.stored_bytes), _ratio(row.exact_bytes, row.stored_bytes)))
         lines.append((
             "total", "", "", str(self.tensors), mib(self.exact_bytes), mib(self.stored_bytes),
-            f"{self.ratio:.2f}"))
-        return "\n".join([table(lines, left=3, total=True), *unknown_note(self.unknown_operations)])
+            _ratio(self.exact_bytes, self.stored_bytes)))
+        empty = [] if self.rows else [f"nothing is saved: {self._why_empty}"]
+        return "\n".join(
+            [table(lines, left=3, total=True), *empty, *unknown_note(self.unknown_operations)])
 
     def _record(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
@@ -167,8 +171,16 @@ class SavedMemoryReport:
             (key[0], key[1], key[2].removeprefix("torch.")), given,
             [(_Extent.of(t), _weak_storage(t)) for t in tensors]))
 
-    def _finish(self) -> None:
+    def _finish(self, ran: bool, enabled: bool) -> None:
         self._rows = self._count()
+        if self._records or self._graph_records:
+            self._why_empty = "it was freed before the block ended; keep the output until then"
+        elif not enabled:
+            self._why_empty = "gradients are disabled (torch.no_grad, torch.inference_mode)"
+        elif not ran:
+            self._why_empty = "the model did not run; the block goes around its forward pass"
+        else:
+            self._why_empty = "nothing that ran needs a gradient"
 
     def _count(self) -> list[SavedMemoryRow]:
         counted: dict[tuple[str, str, str], list[int]] = {}
@@ -236,10 +248,12 @@ def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
             root, lambda name: None, keep_all, lambda: 0, listeners=(report._record,))
         stack.callback(forward_pass.close)
         stack.enter_context(forward_pass)
+        location, enabled = forward_pass.location, torch.is_grad_enabled()
+        location.names.setdefault(id(model), "")
         try:
             yield report
         finally:
-            report._finish()
+            report._finish(location.entered, enabled)
 
 
 @dataclass(frozen=True)
@@ -283,6 +297,13 @@ class _Bytes:
         added = max(0, min(extent.nbytes, left))
         self._counted[extent.storage] += added
         return added
+
+
+def _ratio(exact: int, stored: int) -> str:
+    """Text of a ratio; what has no exact form of its own shares that of another row."""
+    if stored and not exact:
+        return "shared"
+    return f"{exact / stored:.2f}" if stored else "-"
 
 
 def _number(x: float) -> float | None:

@@ -2,14 +2,24 @@
 
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from brevitas.quant import Int8ActPerTensorFloat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from brevitas_bp import Codec, OpAware, QuantBackwardWrapper, SavedTensor, codec_from, quant
+from brevitas_bp import (
+    Codec,
+    OpAware,
+    QuantBackwardWrapper,
+    SavedTensor,
+    codec_from,
+    quant,
+    track_saved_memory,
+)
 from brevitas_bp.allocate import measure_gradient_error
 from brevitas_bp.allocate.plan import parse_bytes
 from brevitas_bp.codec.general import ModuleCodec
@@ -196,3 +206,117 @@ def test_packages_that_are_not_there(package: str, monkeypatch: pytest.MonkeyPat
 def test_tables_by_something_else() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'module'"):
         measured().table(by="modul")
+
+
+def report_of(model: nn.Module, run: Callable[[], Any]) -> str:
+    with track_saved_memory(model) as report:
+        kept = run()
+    del kept
+    return str(report).splitlines()[-1]
+
+
+def test_an_empty_report_says_why() -> None:
+    model, x = QuantBackwardWrapper(nn.Linear(64, 64)), torch.randn(64, 64)
+    output = model(x)
+    with torch.no_grad():
+        assert "gradients are disabled" in report_of(model, lambda: model(x))
+    assert "the model did not run" in report_of(model, lambda: output.sum().backward())
+    assert "the model did not run" in report_of(nn.Linear(4, 4), lambda: model(x))
+    assert "keep the output" in report_of(model, lambda: model(x).sum().item())
+    frozen = QuantBackwardWrapper(nn.Linear(64, 64).requires_grad_(False))
+    assert "nothing that ran needs a gradient" in report_of(frozen, lambda: frozen(x))
+    assert "nothing is saved" not in report_of(model, lambda: model(x))
+
+
+def test_a_row_whose_exact_form_is_that_of_another_is_shared() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, (64,)) + F.linear(x, x.detach() * torch.ones((), requires_grad=True))
+
+    model, x = QuantBackwardWrapper(Twice()), torch.randn(64, 64, requires_grad=True)
+    with track_saved_memory(model) as report:
+        output = model(x)
+    rows = str(report).splitlines()[2:4]
+    assert output.requires_grad and sorted(row.split()[-1] == "shared" for row in rows) == [False, True]
+
+
+def test_the_reason_of_a_tensor_that_is_too_small() -> None:
+    model = QuantBackwardWrapper(nn.SiLU())
+    model(torch.randn(4, 4, requires_grad=True))
+    (site,) = model.explain().sites.values()
+    assert (site.stored, site.reason) == ("exact", "few elements: a derivative would not be smaller")
+
+
+def test_a_forward_that_is_a_generator() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Any:
+            for _ in range(2):
+                x = self.layer(x)
+                yield x
+
+    model = QuantBackwardWrapper(Steps())
+    with pytest.warns(UserWarning, match="wrap the modules that it calls"):
+        outputs = list(model(torch.randn(4, 64)))
+    assert len(outputs) == 2
+
+
+class Inner(nn.Module):
+    """Takes a gradient in its forward, as test-time training does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = torch.func.grad(lambda w: (x @ w).square().sum())(self.layer.weight)
+        return self.layer(x) @ step
+
+
+@pytest.mark.parametrize("policy", ["op_aware", "exact"])
+def test_derivatives_inside_of_the_forward(policy: str) -> None:
+    net, x = nn.Sequential(nn.Linear(8, 8), Inner()), torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match=r"'1' \(Inner\) takes derivatives with torch.func"):
+        QuantBackwardWrapper(net, policy=policy)(x)
+    with pytest.raises(RuntimeError, match=r"'1' \(Inner\)"), track_saved_memory(net):
+        net(x)
+    net[0] = QuantBackwardWrapper(nn.Linear(8, 8), policy=policy)
+    assert net(x).requires_grad
+
+
+class DrawsByItself(nn.Module):
+    def __init__(self) -> None:  # injectors read its arguments
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + torch.rand_like(x)).floor()
+
+
+class RoundsToHalves(nn.Module):
+    def __init__(self) -> None:  # injectors read its arguments
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (2 * x).round() / 2
+
+
+class DrawsAsAsked(nn.Module):
+    def __init__(self) -> None:  # injectors read its arguments
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + torch.ops.brevitas_bp.noise_like(x)).floor()
+
+
+@pytest.mark.parametrize("base", [Nearest2, Int8ActPerTensorFloat])
+def test_rounding_of_ones_own(base: Any) -> None:
+    state = torch.get_rng_state()
+    for part, told in ((DrawsByItself, "noise_like"), (RoundsToHalves, "must give integers")):
+        with pytest.raises(UnsupportedQuantizerError, match=f"{part.__name__} .*{told}"):
+            codec_from(base, float_to_int_impl=part)
+    assert torch.equal(torch.get_rng_state(), state)
+    packed = codec_from(base, float_to_int_impl=DrawsAsAsked).encode(torch.randn(1000), seed=1)
+    assert packed.nbytes < 4000

@@ -76,6 +76,10 @@ _SMALL = 1024
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
 # Elements from which a tensor that is kept as it is may spare others an encoding.
 _WORTH_NOTING = 64
+_TRANSFORM = (
+    "brevitas_bp: {} takes derivatives with torch.func (grad, vjp, jacrev, hessian) in its forward, "
+    "which PyTorch refuses where saved tensors have hooks; wrap the modules beside it one by one, and "
+    "leave it and what contains it unwrapped")
 _KEPT_ALREADY = "another operation keeps it exact"
 _STATISTIC = Decision(None, "statistic of a norm")
 _CENTRED = Decision(None, "the input is stored as its deviation from the mean")
@@ -494,8 +498,21 @@ class ForwardPass:
                 f"wrapper.module, inside the transform. PyTorch says: {error}") from error
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self.close()
+        # In the words of PyTorch.
+        if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
+            raise RuntimeError(_TRANSFORM.format(self._running_at(traceback))) from error
+
+    def _running_at(self, traceback: Any) -> str:
+        """The innermost module of the pass in a traceback."""
+        found = "the network"
+        while traceback is not None:
+            module = traceback.tb_frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and self.location.names.get(id(module)):
+                found = f"{self.location.names[id(module)]!r} ({type(module).__name__})"
+            traceback = traceback.tb_next
+        return found
 
     def close(self) -> None:
         """Leaves nothing installed; to be called again, in ``finally``, after the ``with`` block.

@@ -16,7 +16,7 @@ from torch import Tensor
 from brevitas_bp.backward.ops import current_location
 from brevitas_bp.backward.origins import goes_through_rounding_of
 from brevitas_bp.backward.parameters import shows
-from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative, look_through
+from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.rows import (
     RowsOf,
     convolved,
@@ -270,9 +270,15 @@ def elementwise(
         few_bit: see :class:`OpRule`.
         **options: of :class:`~brevitas_bp.backward.rewrites.SaveDerivative`.
     """
-    return OpRule(
-        exact("not linear in what is saved, and not rewritten here").decide,
-        SaveDerivative(formula, **options), few_bit)
+    return OpRule(_not_rewritten, SaveDerivative(formula, **options), few_bit)
+
+
+def _not_rewritten(saved: SavedTensor) -> Decision:
+    return _FEW_ELEMENTS if saved.tensor.numel() < SMALLEST else _NOT_REWRITTEN
+
+
+_FEW_ELEMENTS = Decision(None, "few elements: a derivative would not be smaller")
+_NOT_REWRITTEN = Decision(None, "not linear in what is saved, and not rewritten here")
 
 
 def composite() -> OpRule:

@@ -52,7 +52,8 @@ class Location:
         self.passing: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
-        self.ended = False
+        # Whether a module of the pass has run in it.
+        self.entered = self.ended = False
 
     @property
     def module(self) -> str:
@@ -79,7 +80,9 @@ class Location:
         """Global forward pre-hook."""
         # Dynamo, which traces hooks too, must not make graphs that hold for one name only.
         if not is_compiling() and current_location() is self:
-            self.modules.append((self.names.get(id(module), self.module), type(module)))
+            name = self.names.get(id(module))
+            self.entered = self.entered or name is not None
+            self.modules.append((self.module if name is None else name, type(module)))
 
     def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         """Global forward hook, called after exceptions too."""

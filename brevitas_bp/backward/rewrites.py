@@ -44,7 +44,7 @@ from brevitas_bp.errors import SecondDerivativeError
 from brevitas_bp.kernels import derivatives, dispatch
 
 # Elements below which a derivative is not worth its overhead.
-_SMALLEST = 256
+SMALLEST = 256
 _ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
 
@@ -138,7 +138,7 @@ class SaveDerivative:
         if is_dtensor(x) and (self.halves is not None or is_partial(x)):
             return NotImplemented
         # Small or expanded, the derivative would take more than what it stands for.
-        if x.numel() < _SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
+        if x.numel() < SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
             return NotImplemented
         inplace, others = is_inplace(call), call.args[1:]
         if call.kwargs:

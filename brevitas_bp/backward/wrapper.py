@@ -45,6 +45,9 @@ Storage = Literal["save_quantized", "quantize_on_backward"]
 Plan = Mapping[str, Any] | HasChoices
 
 _WHERE = "brevitas_bp.QuantBackwardWrapper"
+_GENERATOR_HINT = (
+    "brevitas_bp.QuantBackwardWrapper: forward returned a generator or coroutine, which runs after the "
+    "pass has ended, so that all it saves is exact; wrap the modules that it calls")
 _CHECKPOINT_HINT = (
     f"{_WHERE}: this wrapper runs inside of torch.utils.checkpoint, which keeps only the inputs of the "
     "checkpointed part, exact, and runs it again in backward; the wrapper stores nothing here. Wrap "
@@ -333,6 +336,8 @@ def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> An
             for listener in wrapper._graph_listeners:
                 for site, tensors in forward_pass.graphs(output, (args, kwargs)):
                     listener(site, tensors)
+            if inspect.isgenerator(output) or inspect.isasyncgen(output) or inspect.iscoroutine(output):
+                warnings.warn(_GENERATOR_HINT, stacklevel=4)
             return output
         finally:
             # Once more: an interrupt may have cut short the end of the block.

@@ -34,6 +34,7 @@ from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.kernels.dispatch import Plan, plan
 from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.packing import packed_nbytes
+from brevitas_bp.kernels.random import seeded
 from brevitas_bp.kernels.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from brevitas_bp.kernels.widths import WidthLayout
@@ -288,7 +289,34 @@ def _tensor_quant_of(proxy: Any) -> nn.Module:
     return fused.tensor_quant
 
 
+def _check_rounding(quantizer: nn.Module) -> None:
+    """Tries the rounding part once: two promises rest on it.
+
+    Raises:
+        UnsupportedQuantizerError: it draws from torch's generator, or gives no integers.
+    """
+    part: Any = getattr(getattr(quantizer, "int_quant", None), "float_to_int_impl", None)
+    if not isinstance(part, nn.Module) or any(True for _ in part.parameters()):
+        return
+    values, state = torch.linspace(-3, 3, 25), torch.get_rng_state()
+    with torch.no_grad(), seeded(0):
+        codes: Tensor = part(values)
+    drew = not torch.equal(state, torch.get_rng_state())
+    torch.set_rng_state(state)
+    kind = type(part).__name__
+    if drew:
+        raise UnsupportedQuantizerError(
+            f"brevitas_bp.codec: {kind} draws from torch's generator, so that dropout of the forward "
+            "pass would change; take its noise from torch.ops.brevitas_bp.noise_like(x), uniform in [0, 1)")
+    if codes.shape != values.shape or not torch.equal(codes, codes.round()):
+        raise UnsupportedQuantizerError(
+            f"brevitas_bp.codec: {kind} must give integers in the shape of its input, and made "
+            f"{codes.reshape(-1)[:4].tolist()} of {values[:4].tolist()}; it fills float_to_int_impl, "
+            "which rounds values that are scaled already")
+
+
 def _codec_of(quantizer: nn.Module) -> Codec:
+    _check_rounding(quantizer)
     if type(quantizer) is AverageQuant:
         return AverageCodec(_codec_of(quantizer.bucket_quant), quantizer.average_size)
     if not isinstance(quantizer, BucketRescalingIntQuant):

@@ -34,7 +34,7 @@ def encoding_forced() -> Iterator[None]:
         return codec.encode(saved.tensor, seed=seed, where=saved.op or "")
 
     with patch.object(hooks.ForwardPass, "_encode", encode), patch.object(
-            rewrites, "_SMALLEST", 0):
+            rewrites, "SMALLEST", 0):
         yield
 
 
