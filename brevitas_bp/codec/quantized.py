@@ -307,7 +307,7 @@ def _check_rounding(quantizer: nn.Module) -> None:
     if drew:
         raise UnsupportedQuantizerError(
             f"brevitas_bp.codec: {kind} draws from torch's generator, so that dropout of the forward "
-            "pass would change; take its noise from torch.ops.brevitas_bp.noise_like(x), uniform in [0, 1)")
+            "pass would change; take noise from torch.ops.brevitas_bp.noise_like(x), uniform in [0, 1)")
     if codes.shape != values.shape or not torch.equal(codes, codes.round()):
         raise UnsupportedQuantizerError(
             f"brevitas_bp.codec: {kind} must give integers in the shape of its input, and made "
