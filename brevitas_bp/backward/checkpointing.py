@@ -13,10 +13,10 @@ import sys
 from types import FrameType
 from typing import Any
 
-import torch
 from torch.utils import checkpoint
 
-_top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
+from brevitas_bp.backward.private import top_hooks
+
 # A Function's ``apply`` stands between in the reentrant form.
 _DISTANCE = 2
 
@@ -35,5 +35,5 @@ def is_checkpoint_input() -> bool:
 
 def inside_checkpoint() -> bool:
     """Whether what is saved now goes to ``torch.utils.checkpoint``, which drops or recounts it."""
-    top: Any = _top_hooks(True)
+    top: Any = top_hooks(True)
     return top is not None and getattr(top[0], "__module__", None) == checkpoint.__name__

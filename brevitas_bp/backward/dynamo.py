@@ -11,9 +11,7 @@ NOTE [ A compiled wrapper ]
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch._dynamo import eval_frame
-from torch._dynamo.external_utils import wrap_inline
+from brevitas_bp.backward.private import set_dynamo_callback, skip_frames, wrap_inline
 
 
 def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,9 +31,8 @@ def no_graph_of_its_own(*functions: Any) -> None:
     every operation it would do so again and again, for each function and shape. As part of another graph
     it may still trace them.
     """
-    skip: Callable[[Any], None] = getattr(eval_frame, "skip_code", lambda code: None)
     for function in functions:
-        skip(function.__code__)
+        skip_frames(function.__code__)
 
 
 def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,8 +53,7 @@ def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-#: Sets what Dynamo does with the frames of this thread (None: nothing), and returns what it did.
-set_callback: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
+set_callback = set_dynamo_callback
 
 
 def call_with(callback: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -10,8 +10,6 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.allocators import hint
@@ -26,6 +24,13 @@ from brevitas_bp.backward.policy import (
     Policy,
     can_encode,
     explained,
+)
+from brevitas_bp.backward.private import (
+    in_forward_ad,
+    is_functorch_wrapped,
+    pop_hooks,
+    push_hooks,
+    top_hooks,
 )
 from brevitas_bp.backward.rewrites import Substitution, derivative_at
 from brevitas_bp.backward.saved import (
@@ -66,9 +71,6 @@ from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
 
 _KEEP = Keep()
-_top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
-_push_hooks: Any = torch._C._autograd._push_saved_tensors_default_hooks  # pyright: ignore
-_pop_hooks: Any = torch._C._autograd._pop_saved_tensors_default_hooks  # pyright: ignore
 
 _PLAIN = (Tensor, nn.Parameter)
 # Elements below which it is asked before encoding whether that can be worth it.
@@ -313,8 +315,8 @@ class ForwardPass:
         computed after the operation may have none.
         """
         begun = self._norm is not None and self._norm.saved.call is call
-        return not begun and forward_ad._current_level < 0 and not any(
-            is_functorch_wrapped_tensor(t) for t in tensors_in(call.arguments))
+        return not begun and not in_forward_ad() and not any(
+            is_functorch_wrapped(t) for t in tensors_in(call.arguments))
 
     def _begin_norm(self, saved: SavedTensor, decision: Decision) -> Deferred:
         """See NOTE [ Inputs of norms are stored normalized ]."""
@@ -389,7 +391,7 @@ class ForwardPass:
         Checkpointing sets hooks that drop what is saved, and counts whether the second run saves the
         same: there the operations must be themselves.
         """
-        top: Any = _top_hooks(True)
+        top: Any = top_hooks(True)
         return top is not None and top[0] == self.hooks[0]
 
     def _saved(self, x: Tensor, codec: Codec | None, role: str | None) -> SavedTensor:
@@ -488,7 +490,7 @@ class ForwardPass:
             if self.inlined is not None:
                 self._resources.enter_context(hooks_for_inputs())
             self._hooked = True
-            _push_hooks(*self.hooks)
+            push_hooks(*self.hooks)
         except RuntimeError as error:
             self._hooked = False
             self.close()
@@ -533,13 +535,13 @@ class ForwardPass:
 def _remove_hooks(pack: Callable[[Tensor], Any]) -> None:
     """Takes the hooks of a pass, and all above them, from the stack of this thread."""
     others = []
-    while (top := _top_hooks(True)) is not None:
-        _pop_hooks()
+    while (top := top_hooks(True)) is not None:
+        pop_hooks()
         if top[0] == pack:
             return
         others.append(top)
     for pair in reversed(others):
-        _push_hooks(*pair)
+        push_hooks(*pair)
 
 
 def _identity(x: Tensor) -> tuple[Hashable, ...]:

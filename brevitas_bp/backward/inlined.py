@@ -20,11 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
-from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from brevitas_bp.backward.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.explain import Explanation
@@ -34,6 +30,14 @@ from brevitas_bp.backward.ops import Location, current_location
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.placement import raise_encoders, sink_decoders
 from brevitas_bp.backward.policy import PlainPolicy
+from brevitas_bp.backward.private import (
+    TracingContext,
+    aot_compilation_context,
+    functorch_config,
+    inlining_code,
+    saved_tensor_hook_context,
+    tree_leaves,
+)
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec
 from brevitas_bp.codec.inlined import FLEXIBLE, Inlined, InlinedQuantizer, inlined
@@ -215,9 +219,7 @@ def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
 
 def _context() -> dict[str, Any] | None:
     """The graphs that are being made and the tensor they save; None outside of compilation."""
-    from torch._functorch._aot_autograd.graph_compile import _get_saved_tensor_hook_context
-
-    return _get_saved_tensor_hook_context()
+    return saved_tensor_hook_context()
 
 
 def _packed(form: Inlined, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
@@ -341,11 +343,9 @@ def _parameters_among(inputs: list[Node], parameters: ParameterSet) -> list[int]
 
 def _static_inputs() -> list[int]:
     """Positions of what Dynamo knows to be parameters and buffers."""
-    from torch._functorch._aot_autograd.graph_compile import maybe_inline_graph_saved_tensors_hooks
-
     # Nothing that a hook is given says so, nor does a context: it is a variable of what calls the hook.
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not maybe_inline_graph_saved_tensors_hooks.__code__:
+    frame, inlining = inspect.currentframe(), inlining_code()
+    while frame is not None and frame.f_code is not inlining:
         frame = frame.f_back
     return [] if frame is None else frame.f_locals["static_input_indices"]
 
@@ -367,7 +367,7 @@ def _storage(value: Any) -> int:
 
 def _graph_number() -> int:
     """The number that AOTAutograd gave the graph being made; its node in autograd's graph has it too."""
-    names, _, _ = get_aot_compilation_context()
+    names, _, _ = aot_compilation_context()
     return int(names[0].partition("_")[0]) if names else -1
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
+from torch.overrides import TorchFunctionMode
 
 from brevitas_bp.backward.dynamo import no_graph_of_its_own, set_callback
 from brevitas_bp.backward.origins import note_rounded
+from brevitas_bp.backward.private import function_modes, pop_function_mode
 from brevitas_bp.backward.saved import NO_CALL, Call
 
 
@@ -284,7 +285,7 @@ def _remove(hook: Callable[..., Any], hooks: dict[int, Any]) -> None:
 
 def enter(location: Location) -> None:
     """Keeps ``location`` up to date in this thread, until :func:`leave`."""
-    for mode in _get_current_function_mode_stack():
+    for mode in function_modes():
         if isinstance(mode, _OpMode) and mode.location.ended:
             _remove_mode(mode.location)
     # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
@@ -309,8 +310,8 @@ def leave(location: Location) -> None:
 
 def _remove_mode(location: Location) -> None:
     """Takes the modes of a pass, and all above, from the stack of this thread."""
-    for depth, mode in enumerate(modes := _get_current_function_mode_stack()):
+    for depth, mode in enumerate(modes := function_modes()):
         if isinstance(mode, _OpMode) and mode.location is location:
             for _ in modes[depth:]:
-                _pop_mode()
+                pop_function_mode()
             return

@@ -19,13 +19,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from brevitas_bp.backward.ops import Location, seen_through
+from brevitas_bp.backward.private import in_forward_ad, is_functorch_wrapped, is_legacy_batched
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -232,7 +231,7 @@ class _SaveDerivative(torch.autograd.Function):
 def _is_ordinary(grad: Tensor) -> bool:
     """Whether another tensor of its shape has place for it: vmap shows one where there are several."""
     return type(grad) is Tensor and not is_compiling() and not (
-        is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad))
+        is_functorch_wrapped(grad) or is_legacy_batched(grad))
 
 
 # Where torch.nn.functional takes ``inplace``, which may be any value that counts as true.
@@ -247,11 +246,6 @@ def is_inplace(call: Call) -> bool:
     position = _INPLACE_AT.get(name) if isinstance(call.function, FunctionType) else None
     return bool(
         call.kwargs.get("inplace") if position is None else call.argument(position, "inplace"))
-
-
-def in_forward_ad() -> bool:
-    """Whether forward-mode derivatives are being taken: a rewritten operation has none."""
-    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from brevitas_bp.backward.private import DisableTorchFunctionSubclass
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import Rows
@@ -223,7 +223,7 @@ def without_class(x: Tensor) -> Tensor:
     ordinary: Any = Tensor
     if isinstance(x, nn.Parameter) or kind.__torch_dispatch__ is not ordinary.__torch_dispatch__:
         return x
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return x.as_subclass(Tensor)
 
 
