@@ -305,7 +305,7 @@ class OpAware:
             return _RUN_AGAIN
         return Decision(
             self._checkpoint, "run again from it: biased, as asked for", reaches="all",
-            rows=last_dimension)
+            rows=of_elements)
 
 
 #: Why a tensor of a compiled graph is quantized, by its reach.

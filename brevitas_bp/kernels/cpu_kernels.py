@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from brevitas_bp.kernels.arithmetic import RANGE_LIMIT
-from brevitas_bp.kernels.compiling import jit, prefetch, wide_vectors, window
+from brevitas_bp.kernels.compiling import inline, jit, prefetch, wide_vectors, window
 from brevitas_bp.kernels.derivatives_cpu import differentiate
 from brevitas_bp.kernels.random import (
     HASH_LAST_SHIFT,
@@ -457,6 +457,13 @@ def normalize(
         done += count
 
 
+@inline
+def bounded(x: Any, limit: Any) -> Any:
+    """``x`` between ``-limit`` and ``limit``; NaN stays."""
+    x = limit if x > limit else x
+    return -limit if x < -limit else x
+
+
 @jit
 def denormalize(
         y: Any, index: Any, shifts: Any, scales: Any, inner: Any, largest: Any, divides: Any,
@@ -470,29 +477,27 @@ def denormalize(
         if inner == 1:
             count = min(kinds - kind, y.size - done)
             v, b = window(y, done, count), window(scales, kind, count)
-            for i in range(count):
-                v[i] *= multiplier_of(b, i, largest, divides)
             if shifts.size:
                 a = window(shifts, kind, count)
                 for i in range(count):
-                    v[i] += a[i]
+                    v[i] = bounded(v[i] * multiplier_of(b, i, largest, divides) + a[i], limit)
+            else:
+                for i in range(count):
+                    v[i] = bounded(v[i] * multiplier_of(b, i, largest, divides), limit)
             kind = 0
         else:
             count = min(left, y.size - done)
             v, scale = window(y, done, count), multiplier_of(scales, kind, largest, divides)
-            for i in range(count):
-                v[i] *= scale
             if shifts.size:
                 shift = shifts[kind]
                 for i in range(count):
-                    v[i] += shift
+                    v[i] = bounded(v[i] * scale + shift, limit)
+            else:
+                for i in range(count):
+                    v[i] = bounded(v[i] * scale, limit)
             kind, left = kind + 1, inner
             kind = 0 if kind == kinds else kind
         done += count
-    for i in range(y.size):
-        v = y[i]
-        v = limit if v > limit else v
-        y[i] = -limit if v < -limit else v
 
 
 @jit
