@@ -270,11 +270,10 @@ def elementwise(
         few_bit: see :class:`OpRule`.
         **options: of :class:`~brevitas_bp.backward.rewrites.SaveDerivative`.
     """
-    return OpRule(_not_rewritten, SaveDerivative(formula, **options), few_bit)
+    def decide(saved: SavedTensor) -> Decision:
+        return _FEW_ELEMENTS if saved.tensor.numel() < SMALLEST else _NOT_REWRITTEN
 
-
-def _not_rewritten(saved: SavedTensor) -> Decision:
-    return _FEW_ELEMENTS if saved.tensor.numel() < SMALLEST else _NOT_REWRITTEN
+    return OpRule(decide, SaveDerivative(formula, **options), few_bit)
 
 
 _FEW_ELEMENTS = Decision(None, "few elements: a derivative would not be smaller")
