@@ -11,6 +11,7 @@ from a package (``pip install brevitas-bp[allocator]``) or from the system.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -32,9 +33,7 @@ def command(
         found: allocator and library; None: there is none.
         environ: of this process.
     """
-    # Options of the interpreter come before "-m".
-    own = sys.orig_argv[1:]
-    options = own[:own.index("-m")] if "-m" in own else []
+    options = _interpreter_options(sys.orig_argv[1:])
     environ = dict(environ)
     if found is not None:
         name, path = found
@@ -43,6 +42,18 @@ def command(
         for setting, value in SETTINGS.get(name, {}).items():
             environ.setdefault(setting, value)
     return [sys.executable, *options, *arguments], environ
+
+
+def _interpreter_options(arguments: Sequence[str]) -> list[str]:
+    """Those before ``-m``, which may end other options (``-Om``) or begin the module's name."""
+    options: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-m"):
+            return options
+        if re.fullmatch("-[A-VYZa-z]+m", argument):
+            return [*options, argument[:-1]]
+        options.append(argument)
+    return []
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -60,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 f"brevitas_bp.run: --allocator must be one of {', '.join(NAMES)}, got "
                 f"{wanted!r}")
     if given[:1] in (["-h"], ["--help"]):
-        raise SystemExit(__doc__)
+        print(__doc__)
+        raise SystemExit(0)
     if not given or (given[0].startswith("-") and given[0] not in ("-m", "-c")):
         raise SystemExit(
             "brevitas_bp.run: expected script.py, -m module or -c command, got "

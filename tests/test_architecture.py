@@ -15,7 +15,8 @@ PACKAGE = ROOT / "brevitas_bp"
 
 #: Each room may import from its own level and from those before it.
 LEVELS: list[set[str]] = [
-    {"errors", "probes", "allocators"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"},
+    {"errors", "probes", "allocators", "private"}, {"kernels"}, {"core"},
+    {"proxy", "quant_tensor"}, {"codec"},
     {"quant"}, {"backward"}, {"grad", "nn", "allocate", "memory"},
     {"plots", "models", "run"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

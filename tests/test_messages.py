@@ -9,6 +9,7 @@ import pytest
 import torch
 from brevitas.quant import Int8ActPerTensorFloat
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from brevitas_bp import (
@@ -318,5 +319,7 @@ def test_rounding_of_ones_own(base: Any) -> None:
         with pytest.raises(UnsupportedQuantizerError, match=f"{part.__name__} .*{told}"):
             codec_from(base, float_to_int_impl=part)
     assert torch.equal(torch.get_rng_state(), state)
+    with FakeTensorMode():
+        assert codec_from(base, float_to_int_impl=DrawsAsAsked).name
     packed = codec_from(base, float_to_int_impl=DrawsAsAsked).encode(torch.randn(1000), seed=1)
     assert packed.nbytes < 4000

@@ -42,7 +42,7 @@ def test_its_exit_status_is_that_of_the_script() -> None:
 @pytest.mark.parametrize(("arguments", "told"), [
     ([], "expected script.py"), (["--alocator", "x"], "expected script.py"),
     (["--allocator", "dlmalloc", "x.py"], "one of mimalloc, tcmalloc, jemalloc"),
-    (["--help"], "python -m brevitas_bp.run script.py")])
+    (["--help"], "0")])
 def test_what_it_does_not_understand(arguments: list[str], told: str) -> None:
     with pytest.raises(SystemExit, match=told):
         run.main(arguments)
@@ -56,6 +56,13 @@ def test_options_settings_and_other_libraries_stay(monkeypatch: pytest.MonkeyPat
     assert argv == [sys.executable, "-X", "dev", "a.py", "1"]
     assert environ == {"LD_PRELOAD": "/lib/x.so:/lib/y.so", "MIMALLOC_PURGE_DELAY": "5"}
     assert run.command(["a.py"], None, {"A": "b"}) == ([sys.executable, "-X", "dev", "a.py"], {"A": "b"})
+
+
+@pytest.mark.parametrize(("arguments", "options"), [
+    (["-m", "brevitas_bp.run", "-m", "x"], []), (["-Om", "brevitas_bp.run", "a.py"], ["-O"]),
+    (["-O", "-W", "ignore", "-mbrevitas_bp.run", "a.py"], ["-O", "-W", "ignore"]), (["a.py"], [])])
+def test_options_of_the_interpreter(arguments: list[str], options: list[str]) -> None:
+    assert run._interpreter_options(arguments) == options
 
 
 def test_without_an_allocator_the_script_runs_all_the_same(

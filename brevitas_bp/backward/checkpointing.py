@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils import checkpoint
 
-from brevitas_bp.backward.private import top_hooks
+from brevitas_bp.private import top_hooks
 
 # A Function's ``apply`` stands between in the reentrant form.
 _DISTANCE = 2

@@ -11,7 +11,7 @@ NOTE [ A compiled wrapper ]
 from collections.abc import Callable
 from typing import Any
 
-from brevitas_bp.backward.private import set_dynamo_callback, skip_frames, wrap_inline
+from brevitas_bp.private import set_dynamo_callback, skip_frames, wrap_inline
 
 
 def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from brevitas_bp.allocators import hint
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.dynamo import in_python
 from brevitas_bp.backward.explain import Explanation
@@ -24,13 +23,6 @@ from brevitas_bp.backward.policy import (
     Policy,
     can_encode,
     explained,
-)
-from brevitas_bp.backward.private import (
-    in_forward_ad,
-    is_functorch_wrapped,
-    pop_hooks,
-    push_hooks,
-    top_hooks,
 )
 from brevitas_bp.backward.rewrites import Substitution, derivative_at
 from brevitas_bp.backward.saved import (
@@ -69,6 +61,13 @@ from brevitas_bp.codec.shape_only import zeros
 from brevitas_bp.codec.shard import ShardCodec, placements_of, shard_of
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
+from brevitas_bp.private import (
+    in_forward_ad,
+    is_functorch_wrapped,
+    pop_hooks,
+    push_hooks,
+    top_hooks,
+)
 
 _KEEP = Keep()
 
@@ -206,16 +205,19 @@ class ForwardPass:
                 self.location.graphs = explanation.graphs
         self._hooked = self._closed = False
         # Of what was encoded on the CPU.
-        self._given_bytes = 0
+        self.given_bytes = 0
         self._resources = ExitStack()
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._slots: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
+        # Numbers of what custom Functions do not share.
+        self._apart = itertools.count(-2, -1)
         self._substitution: Substitution | None = None
         self._exact: dict[int, tuple[StorageWeakRef, weakref.ref[Kept | Packed], int | None]] = {}
         self._norm: PendingNorm | None = None
 
     def pack(self, x: Tensor) -> Packed | Kept | Deferred:
         """Pack hook."""
+        original = x
         if type(x) not in _PLAIN:
             x = without_class(x)
         location, substitution = self.location, self._substitution
@@ -236,6 +238,8 @@ class ForwardPass:
         else:
             saved = self._saved(x, self.codec_of(location.module), role)
             saved.derivative = derivative
+            if original is not x:
+                saved.original = original
             decision = self.policy.decide(saved) if can_encode(x) else _NOT_PLAIN
             if decision.codec is not None and decision.rows is not None and self._is_kept(saved):
                 decision = decision._replace(codec=None, reason=_KEPT_ALREADY)
@@ -264,6 +268,7 @@ class ForwardPass:
     def _note_rounded(self, saved: SavedTensor) -> None:
         """See NOTE [ No two roundings of one tensor are multiplied ]."""
         location, storage = self.location, storage_id(saved.tensor)
+        location.ever_rounded.add(storage)
         if saved.call is NO_CALL:
             location.rounded_unseen.add(storage)
             return
@@ -275,7 +280,7 @@ class ForwardPass:
         """Keeps a tensor where nobody listens."""
         if self.explanation is not None:
             self.explanation.add_kept(saved, decision)
-        kept = Kept(_stored(saved), saved.call.function or saved.op, saved.module)
+        kept = Kept(_exact(saved), saved.call.function or saved.op, saved.module)
         self._note_exact(saved, kept)
         return kept
 
@@ -430,7 +435,8 @@ class ForwardPass:
         shared = decision.shared and saved.derivative is None
         # Norms of one kind with equal settings have equal statistics of one tensor.
         norm = None if units is None else _settings(saved.call)
-        key = *_identity(x), id(codec), -1 if shared else saved.call.number, norm
+        number = -1 if shared else saved.call.number if saved.call is not NO_CALL else next(self._apart)
+        key = *_identity(x), id(codec), number, norm
         before = self._encoded.get(key)
         if before is not None:
             packed = before[1]()
@@ -453,13 +459,13 @@ class ForwardPass:
         x = saved.tensor if fused else _stored(saved)
 
         def kept() -> Packed:
-            return _KEEP.encode(_stored(saved) if fused else x, where=where)
+            return _KEEP.encode(_exact(saved), where=where)
 
         shard = shard_of(x)
         if shard is not x and not isinstance(codec, Keep):
             codec = ShardCodec(codec)
         if not codec.compresses:
-            packed = codec.encode(x, seed=0, where=where)
+            packed = codec.encode(_exact(saved) if codec is _KEEP else x, seed=0, where=where)
             return packed.sealed() if self.verify else packed
         # Codes, padding and metadata must be smaller than what they replace. What is in other units and
         # is encoded later has to be known now: its mean is kept, or not.
@@ -481,7 +487,7 @@ class ForwardPass:
         if packed.nbytes >= packed.layout.nbytes:
             return kept()
         if packed.layout.device.type == "cpu":
-            self._given_bytes += packed.layout.nbytes
+            self.given_bytes += packed.layout.nbytes
         return packed
 
     def __enter__(self) -> "ForwardPass":
@@ -527,7 +533,6 @@ class ForwardPass:
             leave(self.location)
             self._resources.close()
             self._closed = True
-            hint(self._given_bytes)
             # They hold the pass, which would wait for the garbage collector, and with it the modules.
             self.hooks = unpack, unpack
 
@@ -565,7 +570,7 @@ def _settings(call: Call) -> Hashable:
 
 def _kept(saved: SavedTensor) -> Packed:
     """Of what has no elements, or no memory to know it by."""
-    return _KEEP.encode(_stored(saved), where=_where(saved.op, saved.module))
+    return _KEEP.encode(_exact(saved), where=_where(saved.op, saved.module))
 
 
 def _stored(saved: SavedTensor) -> Tensor:
@@ -573,6 +578,11 @@ def _stored(saved: SavedTensor) -> Tensor:
     if saved.derivative is None:
         return saved.tensor
     return derivative_at(saved.tensor, saved.derivative)
+
+
+def _exact(saved: SavedTensor) -> Tensor:
+    """What is kept as it is: with its class, which a custom Function may ask for."""
+    return _stored(saved) if saved.original is None else saved.original
 
 
 def _where(op: str | None, module: str) -> str:

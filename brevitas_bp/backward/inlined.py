@@ -30,14 +30,6 @@ from brevitas_bp.backward.ops import Location, current_location
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.placement import raise_encoders, sink_decoders
 from brevitas_bp.backward.policy import PlainPolicy
-from brevitas_bp.backward.private import (
-    TracingContext,
-    aot_compilation_context,
-    functorch_config,
-    inlining_code,
-    saved_tensor_hook_context,
-    tree_leaves,
-)
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec
 from brevitas_bp.codec.inlined import FLEXIBLE, Inlined, InlinedQuantizer, inlined
@@ -47,6 +39,14 @@ from brevitas_bp.kernels.normalizing import Affine
 from brevitas_bp.kernels.packing import packed_nbytes
 from brevitas_bp.kernels.reference import bucket_shape
 from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.private import (
+    TracingContext,
+    aot_compilation_context,
+    functorch_config,
+    inlining_code,
+    saved_tensor_hook_context,
+    tree_leaves,
+)
 
 _META = "brevitas_bp"
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")

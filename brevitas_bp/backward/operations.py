@@ -8,6 +8,7 @@ are such; everything else is exact.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from brevitas_bp.backward.rows import (
     shares_planes,
 )
 from brevitas_bp.backward.saved import (
+    NO_CALL,
     Call,
     Decision,
     SavedTensor,
@@ -167,8 +169,8 @@ def quotient() -> OpRule:
 
 
 def _others(saved: SavedTensor) -> list[Tensor]:
-    """The arguments of numbers beside what is saved."""
-    position = saved.position
+    """The arguments of numbers beside what is saved, which is the first of them or a copy of it."""
+    position = saved.position or 0
     return [
         t for i, a in enumerate(saved.arguments) if i != position
         for t in tensors_in((a,)) if t.is_floating_point()]
@@ -180,10 +182,16 @@ def stands_alone(saved: SavedTensor) -> bool:
     See NOTE [ No two roundings of one tensor are multiplied ] in :mod:`brevitas_bp.backward.origins`.
     """
     others = [t for t in _others(saved) if t.grad_fn is not None]
-    if not others:
+    location = current_location()
+    if location is None or not (others or saved.call is NO_CALL):
         return True
-    location, storage = current_location(), storage_id(saved.tensor)
-    custom = location is not None and storage in location.rounded_unseen
+    storage = storage_id(saved.tensor)
+    if storage not in location.ever_rounded:
+        return True
+    if saved.call is NO_CALL:
+        # Nobody knows its arguments.
+        return False
+    custom = storage in location.rounded_unseen
     return not any(goes_through_rounding_of(storage, t, custom) for t in others)
 
 
@@ -326,7 +334,8 @@ def register_op(operation: str | Callable[..., Any], rule: OpRule) -> None:
         _by_name[operation.strip("_")] = rule
     elif callable(operation):
         try:
-            _by_object[operation] = rule
+            table = _by_method if isinstance(operation, MethodType) else _by_object
+            table[operation] = rule
         except TypeError:
             _by_method[operation] = rule
     else:
@@ -352,7 +361,8 @@ def _find(operation: Any) -> OpRule | None:
     try:
         known = _by_object.get(operation)
     except TypeError:
-        known = _by_method.get(operation)
+        known = None
+    known = _by_method.get(operation) if known is None else known
     if known is not None:
         return known
     if isinstance(operation, type):

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from brevitas_bp.backward.dynamo import no_graph_of_its_own, set_callback
 from brevitas_bp.backward.origins import note_rounded
-from brevitas_bp.backward.private import function_modes, pop_function_mode
 from brevitas_bp.backward.saved import NO_CALL, Call
+from brevitas_bp.private import function_modes, pop_function_mode
 
 
 class Location:
@@ -44,11 +44,12 @@ class Location:
         self.observer: Callable[[Call, Any], None] | None = None
         # To be called when the operation that runs has ended.
         self.ending: Callable[[], None] | None = None
-        # The call that saved something rounded last, and the storages of that; and those of what custom
-        # Functions have, of which nobody sees the end.
+        # The call that saved something rounded last, and the storages of that; those of what custom
+        # Functions have, of which nobody sees the end; and of all.
         self.rounding: Call | None = None
         self.rounded: set[int] = set()
         self.rounded_unseen: set[int] = set()
+        self.ever_rounded: set[int] = set()
         # The pass itself, and the seed of its next encode, for hooks that serve several passes.
         self.passing: Any = None
         self.next_seed: Callable[[], int] | None = None

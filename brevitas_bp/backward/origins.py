@@ -19,15 +19,17 @@ from brevitas_bp.backward.saved import tensors_in
 
 _MARK = "brevitas_bp: storages of what is saved rounded"
 # Nodes looked at, before a tensor counts as computed from any other.
-_MOST = 256
+_MOST = 4096
 
 
 def note_rounded(output: Any, storages: set[int]) -> None:
     """Marks what an operation returns that has saved tensors of these storages rounded."""
     for tensor in tensors_in(output if isinstance(output, (tuple, list)) else (output,)):
-        node: Any = tensor.grad_fn
-        if node is not None:
-            node.metadata[_MARK] = storages
+        # Of a view, an operation in place makes a new node: the one of its base stays.
+        for made in (tensor, tensor._base):
+            node: Any = None if made is None else made.grad_fn
+            if node is not None:
+                node.metadata[_MARK] = storages
 
 
 def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False) -> bool:

@@ -24,7 +24,6 @@ from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from brevitas_bp.backward.ops import Location, seen_through
-from brevitas_bp.backward.private import in_forward_ad, is_functorch_wrapped, is_legacy_batched
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -41,6 +40,7 @@ from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
 from brevitas_bp.errors import SecondDerivativeError
 from brevitas_bp.kernels import derivatives, dispatch
+from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, is_legacy_batched
 
 # Elements below which a derivative is not worth its overhead.
 SMALLEST = 256

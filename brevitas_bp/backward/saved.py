@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from brevitas_bp.backward.private import DisableTorchFunctionSubclass
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.codec.shard import shard_of
+from brevitas_bp.private import DisableTorchFunctionSubclass
 
 #: How far a rounding goes, see :class:`Decision`; "nonlinear": backward is not linear in the tensor.
 Reach = Literal["weight", "sum", "norm", "all", "nonlinear"]
@@ -82,6 +82,7 @@ class SavedTensor:
         derivative: name of the function whose derivative is stored, in its shape and dtype; None:
             the tensor itself, as always while a report listens.
         sharing: elements that share one statistic of a norm in a compiled graph, where that is known.
+        original: the tensor with its Python class, where ``tensor`` is without it.
     """
 
     tensor: Tensor
@@ -96,6 +97,7 @@ class SavedTensor:
     reach: Reach | None = None
     derivative: str | None = None
     sharing: int | None = None
+    original: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -217,7 +219,7 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
 def without_class(x: Tensor) -> Tensor:
     """A tensor without its Python class, where that has no say in what operators do.
 
-    Classes such as MONAI's MetaTensor add methods and attributes. Autograd drops them, too.
+    Classes such as MONAI's MetaTensor add methods and attributes.
     """
     kind: Any = type(x)
     ordinary: Any = Tensor

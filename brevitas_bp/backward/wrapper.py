@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from brevitas_bp.allocators import hint
 from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.configure import ConfiguredCodec
 from brevitas_bp.backward.dynamo import call_with, not_traced, set_callback
@@ -333,6 +334,7 @@ def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> An
         try:
             with forward_pass:
                 output = call_with(callback, wrapper.module, args, kwargs)
+            hint(forward_pass.given_bytes)
             for listener in wrapper._graph_listeners:
                 for site, tensors in forward_pass.graphs(output, (args, kwargs)):
                     listener(site, tensors)

@@ -38,6 +38,8 @@ from brevitas_bp.kernels.random import seeded
 from brevitas_bp.kernels.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.kernels.spec import BucketQuantSpec
 from brevitas_bp.kernels.widths import WidthLayout
+from brevitas_bp.private import TorchDispatchMode
+from brevitas_bp.probes import undisturbed
 from brevitas_bp.proxy import check_override_names
 
 
@@ -289,30 +291,55 @@ def _tensor_quant_of(proxy: Any) -> nn.Module:
     return fused.tensor_quant
 
 
+class _Draws(TorchDispatchMode):
+    """Stops where torch's generator is to be drawn from."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and func.namespace != "brevitas_bp":
+            raise _DrawsError
+        return func(*args, **(kwargs or {}))
+
+
+class _DrawsError(Exception):
+    """A part draws by itself."""
+
+
 def _check_rounding(quantizer: nn.Module) -> None:
-    """Tries the rounding part once: two promises rest on it.
+    """Tries a rounding part of one's own once: two promises rest on it.
 
     Raises:
         UnsupportedQuantizerError: it draws from torch's generator, or gives no integers.
     """
     part: Any = getattr(getattr(quantizer, "int_quant", None), "float_to_int_impl", None)
-    if not isinstance(part, nn.Module) or any(True for _ in part.parameters()):
+    if not isinstance(part, nn.Module) or type(part).__module__.partition(".")[0] in _KNOWN:
         return
-    values, state = torch.linspace(-3, 3, 25), torch.get_rng_state()
-    with torch.no_grad(), seeded(0):
-        codes: Tensor = part(values)
-    drew = not torch.equal(state, torch.get_rng_state())
-    torch.set_rng_state(state)
+    size: int = getattr(getattr(quantizer, "input_view_impl", None), "bucket_size", None) or 32
+
+    def tried() -> tuple[bool, list[float]]:
+        values = torch.linspace(-3, 3, 2 * size).view(2, size)
+        with torch.no_grad(), seeded(0), _Draws():
+            codes: Tensor = part(values)
+        sound = codes.shape == values.shape and torch.equal(codes, codes.round())
+        return sound, codes.reshape(-1)[:4].tolist()
+
     kind = type(part).__name__
-    if drew:
+    try:
+        sound, codes = undisturbed(tried)
+    except _DrawsError as error:
         raise UnsupportedQuantizerError(
             f"brevitas_bp.codec: {kind} draws from torch's generator, so that dropout of the forward "
-            "pass would change; take noise from torch.ops.brevitas_bp.noise_like(x), uniform in [0, 1)")
-    if codes.shape != values.shape or not torch.equal(codes, codes.round()):
+            "pass would change; take noise from torch.ops.brevitas_bp.noise_like(x), uniform in [0, 1)"
+            ) from error
+    except Exception:  # It may want other values, or another device: that is not for this to say.
+        return
+    if not sound:
         raise UnsupportedQuantizerError(
-            f"brevitas_bp.codec: {kind} must give integers in the shape of its input, and made "
-            f"{codes.reshape(-1)[:4].tolist()} of {values[:4].tolist()}; it fills float_to_int_impl, "
-            "which rounds values that are scaled already")
+            f"brevitas_bp.codec: {kind} must give integers in the shape of its input, and gave {codes}; "
+            "it fills float_to_int_impl, which rounds values that are scaled already")
+
+
+# Packages whose rounding parts are known.
+_KNOWN = ("brevitas", "brevitas_bp", "torch")
 
 
 def _codec_of(quantizer: nn.Module) -> Codec:

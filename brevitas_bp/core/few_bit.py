@@ -42,9 +42,9 @@ _RESOLUTION = 1e-9
 _STEPS, _NEAR, _OPEN, _JUMP = 4, 1e-6, 1e-6, 1e-3
 # Rounds of refinement in which windows may stay as wide; more than 5 bits would use.
 _TRIES = 40
-# Processors differ in the last bits of exponentials, and tables must not: decimals of borders, around
-# which the error is flat, and of levels.
-_BORDER_DIGITS, _LEVEL_DIGITS = 6, 11
+# Processors differ in the last bits of exponentials, and tables must not: digits of borders, around
+# which the error is flat, beside the width of the interval; and of levels, beside the largest.
+_BORDER_DIGITS, _LEVEL_DIGITS = 7, 11
 # Borders this close (as a share of the interval) to a jump or to zero are meant to be there.
 _SNAP = 1e-7
 
@@ -142,8 +142,9 @@ def fit_few_bit_table(
         integrals = _Integrals(derivative, weight, lo, hi, inner)
         if even:
             _check_even(integrals, own_name)
-        borders = _rounded(_solve(integrals, 2**bits, cells, inner), _BORDER_DIGITS)
-        levels = _rounded(integrals.levels(borders), _LEVEL_DIGITS)
+        borders = _rounded(_solve(integrals, 2**bits, cells, inner), hi - lo, _BORDER_DIGITS)
+        levels = integrals.levels(borders)
+        levels = _rounded(levels, float(levels.abs().max()), _LEVEL_DIGITS)
         if check_tails:
             _check_tails(integrals, borders, levels, even, own_name)
         error = integrals.error(borders) * (2 if even else 1)
@@ -338,7 +339,11 @@ def _snapped(integrals: _Integrals, borders: Tensor, breaks: Sequence[float]) ->
     return borders
 
 
-def _rounded(x: Tensor, digits: int) -> Tensor:
+def _rounded(x: Tensor, size: float, digits: int) -> Tensor:
+    """Values of order ``size`` at most, to so many digits behind its first."""
+    if size == 0:
+        return x
+    digits -= math.floor(math.log10(size))
     return torch.tensor([round(v, digits) for v in x.tolist()], dtype=torch.float64)
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 import brevitas_bp
-from brevitas_bp.backward import private
+from brevitas_bp import private
 from brevitas_bp.backward.dynamo import set_callback
 
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from brevitas_bp import QuantBackwardWrapper, SavedTensor
+from brevitas_bp import QuantBackwardWrapper, SavedTensor, register_op
 from brevitas_bp.backward import OpAware
-from brevitas_bp.backward.operations import OpRule, rule_of
+from brevitas_bp.backward.operations import OpRule, linear, rule_of
 from brevitas_bp.backward.origins import goes_through_rounding_of
 from brevitas_bp.backward.saved import Decision, storage_id
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
@@ -170,3 +171,68 @@ def test_an_operator_of_another_library_is_exact_and_named() -> None:
     model(x).sum().backward()
     assert x.grad is not None and bool((x.grad == 6).all())
     assert model.explain().unknown == ["relu"]
+
+
+def test_the_base_of_a_view_that_is_changed_in_place_is_marked() -> None:
+    def function(z: Tensor, p: nn.Module) -> Tensor:
+        made = torch.einsum("ij,kj->ik", z, torch.eye(64, requires_grad=True))
+        assert made._base is not None
+        return F.linear(z, made.relu_())
+
+    *_, last = decided(_Layer(function), torch.randn(64, 64))
+    assert not last.shared
+
+
+def test_a_copy_of_the_input_is_no_other_argument() -> None:
+    layer = weight_norm(nn.Linear(64, 64))
+    first = nn.Linear(64, 64)
+    module = Apply(lambda x: layer(first(x).transpose(0, 1)))
+    module.add_module("first", first)
+    module.add_module("layer", layer)
+    *_, last = decided(module, torch.randn(64, 64))
+    assert last.shared and last.reaches == "weight"
+
+
+def test_deep_weights_of_other_tensors_share() -> None:
+    def function(z: Tensor, p: nn.Module) -> Tensor:
+        made = p(torch.ones(64, 64))
+        for _ in range(300):
+            made = made * 1.01
+        return F.linear(z, made)
+
+    *_, last = decided(_Layer(function), torch.randn(64, 64))
+    assert last.shared and last.reaches == "weight"
+
+
+def test_custom_functions_do_not_share_what_others_have_rounded(registry: None) -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            x, y = ctx.saved_tensors
+            return grads[0] * y, grads[0] * x
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Linear(64, 64)
+
+        def forward(self, z: Tensor) -> Any:
+            return Product.apply(z, self.p(z))
+
+    register_op(Own, linear())
+    payloads = []
+
+    class Listener:
+        def __call__(self, saved: SavedTensor, packed: Any, decision: Decision, originals: Any) -> None:
+            payloads.append((storage_id(saved.tensor), id(packed), packed))
+
+    model, z = QuantBackwardWrapper(Own(), Stochastic2, seed=0), torch.randn(64, 64)
+    model._listeners.append(Listener())
+    model(z)
+    of_z = {number for storage, number, _ in payloads if storage == storage_id(z)}
+    assert len(of_z) == 2

@@ -72,6 +72,25 @@ def test_their_attention_is_replayed() -> None:
     assert ratios[0] == ratios[1] > 1
 
 
+@pytest.mark.parametrize("policy", ["op_aware", "exact"])
+def test_custom_functions_get_inputs_back_with_their_class(policy: str) -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, scale: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.as_subclass(Tensor) * scale
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            (x,) = ctx.saved_tensors
+            assert x.tag == "scan 7"
+            return None, (grads[0] * x.as_subclass(Tensor)).sum()
+
+    x, scale = tagged(torch.randn(64, 64)), torch.ones((), requires_grad=True)
+    QuantBackwardWrapper(Apply(Scaled.apply), Stochastic2, policy=policy)(x, scale).sum().backward()
+    assert scale.grad is not None and torch.allclose(scale.grad, x.as_subclass(Tensor).sum())
+
+
 def test_classes_that_say_what_operators_do_are_left_alone() -> None:
     class Logged(Tensor):
         @classmethod

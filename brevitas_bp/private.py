@@ -64,6 +64,8 @@ functorch_config: Any = private("torch._functorch.config")
 aot_compilation_context: Callable[[], Any] = private(
     "torch._functorch._aot_autograd.logging_utils.get_aot_compilation_context")
 TracingContext: Any = private("torch._guards.TracingContext")
+#: A mode that sees every operator.
+TorchDispatchMode: Any = private("torch.utils._python_dispatch.TorchDispatchMode")
 #: The leaves of nested containers.
 tree_leaves: Callable[[Any], list[Any]] = private("torch.utils._pytree.tree_leaves")
 
