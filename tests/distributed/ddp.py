@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 from brevitas_bp.backward import ops
-from brevitas_bp.backward.hooks import _top_hooks
+from brevitas_bp.private import top_hooks
 from tests.distributed.support import (
     EXACT,
     QUANTIZED,
@@ -142,7 +142,7 @@ def installed() -> list[Any]:
     """What a pass installs: hooks, the location of this thread, module hooks."""
     hooks = torch_module._global_forward_pre_hooks.values()
     watching = any(isinstance(getattr(h, "__self__", None), ops.Location) for h in hooks)
-    return [_top_hooks(True) is not None, ops.current_location() is not None, watching]
+    return [top_hooks(True) is not None, ops.current_location() is not None, watching]
 
 
 @contextmanager
