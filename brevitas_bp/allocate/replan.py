@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from brevitas_bp.allocate.plan import BitPlan
+from brevitas_bp.allocate.plan import BitPlan, check_budget
 from brevitas_bp.allocate.planning import plan_bit_widths
 from brevitas_bp.allocate.profile import LossFn
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
@@ -47,6 +47,7 @@ class Replanner:
                 f"{type(model).__name__}")
         if every < 1:
             raise ValueError(f"{_WHERE}: every must be a positive number of steps, got {every}")
+        check_budget(options.get("budget"), options.get("average_bits"))
         self.model, self.loss_fn, self.every, self.options = model, loss_fn, every, options
         self.steps = 0
         self.plan: BitPlan | None = None

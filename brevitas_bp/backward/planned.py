@@ -137,6 +137,7 @@ class PlannedPolicy:
         self.policy = policy
         self.choices = {pattern: Candidate.parse(given) for pattern, given in choices.items()}
         self._chosen: dict[str, Candidate | None] = {}
+        self._unused: set[str] | None = set(self.choices)
         if isinstance(policy, ObservingPolicy):
             # Not a method: who has none is spared a call for each operation.
             self.observe = policy.observe
@@ -160,6 +161,15 @@ class PlannedPolicy:
             candidate = replace(candidate, average_size=1)
         return decision._replace(
             codec=candidate.codec(configured_of(saved, decision.codec)))
+
+    def unused(self) -> list[str]:
+        """Names and globs of the plan that no tensor had in the first pass; nothing in later ones."""
+        if self._unused is None or not self._chosen:
+            return []
+        found, self._unused = self._unused, None
+        return sorted(
+            pattern for pattern in found
+            if not any(fnmatch.fnmatchcase(name, pattern) or name == pattern for name in self._chosen))
 
     def _widest_in(self, module: str) -> Candidate | None:
         """The most bits planned for a tensor of a module: a compiled graph has other names for them."""

@@ -46,6 +46,9 @@ Storage = Literal["save_quantized", "quantize_on_backward"]
 Plan = Mapping[str, Any] | HasChoices
 
 _WHERE = "brevitas_bp.QuantBackwardWrapper"
+_UNUSED_HINT = (
+    "brevitas_bp.QuantBackwardWrapper: the plan names {}, and no tensor that was quantized has such a "
+    "name, so that it does nothing; print(plan) and explain() show the names that there are")
 _GENERATOR_HINT = (
     "brevitas_bp.QuantBackwardWrapper: forward returned a generator or coroutine, which runs after the "
     "pass has ended, so that all it saves is exact; wrap the modules that it calls")
@@ -274,6 +277,12 @@ class QuantBackwardWrapper(Transparent):
         if names:
             warnings.warn(_NOT_INLINED_HINT.format(", ".join(sorted(names))), stacklevel=2)
 
+    def _warn_of_plan(self) -> None:
+        """Names what a plan says of tensors that the network does not save."""
+        if isinstance(self._policy, PlannedPolicy) and not self._inlined and (
+                unused := self._policy.unused()):
+            warnings.warn(_UNUSED_HINT.format(", ".join(map(repr, unused[:3]))), stacklevel=5)
+
     def _noise_rank(self) -> int:
         if self._rank is not None:
             return self._rank
@@ -335,6 +344,7 @@ def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> An
             with forward_pass:
                 output = call_with(callback, wrapper.module, args, kwargs)
             hint(forward_pass.given_bytes)
+            wrapper._warn_of_plan()
             for listener in wrapper._graph_listeners:
                 for site, tensors in forward_pass.graphs(output, (args, kwargs)):
                     listener(site, tensors)

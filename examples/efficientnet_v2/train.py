@@ -206,7 +206,10 @@ def build(knobs: Knobs) -> Trainer:
     torch.manual_seed(knobs.seed)  # dropout then does not depend on how the weights were drawn
     trainer = Trainer(model, optimizer, schedule, dataset, batches, options)
     if planned is not None:
-        trainer.plan(**planned)
+        try:
+            trainer.plan(**planned)
+        except ValueError as error:
+            raise InputError(f"--budget: {error}") from error
     return trainer
 
 
