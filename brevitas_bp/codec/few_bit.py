@@ -28,6 +28,7 @@ class FewBitCodec(Codec):
         table: from :func:`~brevitas_bp.core.few_bit.few_bit_table` or
             :func:`~brevitas_bp.core.few_bit.fit_few_bit_table`.
 
+    >>> import torch
     >>> from brevitas_bp.core.few_bit import few_bit_table
     >>> codec = FewBitCodec(few_bit_table("relu", 1))
     >>> codec.name, codec.encode(torch.tensor([-2.0, 0.0, 3.0])).decode().tolist()

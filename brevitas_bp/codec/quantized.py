@@ -295,9 +295,12 @@ class _Draws(TorchDispatchMode):
     """Stops where torch's generator is to be drawn from."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and func.namespace != "brevitas_bp":
+        kwargs = kwargs or {}
+        # A generator of its own touches no other.
+        if torch.Tag.nondeterministic_seeded in func.tags and func.namespace != "brevitas_bp" and (
+                kwargs.get("generator") is None):
             raise _DrawsError
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class _DrawsError(Exception):
