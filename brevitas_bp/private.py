@@ -56,7 +56,7 @@ _forward_ad: Any = private("torch.autograd.forward_ad")
 private("torch.autograd.forward_ad._current_level")
 
 #: Sets what Dynamo does with the frames of this thread (None: nothing), and returns what it did.
-set_dynamo_callback: Callable[[Any], Any] = private("torch._C._dynamo.eval_frame.set_eval_frame")
+set_callback: Callable[[Any], Any] = private("torch._C._dynamo.eval_frame.set_eval_frame")
 #: Runs a function in a frame of its own that Dynamo does not skip.
 wrap_inline: Callable[..., Any] = private("torch._dynamo.external_utils.wrap_inline")
 #: Settings of AOTAutograd; the names of the graph that it makes; what Dynamo knows while it traces.

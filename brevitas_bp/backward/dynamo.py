@@ -11,7 +11,7 @@ NOTE [ A compiled wrapper ]
 from collections.abc import Callable
 from typing import Any
 
-from brevitas_bp.private import set_dynamo_callback, skip_frames, wrap_inline
+from brevitas_bp.private import set_callback, skip_frames, wrap_inline
 
 
 def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,11 +53,8 @@ def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-set_callback = set_dynamo_callback
-
-
 def call_with(callback: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Calls a function while Dynamo does what ``callback``, from :data:`set_callback`, says."""
+    """Calls a function while Dynamo does what ``callback``, from ``set_callback``, says."""
     if not callable(callback):
         return function(*args, **kwargs)
     # In a frame that Dynamo does not skip, as it does those of torch's own modules.

@@ -45,6 +45,7 @@ from brevitas_bp.backward.units import (
     units_of,
 )
 from brevitas_bp.codec.base import (
+    PLAIN,
     Codec,
     Keep,
     Packed,
@@ -71,7 +72,6 @@ from brevitas_bp.private import (
 
 _KEEP = Keep()
 
-_PLAIN = (Tensor, nn.Parameter)
 # Elements below which it is asked before encoding whether that can be worth it.
 _SMALL = 1024
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
@@ -218,7 +218,7 @@ class ForwardPass:
     def pack(self, x: Tensor) -> Packed | Kept | Deferred:
         """Pack hook."""
         original = x
-        if type(x) not in _PLAIN:
+        if type(x) not in PLAIN:
             x = without_class(x)
         location, substitution = self.location, self._substitution
         if type(x) is nn.Parameter and substitution is None and not self.listeners:

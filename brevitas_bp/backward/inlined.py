@@ -181,7 +181,7 @@ class InlinedHooks:
                 yield site, list(itertools.islice(tensors, count))
 
     def _pack(self, x: Tensor) -> Any:
-        context, location = _context(), current_location()
+        context, location = saved_tensor_hook_context(), current_location()
         assert location is not None and location.passing is not None
         if context is None:
             return location.passing.pack_in_python(x)
@@ -197,7 +197,7 @@ class InlinedHooks:
         return x if form is None else _packed(form, x)
 
     def _unpack(self, packed: Any) -> Tensor:
-        context = _context()
+        context = saved_tensor_hook_context()
         if context is None:
             return self._unpack_eager(packed)
         form: Inlined | None = context["_node"].meta[_META]
@@ -215,11 +215,6 @@ def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
     module = GraphModule({}, graph)
     no_graph_of_its_own(module.forward, function)
     return module
-
-
-def _context() -> dict[str, Any] | None:
-    """The graphs that are being made and the tensor they save; None outside of compilation."""
-    return saved_tensor_hook_context()
 
 
 def _packed(form: Inlined, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:

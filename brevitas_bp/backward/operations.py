@@ -104,10 +104,11 @@ def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
             return Decision(None, "weight: keeps the gradient of the input exact")
         apart = shares_planes(saved.tensor, saved.call) if rows is convolved else False
         alone = stands_alone(saved)
+        factor = list(tensors_in(saved.arguments[weight:weight + 1]))
         return Decision(
             saved.codec, "input: the gradient of the weight is linear in it", rows=rows,
             units="channel" if apart else None, shared=alone,
-            reaches="weight" if alone else _reach(_others(saved), saved.tensor.numel()))
+            reaches="weight" if alone else _reach(factor, saved.tensor.numel()))
 
     return OpRule(_floats(decide))
 

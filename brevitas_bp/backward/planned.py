@@ -137,7 +137,7 @@ class PlannedPolicy:
         self.policy = policy
         self.choices = {pattern: Candidate.parse(given) for pattern, given in choices.items()}
         self._chosen: dict[str, Candidate | None] = {}
-        self._unused: set[str] | None = set(self.choices)
+        self._compared = False
         if isinstance(policy, ObservingPolicy):
             # Not a method: who has none is spared a call for each operation.
             self.observe = policy.observe
@@ -164,12 +164,12 @@ class PlannedPolicy:
 
     def unused(self) -> list[str]:
         """Names and globs of the plan that no tensor had in the first pass; nothing in later ones."""
-        if self._unused is None or not self._chosen:
+        if self._compared or not self._chosen:
             return []
-        found, self._unused = self._unused, None
-        return sorted(
-            pattern for pattern in found
-            if not any(fnmatch.fnmatchcase(name, pattern) or name == pattern for name in self._chosen))
+        self._compared = True
+        return [
+            pattern for pattern in self.choices if pattern not in self._chosen
+            and not any(fnmatch.fnmatchcase(name, pattern) for name in self._chosen)]
 
     def _widest_in(self, module: str) -> Candidate | None:
         """The most bits planned for a tensor of a module: a compiled graph has other names for them."""

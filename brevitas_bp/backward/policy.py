@@ -205,12 +205,13 @@ class OpAware:
         return self.decide(saved).codec
 
     def decide(self, saved: SavedTensor) -> Decision:
-        """Codec and reason for a saved tensor. Override it to decide otherwise for some::
+        """Codec and reason for a saved tensor; to be overridden where some are to be stored otherwise.
 
-        class Mine(OpAware):
-            def decide(self, saved):
-                decision = super().decide(saved)
-                return decision._replace(codec=None) if saved.op == "conv2d" else decision
+        Example:
+            class Mine(OpAware):
+                def decide(self, saved):
+                    decision = super().decide(saved)
+                    return decision._replace(codec=None) if saved.op == "conv2d" else decision
         """
         codec, x = saved.codec, saved.tensor
         if codec is None:

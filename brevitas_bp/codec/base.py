@@ -283,7 +283,8 @@ class QuantizeOnBackward(Codec):
         return encoded[0].decode() if smaller or self.codec.wraps else x
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+#: Classes of ordinary tensors.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -292,5 +293,5 @@ def is_plain(x: Tensor) -> bool:
     Neither a nested one, which has several shapes, nor one without memory: on the meta device, or a
     zero tangent of forward mode.
     """
-    return type(x) in _PLAIN and x.layout is torch.strided and not (
+    return type(x) in PLAIN and x.layout is torch.strided and not (
         x.is_nested or x.is_meta or x._is_zerotensor())

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, final
 
 import torch
@@ -97,10 +96,10 @@ class PerSampleCodec(Codec):
         self._codecs: dict[int, Codec] = {**codecs}
         quantizers = [codec.quantizer for codec in codecs.values()]
         self._scaling: Any = quantizers[0].scaling_impl
-        self._variance = torch.tensor([
-            1 / float(q.int_scaling_impl(torch.tensor(float(bits)))) / float(
-                q.int_scaling_impl(torch.tensor(float(bits))))
+        tops = torch.tensor([
+            float(q.int_scaling_impl(torch.tensor(float(bits))))
             for q, bits in zip(quantizers, self.bit_widths)], dtype=torch.float64)
+        self._variance = 1 / tops / tops
         self._view: Any = quantizers[0].input_view_impl
         self.name = f"{average_bits:g}-bit average per sample"
 
@@ -193,7 +192,7 @@ def _parts(packed: Packed) -> list[Packed]:
     """What each width stored, of the tensors that the whole was checked with."""
     tensors, parts = packed.tensors, []
     for part in packed.facts.parts:
-        parts.append(replace(part, tensors=tensors[:len(part.tensors)]))
+        parts.append(part.with_tensors(tensors))
         tensors = tensors[len(part.tensors):]
     return parts
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Packed, is_plain
+from brevitas_bp.codec.base import PLAIN, Codec, Packed, is_plain
 from brevitas_bp.codec.layout import TensorLayout
 
 
@@ -24,7 +24,7 @@ def shard_of(x: Tensor) -> Tensor:
     The result of a collective that may still be under way is waited for: the operation that saves it
     has done so, too.
     """
-    if type(x) in (Tensor, nn.Parameter):
+    if type(x) in PLAIN:
         return x
     if is_dtensor(x):
         x = x._local_tensor  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
 """The sign exactly, the negative part through another codec."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
@@ -72,9 +72,7 @@ def _parts(packed: Packed) -> tuple[Packed, Packed]:
     """Both halves, of the tensors that the whole was checked with."""
     sign, negative = packed.facts
     count = len(sign.tensors)
-    return (
-        replace(sign, tensors=packed.tensors[:count]),
-        replace(negative, tensors=packed.tensors[count:]))
+    return sign.with_tensors(packed.tensors), negative.with_tensors(packed.tensors[count:])
 
 
 def sign_exact(inner: Codec) -> SignExact:

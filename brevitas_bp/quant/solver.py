@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from _dependencies.exceptions import DependencyError
 from brevitas.core.zero_point import ZeroZeroPoint
 from brevitas.inject import ExtendedInjector, value
 from brevitas.inject.enum import FloatToIntImplType, QuantType
 from brevitas.quant.solver.common import solve_float_to_int_impl_from_enum
+from dependencies.exceptions import DependencyError
 
 from brevitas_bp.core.average import AverageQuant, check_average_size
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant

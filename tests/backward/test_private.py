@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import brevitas_bp
 from brevitas_bp import private
-from brevitas_bp.backward.dynamo import set_callback
+from brevitas_bp.private import set_callback
 
 
 def test_what_is_missing_is_named() -> None:

@@ -90,7 +90,7 @@ def test_with_one_rounding_it_is_not(name: str) -> None:
     assert bias(name, OpAware(multiplier_bits=2)) < 0.05 < bias(name, _AllShared(multiplier_bits=2))
 
 
-def decided(module: nn.Module, x: Tensor) -> list[Decision]:
+def decided(module: nn.Module, *inputs: Tensor) -> list[Decision]:
     """What the policy said of the inputs of linear layers."""
     found = []
 
@@ -101,7 +101,7 @@ def decided(module: nn.Module, x: Tensor) -> list[Decision]:
                 found.append(decision)
             return decision
 
-    QuantBackwardWrapper(module, Stochastic2, policy=Noting(), seed=0)(x)
+    QuantBackwardWrapper(module, Stochastic2, policy=Noting(), seed=0)(*inputs)
     return found
 
 
@@ -118,20 +118,15 @@ def test_a_weight_made_of_what_is_rounded_does_not() -> None:
     assert not second.shared and second.reaches == "all"
 
 
+def test_a_bias_that_is_a_parameter_is_no_factor() -> None:
+    bias = nn.Parameter(torch.zeros(64))
+    *_, last = decided(_Layer(lambda z, p: F.linear(z, p(z), bias)), torch.randn(64, 64))
+    assert not last.shared and last.reaches == "all"
+
+
 def test_a_weight_made_of_another_tensor_shares() -> None:
     module = Apply(lambda z, y: F.linear(z, (y * 1).view(64, 64) * 2))
-    x, y = torch.randn(64, 64), torch.randn(64, 64, requires_grad=True)
-    found = []
-
-    class Noting(OpAware):
-        def decide(self, saved: SavedTensor) -> Decision:
-            decision = super().decide(saved)
-            if saved.op == "linear" and decision.codec is not None:
-                found.append(decision)
-            return decision
-
-    QuantBackwardWrapper(module, Stochastic2, policy=Noting(), seed=0)(x, y)
-    (decision,) = found
+    (decision,) = decided(module, torch.randn(64, 64), torch.randn(64, 64, requires_grad=True))
     assert decision.shared and decision.reaches == "weight"
 
 
