@@ -19,7 +19,7 @@ from brevitas_bp.errors import (
     UnknownNameError,
     UnsupportedQuantizerError,
 )
-from brevitas_bp.kernels.random import seeded
+from brevitas_bp.format.random import seeded
 from brevitas_bp.memory import SavedMemoryReport, track_saved_memory
 
 __version__ = "0.1.0"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from brevitas_bp.backward.compiled.hooks import CompiledSite
 from brevitas_bp.backward.explain import mib, table, unknown_note, unknown_operations
 from brevitas_bp.backward.hooks import PARAMETER, ForwardPass
-from brevitas_bp.backward.inlined import CompiledSite
 from brevitas_bp.backward.policy import keep_all
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in

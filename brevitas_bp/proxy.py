@@ -6,7 +6,7 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
 from torch import Tensor, nn
 
 from brevitas_bp.errors import UnknownNameError, nearest
-from brevitas_bp.kernels.spec import check_bit_width
+from brevitas_bp.format.spec import check_bit_width
 from brevitas_bp.quant_tensor import BucketwiseIntQuantTensor
 
 # Names that Brevitas' layers and proxies add to every injector.

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from brevitas_bp.core.average import spread
 from brevitas_bp.core.bucket import flatten, memory_order, unflatten
-from brevitas_bp.kernels.arithmetic import reciprocal
-from brevitas_bp.kernels.reference import to_buckets
+from brevitas_bp.format.arithmetic import reciprocal
+from brevitas_bp.format.reference import to_buckets
 
 
 def _plain(data: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format.spec import BucketQuantSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

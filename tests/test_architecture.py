@@ -15,7 +15,7 @@ PACKAGE = ROOT / "brevitas_bp"
 
 #: Each room may import from its own level and from those before it.
 LEVELS: list[set[str]] = [
-    {"errors", "probes", "allocators", "private"}, {"kernels"}, {"core"},
+    {"errors", "probes", "allocators", "private"}, {"activations"}, {"format"}, {"kernels"}, {"core"},
     {"proxy", "quant_tensor"}, {"codec"},
     {"quant"}, {"backward"}, {"grad", "nn", "allocate", "memory"},
     {"plots", "models", "run"}]

@@ -18,7 +18,7 @@ from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
 from brevitas_bp.codec import Packed
 from brevitas_bp.codec.rows import in_rows
 from brevitas_bp.codec.shard import is_dtensor
-from brevitas_bp.kernels.random import derive
+from brevitas_bp.format.random import derive
 from brevitas_bp.memory import track_saved_memory
 
 LossFn = Callable[[nn.Module, Any], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from brevitas_bp.backward.policy import keep_all
 from brevitas_bp.backward.transparent import all_modules
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
-from brevitas_bp.kernels.random import SeedStream, derive
+from brevitas_bp.format.random import SeedStream, derive
 
 # Keys of a wrapper that a forward pass may change, and those that hold quantizers with statistics.
 _CODECS = ("_act_quant", "_overrides", "_codec_by_module", "_policy", "_base_policy")

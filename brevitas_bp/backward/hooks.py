@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
-from brevitas_bp.backward.dynamo import in_python
+from brevitas_bp.backward.compiled.dynamo import in_python
+from brevitas_bp.backward.compiled.hooks import CompiledSite, InlinedHooks, hooks_for_inputs
 from brevitas_bp.backward.explain import Explanation
-from brevitas_bp.backward.inlined import CompiledSite, InlinedHooks, hooks_for_inputs
-from brevitas_bp.backward.ops import Location, Rewrites, current_location, enter, leave
+from brevitas_bp.backward.location import Location, Rewrites, current_location, enter, leave
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import (
     PlainPolicy,

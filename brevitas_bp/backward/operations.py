@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from brevitas_bp.backward.ops import current_location
+from brevitas_bp.backward.location import current_location
 from brevitas_bp.backward.origins import goes_through_rounding_of
 from brevitas_bp.backward.parameters import shows
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
@@ -59,8 +59,8 @@ class OpRule:
         decide: saved tensor -> :class:`Decision`; asked for tensors of numbers only, and only where a
             quantizer is configured.
         rewrite: runs the operation so that it saves something else; None runs it as it is.
-        few_bit: call -> arguments of :func:`~brevitas_bp.core.few_bit.few_bit_table` but for the bits,
-            or None for arguments without a table; None where there is no such table at all.
+        few_bit: call -> arguments of :func:`~brevitas_bp.activations.few_bit.few_bit_table` but for the
+            bits, or None for arguments without a table; None where there is no such table at all.
     """
 
     decide: Decide

@@ -14,7 +14,7 @@ from brevitas_bp.backward.wider import has_bits, is_variant, with_bits
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.errors import UnknownNameError, nearest
-from brevitas_bp.kernels.spec import check_bit_width
+from brevitas_bp.format.spec import check_bit_width
 
 _WHERE = "brevitas_bp.backward.Candidate"
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from brevitas_bp.backward import op_table  # noqa: F401  (fills the registry)
+from brevitas_bp.activations.few_bit import few_bit_table
+from brevitas_bp.backward import torch_rules  # noqa: F401  (fills the registry)
 from brevitas_bp.backward.operations import (
     FEW_IN_STATISTIC,
     OpRule,
@@ -37,9 +38,8 @@ from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.base import FLOATS, is_plain
 from brevitas_bp.codec.regions import relu_region
 from brevitas_bp.codec.shard import is_storable, shard_of
-from brevitas_bp.core.few_bit import few_bit_table
 from brevitas_bp.errors import UnknownNameError, nearest
-from brevitas_bp.kernels.spec import check_bit_width
+from brevitas_bp.format.spec import check_bit_width
 
 _POOLING = "max_pool"
 _RELU = frozenset({"relu", "relu_"})

@@ -23,7 +23,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from brevitas_bp.backward.ops import Location, seen_through
+from brevitas_bp.activations import derivatives
+from brevitas_bp.backward.location import Location, seen_through
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -39,7 +40,7 @@ from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
 from brevitas_bp.errors import SecondDerivativeError
-from brevitas_bp.kernels import derivatives, dispatch
+from brevitas_bp.kernels import dispatch
 from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, is_legacy_batched
 
 # Elements below which a derivative is not worth its overhead.
@@ -118,8 +119,8 @@ class SaveDerivative:
         of_output: ``formula`` reads only ``y``.
         halves: ``call -> dim`` where the function halves a dimension and ``dy/dx`` holds both halves.
         from_input: the input is handed to the codec, which decodes it to a derivative.
-        named: call -> the derivative's name in :mod:`~brevitas_bp.kernels.derivatives`, which serves the
-            tensors that it supports, in place of ``formula``.
+        named: call -> the derivative's name in :mod:`~brevitas_bp.activations.derivatives`, which serves
+            the tensors that it supports, in place of ``formula``.
     """
 
     formula: Callable[[Tensor, Tensor, Call], Tensor] | None = None
@@ -198,7 +199,7 @@ class SaveDerivative:
 
 
 def derivative_at(x: Tensor, name: str) -> Tensor:
-    """The derivative of a function of :mod:`~brevitas_bp.kernels.derivatives`, laid out like ``x``."""
+    """A derivative of :mod:`~brevitas_bp.activations.derivatives`, laid out like ``x``."""
     layout = TensorLayout.of(x)
     return layout.restore_flat(dispatch.derivative(layout.flatten(x.detach()), name))
 

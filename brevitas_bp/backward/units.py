@@ -26,8 +26,8 @@ from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import Undo
 from brevitas_bp.codec.rows import Rows
-from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.normalizing import Affine
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.normalizing import Affine
 
 _LAYER, _GROUP = "layer_norm", "group_norm"
 # Of a variance below eps times this, rstd has no digits left to tell it from zero.

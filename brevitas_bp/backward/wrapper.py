@@ -18,11 +18,11 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from brevitas_bp.allocators import hint
 from brevitas_bp.backward.checkpointing import inside_checkpoint
+from brevitas_bp.backward.compiled.dynamo import call_with, not_traced, set_callback
+from brevitas_bp.backward.compiled.hooks import InlinedHooks
 from brevitas_bp.backward.configure import ConfiguredCodec
-from brevitas_bp.backward.dynamo import call_with, not_traced, set_callback
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, GraphListener, Listener, unpack
-from brevitas_bp.backward.inlined import InlinedHooks
 from brevitas_bp.backward.planned import (
     Candidate,
     HasChoices,
@@ -35,10 +35,10 @@ from brevitas_bp.backward.transparent import TABLES, Transparent
 from brevitas_bp.backward.wider import has_bits
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.average import unaveraged
-from brevitas_bp.codec.inlined import can_inline
+from brevitas_bp.codec.graph_forms import can_inline
 from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import UnknownNameError, nearest
-from brevitas_bp.kernels.random import SeedStream, derive
+from brevitas_bp.format.random import SeedStream, derive
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 Storage = Literal["save_quantized", "quantize_on_backward"]

@@ -10,9 +10,9 @@ from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.average import check_average_size, group_means, spread, to_dtype
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.averages import group_count
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.averages import group_count
 
 
 @final

@@ -5,12 +5,12 @@ from typing import final
 
 from torch import Tensor
 
+from brevitas_bp.activations.few_bit import FewBitTable
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.core.few_bit import FewBitTable
+from brevitas_bp.format.few_bit import few_bit_nbytes
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.few_bit import few_bit_nbytes
 
 
 @final
@@ -25,11 +25,11 @@ class FewBitCodec(Codec):
     footprint reduction", 2022.
 
     Args:
-        table: from :func:`~brevitas_bp.core.few_bit.few_bit_table` or
-            :func:`~brevitas_bp.core.few_bit.fit_few_bit_table`.
+        table: from :func:`~brevitas_bp.activations.few_bit.few_bit_table` or
+            :func:`~brevitas_bp.activations.few_bit.fit_few_bit_table`.
 
     >>> import torch
-    >>> from brevitas_bp.core.few_bit import few_bit_table
+    >>> from brevitas_bp.activations.few_bit import few_bit_table
     >>> codec = FewBitCodec(few_bit_table("relu", 1))
     >>> codec.name, codec.encode(torch.tensor([-2.0, 0.0, 3.0])).decode().tolist()
     ('1-bit few-bit relu', [0.0, 0.0, 1.0])

@@ -15,12 +15,12 @@ from brevitas_bp.codec.stock import kind_of
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import OverBucketView
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
-from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype, to_metadata
-from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
-from brevitas_bp.kernels.random import seeded, seeded_rows
-from brevitas_bp.kernels.reference import bucket_shape, cut_rows, pad_rows, rows_of, take
-from brevitas_bp.kernels.spec import row_bucket
-from brevitas_bp.kernels.widths import WidthLayout
+from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype, to_metadata
+from brevitas_bp.format.packing import pack, packed_nbytes, unpack
+from brevitas_bp.format.random import seeded, seeded_rows
+from brevitas_bp.format.reference import bucket_shape, cut_rows, pad_rows, rows_of, take
+from brevitas_bp.format.spec import row_bucket
+from brevitas_bp.format.widths import WidthLayout
 
 # Elements handled at once where all parts work bucket by bucket: modules make temporaries of three to
 # five times what they work on. Beyond the CPU a launch costs more than memory.
@@ -29,9 +29,9 @@ _CHUNK, _LARGE_CHUNK = 1 << 16, 1 << 22
 
 # NOTE [ A general encode in chunks ]
 # 1. Only where every part works bucket by bucket (codec/bucketwise.py).
-# 2. A chunk is buckets of one width, in the order of the payload (as in kernels/reference.py).
+# 2. A chunk is buckets of one width, in the order of the payload (as in format/reference.py).
 # 3. The widths are drawn once, for all buckets. The quantizer is told those of a chunk.
-# 4. Noise is that of the rows of the whole tensor (kernels/random.py, seeded_rows): each chunk begins
+# 4. Noise is that of the rows of the whole tensor (format/random.py, seeded_rows): each chunk begins
 #    the draws of a stream anew, so the k-th draw of a part has one seed in all of them.
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.format.masks import mask_nbytes
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.masks import mask_nbytes
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

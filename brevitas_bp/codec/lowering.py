@@ -19,7 +19,7 @@ from brevitas_bp.core.rounding import StochasticRound
 from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
 from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
-from brevitas_bp.kernels.spec import BucketQuantSpec, CodeRange, ScaleRule
+from brevitas_bp.format.spec import BucketQuantSpec, CodeRange, ScaleRule
 
 _SYMMETRIC_RULES: dict[type, ScaleRule] = {BucketAbsMax: "max", BucketL2Norm: "l2"}
 

@@ -11,8 +11,8 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import Form
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import LoweredCodec
-from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.normalizing import Affine, denormalize, normalize
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Undo:
         rstd: inverse deviations [K], as they are kept.
         largest: where they reach this, there is no deviation, and ``y`` is 0.
         mean: [K]; None: left out.
-        inner: see :class:`~brevitas_bp.kernels.normalizing.Affine`.
+        inner: see :class:`~brevitas_bp.format.normalizing.Affine`.
         owned: whether the numbers are kept for this tensor alone, and count as its bytes.
     """
 

@@ -13,10 +13,10 @@ from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec, codec_from
 from brevitas_bp.core.bucket import memory_order
 from brevitas_bp.errors import UnsupportedQuantizerError
-from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.random import derive
-from brevitas_bp.kernels.reference import to_buckets
-from brevitas_bp.kernels.spec import check_bit_width
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.random import derive
+from brevitas_bp.format.reference import to_buckets
+from brevitas_bp.format.spec import check_bit_width
 
 _WHERE = "brevitas_bp.codec.PerSampleCodec"
 # Elements whose ranges are taken at once, where they must be converted first.

@@ -13,10 +13,10 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lossless import NarrowInt, narrow_to
+from brevitas_bp.format.masks import Windows
+from brevitas_bp.format.packing import pack, packed_nbytes, unpack
+from brevitas_bp.format.reference import to_buckets
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.masks import Windows
-from brevitas_bp.kernels.packing import pack, packed_nbytes, unpack
-from brevitas_bp.kernels.reference import to_buckets
 
 Size = int | Sequence[int]
 

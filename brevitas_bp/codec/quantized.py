@@ -30,14 +30,14 @@ from brevitas_bp.core.average import AverageQuant
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
-from brevitas_bp.kernels.arithmetic import compute_dtype, stored_metadata_dtype
+from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
+from brevitas_bp.format.normalizing import Affine
+from brevitas_bp.format.packing import packed_nbytes
+from brevitas_bp.format.random import seeded
+from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbytes
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.widths import WidthLayout
 from brevitas_bp.kernels.dispatch import Plan, plan
-from brevitas_bp.kernels.normalizing import Affine
-from brevitas_bp.kernels.packing import packed_nbytes
-from brevitas_bp.kernels.random import seeded
-from brevitas_bp.kernels.reference import bucket_shape, draw_layout, payload_nbytes
-from brevitas_bp.kernels.spec import BucketQuantSpec
-from brevitas_bp.kernels.widths import WidthLayout
 from brevitas_bp.private import TorchDispatchMode
 from brevitas_bp.probes import undisturbed
 from brevitas_bp.proxy import check_override_names
@@ -116,7 +116,7 @@ class LoweredCodec(Codec):
             x: the tensor.
             seed: of all randomness.
             where: op and module, for messages.
-            derivative: name of one of :mod:`~brevitas_bp.kernels.derivatives`, which supports ``x``.
+            derivative: name of one of :mod:`~brevitas_bp.activations.derivatives`, which supports ``x``.
             affine: ``x`` is normalized by it first, in the order of its memory.
         """
         layout = self.layout_of(x, where)

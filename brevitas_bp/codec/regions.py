@@ -16,8 +16,8 @@ from torch import Tensor
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.format.masks import Interval, mask_nbytes, next_value
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.masks import Interval, mask_nbytes, next_value
 from brevitas_bp.probes import clamp_keeps_borders
 
 _INF = float("inf")

@@ -11,7 +11,7 @@ from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.regions import positive_region
 from brevitas_bp.codec.rows import Rows, in_rows
-from brevitas_bp.kernels.masks import mask_nbytes
+from brevitas_bp.format.masks import mask_nbytes
 
 
 @final

@@ -12,11 +12,11 @@ from brevitas_bp.codec.base import FLOATS, Codec, Keep, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.errors import UnsupportedQuantizerError
-from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.packing import pack, unpack
-from brevitas_bp.kernels.random import seeded
-from brevitas_bp.kernels.reference import to_buckets
-from brevitas_bp.kernels.spec import MAX_BIT_WIDTH
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.packing import pack, unpack
+from brevitas_bp.format.random import seeded
+from brevitas_bp.format.reference import to_buckets
+from brevitas_bp.format.spec import MAX_BIT_WIDTH
 
 
 def stock_codec(quantizer: nn.Module) -> Codec:

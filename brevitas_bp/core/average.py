@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp.core.bucket import memory_order, unflatten
-from brevitas_bp.kernels import averages
-from brevitas_bp.kernels.arithmetic import compute_dtype
+from brevitas_bp.format import averages
+from brevitas_bp.format.arithmetic import compute_dtype
 
 
 def check_average_size(where: str, size: Any) -> int:

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp.kernels.random import WIDTHS, next_seed
-from brevitas_bp.kernels.spec import MixPer, check_bit_width, check_probability
-from brevitas_bp.kernels.widths import WidthLayout
+from brevitas_bp.format.random import WIDTHS, next_seed
+from brevitas_bp.format.spec import MixPer, check_bit_width, check_probability
+from brevitas_bp.format.widths import WidthLayout
 
 
 class TwoBitWidthSelector(nn.Module):
     """Gives each bucket ``mix_bit_width`` with probability ``mix_prob``. Fills ``bit_width_impl``.
 
     Which buckets they are follows from the seed alone (systematic sampling, see
-    :mod:`brevitas_bp.kernels.widths`): their number is ``floor(p * n + U)`` and every bucket is mixed
+    :mod:`brevitas_bp.format.widths`): their number is ``floor(p * n + U)`` and every bucket is mixed
     with probability exactly ``p``. Conditional on the choice each width rounds without bias, so the
     mixture does, with the mean of the two variances.
 

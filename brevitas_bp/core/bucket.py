@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from brevitas_bp.kernels.reference import to_buckets
-from brevitas_bp.kernels.spec import check_bucket_size
+from brevitas_bp.format.reference import to_buckets
+from brevitas_bp.format.spec import check_bucket_size
 
 
 def memory_order(x: Tensor) -> list[int] | None:

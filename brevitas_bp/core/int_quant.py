@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
-from brevitas_bp.kernels.arithmetic import compute_dtype, reciprocal, round_down, round_up
-from brevitas_bp.kernels.spec import check_bit_width, check_metadata_dtype
+from brevitas_bp.format.arithmetic import compute_dtype, reciprocal, round_down, round_up
+from brevitas_bp.format.spec import check_bit_width, check_metadata_dtype
 
 
 class SignMagnitudeIntScaling(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from brevitas.function.ops_ste import floor_ste, round_ste
 from torch import Tensor, nn
 
-import brevitas_bp.kernels.random  # noqa: F401  (registers the operator)
+import brevitas_bp.format.random  # noqa: F401  (registers the operator)
 
 
 class StochasticRound(nn.Module):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp.kernels.arithmetic import finite_norm, finite_range, l2_norm, round_down
-from brevitas_bp.kernels.spec import check_metadata_dtype
+from brevitas_bp.format.arithmetic import finite_norm, finite_range, l2_norm, round_down
+from brevitas_bp.format.spec import check_metadata_dtype
 
 
 class BucketMin(nn.Module):

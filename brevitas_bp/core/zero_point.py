@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from brevitas_bp.kernels.arithmetic import integer_offset, reciprocal
+from brevitas_bp.format.arithmetic import integer_offset, reciprocal
 
 
 class RuntimeDynamicBucketZeroPoint(nn.Module):

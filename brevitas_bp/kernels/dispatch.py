@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import averages, derivatives, few_bit, masks, reference
-from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.masks import Interval, Windows
-from brevitas_bp.kernels.normalizing import Affine, denormalize, normalize
-from brevitas_bp.kernels.reference import Encoded
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.activations import derivatives
+from brevitas_bp.format import averages, few_bit, masks, reference
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.masks import Interval, Windows
+from brevitas_bp.format.normalizing import Affine, denormalize, normalize
+from brevitas_bp.format.reference import Encoded
+from brevitas_bp.format.spec import BucketQuantSpec
 
 
 @lru_cache(maxsize=1)
@@ -31,7 +32,7 @@ def _cpu_kernels() -> ModuleType | None:
 
         if numba.config.DISABLE_JIT:  # pyright: ignore
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
-        from brevitas_bp.kernels import cpu
+        from brevitas_bp.kernels.cpu import launch as cpu
     except Exception as error:
         warnings.warn(
             "brevitas_bp: CPU tensors go through the slower torch reference (same bytes), because numba "
@@ -42,7 +43,7 @@ def _cpu_kernels() -> ModuleType | None:
 
 @lru_cache(maxsize=1)
 def _large_cpu_kernels() -> ModuleType:
-    from brevitas_bp.kernels import cpu_whole
+    from brevitas_bp.kernels.cpu import large as cpu_whole
 
     return cpu_whole
 
@@ -61,7 +62,7 @@ def _gpu_kernels() -> ModuleType | None:
         target: Any = triton.runtime.driver.active.get_current_target()
         if target.arch < 80:
             raise RuntimeError(f"they need compute capability 8.0, and this device has {target.arch}")
-        from brevitas_bp.kernels import gpu
+        from brevitas_bp.kernels.gpu import launch as gpu
     except Exception as error:
         warnings.warn(
             "brevitas_bp: the Triton kernels cannot run, so CUDA tensors go through the slower torch "
@@ -167,31 +168,31 @@ def plan_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.devi
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
-    """See :func:`brevitas_bp.kernels.reference.encode`."""
+    """See :func:`brevitas_bp.format.reference.encode`."""
     return _encode(backend(flat.device, flat.dtype, spec), flat, spec, seed)
 
 
 def decode(
         encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Tensor:
-    """See :func:`brevitas_bp.kernels.reference.decode`."""
+    """See :func:`brevitas_bp.format.reference.decode`."""
     form = backend(encoded.payload.device, dtype, spec)
     return _decode(form, encoded, spec, seed, numel, dtype)
 
 
 def derivative(flat: Tensor, name: str) -> Tensor:
-    """See :func:`brevitas_bp.kernels.derivatives.derivative`; for tensors that it supports."""
+    """See :func:`brevitas_bp.activations.derivatives.derivative`; for tensors that it supports."""
     if _cpu_kernels() is not None:
-        from brevitas_bp.kernels import derivatives_cpu
+        from brevitas_bp.kernels.cpu import derivatives as derivatives_cpu
 
         return derivatives_cpu.derivative(flat, name)
     return derivatives.derivative(flat, name)
 
 
 def mask_backend(device: torch.device) -> ModuleType:
-    """The module whose functions, those of :mod:`brevitas_bp.kernels.masks`, serve a device."""
+    """The module whose functions, those of :mod:`brevitas_bp.format.masks`, serve a device."""
     if device.type == "cpu" and _cpu_kernels() is not None:
-        from brevitas_bp.kernels import masks_cpu
+        from brevitas_bp.kernels.cpu import masks as masks_cpu
 
         return masks_cpu
     return masks
@@ -199,40 +200,40 @@ def mask_backend(device: torch.device) -> ModuleType:
 
 def pack_interval(
         flat: Tensor, interval: Interval, *, watch_nan: bool = False) -> tuple[Tensor, bool]:
-    """See :func:`brevitas_bp.kernels.masks.pack_interval`."""
+    """See :func:`brevitas_bp.format.masks.pack_interval`."""
     return mask_backend(flat.device).pack_interval(flat, interval, watch_nan=watch_nan)
 
 
 def pack_bits(flat: Tensor) -> Tensor:
-    """See :func:`brevitas_bp.kernels.masks.pack_bits`."""
+    """See :func:`brevitas_bp.format.masks.pack_bits`."""
     return mask_backend(flat.device).pack_bits(flat)
 
 
 def unpack_select(
         packed: Tensor, numel: int, outside: float, inside: float, dtype: torch.dtype) -> Tensor:
-    """See :func:`brevitas_bp.kernels.masks.unpack_select`."""
+    """See :func:`brevitas_bp.format.masks.unpack_select`."""
     return mask_backend(packed.device).unpack_select(packed, numel, outside, inside, dtype)
 
 
 def rectify_(x: Tensor, packed: Tensor) -> Tensor:
-    """See :func:`brevitas_bp.kernels.masks.rectify_`."""
+    """See :func:`brevitas_bp.format.masks.rectify_`."""
     return mask_backend(x.device).rectify_(x, packed)
 
 
 def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
-    """See :func:`brevitas_bp.kernels.masks.window_codes`."""
+    """See :func:`brevitas_bp.format.masks.window_codes`."""
     return mask_backend(index.device).window_codes(index, windows, dtype)
 
 
 def window_indices(codes: Tensor, windows: Windows) -> Tensor:
-    """See :func:`brevitas_bp.kernels.masks.window_indices`."""
+    """See :func:`brevitas_bp.format.masks.window_indices`."""
     return mask_backend(codes.device).window_indices(codes, windows)
 
 
 def few_bit_backend(device: torch.device) -> ModuleType:
     """The module whose ``encode`` and ``decode`` serve few-bit tables there."""
     if device.type == "cpu" and _cpu_kernels() is not None:
-        from brevitas_bp.kernels import few_bit_cpu
+        from brevitas_bp.kernels.cpu import few_bit as few_bit_cpu
 
         return few_bit_cpu
     return few_bit
@@ -241,14 +242,14 @@ def few_bit_backend(device: torch.device) -> ModuleType:
 def encode_few_bit(
         flat: Tensor, borders: tuple[float, ...], bit_width: int,
         folded: bool) -> tuple[Tensor, Tensor]:
-    """See :func:`brevitas_bp.kernels.few_bit.encode`."""
+    """See :func:`brevitas_bp.format.few_bit.encode`."""
     return few_bit_backend(flat.device).encode(flat, borders, bit_width, folded)
 
 
 def decode_few_bit(
         payload: Tensor, flags: Tensor, levels: tuple[float, ...], bit_width: int, numel: int,
         dtype: torch.dtype) -> Tensor:
-    """See :func:`brevitas_bp.kernels.few_bit.decode`."""
+    """See :func:`brevitas_bp.format.few_bit.decode`."""
     form = few_bit_backend(payload.device)
     return form.decode(payload, flags, levels, bit_width, numel, dtype)
 
@@ -256,17 +257,17 @@ def decode_few_bit(
 def averages_backend(device: torch.device) -> ModuleType:
     """The module whose ``group_means`` and ``spread`` serve tensors there."""
     if device.type == "cpu" and _cpu_kernels() is not None:
-        from brevitas_bp.kernels import averages_cpu
+        from brevitas_bp.kernels.cpu import averages as averages_cpu
 
         return averages_cpu
     return averages
 
 
 def group_means(x: Tensor, size: int) -> Tensor:
-    """See :func:`brevitas_bp.kernels.averages.group_means`; ``x`` [A, L, I] is contiguous."""
+    """See :func:`brevitas_bp.format.averages.group_means`; ``x`` [A, L, I] is contiguous."""
     return averages_backend(x.device).group_means(x, size)
 
 
 def spread(means: Tensor, size: int, length: int) -> Tensor:
-    """See :func:`brevitas_bp.kernels.averages.spread`; ``means`` [A, n, I] is contiguous."""
+    """See :func:`brevitas_bp.format.averages.spread`; ``means`` [A, n, I] is contiguous."""
     return averages_backend(means.device).spread(means, size, length)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from brevitas_bp import codec_from
 from brevitas_bp import quant as configs
+from brevitas_bp.activations.few_bit import few_bit_table
 from brevitas_bp.codec import BitMask, Codec, FewBitCodec
 from brevitas_bp.codec.regions import relu_region
-from brevitas_bp.core.few_bit import few_bit_table
 
 TWO_BITS = configs.ShiftedUint2DynamicActPerBucketFloatStochastic
 

@@ -11,9 +11,9 @@ import argparse
 import torch
 
 from brevitas_bp import codec_from
+from brevitas_bp.activations.closed_forms import DERIVATIVES
+from brevitas_bp.activations.few_bit import few_bit_table, fit_few_bit_table
 from brevitas_bp.codec import Codec, FewBitCodec
-from brevitas_bp.core.few_bit import few_bit_table, fit_few_bit_table
-from brevitas_bp.core.few_bit_derivatives import DERIVATIVES
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 

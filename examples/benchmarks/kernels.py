@@ -23,8 +23,9 @@ from output import Measured, add_output_options, on_threads, publish
 from timing import best_of, best_on_device
 from torch import Tensor
 
-from brevitas_bp.kernels import dispatch, reference
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format import reference
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.kernels import dispatch
 
 SPECS = {
     "2-bit stochastic, bucket 256": BucketQuantSpec(2, 256),

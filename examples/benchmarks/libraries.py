@@ -17,9 +17,9 @@ import torch
 from timing import interleaved
 from torch import Tensor
 
+from brevitas_bp.format.reference import Encoded
+from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.reference import Encoded
-from brevitas_bp.kernels.spec import BucketQuantSpec
 
 BITS = (8, 4)
 BUCKET = 256

@@ -25,8 +25,11 @@ from timing import interleaved
 from torch import nn
 
 from brevitas_bp import Packed, QuantBackwardWrapper
-from brevitas_bp.backward import hooks, ops, rewrites
-from brevitas_bp.kernels import cpu, masks_cpu, threads
+from brevitas_bp.backward import hooks, rewrites
+from brevitas_bp.backward import location as ops
+from brevitas_bp.kernels.cpu import launch as cpu
+from brevitas_bp.kernels.cpu import masks as masks_cpu
+from brevitas_bp.kernels.cpu import threads
 
 
 class Clocks:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from brevitas_bp import OpAware, QuantBackwardWrapper
 from brevitas_bp.allocate import GradientErrorRow, gradient_error, measure_gradient_error
-from brevitas_bp.kernels.random import derive
+from brevitas_bp.format.random import derive
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat as Nearest2
 from tests.backward.support import Apply, cotangent, net, run
 from tests.backward.test_unbiased import rounding_variance

@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
-from brevitas_bp.backward.ops import current_location
+from brevitas_bp.backward.location import current_location
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat as Nearest2
 from brevitas_bp.quant import ShiftedUint8DynamicActPerBucketFloat as Nearest8
 from tests.backward.support import (

@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from brevitas_bp import QuantBackwardWrapper
-from brevitas_bp.backward import inlined
-from brevitas_bp.backward.linearity import is_rectified, reach_of
+from brevitas_bp.backward.compiled import hooks as inlined
+from brevitas_bp.backward.compiled.linearity import is_rectified, reach_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")

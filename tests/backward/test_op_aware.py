@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.operations import norm_bits
-from brevitas_bp.kernels.spec import row_bucket
+from brevitas_bp.format.spec import row_bucket
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
 from tests.backward.support import Apply, assert_same, cotangent, run, wrapped_run
 from tests.stats import hoeffding

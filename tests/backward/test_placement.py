@@ -10,7 +10,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import Graph, GraphModule
 
 from brevitas_bp import QuantBackwardWrapper
-from brevitas_bp.backward import inlined
+from brevitas_bp.backward.compiled import hooks as inlined
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 

@@ -19,7 +19,7 @@ from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.rounding import StochasticRound
 from brevitas_bp.core.stats import BucketAbsMax, BucketMin, BucketMinMaxRange
-from brevitas_bp.kernels.widths import WidthLayout
+from brevitas_bp.format.widths import WidthLayout
 from brevitas_bp.quant import (
     ActQuantSolver,
     PerBucketMax,

@@ -13,8 +13,8 @@ from brevitas_bp.codec.bucketwise import class_name
 from brevitas_bp.codec.general import ModuleCodec
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.stats import BucketMinMaxRange
-from brevitas_bp.kernels.random import noise_like, seeded_rows
-from brevitas_bp.kernels.widths import WidthLayout
+from brevitas_bp.format.random import noise_like, seeded_rows
+from brevitas_bp.format.widths import WidthLayout
 from brevitas_bp.quant import (
     ActQuantSolver,
     PerBucketMax,

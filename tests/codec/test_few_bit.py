@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brevitas_bp.activations.few_bit import FewBitTable, few_bit_table
 from brevitas_bp.codec import FewBitCodec
 from brevitas_bp.codec.base import Packed
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.core.few_bit import FewBitTable, few_bit_table
 from brevitas_bp.errors import CorruptPayloadError
-from brevitas_bp.kernels import dispatch, few_bit
-from brevitas_bp.kernels.few_bit import BLOCK
+from brevitas_bp.format import few_bit
+from brevitas_bp.format.few_bit import BLOCK
+from brevitas_bp.kernels import dispatch
 from tests.strategies import DTYPES, LAYOUTS, awkward_tensors, dtype_name, normals
 from tests.support import same_bits
 
@@ -84,7 +85,7 @@ def test_the_layout_is_kept(dtype: torch.dtype, layout: Callable[[Tensor], Tenso
 
 
 def forms() -> list[ModuleType]:
-    return [few_bit, pytest.importorskip("brevitas_bp.kernels.few_bit_cpu")]
+    return [few_bit, pytest.importorskip("brevitas_bp.kernels.cpu.few_bit")]
 
 
 @each_dtype

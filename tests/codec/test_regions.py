@@ -30,7 +30,7 @@ from brevitas_bp.codec.regions import (
     sign,
     threshold_region,
 )
-from brevitas_bp.kernels.masks import INTEGERS
+from brevitas_bp.format.masks import INTEGERS
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
 from tests.codec.support import Op, run
 from tests.strategies import DTYPES, dtype_name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp import codec_from, quant
-from brevitas_bp.kernels.spec import lowest_code, top_code
+from brevitas_bp.format.spec import lowest_code, top_code
 from brevitas_bp.quant import (
     ActQuantSolver,
     PerBucketMinMax,

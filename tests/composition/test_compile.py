@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from brevitas_bp import Codec, QuantBackwardWrapper, SavedTensor, track_saved_memory
 from brevitas_bp.backward import OpAware
 from brevitas_bp.codec import codec_from
-from brevitas_bp.codec.inlined import InlinedRectified, inlined
+from brevitas_bp.codec.graph_forms import InlinedRectified, inlined
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloatStochastic,

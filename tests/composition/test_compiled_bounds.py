@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp import OpAware, QuantBackwardWrapper
-from brevitas_bp.backward import inlined, placement
-from brevitas_bp.backward.graph_rows import Grouping
+from brevitas_bp.backward.compiled import hooks as inlined
+from brevitas_bp.backward.compiled import placement
+from brevitas_bp.backward.compiled.rows import Grouping
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 pytestmark = pytest.mark.filterwarnings(

@@ -20,8 +20,8 @@ from brevitas_bp.core.bit_width import (
     selectors,
     stepwise,
 )
-from brevitas_bp.kernels.random import WIDTHS, derive, seeded
-from brevitas_bp.kernels.widths import WidthLayout
+from brevitas_bp.format.random import WIDTHS, derive, seeded
+from brevitas_bp.format.widths import WidthLayout
 from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloatStochastic,
     ShiftedUint2Mix4DynamicActPerBucketFloatStochastic,

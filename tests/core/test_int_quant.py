@@ -17,7 +17,7 @@ from brevitas_bp.core.int_quant import (
     BucketRescalingIntQuant,
     SignMagnitudeIntScaling,
 )
-from brevitas_bp.kernels.random import seeded
+from brevitas_bp.format.random import seeded
 from brevitas_bp.quant import (
     Int4DynamicActPerBucketFloatStochastic,
     ShiftedUint2DynamicActPerBucketFloat,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from brevitas_bp.core.rounding import StochasticRound
-from brevitas_bp.kernels import random
-from brevitas_bp.kernels.random import seeded, uniform
+from brevitas_bp.format import random
+from brevitas_bp.format.random import seeded, uniform
 from tests.stats import bernstein, rounding_variance
 from tests.strategies import DTYPES, dtype_name
 

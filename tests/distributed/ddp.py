@@ -11,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.modules import module as torch_module
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
-from brevitas_bp.backward import ops
+from brevitas_bp.backward import location as ops
 from brevitas_bp.private import top_hooks
 from tests.distributed.support import (
     EXACT,

@@ -11,8 +11,8 @@ import torch
 from matplotlib.text import Annotation
 from torch import Tensor, nn
 
-from brevitas_bp.kernels import reference
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format import reference
+from brevitas_bp.format.spec import BucketQuantSpec
 from tests.examples.scripts import benchmark
 
 kernels, memory, step_parts, step_time, plots = map(

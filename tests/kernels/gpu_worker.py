@@ -18,9 +18,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels.normalizing import Affine
-from brevitas_bp.kernels.reference import Encoded
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format.normalizing import Affine
+from brevitas_bp.format.reference import Encoded
+from brevitas_bp.format.spec import BucketQuantSpec
 
 
 class Worker:
@@ -108,7 +108,7 @@ class Interpreted:
 def _interpreted_kernels() -> Any:
     from triton.runtime import interpreter
 
-    from brevitas_bp.kernels import gpu
+    from brevitas_bp.kernels.gpu import launch as gpu
 
     # numpy warns of the overflows that the kernels handle. The launch options switch the check for
     # integer overflow off, but the interpreter has options of its own.
@@ -137,7 +137,7 @@ def _decode(
 def _set_constant(name: str, value: int) -> int:
     from triton.language import constexpr
 
-    from brevitas_bp.kernels import gpu_kernels
+    from brevitas_bp.kernels.gpu import source as gpu_kernels
 
     before: Any = getattr(gpu_kernels, name)
     setattr(gpu_kernels, name, constexpr(value))
@@ -203,7 +203,7 @@ def compile_kernels(
     """What encode and decode are compiled to for calls (number of elements, seed)."""
     from triton.runtime import driver
 
-    from brevitas_bp.kernels import gpu
+    from brevitas_bp.kernels.gpu import launch as gpu
 
     driver.set_active(_NoDevice(capability))  # pyright: ignore[reportArgumentType]
     found: list[Compiled] = []

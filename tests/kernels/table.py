@@ -6,10 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import reference
-from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.reference import Encoded
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format import reference
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.reference import Encoded
+from brevitas_bp.format.spec import BucketQuantSpec
 from tests.strategies import RULES
 from tests.support import same_bits
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import averages, dispatch
-from brevitas_bp.kernels.averages import group_count
+from brevitas_bp.format import averages
+from brevitas_bp.format.averages import group_count
+from brevitas_bp.kernels import dispatch
 from tests.strategies import DTYPES, dtype_name, normals
 from tests.support import same_bits
 

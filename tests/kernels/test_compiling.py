@@ -1,15 +1,16 @@
 """What numba keeps on disk: it serves again, until any kernel source changes."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-compiling = pytest.importorskip("brevitas_bp.kernels.compiling")
+compiling = pytest.importorskip("brevitas_bp.kernels.cpu.compiling")
 
 MODULE = """
-from brevitas_bp.kernels import compiling
+from brevitas_bp.kernels.cpu import compiling
 
 sources = compiling.SOURCES
 
@@ -61,10 +62,13 @@ def test_what_is_on_disk_is_stale_when_any_source_changes(
 def test_the_number_is_that_of_the_contents(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiling._digest() == compiling.SOURCES
-    for source in Path(compiling.__file__).parent.glob("*.py"):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "compiling.py"))
+    package = Path(compiling.__file__).parents[2]
+    for room in ("activations", "format", "kernels/cpu"):
+        shutil.copytree(package / room, tmp_path / room)
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "kernels/cpu/compiling.py"))
     assert compiling._digest() == compiling.SOURCES
-    with (tmp_path / "cpu_kernels.py").open("a") as file:
-        file.write("# another")
-    assert compiling._digest() != compiling.SOURCES
+    for changed in ("kernels/cpu/sources.py", "format/random.py", "activations/derivatives.py"):
+        before = compiling._digest()
+        with (tmp_path / changed).open("a") as file:
+            file.write("# another")
+        assert compiling._digest() != before

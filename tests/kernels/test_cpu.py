@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import dispatch, reference
-from brevitas_bp.kernels.packing import pack, unpack
-from brevitas_bp.kernels.reference import Encoded
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format import reference
+from brevitas_bp.format.packing import pack, unpack
+from brevitas_bp.format.reference import Encoded
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.kernels import dispatch
 from tests.kernels.table import DTYPES, LARGE_SPECS, SPECS, check, same_bytes, samples
 from tests.strategies import dtype_name
 
-cpu = pytest.importorskip("brevitas_bp.kernels.cpu")
-cpu_whole = pytest.importorskip("brevitas_bp.kernels.cpu_whole")
+cpu = pytest.importorskip("brevitas_bp.kernels.cpu.launch")
+cpu_whole = pytest.importorskip("brevitas_bp.kernels.cpu.large")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from brevitas_bp.kernels import derivatives, dispatch, reference
-from brevitas_bp.kernels.derivatives import DERIVATIVES, derivative
+from brevitas_bp.activations import derivatives
+from brevitas_bp.activations.derivatives import DERIVATIVES, derivative
+from brevitas_bp.format import reference
+from brevitas_bp.kernels import dispatch
 from tests.kernels.table import SPECS, same_bytes, samples
 from tests.support import same_bits
 
@@ -38,7 +40,7 @@ def of_autograd(name: str, x: Tensor) -> Tensor:
 
 
 def compiled(flat: Tensor, name: str) -> Tensor:
-    return pytest.importorskip("brevitas_bp.kernels.derivatives_cpu").derivative(flat, name)
+    return pytest.importorskip("brevitas_bp.kernels.cpu.derivatives").derivative(flat, name)
 
 
 def test_every_derivative_is_tested() -> None:
@@ -83,7 +85,7 @@ def test_any_floats_have_the_bits_of_the_definition(name: str, values: list[floa
 
 @each_function
 def test_encoding_a_derivative_gives_the_bytes_of_the_reference(name: str) -> None:
-    cpu = pytest.importorskip("brevitas_bp.kernels.cpu")
+    cpu = pytest.importorskip("brevitas_bp.kernels.cpu.launch")
     # Of several groups, chunks and threads, and with a last bucket that is padded.
     large = torch.randn(5 * 2**14 + 3, generator=torch.Generator().manual_seed(1)) * 3
     cases = [(spec, x) for spec in SPECS[::3] for x in samples(torch.float32).values()]

@@ -10,10 +10,11 @@ from hypothesis import given
 from torch import Tensor
 
 from brevitas_bp import codec_from, quant
-from brevitas_bp.kernels import arithmetic, dispatch, reference
-from brevitas_bp.kernels.normalizing import Affine
-from brevitas_bp.kernels.reference import Encoded
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format import arithmetic, reference
+from brevitas_bp.format.normalizing import Affine
+from brevitas_bp.format.reference import Encoded
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.kernels import dispatch
 from tests.kernels.gpu_worker import Compiled, Interpreted, Worker, compile_kernels
 from tests.kernels.table import DTYPES, SPECS, check, joined, same_bytes, samples
 from tests.strategies import VALUES, dtype_name, float_tensors, normals, seeds, specs
@@ -345,7 +346,7 @@ def test_rows_and_statistics_of_all_lengths_share_one_kernel(compiler: Worker) -
 
 
 def test_double_and_whole_tensors_go_to_the_reference() -> None:
-    from brevitas_bp.kernels import gpu
+    from brevitas_bp.kernels.gpu import launch as gpu
 
     assert not gpu.supports(torch.float64, BucketQuantSpec())
     assert not gpu.supports(torch.float32, BucketQuantSpec(bucket_size=None))
@@ -354,7 +355,7 @@ def test_double_and_whole_tensors_go_to_the_reference() -> None:
 
 
 def test_plans_of_a_device_are_those_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from brevitas_bp.kernels import gpu
+    from brevitas_bp.kernels.gpu import launch as gpu
 
     monkeypatch.setattr(dispatch, "_gpu_kernels", lambda: gpu)
     device, spec = torch.device("cuda"), BucketQuantSpec(2, 56, row_size=49)
@@ -405,7 +406,7 @@ class OnDevice:
 def kernels() -> dispatch.ModuleType:
     """The kernels that CUDA tensors go to."""
     form = dispatch.backend(torch.device("cuda"), torch.float32, BucketQuantSpec())
-    assert form.__name__ == "brevitas_bp.kernels.gpu"
+    assert form.__name__ == "brevitas_bp.kernels.gpu.launch"
     return form
 
 

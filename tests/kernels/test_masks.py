@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import masks
-from brevitas_bp.kernels.masks import (
+from brevitas_bp.format import masks
+from brevitas_bp.format.masks import (
     INTEGERS,
     Interval,
     Windows,
     next_value,
     order_of,
 )
-from brevitas_bp.kernels.packing import pack
-from brevitas_bp.kernels.reference import to_buckets
+from brevitas_bp.format.packing import pack
+from brevitas_bp.format.reference import to_buckets
 from tests.strategies import DTYPES, dtype_name
 from tests.support import same_bits
 
-masks_cpu = pytest.importorskip("brevitas_bp.kernels.masks_cpu")
+masks_cpu = pytest.importorskip("brevitas_bp.kernels.cpu.masks")
 
 INF, NAN = math.inf, math.nan
 BACKENDS: list[ModuleType] = [masks, masks_cpu]

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from brevitas_bp.kernels import dispatch, reference
-from brevitas_bp.kernels.arithmetic import compute_dtype
-from brevitas_bp.kernels.normalizing import Affine, denormalize, normalize
-from brevitas_bp.kernels.spec import BucketQuantSpec, row_bucket
+from brevitas_bp.format import reference
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.normalizing import Affine, denormalize, normalize
+from brevitas_bp.format.spec import BucketQuantSpec, row_bucket
+from brevitas_bp.kernels import dispatch
 from tests.kernels.table import same_bytes
 from tests.strategies import DTYPES, dtype_name
 from tests.support import same_bits
 
-cpu = pytest.importorskip("brevitas_bp.kernels.cpu")
+cpu = pytest.importorskip("brevitas_bp.kernels.cpu.launch")
 
 LENGTHS = (1, 17, 49, 192, 300)
 SPECS = [

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from brevitas_bp.kernels import reference, threads
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format import reference
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.kernels.cpu import threads
 
-cpu = pytest.importorskip("brevitas_bp.kernels.cpu")
+cpu = pytest.importorskip("brevitas_bp.kernels.cpu.launch")
 
 SPEC = BucketQuantSpec(2, 64, mix_bit_width=5, mix_prob=0.3)
 NUMEL = 5 * 2**14 + 3

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from brevitas_bp import codec_from
-from brevitas_bp.kernels import compiling
+from brevitas_bp.kernels.cpu import compiling
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
-from tests.kernels.golden import digest, values
+from tests.format.golden import digest, values
 
 SCRIPT = """
 import warnings
 warnings.simplefilter("always")
 from brevitas_bp import codec_from
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
-from tests.kernels.golden import digest, values
+from tests.format.golden import digest, values
 with warnings.catch_warnings(record=True) as told:
     for _ in range(2):
         found = digest(codec_from(Stochastic2).encode(values(64, 256), seed=1))

@@ -10,7 +10,7 @@ from brevitas.inject import ExtendedInjector
 from brevitas_bp import codec_from, quant
 from brevitas_bp.codec.average import AverageCodec, unaveraged
 from brevitas_bp.codec.quantized import LoweredCodec
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format.spec import BucketQuantSpec
 
 GRAMMAR = re.compile(
     r"(?P<shifted>Shifted)?(?P<kind>Uint|Int)(?P<bits>\d)(Mix(?P<mix>\d)|Avg(?P<avg>\d))?"

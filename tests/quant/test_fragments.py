@@ -14,7 +14,7 @@ from torch import Tensor
 from brevitas_bp import codec_from, quant
 from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.core.rounding import StochasticRound
-from brevitas_bp.kernels.spec import BucketQuantSpec
+from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.proxy import BucketwiseActQuantProxyFromInjector
 from brevitas_bp.quant import (
     ActQuantSolver,

@@ -7,7 +7,7 @@ import torch
 from brevitas.nn import QuantIdentity
 
 from brevitas_bp import codec_from, seeded
-from brevitas_bp.kernels.random import uniform
+from brevitas_bp.format.random import uniform
 from brevitas_bp.quant import (
     ThesisInt2DynamicActPerTensorFloat,
     ThesisLevels4DynamicActPerBucketFloatStochastic,

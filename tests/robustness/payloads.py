@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brevitas_bp import Codec, Packed, codec_from, quant
+from brevitas_bp.activations.few_bit import few_bit_table
 from brevitas_bp.codec import BitMask, Copy, FewBitCodec, NarrowInt, PerSampleCodec
 from brevitas_bp.codec.lossless import narrow_to
 from brevitas_bp.codec.pooling import max_pool_index
@@ -23,7 +24,6 @@ from brevitas_bp.codec.regions import (
 from brevitas_bp.codec.shape_only import shape_only
 from brevitas_bp.codec.signed import sign_exact
 from brevitas_bp.codec.stock import StatefulCodec
-from brevitas_bp.core.few_bit import few_bit_table
 from tests.codec.test_stock import ALL, config_of
 from tests.strategies import normals
 

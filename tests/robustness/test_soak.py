@@ -35,7 +35,7 @@ def only_new_objects() -> Iterator[None]:
 
 #: Functions whose every bytecode is a place for an interrupt, and their files: what installs or removes.
 FILES = (
-    "backward/hooks.py", "backward/ops.py", "backward/wrapper.py", "torch/overrides.py",
+    "backward/hooks.py", "backward/location.py", "backward/wrapper.py", "torch/overrides.py",
     "torch/nn/modules/module.py", "torch/autograd/graph.py", "torch/utils/hooks.py")
 INSTALLING = {
     "__enter__", "__exit__", "forward", "close", "enter", "leave", "_watch_modules", "_unwatch_modules",

@@ -1,0 +1,79 @@
+"""Where in a compiled graph a tensor is encoded and decoded.
+
+NOTE [ Encoders rise, decoders sink ]
+1. AOTAutograd puts what the hooks do at the end of the forward graph and at the beginning of the
+   backward graph, and Inductor keeps calls in the order of the graph. So all that is saved would be
+   alive at once, uncompressed, twice in a step: nothing would be saved where it counts, at the peak.
+2. So an encoder is moved up to what made its tensor, and a decoder down to what first reads its values.
+3. The hooks see the graphs while they are changed, but not what is made of their own call. So each call
+   moves the operations of the calls before it; those of the last one stay where they are.
+"""
+
+import torch
+from torch.fx import Graph, Node
+
+from brevitas_bp.backward.compiled.rows import statistics_of
+
+_MOVED = "brevitas_bp moved"
+_ENCODERS = frozenset({"encode", "encode_channels", "pack_bits", "pack_positive"})
+_DECODERS = frozenset({"decode", "decode_channels", "decode_rectified", "unpack_bits"})
+_VIEWS = frozenset({"view", "permute", "reshape", "_unsafe_view"})
+
+
+def raise_encoders(forward: Graph) -> None:
+    """Moves each encoder, and the views it reads through, up to where its tensor is made."""
+    for encoder in _new(forward, _ENCODERS):
+        chain = [encoder]
+        # Two encoders of one tensor read one view of it.
+        while isinstance(source := chain[0].args[0], Node) and _name(source) in _VIEWS and all(
+                user is chain[0] or _is_encoder(user) for user in source.users):
+            chain.insert(0, source)
+        made = chain[0].args[0]
+        # Inputs of the graph are there from the beginning; an encoder may stand behind the last of them.
+        inputs = forward.find_nodes(op="placeholder")
+        assert isinstance(made, Node)
+        place = inputs[-1] if made in inputs else made
+        if encoder.target is torch.ops.brevitas_bp.encode_channels.default and (
+                statistics := statistics_of(made)) is not None:
+            # The norm has computed them; it runs right after what made its input.
+            encoder.args = (*encoder.args[:5], *statistics)
+            place = max(place, *statistics, key=list(forward.nodes).index)
+        while _name(place.next) == "getitem":
+            place = place.next
+        for node in reversed(chain):
+            place.append(node)
+
+
+def sink_decoders(backward: Graph) -> None:
+    """Moves each decoder, and the views of its values, down to where they are first read."""
+    decoders = _new(backward, _DECODERS)
+    order = {node: i for i, node in enumerate(backward.nodes)} if decoders else {}
+    for decoder in decoders:
+        chain = [decoder]
+        while len(chain[-1].users) == 1 and _name(user := next(iter(chain[-1].users))) in _VIEWS:
+            chain.append(user)
+        first = min(chain[-1].users, key=lambda node: order[node], default=None)
+        if first is not None:
+            for node in chain:
+                first.prepend(node)
+
+
+def _is_encoder(node: Node) -> bool:
+    return _name(node) in _ENCODERS and "brevitas_bp" in str(node.target)
+
+
+def _new(graph: Graph, names: frozenset[str]) -> list[Node]:
+    """Operations of ours that were not moved yet."""
+    found = []
+    for node in graph.nodes:
+        if _name(node) in names and "brevitas_bp" in str(node.target) and _MOVED not in node.meta:
+            node.meta[_MOVED] = True
+            found.append(node)
+    return found
+
+
+def _name(node: Node) -> str:
+    """``aten.view.default`` -> "view"; of functions their name."""
+    if node.op != "call_function":
+        return ""
+    return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")

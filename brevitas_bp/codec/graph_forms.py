@@ -1,0 +1,318 @@
+"""Codecs as operations of a compiled graph, where ``torch.compile`` inlines the hooks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.codec.average import unaveraged
+from brevitas_bp.codec.base import Codec
+from brevitas_bp.codec.lossless import BitMask
+from brevitas_bp.codec.quantized import LoweredCodec, codec_name
+from brevitas_bp.core.bucket import memory_order
+from brevitas_bp.format.masks import Interval, mask_nbytes, next_value
+from brevitas_bp.format.normalizing import Affine
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.kernels import dispatch
+
+# NOTE [ Graphs call the kernels ]
+# Encoding and decoding are operators, and so calls, in a compiled graph. As operations that Inductor
+# fuses with those around them they were tried (CPU, torch 2.13), with the same bytes:
+# 1. Encoding took as long as the compiled kernels on one thread, and twenty seconds of compilation for
+#    each tensor: each step of the hash reads its input twice, and Inductor expands what is not stored.
+# 2. Decoding was faster than the kernels where a matrix product read the values. Fused with elementwise
+#    operations on another memory layout it was computed again for each of them, one element at a time: a
+#    compiled step of EfficientNetV2-S took five times as long.
+_library = torch.library.Library("brevitas_bp", "FRAGMENT")
+_library.define(
+    "decode(Tensor payload, Tensor metadata, str spec, SymInt numel, ScalarType dtype) -> Tensor")
+# In whatever order of memory Inductor has laid a tensor out: it is read in its own, mostly without a
+# copy.
+FLEXIBLE = tuple(
+    getattr(torch.Tag, name) for name in ("flexible_layout",) if hasattr(torch.Tag, name))
+_library.define(
+    "decode_rectified(Tensor payload, Tensor metadata, Tensor positive, str spec, SymInt numel, "
+    "ScalarType dtype) -> Tensor")
+_library.define(
+    "decode_channels(Tensor payload, Tensor metadata, Tensor statistics, str spec, SymInt numel, "
+    "SymInt inner, ScalarType dtype) -> Tensor")
+_library.define("pack_bits(Tensor x) -> Tensor", tags=FLEXIBLE)
+_library.define("pack_positive(Tensor x) -> Tensor", tags=FLEXIBLE)
+_library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
+
+
+def _decode(
+        payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
+    plan = dispatch.plan_from_text(spec, numel, dtype, payload.device)
+    # Of one width, nothing is drawn again.
+    return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,))
+
+
+def _decode_rectified(
+        payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :class:`InlinedRectified`. NaN stays."""
+    return dispatch.rectify_(_decode(payload, metadata, spec, numel, dtype), positive)
+
+
+def _decode_channels(
+        payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :class:`InlinedChannels`."""
+    plan = dispatch.plan_from_text(spec, numel, dtype, payload.device)
+    affine = Affine(statistics[1].contiguous(), statistics[0].contiguous(), inner)
+    return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,), affine)
+
+
+def _pack_bits(x: Tensor) -> Tensor:
+    return dispatch.pack_bits(x.reshape(-1))
+
+
+def _pack_positive(x: Tensor) -> Tensor:
+    return dispatch.pack_interval(x.reshape(-1), _positive(x.dtype))[0]
+
+
+@lru_cache(maxsize=8)
+def _positive(dtype: torch.dtype) -> Interval:
+    return Interval(next_value(0.0, dtype, 1), float("inf"))
+
+
+def _unpack_bits(packed: Tensor, numel: int) -> Tensor:
+    return dispatch.unpack_select(packed, numel, 0, 1, torch.bool)
+
+
+for _name, _function in (
+        ("decode", _decode), ("decode_channels", _decode_channels),
+        ("decode_rectified", _decode_rectified), ("pack_bits", _pack_bits),
+        ("pack_positive", _pack_positive), ("unpack_bits", _unpack_bits)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("brevitas_bp::decode", lib=_library)
+def _decode_fake(
+        payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
+    return payload.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("brevitas_bp::decode_rectified", lib=_library)
+def _decode_rectified_fake(
+        payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    return payload.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("brevitas_bp::decode_channels", lib=_library)
+def _decode_channels_fake(
+        payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
+        dtype: torch.dtype) -> Tensor:
+    return payload.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("brevitas_bp::pack_positive", lib=_library)
+@torch.library.register_fake("brevitas_bp::pack_bits", lib=_library)
+def _pack_bits_fake(x: Tensor) -> Tensor:
+    return x.new_empty(mask_nbytes(x.numel()), dtype=torch.uint8)
+
+
+@torch.library.register_fake("brevitas_bp::unpack_bits", lib=_library)
+def _unpack_bits_fake(packed: Tensor, numel: int) -> Tensor:
+    return packed.new_empty(numel, dtype=torch.bool)
+
+
+#: A tensor, a spec of one width and perhaps the place of its channels -> payload; scales and offsets in
+#: one tensor; and of channels their means and deviations.
+Quantize = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Inlined(ABC):
+    """A codec for one tensor of a graph that is being made.
+
+    Attributes:
+        name: shown in reports.
+        order: dimensions from the slowest to the fastest in memory; None: as they are.
+        dtype: of the tensor.
+    """
+
+    name: str
+    order: tuple[int, ...] | None
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> int:
+        """Number of stored tensors."""
+        return 1
+
+    @abstractmethod
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        """Stored tensors of ``x``, whose dimensions are in ``order``; ``quantize`` calls the kernels."""
+
+    @abstractmethod
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        """The elements in memory order; ``sizes`` in the same order."""
+
+    def pack(self, x: Tensor, quantize: Quantize) -> tuple[tuple[Tensor, ...], list[Any]]:
+        """Stored tensors, and the sizes in memory order that :meth:`unpack` wants."""
+        x = x if self.order is None else x.permute(self.order)
+        return self.encode(x, quantize), list(x.shape)
+
+    def unpack(self, tensors: tuple[Tensor, ...], sizes: list[Any]) -> Tensor:
+        """The tensor, in the same order in memory. Gaps between its elements are gone."""
+        numel = 1
+        for size in sizes:
+            numel = numel * size
+        x = self.decode(tensors, numel, sizes).view(sizes)
+        if self.order is None:
+            return x
+        return x.permute([self.order.index(d) for d in range(len(self.order))])
+
+
+@dataclass(frozen=True)
+class InlinedQuantizer(Inlined):
+    """A bucket quantizer of one width.
+
+    Attributes:
+        spec: its lowered form.
+    """
+
+    spec: BucketQuantSpec
+
+    @property
+    def parts(self) -> int:
+        return 2
+
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return quantize(x, self.spec)
+
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        return torch.ops.brevitas_bp.decode(*tensors, self.spec.to_text(), numel, self.dtype)
+
+
+@dataclass(frozen=True)
+class InlinedChannels(InlinedQuantizer):
+    """A bucket quantizer of a tensor [N, C, ...] in units of its channels: deviations from their means.
+
+    Channels of any size are rounded alike, wherever they lie in memory; one without deviation is exact.
+
+    Attributes:
+        dim: place of the channels in ``order``: 1, or the last.
+    """
+
+    dim: int
+
+    @property
+    def parts(self) -> int:
+        return 3
+
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return quantize(x, self.spec, self.dim)
+
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        inner = 1
+        for size in sizes[self.dim + 1:]:
+            inner = inner * size
+        return torch.ops.brevitas_bp.decode_channels(
+            *tensors, self.spec.to_text(), numel, inner, self.dtype)
+
+
+@dataclass(frozen=True)
+class InlinedRectified(InlinedQuantizer):
+    """The output of a ReLU: a bucket quantizer, and 1 bit for what is positive.
+
+    Decoded is zero exactly where the tensor is, so that a comparison with 0 is that of the tensor.
+    What the quantizer decodes to less than 2**-64 beside it (2**-24 in float16) is that instead.
+    """
+
+    @property
+    def parts(self) -> int:
+        return 3
+
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return *quantize(x, self.spec), torch.ops.brevitas_bp.pack_positive(x)
+
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        return torch.ops.brevitas_bp.decode_rectified(
+            *tensors, self.spec.to_text(), numel, self.dtype)
+
+
+@dataclass(frozen=True)
+class InlinedMask(Inlined):
+    """Bools, 1 bit each."""
+
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return (torch.ops.brevitas_bp.pack_bits(x),)
+
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        return torch.ops.brevitas_bp.unpack_bits(tensors[0], numel)
+
+
+def inlined(
+        codec: Codec, x: Tensor, channels_last: bool = False, rectified: bool = False,
+        row: int | None = None, in_memory: bool = False,
+        channels: bool = False) -> Inlined | None:
+    """``codec`` for a tensor of a graph; None where the graph has to keep the tensor as it is.
+
+    That is where the codec has no such form, see :func:`can_inline`, or elements share memory.
+
+    A graph has sizes that no seed may change and no groups across channels: of two widths the larger
+    serves, and instead of averages their codes for each element, which are as wide.
+
+    Args:
+        codec: the codec that was decided for.
+        x: a fake tensor.
+        channels_last: whether images [N, C, H, W] will be channels_last when the graph runs, though they
+            are contiguous as it was traced.
+        rectified: whether it is the output of a ReLU, whose sign is to be exact.
+        row: elements of a row, see :mod:`brevitas_bp.codec.rows`.
+        in_memory: rows are whole samples, in whatever order their dimensions lie.
+        channels: what is stored is to be in units of its channel, dimension 1.
+    """
+    if not _is_apart(x):
+        return None
+    order = memory_order(x)
+    if order is None and channels_last and x.dim() == 4:
+        order = [0, 2, 3, 1]
+    if row is not None and not in_memory:
+        # Rows are those of the dimensions in their own order.
+        order = None if x.is_contiguous() else list(range(x.dim()))
+    settings = (None if order is None else tuple(order), x.dtype)
+    if isinstance(codec, BitMask):
+        return InlinedMask(codec.name, *settings)
+    codec = unaveraged(codec)
+    if isinstance(codec, LoweredCodec):
+        width = max(codec.spec.bit_widths)
+        spec = replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0)
+        name = codec_name((width,), spec.stochastic)
+        spec = spec if row is None else spec.in_rows(row)
+        if rectified:
+            return InlinedRectified(f"{name}, sign exact", *settings, spec)
+        dim = 1 if order is None else order.index(1) if x.dim() > 1 else 0
+        if channels and x.dim() > 1 and dim in (1, x.dim() - 1):
+            return InlinedChannels(name, *settings, spec, dim)
+        return InlinedQuantizer(name, *settings, spec)
+    return None
+
+
+def can_inline(codec: Codec) -> bool:
+    """Whether graphs can store anything with ``codec``: bucket quantizers that lower, and masks."""
+    return isinstance(unaveraged(codec), (LoweredCodec, BitMask))
+
+
+def _is_apart(x: Tensor) -> bool:
+    """Whether each element of ``x`` has memory of its own: nothing is expanded, no windows overlap."""
+    end = 1
+    for stride, size in sorted(
+            (stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
+        if stride < end:
+            return False
+        end = stride * (size - 1) + end
+    return True

@@ -1,0 +1,1 @@
+"""The byte format: what a quantizer is, and every byte it writes, in torch operations."""

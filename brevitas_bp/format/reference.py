@@ -1,0 +1,370 @@
+"""The definition of every byte, in torch operations.
+
+One bucket ``x`` of ``B`` elements, top code ``T`` (see :func:`~brevitas_bp.format.spec.top_code`),
+all arithmetic in float32 (float64 for float64 input), no fused multiply-add::
+
+    min_max  lo = min(x) + 0, hi = max(x) + 0          NaN propagates; + 0 turns -0 into 0
+             lo = down(lo)                             bfloat16 metadata only: towards -inf
+             s = up(range(lo, hi) / T)                 bfloat16 metadata only: towards +inf
+             inv = 1 / s  (0 where s is zero, subnormal or NaN)
+             q = clamp(round((x - lo) * inv), 0, T)
+             x~ = q * s + lo
+    max, l2  s = up(range(0, norm(x)) / T), q = clamp(round(x * inv), -T, T), x~ = q * s + 0
+
+``round`` is to nearest (ties to even) or ``floor(u) + (noise < u - floor(u))`` with noise from
+(seed, flat index). ``range`` is NaN where an end is not finite, and is limited to ``RANGE_LIMIT`` of
+the largest float so that finite data never decodes to Inf. A NaN scale stores zero codes and decodes
+to NaN. Decoded values are clamped to the finite range of the output dtype.
+
+Where buckets end with a row (``spec.row_size``), each row is padded to whole buckets first; flat indices
+are those of the padded tensor.
+
+The formulas are those of Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation
+Compressed Training", 2021, without its absolute epsilon, and of Li, "Mix-Precision Stochastic
+Quantization of Activations during Backpropagation", 2025, with metadata rounded before the codes.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.format.arithmetic import (
+    bucket_metadata,
+    compute_dtype,
+    dequantize,
+    quantize,
+    stored_metadata_dtype,
+    to_bytes,
+    to_metadata,
+)
+from brevitas_bp.format.packing import pack, packed_nbytes, planes, unpack
+from brevitas_bp.format.random import (
+    WIDTHS,
+    derive,
+    noise_keys,
+    row_indices,
+    row_numbers,
+    uniform_,
+)
+from brevitas_bp.format.spec import BucketQuantSpec, lowest_code, top_code
+from brevitas_bp.format.widths import WidthLayout
+
+# Elements handled at once: temporaries are small beside the tensor, and on CPU stay in the cache.
+# Elsewhere a launch costs more than memory.
+_CHUNK, _LARGE_CHUNK = 1 << 17, 1 << 22
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes of one tensor.
+
+    Attributes:
+        payload: uint8, the packed codes; with two widths those of mixed buckets come first.
+        metadata: in the metadata dtype: scales [n_buckets]; after them, where codes are unsigned,
+            offsets [n_buckets].
+        affine: whether there are offsets.
+    """
+
+    payload: Tensor
+    metadata: Tensor
+    affine: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What is stored."""
+        return self.payload, self.metadata
+
+    @property
+    def scale(self) -> Tensor:
+        """[n_buckets], a view."""
+        return self.metadata[:len(self.metadata) // 2] if self.affine else self.metadata
+
+    @property
+    def offset(self) -> Tensor | None:
+        """[n_buckets], a view; None where codes are signed."""
+        return self.metadata[len(self.metadata) // 2:] if self.affine else None
+
+
+def bucket_shape(
+        numel: int, bucket_size: int | None, row_size: int | None = None) -> tuple[int, int]:
+    """Number and size of the buckets of ``numel`` elements; size is padded to a multiple of 8.
+
+    Args:
+        numel: elements of the tensor.
+        bucket_size: elements of a bucket; None: one bucket.
+        row_size: elements after which a bucket ends early, see :class:`BucketQuantSpec`.
+
+    >>> bucket_shape(1000, 256), bucket_shape(1000, None), bucket_shape(0, 256)
+    ((4, 256), (1, 1000), (0, 256))
+    >>> bucket_shape(490, 56, 49)
+    (10, 56)
+    """
+    if bucket_size is None:
+        return int(numel > 0), -(-numel // 8) * 8
+    if row_size is not None:
+        return numel // row_size * -(-row_size // bucket_size), bucket_size
+    return -(-numel // bucket_size), bucket_size
+
+
+def pad_rows(flat: Tensor, row_size: int, bucket_size: int, pad_with_zero: bool) -> Tensor:
+    """Rows of ``row_size`` elements, each padded to whole buckets; flat."""
+    rows = flat.view(-1, row_size)
+    padded = flat.new_empty((len(rows), -(-row_size // bucket_size) * bucket_size))
+    padded[:, :row_size] = rows
+    padded[:, row_size:] = 0 if pad_with_zero else rows[:, -1:]
+    return padded.view(-1)
+
+
+def cut_rows(padded: Tensor, row_size: int, bucket_size: int) -> Tensor:
+    """Inverse of :func:`pad_rows`."""
+    length = -(-row_size // bucket_size) * bucket_size
+    return padded.view(-1, length)[:, :row_size].contiguous().view(-1)
+
+
+def padded_rows(flat: Tensor, spec: BucketQuantSpec) -> tuple[Tensor, BucketQuantSpec]:
+    """The rows of a tensor, padded, and the quantizer of that, which knows no rows."""
+    if spec.row_size is None:
+        return flat, spec
+    assert spec.bucket_size is not None
+    padded = pad_rows(flat, spec.row_size, spec.bucket_size, spec.pads_with_zero)
+    return padded, without_rows(spec)
+
+
+@lru_cache(maxsize=256)
+def without_rows(spec: BucketQuantSpec) -> BucketQuantSpec:
+    """The quantizer of what :func:`pad_rows` returns."""
+    return replace(spec, row_size=None)
+
+
+def to_buckets(flat: Tensor, bucket_size: int | None, pad_with_zero: bool = False) -> Tensor:
+    """Buckets [n, B] of a flat tensor; a view where nothing has to be padded."""
+    n, size = bucket_shape(flat.numel(), bucket_size)
+    missing = n * size - flat.numel()
+    if missing:
+        # Repeating the last element leaves every minimum, maximum and magnitude as it is.
+        pad = flat.new_zeros(missing) if pad_with_zero else flat[-1:].expand(missing)
+        flat = torch.cat([flat, pad])
+    return flat.reshape(n, size)
+
+
+def draw_layout(n: int, spec: BucketQuantSpec, seed: int) -> WidthLayout:
+    """The widths of ``n`` buckets: all base, or the two-width layout of ``seed``."""
+    if spec.mix_bit_width is None:
+        return WidthLayout(n, 0)
+    return WidthLayout.draw(n, spec.mix_prob, spec.mix_per, derive(seed, WIDTHS, 0))
+
+
+def regions(layout: WidthLayout, spec: BucketQuantSpec) -> list[tuple[int, int, int]]:
+    """Runs of slots of one width: (first slot, stop, bit width), in the order of the payload."""
+    return [(start, stop, spec.bit_widths[which]) for start, stop, which in layout.runs()]
+
+
+def payload_nbytes(layout: WidthLayout, spec: BucketQuantSpec, size: int) -> int:
+    """Bytes of all packed codes."""
+    return sum((stop - start) * packed_nbytes(size, width)
+               for start, stop, width in regions(layout, spec))
+
+
+def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+    """Quantizes and packs a flat, contiguous float tensor [numel].
+
+    Args:
+        flat: float16, bfloat16, float32 or float64.
+        spec: the quantizer.
+        seed: 64-bit seed of the rounding noise and of the choice of widths.
+    """
+    flat, spec = padded_rows(flat, spec)
+    n, size = bucket_shape(flat.numel(), spec.bucket_size)
+    layout = draw_layout(n, spec, seed)
+    stored_dtype = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(flat.dtype))
+    payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
+    metadata = flat.new_empty((1 + spec.affine, n, 1), dtype=stored_dtype)
+    position, chunk = 0, _chunk(flat.device)
+    for start, stop, width in regions(layout, spec):
+        for first, last in _chunks(start, stop, size, chunk):
+            nbytes = (last - first) * packed_nbytes(size, width)
+            out = payload[position:position + nbytes].view(last - first, -1)
+            position += nbytes
+            if size > chunk:
+                rows = _bucket_at(layout, first)
+                part = flat[rows * size:(rows + 1) * size]
+                scale, offset = _encode_large(part, rows * size, size, spec, width, seed, out[0])
+            else:
+                rows = rows_of(layout, first, last, flat.device)
+                x = take(flat, rows, size, spec.pads_with_zero)
+                starts = _starts(rows, size, flat.device)
+                scale, offset = bucket_metadata(x, spec, width)
+                out.copy_(pack(_codes(x, scale, offset, starts, spec, width, seed), width))
+            metadata[0][rows] = to_metadata(scale, stored_dtype)
+            if offset is not None:
+                metadata[1][rows] = to_metadata(offset, stored_dtype)
+    return Encoded(payload, metadata.view(-1), spec.affine)
+
+
+def decode(
+        encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """Unpacks and dequantizes: the flat tensor [numel] of ``dtype`` that :func:`encode` was given."""
+    if spec.row_size is not None:
+        n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
+        padded = decode(encoded, without_rows(spec), seed, n * size, dtype)
+        return cut_rows(padded, spec.row_size, size)
+    n, size = bucket_shape(numel, spec.bucket_size)
+    layout = draw_layout(n, spec, seed)
+    inner, device = compute_dtype(dtype), encoded.payload.device
+    out = torch.empty((n, size), dtype=dtype, device=device)
+    position, chunk = 0, _chunk(device)
+    scales, offsets = encoded.scale, encoded.offset
+    for start, stop, width in regions(layout, spec):
+        for first, last in _chunks(start, stop, size, chunk):
+            nbytes = (last - first) * packed_nbytes(size, width)
+            packed = encoded.payload[position:position + nbytes].view(last - first, -1)
+            position += nbytes
+            large = size > chunk
+            rows = _bucket_at(layout, first) if large else rows_of(layout, first, last, device)
+            scale = scales[rows].to(inner).unsqueeze(-1)
+            offset = None if offsets is None else offsets[rows].to(inner).unsqueeze(-1)
+            if large:
+                _decode_large(packed[0], scale, offset, spec, width, out[rows])
+            else:
+                out[rows] = _values(packed, size, scale, offset, spec, width, dtype)
+    return out.view(-1)[:numel]
+
+
+def _codes(
+        x: Tensor, scale: Tensor, offset: Tensor | None, starts: Tensor, spec: BucketQuantSpec,
+        width: int, seed: int) -> Tensor:
+    """Codes of rows ``x`` [r, L], whose first elements have the flat indices ``starts`` [r, 1]."""
+    noise = _noise(starts, x.shape[-1], seed) if spec.stochastic else None
+    top, lowest = top_code(spec.code_range, width), lowest_code(spec.code_range, width)
+    codes = quantize(x.to(scale.dtype), scale, offset, top, lowest, noise)
+    return to_bytes(codes, lowest, scale)
+
+
+def _values(
+        packed: Tensor, size: int, scale: Tensor, offset: Tensor | None, spec: BucketQuantSpec,
+        width: int, dtype: torch.dtype) -> Tensor:
+    """Bytes to values [r, size]."""
+    lowest = lowest_code(spec.code_range, width)
+    codes = unpack(packed, width, size).to(scale.dtype)
+    codes = codes.add_(lowest) if lowest else codes
+    return dequantize(codes, scale, offset, dtype)
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _LARGE_CHUNK
+
+
+def _chunks(start: int, stop: int, size: int, chunk: int) -> list[tuple[int, int]]:
+    step = max(1, chunk // max(size, 1))
+    return [(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+def _bucket_at(layout: WidthLayout, slot: int) -> int:
+    """The bucket that owns a slot."""
+    return (slot - layout.shift) * layout.inverse % layout.n
+
+
+def rows_of(
+        layout: WidthLayout, first: int, last: int, device: torch.device) -> Tensor | slice:
+    """The buckets of a run of slots: a slice where slots are in bucket order."""
+    if layout.multiplier == 1 and layout.shift == 0:
+        return slice(first, last)
+    return layout.buckets(first, last, device)
+
+
+def _starts(rows: Tensor | slice, size: int, device: torch.device) -> Tensor:
+    """Flat index of the first element of each bucket, int64 [r, 1]."""
+    return row_numbers(rows, device).unsqueeze(-1) * size
+
+
+def take(flat: Tensor, rows: Tensor | slice, size: int, pad_with_zero: bool) -> Tensor:
+    """Buckets [r, size] of a flat tensor; only the last of all is copied in order to be padded."""
+    if isinstance(rows, slice):
+        return to_buckets(flat[rows.start * size:rows.stop * size], size, pad_with_zero)
+    whole = flat.numel() // size
+    tail = flat[whole * size:]
+    if tail.numel() == 0:
+        return flat.view(-1, size)[rows]
+    tail = to_buckets(tail, size, pad_with_zero)
+    if whole == 0:
+        return tail
+    x = flat[:whole * size].view(-1, size)[rows.clamp(max=whole - 1)]
+    return torch.where(rows.unsqueeze(-1) == whole, tail, x)
+
+
+def _noise(starts: Tensor, length: int, seed: int) -> Tensor:
+    """Rounding noise [r, length] of rows whose first elements have the flat indices ``starts``."""
+    return uniform_(row_indices(starts, length), noise_keys(seed))
+
+
+# NOTE [ A bucket in pieces ]
+# A byte of the planar layout holds codes that lie B / k elements apart. With the narrowest plane of a
+# width, of k codes a byte, a bucket is k segments of B / k elements. A piece is the same columns of all
+# segments: packed as a bucket of its own, each of its planes is one run of bytes, or several, in the
+# plane of the bucket. So a bucket of a whole tensor needs no temporaries of its size.
+
+
+def segments_of(width: int) -> int:
+    """Segments of a bucket: codes in a byte of the narrowest plane.
+
+    >>> [segments_of(width) for width in range(1, 9)]
+    [8, 4, 8, 2, 8, 4, 8, 1]
+    """
+    return 8 // (width & -width)
+
+
+def _runs(width: int, period: int, start: int, stop: int) -> list[tuple[slice, slice]]:
+    """Bytes of the piece of columns ``start .. stop - 1``: (in the bucket, in the piece)."""
+    found, plane, local = [], 0, 0
+    for bits, _ in planes(width):
+        count = segments_of(width) * bits // 8
+        for i in range(count):
+            begin = plane + i * period + start
+            found.append((
+                slice(begin, begin + stop - start), slice(local, local + stop - start)))
+            local += stop - start
+        plane += count * period
+    return found
+
+
+def _pieces(size: int, width: int, chunk: int) -> list[tuple[int, int]]:
+    """Columns (start, stop) of the pieces of a bucket."""
+    period = size // segments_of(width)
+    step = max(1, chunk // segments_of(width))
+    return [(start, min(start + step, period)) for start in range(0, period, step)]
+
+
+def _encode_large(
+        x: Tensor, index: int, size: int, spec: BucketQuantSpec, width: int, seed: int,
+        out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Writes the bytes of one bucket ``x`` [<= size] piece by piece; returns its metadata."""
+    scale, offset = bucket_metadata(x.unsqueeze(0), spec, width, size)
+    period = size // segments_of(width)
+    starts = torch.arange(segments_of(width), device=x.device).unsqueeze(-1) * period + index
+    for start, stop in _pieces(size, width, _chunk(x.device)):
+        piece = x.new_empty((segments_of(width), stop - start))
+        for i, row in enumerate(piece):
+            part = x[i * period + start:i * period + stop]
+            row[:part.numel()] = part
+            row[part.numel():] = 0 if spec.pads_with_zero else x[-1]
+        codes = _codes(piece, scale, offset, starts + start, spec, width, seed)
+        packed = pack(codes.view(1, -1), width)[0]
+        for there, here in _runs(width, period, start, stop):
+            out[there] = packed[here]
+    return scale, offset
+
+
+def _decode_large(
+        packed: Tensor, scale: Tensor, offset: Tensor | None, spec: BucketQuantSpec, width: int,
+        out: Tensor) -> None:
+    """Inverse of :func:`_encode_large`; ``out`` [size]."""
+    segments = out.view(segments_of(width), -1)
+    for start, stop in _pieces(out.numel(), width, _chunk(out.device)):
+        piece = torch.cat([
+            packed[there] for there, _ in _runs(width, segments.shape[1], start, stop)])
+        size = segments.shape[0] * (stop - start)
+        values = _values(piece.unsqueeze(0), size, scale, offset, spec, width, out.dtype)
+        segments[:, start:stop] = values.view(segments.shape[0], -1)

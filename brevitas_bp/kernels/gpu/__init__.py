@@ -1,0 +1,1 @@
+"""Compiled kernels for CUDA tensors, by Triton."""

@@ -1,0 +1,204 @@
+"""Fast forms for CUDA tensors, compiled by Triton: one launch each way, one read of the input.
+
+They give the bytes of :mod:`brevitas_bp.format.reference`. A program handles a few buckets, each as
+eight slices of ``B / 8`` elements: every byte of every plane is made of codes at one place of different
+slices, so that packing stays within a thread and each slice is a contiguous vector load. Rows are padded
+and values normalized on the way: nothing is copied.
+
+Nothing synchronises: sizes follow from the spec and the seed, and a bucket finds its width and its
+bytes by the arithmetic of :mod:`brevitas_bp.format.widths`.
+
+Not here, but in the reference: float64, and buckets of a whole tensor or of more than
+``LARGEST_BUCKET`` elements.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.format.normalizing import Affine
+from brevitas_bp.format.random import noise_keys
+from brevitas_bp.format.reference import (
+    Encoded,
+    bucket_shape,
+    draw_layout,
+    payload_nbytes,
+)
+from brevitas_bp.format.spec import BucketQuantSpec, lowest_code, top_code
+from brevitas_bp.kernels.gpu import source
+
+LARGEST_BUCKET = 1 << 16
+# Elements of each slice that a thread holds: 16 bytes of float32.
+_PER_THREAD = 4
+# The numbers that the kernels know rules and float formats by.
+_RULES = {"min_max": 0, "max": 1, "l2": 2}
+_FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Statistics of a bucket, where values are normalized.
+_ONE, _SEVERAL = 1, 2
+# The hash of the noise wraps around: that is no error, also where kernels are debugged.
+_LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
+
+_encode_kernel: Any = source.encode_kernel
+_decode_kernel: Any = source.decode_kernel
+
+
+def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
+    """Whether these kernels cover a tensor of this dtype."""
+    return flat_dtype in _FORMATS and spec.bucket_size is not None and (
+        spec.bucket_size <= LARGEST_BUCKET)
+
+
+class Plan:
+    """Encodes and decodes tensors of one size: see :class:`~brevitas_bp.kernels.dispatch.Plan`.
+
+    Args:
+        spec: the quantizer.
+        numel: elements of a tensor.
+        dtype: of the tensor.
+    """
+
+    def __init__(self, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
+        self._spec, self._numel, self._dtype = spec, numel, dtype
+        self._n, self._size = bucket_shape(numel, spec.bucket_size, spec.row_size)
+        # Buckets that fill a row need not know of it.
+        self._row = 0 if spec.row_size is None or spec.row_size % self._size == 0 else spec.row_size
+        self._shape = _shape(self._size)
+        self._levels = self._shape["lanes"].bit_length() - 1
+        self._grid = (-(-self._n // self._shape["buckets"]),)
+
+    def encode(
+            self, x: Tensor, seed: int, function: str | None = None,
+            affine: Affine | None = None) -> tuple[Tensor, Tensor]:
+        """Payload and metadata of a contiguous tensor; no derivative is computed here."""
+        assert function is None
+        spec, n = self._spec, self._n
+        layout = draw_layout(n, spec, seed)
+        payload = x.new_empty(payload_nbytes(layout, spec, self._size), dtype=torch.uint8)
+        metadata = x.new_empty(n * (1 + spec.affine), dtype=spec.metadata_dtype)
+        if n:
+            keys = noise_keys(seed) if spec.stochastic else (0, 0)
+            with _on(x.device):
+                _encode_kernel[self._grid](
+                    x, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
+                    layout.shift, _int32(keys[0]), _int32(keys[1]), self._row, *_statistics(affine),
+                    levels=self._levels, **self._shape, **self._switches(affine),
+                    **_encode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
+        return payload, metadata
+
+    def decode(
+            self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
+            stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
+        """The tensor, whose strides leave no gaps in memory; ``affine`` undoes a normalization."""
+        out = torch.empty_strided(shape, stride, dtype=self._dtype, device=payload.device)
+        self.decode_into(out, payload, metadata, seed, affine)
+        return out
+
+    def decode_into(
+            self, out: Tensor, payload: Tensor, metadata: Tensor, seed: int,
+            affine: Affine | None = None) -> None:
+        """Writes all of ``out``, a tensor without gaps in memory."""
+        spec, n = self._spec, self._n
+        layout = draw_layout(n, spec, seed)
+        if n:
+            with _on(out.device):
+                _decode_kernel[self._grid](
+                    out, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
+                    layout.shift, self._row, *_statistics(affine),
+                    **self._shape, **self._switches(affine),
+                    **_decode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
+
+    def _switches(self, affine: Affine | None) -> dict[str, int]:
+        """Whether there are rows, and whether a bucket has one statistic or several."""
+        units = 0
+        if affine is not None:
+            # A run of elements of one statistic is made of whole rows, or of whole buckets.
+            whole = affine.inner % (self._row or self._size) == 0 or len(affine.scale) == 1
+            units = _ONE if whole else _SEVERAL
+        return {"rows": self._row > 0, "units": units}
+
+
+plan = lru_cache(maxsize=4096)(Plan)
+
+
+def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
+    """See :func:`brevitas_bp.format.reference.encode`."""
+    return Encoded(*plan(spec, flat.numel(), flat.dtype).encode(flat, seed), spec.affine)
+
+
+def decode(
+        encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
+        dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.format.reference.decode`."""
+    return decode_into(encoded.payload.new_empty(numel, dtype=dtype), encoded, spec, seed)
+
+
+def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
+    """Decodes into ``out``, a flat contiguous tensor, and returns it."""
+    plan(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
+    return out
+
+
+def _statistics(affine: Affine | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """As the kernels take them: scales, shifts, elements of one statistic and number of statistics."""
+    if affine is None:
+        return None, None, 1, 1
+    return affine.multipliers(), affine.shift, affine.inner, len(affine.scale)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device; the interpreter has none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _int32(key: int) -> int:
+    """The bits of a 32-bit key as a signed integer: the type of a kernel argument is fixed."""
+    return key - (1 << 32) if key >= 1 << 31 else key
+
+
+def _widths(spec: BucketQuantSpec, any_mixed: bool) -> tuple[int, int]:
+    """Widths that a kernel writes: (of base buckets, of mixed ones or 0 where there is one width)."""
+    if spec.mix_bit_width is None:
+        return spec.bit_width, 0
+    if spec.mix_per == "tensor":
+        return spec.mix_bit_width if any_mixed else spec.bit_width, 0
+    return spec.bit_width, spec.mix_bit_width
+
+
+@lru_cache(maxsize=256)
+def _shape(size: int) -> dict[str, int]:
+    """Constants that follow from the bucket size: the tile of a program, and its warps.
+
+    A thread holds ``_PER_THREAD`` elements of each slice, so that loads and stores of all dtypes
+    agree on who holds what and nothing travels through shared memory.
+    """
+    lanes = 1 << (size // 8 - 1).bit_length()
+    num_warps = min(max(4, lanes // (32 * _PER_THREAD)), 32)
+    return {
+        "size": size, "buckets": max(1, num_warps * 32 * _PER_THREAD // lanes), "lanes": lanes,
+        "num_warps": num_warps}
+
+
+@lru_cache(maxsize=256)
+def _encode_options(
+        spec: BucketQuantSpec, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    width, mix_width = widths
+    return {
+        "width": width, "mix_width": mix_width, "top": top_code(spec.code_range, width),
+        "mix_top": top_code(spec.code_range, mix_width or width), "signed": not spec.affine,
+        "rule": _RULES[spec.scale_rule], "integer": spec.integer_zero_point,
+        "stochastic": spec.stochastic, "form": _FORMATS[dtype],
+        "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}
+
+
+@lru_cache(maxsize=256)
+def _decode_options(
+        spec: BucketQuantSpec, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    width, mix_width = widths
+    return {
+        "width": width, "mix_width": mix_width, "lowest": lowest_code(spec.code_range, width),
+        "mix_lowest": lowest_code(spec.code_range, mix_width or width), "affine": spec.affine,
+        "largest": torch.finfo(dtype).max, "form": _FORMATS[dtype],
+        "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}
