@@ -3,9 +3,10 @@
 from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
+from brevitas.core.function_wrapper import RoundSte
+
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.average import AverageCodec, unaveraged
-from brevitas_bp.codec.lowering import is_stochastic
 from brevitas_bp.codec.per_sample import PerSampleCodec
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
 from brevitas_bp.quant import (
@@ -96,7 +97,7 @@ def _make(configured: LoweredCodec | ModuleCodec, bits: int, bucket_size: int | 
     # A rounding of the user's own has no name here: stochastic is unbiased.
     config = (
         ShiftedUint4DynamicActPerBucketFloat
-        if is_stochastic(quantizer.int_quant.float_to_int_impl) is False
+        if type(quantizer.int_quant.float_to_int_impl) is RoundSte
         else ShiftedUint4DynamicActPerBucketFloatStochastic)
     size = bucket_size or getattr(quantizer.input_view_impl, "bucket_size", None)
     return codec_from(

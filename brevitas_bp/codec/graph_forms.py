@@ -291,7 +291,7 @@ def inlined(
     if isinstance(codec, LoweredCodec):
         width = max(codec.spec.bit_widths)
         spec = replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0)
-        name = codec_name((width,), spec.stochastic)
+        name = codec_name((width,), spec.rounding.name)
         spec = spec if row is None else spec.in_rows(row)
         if rectified:
             return InlinedRectified(f"{name}, sign exact", *settings, spec)

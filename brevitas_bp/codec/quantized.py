@@ -103,7 +103,7 @@ class LoweredCodec(Codec):
     def __init__(self, quantizer: BucketRescalingIntQuant, spec: BucketQuantSpec) -> None:
         self.quantizer = quantizer
         self.spec = spec
-        self.name = codec_name(spec.bit_widths, spec.stochastic)
+        self.name = codec_name(spec.bit_widths, spec.rounding.name)
         # By the identity of a layout, which is found faster than an equal one.
         self._ready: dict[int, _Ready] = {}
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.format.random import WIDTHS, next_seed
 from brevitas_bp.format.spec import MixPer, check_bit_width, check_probability
+from brevitas_bp.format.stages import NEUTRAL, Neutral
 from brevitas_bp.format.widths import WidthLayout
 
 
@@ -54,6 +55,10 @@ class TwoBitWidthSelector(nn.Module):
         self.register_buffer("mix_prob", torch.tensor(
             check_probability(where, "mix_prob", mix_prob), dtype=torch.float64))
         self._seen: tuple[Tensor, int, float] | None = None
+
+    def stage(self, slot: str) -> Neutral | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return NEUTRAL if slot == "msb_clamp_bit_width_impl" else None
 
     @property
     def probability(self) -> float:

@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -119,10 +118,7 @@ def digests() -> dict[str, str]:
 
 def without_compiled_kernels(function: Callable[[], dict[str, str]]) -> dict[str, str]:
     """The same through the torch reference."""
-    def none() -> None:
-        return None
-
-    with patch.object(dispatch, "_cpu_kernels", none):
+    with dispatch.use("reference"):
         return function()
 
 

@@ -137,10 +137,10 @@ def _decode(
 def _set_constant(name: str, value: int) -> int:
     from triton.language import constexpr
 
-    from brevitas_bp.kernels.gpu import source as gpu_kernels
+    from brevitas_bp.kernels.gpu import places
 
-    before: Any = getattr(gpu_kernels, name)
-    setattr(gpu_kernels, name, constexpr(value))
+    before: Any = getattr(places, name)
+    setattr(places, name, constexpr(value))
     return before.value
 
 

@@ -98,13 +98,13 @@ def test_encoding_a_derivative_gives_the_bytes_of_the_reference(name: str) -> No
 @each_function
 @pytest.mark.parametrize(("size", "numel"), [(256, 3000), (None, 3000), (None, 70_000)])
 def test_every_plan_encodes_derivatives(
-        name: str, size: int | None, numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        name: str, size: int | None, numel: int) -> None:
     """With compiled kernels, those for large tensors among them, and without any."""
     x, spec = torch.randn(numel) * 3, reference.BucketQuantSpec(3, size)
     expected = reference.encode(derivative(x, name), spec, 5)
-    for kernels in (dispatch._cpu_kernels, lambda: None):
-        monkeypatch.setattr(dispatch, "_cpu_kernels", kernels)
-        plan = dispatch.plan(spec, x.numel(), x.dtype, x.device)
+    for preference in ("fastest", "reference"):
+        with dispatch.use(preference):
+            plan = dispatch.plan(spec, x.numel(), x.dtype, x.device)
         payload, metadata = plan.encode(x, 5, name)
         assert same_bytes(payload, expected.payload) and same_bytes(metadata, expected.metadata)
         decoded = plan.decode(payload, metadata, 5, x.shape, x.stride())
