@@ -23,6 +23,7 @@ from brevitas_bp.backward.dynamo import call_with, not_traced, set_callback
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, GraphListener, Listener, unpack
 from brevitas_bp.backward.inlined import InlinedHooks
+from brevitas_bp.backward.ops import Location
 from brevitas_bp.backward.planned import (
     Candidate,
     HasChoices,
@@ -31,6 +32,7 @@ from brevitas_bp.backward.planned import (
 )
 from brevitas_bp.backward.policy import POLICIES, ExplainedPolicy, Policy, explained
 from brevitas_bp.backward.ranks import noise_rank, replica_group
+from brevitas_bp.backward.shared import hooks_of
 from brevitas_bp.backward.transparent import TABLES, Transparent
 from brevitas_bp.backward.wider import has_bits
 from brevitas_bp.codec import Codec, codec_from
@@ -261,13 +263,13 @@ class QuantBackwardWrapper(Transparent):
             explanation=self._explanation, verify=self._verify, inlined=self._inlined_hooks,
             compiled=compiled)
 
-    def _inlined_hooks(self) -> InlinedHooks | None:
+    def _inlined_hooks(self, location: Location) -> InlinedHooks | None:
         """The hooks for compiled modules; None where no graph can do what is asked for."""
         if self._verify or self._storage != "save_quantized":
             return None
         if self._inlined is None:
             self._warn_of_codecs()
-            self._inlined = InlinedHooks(unpack)
+            self._inlined = hooks_of(self._codec, self._overrides, self._policy, location, unpack)
         return self._inlined
 
     def _warn_of_codecs(self) -> None:
@@ -345,6 +347,8 @@ def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> An
                 output = call_with(callback, wrapper.module, args, kwargs)
             hint(forward_pass.given_bytes)
             wrapper._warn_of_plan()
+            if (inlined := forward_pass.inlined) is not None:
+                inlined.note_silent(output, (args, kwargs), forward_pass.location.graphs)
             for listener in wrapper._graph_listeners:
                 for site, tensors in forward_pass.graphs(output, (args, kwargs)):
                     listener(site, tensors)
