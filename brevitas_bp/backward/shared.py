@@ -16,10 +16,11 @@ NOTE [ Equal settings share graphs ]
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import WeakSet, WeakValueDictionary, ref
 
 from torch import Tensor
 
+from brevitas_bp.backward.dynamo import frames_of
 from brevitas_bp.backward.inlined import InlinedHooks
 from brevitas_bp.backward.ops import Location
 from brevitas_bp.backward.planned import PlannedPolicy
@@ -27,8 +28,11 @@ from brevitas_bp.backward.policy import POLICIES, OpAware, PlainPolicy
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.quantized import LoweredCodec
+from brevitas_bp.private import graphs_of, recompile_limit
 
 _pairs: WeakValueDictionary[Hashable, InlinedHooks] = WeakValueDictionary()
+# Classes that crowded_out has told of.
+_crowded: WeakSet[type] = WeakSet()
 
 
 class _Same:
@@ -84,3 +88,13 @@ def _of_policy(policy: Any, prefix: str) -> Hashable:
         return policy
     own = any(policy is known for known in POLICIES.values())
     return _Same(policy), None if own else prefix
+
+
+def crowded_out(kinds: Iterable[type]) -> str | None:
+    """Name of a class of compiled modules of which Dynamo makes no more graphs; of each class once."""
+    limit = recompile_limit()
+    for kind in dict.fromkeys(kinds):
+        if kind not in _crowded and any(graphs_of(code) >= limit for code in frames_of(kind)):
+            _crowded.add(kind)
+            return kind.__name__
+    return None

@@ -32,7 +32,7 @@ from brevitas_bp.backward.planned import (
 )
 from brevitas_bp.backward.policy import POLICIES, ExplainedPolicy, Policy, explained
 from brevitas_bp.backward.ranks import noise_rank, replica_group
-from brevitas_bp.backward.shared import hooks_of
+from brevitas_bp.backward.shared import crowded_out, hooks_of
 from brevitas_bp.backward.transparent import TABLES, Transparent
 from brevitas_bp.backward.wider import has_bits
 from brevitas_bp.codec import Codec, codec_from
@@ -62,6 +62,11 @@ _CHECKPOINT_HINT = (
 _NOT_INLINED_HINT = (
     f"{_WHERE}: compiled graphs cannot store with these quantizers, and keep their tensors exact: {{}}. "
     "They can with the bucket quantizers of brevitas_bp.quant")
+_CROWDED_HINT = (
+    f"{_WHERE}: {{}} runs without compilation. Wrappers share compiled graphs where their settings are "
+    "equal; others have graphs of their own, and Dynamo makes no more than "
+    "torch._dynamo.config.recompile_limit of one function. Raise that before the first step, or compile "
+    "and wrap the whole network, QuantBackwardWrapper(torch.compile(network), overrides=...)")
 _created = itertools.count()
 
 
@@ -348,7 +353,11 @@ def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> An
             hint(forward_pass.given_bytes)
             wrapper._warn_of_plan()
             if (inlined := forward_pass.inlined) is not None:
-                inlined.note_silent(output, (args, kwargs), forward_pass.location.graphs)
+                location = forward_pass.location
+                inlined.note_silent(output, (args, kwargs), location.graphs)
+                kinds = type(wrapper.module), *location.compiled_parts.values()
+                if not inlined.graphs and (kind := crowded_out(kinds)):
+                    warnings.warn(_CROWDED_HINT.format(kind), stacklevel=4)
             for listener in wrapper._graph_listeners:
                 for site, tensors in forward_pass.graphs(output, (args, kwargs)):
                     listener(site, tensors)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -300,6 +301,52 @@ def test_policies_without_weak_references_do_not_share() -> None:
 
     policy = Slotted()
     assert hooks(wrapped(policy=policy)) is not hooks(wrapped(policy=policy))
+
+
+def variants(kind: type[nn.Module], count: int, inside: bool) -> list[Any]:
+    """Modules of a class, each wrapped with other settings."""
+    sizes = range(64, 64 + 8 * count, 8)
+    if inside:
+        return [compiled(QuantBackwardWrapper(kind(), bucket_size=size)) for size in sizes]
+    return [QuantBackwardWrapper(compiled(kind()), bucket_size=size) for size in sizes]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_more_settings_than_graphs_are_told_of_once(inside: bool) -> None:
+    class Crowded(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    models = variants(Crowded, 10, inside)
+    for model in models[:8]:
+        gradients(model, tokens())
+    with pytest.warns(UserWarning, match=r"Crowded runs without compilation.*recompile_limit") as caught:
+        gradients(models[8], tokens())
+    assert len(caught) == 1
+    for model in models:
+        gradients(model, tokens())
+    assert graphs() == 8
+
+
+def test_a_higher_limit_is_a_remedy() -> None:
+    class Roomy(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    with torch._dynamo.config.patch(recompile_limit=16):
+        for model in variants(Roomy, 9, inside=False):
+            gradients(model, tokens())
+    assert graphs() == 9
+
+
+def test_compiled_wrappers_of_many_classes_have_graphs_of_their_own() -> None:
+    kinds = [type(f"Block{i}", (Block,), {}) for i in range(DEPTH)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in kinds:
+            gradients(compiled(QuantBackwardWrapper(kind(), seed=1)), tokens())
+    # The control would be eight, of one frame that all of them have.
+    assert graphs() == DEPTH
 
 
 def test_quantizers_of_equal_configs_are_equal() -> None:
