@@ -45,8 +45,9 @@ class Explanation:
     _noted: list[tuple[str, str | None, Decision, str, int, int]] = field(
         default_factory=list, repr=False)
     compiled: bool = field(default=False, repr=False)
-    #: Numbers of the compiled graphs that drew noise.
+    #: Numbers of the compiled graphs that ran, and the qualified name of the wrapped module.
     graphs: set[int] = field(default_factory=set, repr=False)
+    prefix: str = field(default="", repr=False)
 
     def add(self, saved: SavedTensor, packed: Packed, decision: Decision) -> None:
         """Notes one saved tensor."""

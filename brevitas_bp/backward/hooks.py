@@ -177,7 +177,7 @@ class ForwardPass:
             listeners: tuple[Listener, ...] = (),
             explanation: Explanation | None = None,
             verify: bool = False,
-            inlined: Callable[[], InlinedHooks | None] | None = None,
+            inlined: Callable[[Location], InlinedHooks | None] | None = None,
             compiled: bool = False) -> None:
         outer = current_location()
         self.location = Location(
@@ -194,7 +194,9 @@ class ForwardPass:
         self.explanation = explanation
         self.verify = verify
         self.hooks: tuple[Callable[[Any], Any], Callable[[Any], Any]] = (self.pack, unpack)
-        self.inlined = inlined() if inlined is not None and self.location.compiled else None
+        self.inlined = None
+        if inlined is not None and self.location.compiled:
+            self.inlined = inlined(self.location)
         if self.location.compiled:
             self.pack_in_python = in_python(self.pack)
             self.hooks = self.pack_in_python, in_python(unpack)
@@ -202,7 +204,7 @@ class ForwardPass:
             self.location.passing = self
             self.hooks = self.inlined.pack, self.inlined.unpack
             if explanation is not None:
-                self.location.graphs = explanation.graphs
+                self.location.graphs, explanation.prefix = explanation.graphs, self.location.prefix
         self._hooked = self._closed = False
         # Of what was encoded on the CPU.
         self.given_bytes = 0
@@ -365,7 +367,7 @@ class ForwardPass:
             for site, tensors in self.inlined.live(output, inputs):
                 if tensors and not (
                         site is None and self.parameters.contains(tensors[0], ())):
-                    yield site, tensors
+                    yield None if site is None else site.under(self.location.prefix), tensors
 
     @contextmanager
     def saving(self, *roles: str) -> Iterator[Substitution]:

@@ -20,9 +20,11 @@ from brevitas_bp.allocators import hint
 from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.compiled.dynamo import call_with, not_traced, set_callback
 from brevitas_bp.backward.compiled.hooks import InlinedHooks
+from brevitas_bp.backward.compiled.shared import crowded_out, hooks_of
 from brevitas_bp.backward.configure import ConfiguredCodec
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, GraphListener, Listener, unpack
+from brevitas_bp.backward.location import Location
 from brevitas_bp.backward.planned import (
     Candidate,
     HasChoices,
@@ -60,6 +62,11 @@ _CHECKPOINT_HINT = (
 _NOT_INLINED_HINT = (
     f"{_WHERE}: compiled graphs cannot store with these quantizers, and keep their tensors exact: {{}}. "
     "They can with the bucket quantizers of brevitas_bp.quant")
+_CROWDED_HINT = (
+    f"{_WHERE}: {{}} runs without compilation. Wrappers share compiled graphs where their settings are "
+    "equal; others have graphs of their own, and Dynamo makes no more than "
+    "torch._dynamo.config.recompile_limit of one function. Raise that before the first step, or compile "
+    "and wrap the whole network, QuantBackwardWrapper(torch.compile(network), overrides=...)")
 _created = itertools.count()
 
 
@@ -261,13 +268,13 @@ class QuantBackwardWrapper(Transparent):
             explanation=self._explanation, verify=self._verify, inlined=self._inlined_hooks,
             compiled=compiled)
 
-    def _inlined_hooks(self) -> InlinedHooks | None:
+    def _inlined_hooks(self, location: Location) -> InlinedHooks | None:
         """The hooks for compiled modules; None where no graph can do what is asked for."""
         if self._verify or self._storage != "save_quantized":
             return None
         if self._inlined is None:
             self._warn_of_codecs()
-            self._inlined = InlinedHooks(unpack)
+            self._inlined = hooks_of(self._codec, self._overrides, self._policy, location, unpack)
         return self._inlined
 
     def _warn_of_codecs(self) -> None:
@@ -345,6 +352,12 @@ def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> An
                 output = call_with(callback, wrapper.module, args, kwargs)
             hint(forward_pass.given_bytes)
             wrapper._warn_of_plan()
+            if (inlined := forward_pass.inlined) is not None:
+                location = forward_pass.location
+                inlined.note_silent(output, (args, kwargs), location.graphs)
+                kinds = type(wrapper.module), *location.compiled_parts.values()
+                if not inlined.graphs and (kind := crowded_out(kinds)):
+                    warnings.warn(_CROWDED_HINT.format(kind), stacklevel=4)
             for listener in wrapper._graph_listeners:
                 for site, tensors in forward_pass.graphs(output, (args, kwargs)):
                     listener(site, tensors)

@@ -4,8 +4,8 @@ NOTE [ Hooks as graph modules ]
 1. Dynamo inlines a pair of hooks if both are graph modules: each holds a call of one Python function,
    which runs again for every saved tensor while the graphs are made, and again, as it is, for tensors
    that are saved outside of compiled graphs. So one pair serves both.
-2. The graphs are guarded by the identity of the pair: a wrapper has one pair, and makes another when
-   its settings change.
+2. The graphs are guarded by the identity of the pair: wrappers with equal settings have one pair, see
+   :mod:`brevitas_bp.backward.shared`, and a wrapper takes another when its settings change.
 3. Inputs of a graph come here too: what one compiled block gives to the next would be kept otherwise.
    Parameters and buffers do not.
 4. What a graph stores is decided when it is made: which part of the network saves a tensor, and what the
@@ -15,7 +15,7 @@ NOTE [ Hooks as graph modules ]
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -143,9 +143,20 @@ class CompiledSite:
     given_bytes: int
     stored_bytes: int
 
+    def under(self, prefix: str) -> "CompiledSite":
+        """The site of a wrapped module that has this qualified name; another may have made the graph."""
+        module = _joined(prefix, self.saved.path)
+        if module == self.saved.module:
+            return self
+        return replace(self, saved=replace(self.saved, module=module))
+
+
+def _joined(prefix: str, path: str) -> str:
+    return ".".join(part for part in (prefix, path) if part)
+
 
 class InlinedHooks:
-    """The pair of hooks of one wrapper around compiled modules. See NOTE [ Hooks as graph modules ].
+    """The pair of hooks of wrappers with equal settings. See NOTE [ Hooks as graph modules ].
 
     Args:
         unpack: what undoes the hook of the running pass, for tensors saved outside of graphs.
@@ -156,21 +167,34 @@ class InlinedHooks:
         self.pack, self.unpack = _as_graph(self._pack), _as_graph(self._unpack)
         # Number of a graph -> what it saves, in order; None for what comes to no hook.
         self.graphs: dict[int, dict[str, CompiledSite | None]] = {}
+        # Number of a graph -> whether it draws noise.
+        self._draws: dict[int, bool] = {}
 
     def explain(self, explanation: Explanation) -> None:
-        """Notes what was decided for compiled graphs, when they were made; once for each explanation."""
+        """Notes what was decided for the graphs that ran, when they were made; once per explanation."""
         if explanation.compiled:
             return
         explanation.compiled = True
         for number, saved in self.graphs.items():
             sites = [site for site in saved.values() if site is not None]
-            # Graphs without a quantizer do not tell whether they ran.
-            if number in explanation.graphs or not any(
-                    isinstance(s.form, InlinedQuantizer) for s in sites):
+            if number in explanation.graphs:
                 for site in sites:
                     explanation.add_stored(
-                        site.saved, site.decision, "exact" if site.form is None else site.form.name,
+                        site.under(explanation.prefix).saved, site.decision,
+                        "exact" if site.form is None else site.form.name,
                         site.given_bytes, site.stored_bytes)
+
+    def note_silent(self, output: Any, inputs: Any, ran: set[int]) -> None:
+        """Adds graphs between ``inputs`` and ``output`` to those that ``ran``, if some do not do so.
+
+        Those without a quantizer: they draw no noise, and another wrapper may have made them.
+        """
+        if len(self._draws) != len(self.graphs):
+            self._draws = {
+                number: any(s and isinstance(s.form, InlinedQuantizer) for s in list(saved.values()))
+                for number, saved in list(self.graphs.items())}
+        if not all(self._draws.values()):
+            ran.update(node._forward_cls._aot_id for node in compiled_nodes(output, inputs))
 
     def live(self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
         """What compiled graphs between ``inputs`` and ``output`` keep: site and live tensors."""
@@ -235,8 +259,7 @@ def _decide(
     path = _module_of(node, context["_bw_graph"], passing)
     origin = str(node.meta.get("original_aten", node.name)).removeprefix("aten.").partition(".")[0]
     saved = SavedTensor(
-        x, origin, ".".join(part for part in (location.prefix, path) if part),
-        _codec_of(path, passing), path=path, compiled=True)
+        x, origin, _joined(location.prefix, path), _codec_of(path, passing), path=path, compiled=True)
     inputs: list[Node] = context["_fw_graph"].find_nodes(op="placeholder")
     parameters = _parameters_among(inputs, passing.parameters)
     decision, form = _KEPT, None
