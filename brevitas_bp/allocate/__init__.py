@@ -8,7 +8,7 @@ from brevitas_bp.allocate.planning import plan_bit_widths
 from brevitas_bp.allocate.replan import Replanner
 from brevitas_bp.allocate.schedule import QuantizerSchedule
 from brevitas_bp.allocate.sensitivity import ClosedForm, Empirical, GradientNorms, Sensitivity
-from brevitas_bp.backward.planned import Candidate
+from brevitas_bp.codec.candidate import Candidate
 
 __all__ = [
     "BitPlan", "Candidate", "ClosedForm", "Empirical", "GradientCheck", "GradientError",

@@ -10,8 +10,8 @@ from torch import nn
 from brevitas_bp.allocate.plan import BitPlan, Method, PlannedTensor, check_budget, check_method
 from brevitas_bp.allocate.profile import LossFn, Profile
 from brevitas_bp.allocate.sensitivity import Sensitivity, estimator
-from brevitas_bp.backward.planned import Candidate
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8, "exact")
@@ -56,7 +56,8 @@ def plan_bit_widths(
             weight), "closed_form" (one in all), "gradient_norms", or a
             :class:`~brevitas_bp.allocate.sensitivity.Sensitivity`.
         method: "optimal" (integer programming; needs SciPy) or "greedy".
-        act_quant: quantizer whose rounding, bucket size and metadata all candidates share.
+        act_quant: quantizer of which the candidates are variants: its rounding, scale rule, bucket size
+            and metadata stay.
         seed: of the roundings.
         progress: True shows a bar on stderr (with rich, if installed); a function is told in words what
             it costs, beforehand, and then how far it is.
@@ -65,7 +66,8 @@ def plan_bit_widths(
 
     Raises:
         InfeasibleBudgetError: the smallest widths take more than the budget; says by how much.
-        ValueError: an argument out of range, or a loss that is no scalar.
+        ValueError: an argument out of range, a loss that is no scalar, or a candidate that the quantizer
+            cannot have, such as one bit of signed codes.
 
     Example:
         >>> import torch
@@ -82,6 +84,7 @@ def plan_bit_widths(
     wrapped = _wrapped(model, act_quant, wrapper_options)
     start = time.perf_counter()
     profile = Profile(wrapped, batch, loss_fn, seed)
+    _check_variants(profile, chosen)
     passes, before = estimate.passes(profile, chosen), time.perf_counter()
     profile.exact  # noqa: B018  (timed: it tells what is to come)
     cost = (
@@ -116,6 +119,13 @@ def _check_candidates(given: Sequence[Candidate | float | str]) -> list[Candidat
     if len(found) < 2:
         raise ValueError(f"{_WHERE}: candidates must hold two or more widths, got {list(given)}")
     return found
+
+
+def _check_variants(profile: Profile, candidates: Sequence[Candidate]) -> None:
+    """Refuses a candidate that a quantizer cannot have, before anything is measured."""
+    for configured in {id(t.configured): t.configured for t in profile.tensors}.values():
+        for candidate in candidates:
+            candidate.codec(configured)
 
 
 def _planned(

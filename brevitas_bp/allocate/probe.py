@@ -111,6 +111,21 @@ def grouped(tensors: list[Probed]) -> list[Group]:
 Decode = Callable[[Probed], Tensor]
 
 
+@dataclass(eq=False)
+class _Place:
+    """The facts of a probe's payload.
+
+    Attributes:
+        codec: the codec in whose place the probe stands.
+        rows: of the tensor.
+        probed: the tensor, once it is known what saves it.
+    """
+
+    codec: Codec
+    rows: Rows | None
+    probed: Probed | None = None
+
+
 class ProbeCodec(Codec):
     """Keeps an exact copy, and lets another say what is decoded.
 
@@ -135,13 +150,13 @@ class ProbeCodec(Codec):
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         layout = TensorLayout.of(x)
-        # The place of a Probed, once it is known what saves the tensor.
-        return Packed(self, (layout.flatten(x.detach()).clone(),), layout, [], where)
+        place = _Place(self.probed, self.rows)
+        return Packed(self, (layout.flatten(x.detach()).clone(),), layout, place, where)
 
     def decode(self, packed: Packed) -> Tensor:
         decode = self._decode()
         return packed.layout.restore_flat(packed.tensors[0]) if decode is None else (
-            decode(packed.facts[0]))
+            decode(packed.facts.probed))
 
 
 class Probing:
@@ -171,7 +186,7 @@ class Probing:
     @property
     def tensors(self) -> list[Probed]:
         """Those that the graph still holds."""
-        return [packed.facts[0] for ref in self._packed if (packed := ref()) is not None]
+        return [packed.facts.probed for ref in self._packed if (packed := ref()) is not None]
 
     def decide(self, saved: SavedTensor) -> Decision:
         """The other's decision, with a probe for its codec."""
@@ -203,14 +218,14 @@ class Probing:
         """Listener: one more name for a tensor."""
         # In the order and the units in which the tensor is stored.
         spared, packed = spared_nbytes(packed), packed.innermost
-        if not isinstance(packed.codec, ProbeCodec):
+        place = packed.facts
+        if not isinstance(place, _Place):
             return
-        if not packed.facts:
-            configured = configured_of(saved, packed.codec.probed)
-            packed.facts.append(
-                Probed(packed.tensors[0], packed.layout, configured, packed.codec.rows, spared))
+        if place.probed is None:
+            place.probed = Probed(
+                packed.tensors[0], packed.layout, configured_of(saved, place.codec), place.rows, spared)
             self._packed.append(weakref.ref(packed))
-        tensor = packed.facts[0]
+        tensor = place.probed
         tensor.sites.add(site_of(saved))
         tensor.calls[saved.call.number] = self._own_parameters(saved)
         tensor.reaches.add(decision.reaches)

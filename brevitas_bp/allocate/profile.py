@@ -12,10 +12,10 @@ from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import real
 from brevitas_bp.allocate.probe import Group, Probed, Probing, grouped
 from brevitas_bp.allocate.unchanged import point, unchanged
-from brevitas_bp.backward.planned import Candidate
 from brevitas_bp.backward.policy import explained
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
 from brevitas_bp.codec import Packed
+from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.codec.rows import in_rows
 from brevitas_bp.codec.shard import is_dtensor
 from brevitas_bp.format.random import derive
@@ -108,8 +108,7 @@ class Profile:
             codec = in_rows(codec, tensor.rows)
         seed = derive(self.seed, self.tensors.index(tensor), draw)
         packed = codec.encode(tensor.exact, seed=seed)
-        # The break-even rule of the hooks.
-        return packed if packed.nbytes < packed.layout.nbytes else None
+        return packed if packed.is_smaller else None
 
     def stored_bytes(self, group: Group, candidate: Candidate) -> int:
         """Bytes of a group as a candidate stores it."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from brevitas_bp.allocate.moments import real
 from brevitas_bp.allocate.probe import Probed
 from brevitas_bp.allocate.profile import Profile
-from brevitas_bp.backward.planned import Candidate
+from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.errors import UnknownNameError, nearest
 
 _REFERENCE = Candidate(2)

@@ -24,7 +24,7 @@ from brevitas_bp.backward.policy import (
     can_encode,
     explained,
 )
-from brevitas_bp.backward.rewrites import Substitution, derivative_at
+from brevitas_bp.backward.rewrites import Substitution
 from brevitas_bp.backward.saved import (
     CHECKPOINT_INPUT,
     FEW_BIT_INPUT,
@@ -49,18 +49,18 @@ from brevitas_bp.codec.base import (
     Codec,
     Keep,
     Packed,
-    QuantizeOnBackward,
     is_plain,
+    is_smaller,
     refuse_modified,
     version_of,
 )
+from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
-from brevitas_bp.codec.quantized import LoweredCodec
+from brevitas_bp.codec.on_backward import QuantizeOnBackward
 from brevitas_bp.codec.rows import ReorderedCodec, in_rows
 from brevitas_bp.codec.shape_only import zeros
 from brevitas_bp.codec.shard import ShardCodec, placements_of, shard_of
-from brevitas_bp.codec.stock import StatefulCodec
 from brevitas_bp.errors import CorruptPayloadError
 from brevitas_bp.private import (
     in_forward_ad,
@@ -298,7 +298,7 @@ class ForwardPass:
         """Notes a storage that the graph keeps alive as it is, all of it; see :meth:`_is_kept`."""
         x = saved.tensor
         if saved.derivative is None and is_plain(x) and x.numel() >= _WORTH_NOTING and (
-                isinstance(kept, Kept) or kept.codec is _KEEP):
+                isinstance(kept, Kept) or kept.codec.keeps):
             storage = x.untyped_storage()
             if storage.nbytes() <= x.numel() * x.element_size():
                 self._exact[storage._cdata] = (
@@ -347,7 +347,7 @@ class ForwardPass:
         pending.deferred.packed = packed
         self._tell(saved, packed, decision, pending.originals)
         dropped = None
-        if units is not None and units.drops_mean and packed.codec is not _KEEP:
+        if units is not None and units.drops_mean and not packed.codec.keeps:
             dropped = pending.statistics[-2][0]
         for statistic, why, deferred in pending.statistics:
             if statistic is dropped:
@@ -453,41 +453,39 @@ class ForwardPass:
             self, saved: SavedTensor, codec: Codec,
             in_units: Callable[[Codec], Codec] | None = None) -> Packed:
         where = _where(saved.op, saved.module)
-        if isinstance(codec, StatefulCodec):
-            codec = codec.slot((where, next(self._slots[codec, where])))
+        if codec.per_site:
+            codec = codec.at_site((where, next(self._slots[codec, where])))
         if in_units is not None:
             codec = in_units(codec)
-        fused = saved.derivative is not None and type(codec) is LoweredCodec and not self.on_backward
-        x = saved.tensor if fused else _stored(saved)
-
-        def kept() -> Packed:
-            return _KEEP.encode(_exact(saved), where=where)
-
+        if codec.keeps:
+            return _kept(saved)
+        x = saved.tensor
         shard = shard_of(x)
-        if shard is not x and not isinstance(codec, Keep):
+        if shard is not x:
             codec = ShardCodec(codec)
         if not codec.compresses:
-            packed = codec.encode(_exact(saved) if codec is _KEEP else x, seed=0, where=where)
+            packed = codec.encode(_stored(saved), seed=0, where=where)
             return packed.sealed() if self.verify else packed
         # Codes, padding and metadata must be smaller than what they replace. What is in other units and
         # is encoded later has to be known now: its mean is kept, or not.
         if shard.numel() < _SMALL or (self.on_backward and codec.wraps):
             layout = TensorLayout.of(shard)
             least = codec.stored_nbytes(layout)
-            if least is not None and least >= layout.nbytes:
-                return kept()
+            if least is not None and not is_smaller(least, layout.nbytes):
+                return _kept(saved)
         if self.on_backward:
-            return QuantizeOnBackward(codec).encode(x, seed=self.next_seed(), where=where)
-        if fused and isinstance(codec, LoweredCodec):
-            # In one pass over what the derivative follows from.
-            packed = codec.encode(
-                x, seed=self.next_seed(), where=where, derivative=saved.derivative)
-        else:
+            codec = QuantizeOnBackward(codec)
+        if saved.derivative is None:
             packed = codec.encode(x, seed=self.next_seed(), where=where)
+        else:
+            packed = codec.encode_derivative(
+                x, saved.derivative, seed=self.next_seed(), where=where)
+        if self.on_backward:
+            return packed
         if self.verify:
             packed = packed.sealed()
-        if packed.nbytes >= packed.layout.nbytes:
-            return kept()
+        if not packed.is_smaller:
+            return _kept(saved)
         if packed.layout.device.type == "cpu":
             self.given_bytes += packed.layout.nbytes
         return packed

@@ -9,14 +9,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parameter import is_lazy
 
 from brevitas_bp.backward.saved import is_parameter, own_shape, storage_id, tensors_in
+from brevitas_bp.backward.views import CASTS, PIECES, WHOLE, node_name
 from brevitas_bp.codec.shard import is_dtensor, is_storable
 
 # Backward nodes of operations whose output is the parameter itself in another shape or dtype.
-_DISGUISES = frozenset({
-    "Alias", "AsStrided", "Clone", "Contiguous", "Diagonal", "Expand", "Movedim", "Narrow", "Permute",
-    "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Swapaxes", "T", "ToCopy",
-    "Transpose", "Unbind", "Unflatten", "Unfold", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View",
-    "Chunk"})
+_DISGUISES = frozenset(node_name(operation) for operation in WHOLE | PIECES | CASTS)
 _MAX_DISGUISES = 16
 # Where replicas of nn.DataParallel have their copies of parameters.
 _OF_REPLICAS = "_former_parameters"

@@ -1,106 +1,16 @@
 """Widths chosen tensor by tensor: names of saved tensors, and the policy that obeys a plan."""
 
 import fnmatch
-import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision, SavedTensor
-from brevitas_bp.backward.wider import has_bits, is_variant, with_bits
 from brevitas_bp.codec import Codec
-from brevitas_bp.codec.average import unaveraged
+from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.errors import UnknownNameError, nearest
-from brevitas_bp.format.spec import check_bit_width
-
-_WHERE = "brevitas_bp.backward.Candidate"
-
-
-_NOTATION = re.compile(r"(\d+)(?:avg(\d+))?(?:@(\d+))?")
-# Averages are stored in 2 bits each, as in the paper.
-_AVERAGES = {0.5: "2avg4", 0.25: "2avg8"}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to store a tensor.
-
-    Written "exact", "2", "2@64" with a bucket size, "2avg4" for 2-bit means of 4 elements. The
-    numbers 0.5 and 0.25 are "2avg4" and "2avg8"; 1 is one bit for each element, and "2avg2" the
-    average of one bit.
-
-    Attributes:
-        bits: of each code, 1..8; None keeps the tensor exact.
-        bucket_size: codes per bucket; None as configured.
-        average_size: neighbours of which only the mean is stored.
-
-    Raises:
-        ValueError: another width or size.
-
-    >>> Candidate.parse("2@64")
-    Candidate(bits=2, bucket_size=64, average_size=1)
-    >>> str(Candidate.parse(4)), str(Candidate.parse(0.25)), str(Candidate.parse("exact"))
-    ('4', '2avg8', 'exact')
-    """
-
-    bits: int | None
-    bucket_size: int | None = None
-    average_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.bits is not None:
-            check_bit_width(_WHERE, self.bits)
-        if self.average_size < 1 or (
-                self.bucket_size is not None and (self.bucket_size < 8 or self.bucket_size % 8)):
-            raise ValueError(
-                f"{_WHERE}: expected an average_size of 1 or more and a bucket_size that is a "
-                f"multiple of 8, got {self.average_size} and {self.bucket_size}")
-
-    @classmethod
-    def parse(cls, given: "Candidate | float | str") -> "Candidate":
-        """A candidate from its text, or from a number of bits."""
-        if isinstance(given, Candidate):
-            return given
-        text = str(given)
-        if text == "exact":
-            return cls(None)
-        with suppress(ValueError):
-            text = _AVERAGES.get(float(text), text.removesuffix(".0"))
-        match = _NOTATION.fullmatch(text)
-        if match is None:
-            raise ValueError(
-                f"{_WHERE}: expected 'exact', a number of bits such as 2 or 0.5, bits and bucket size "
-                f"such as '2@64', or means such as '2avg4', got {given!r}")
-        bits, average, bucket = (None if part is None else int(part) for part in match.groups())
-        return cls(bits, bucket, average or 1)
-
-    def __str__(self) -> str:
-        if self.bits is None:
-            return "exact"
-        average = "" if self.average_size == 1 else f"avg{self.average_size}"
-        return f"{self.bits}{average}" + ("" if self.bucket_size is None else f"@{self.bucket_size}")
-
-    @property
-    def nominal_bits(self) -> float:
-        """Bits of codes for each element; infinite for exact."""
-        return float("inf") if self.bits is None else self.bits / self.average_size
-
-    def codec(self, configured: Codec) -> Codec | None:
-        """The codec, with rounding and metadata as configured; None keeps exact."""
-        if self.bits is None:
-            return None
-        plain = unaveraged(configured)
-        if not has_bits(plain):
-            raise ValueError(
-                f"{_WHERE}: {configured.name!r} is no bucket quantizer, so there is none of "
-                f"{self.bits} bits; configure one of brevitas_bp.quant")
-        if self.bucket_size is None and self.average_size == 1 and (
-                plain.quantizer.bit_widths == (self.bits,)):
-            return plain
-        return with_bits(plain, self.bits, self.bucket_size, self.average_size)
 
 
 class HasChoices(Protocol):
@@ -193,7 +103,7 @@ def is_quantized(saved: SavedTensor, decision: Decision) -> bool:
     if codec is None or not saved.tensor.is_floating_point():
         return False
     configured = configured_of(saved, codec)
-    return has_bits(unaveraged(configured)) and is_variant(codec, configured)
+    return bool(configured.bit_widths) and codec.is_variant_of(configured)
 
 
 def configured_of(saved: SavedTensor, codec: Codec) -> Codec:

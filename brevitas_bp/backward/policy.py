@@ -32,9 +32,7 @@ from brevitas_bp.backward.saved import (
     SavedTensor,
     name_of,
 )
-from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
-from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.base import FLOATS, is_plain
 from brevitas_bp.codec.regions import relu_region
 from brevitas_bp.codec.shard import is_storable, shard_of
@@ -250,9 +248,9 @@ class OpAware:
         if decision.codec is not codec or decision.reaches == "weight":
             return decision
         if decision.reaches == "all":
-            return decision.with_codec(self._multiplier or at_least(codec, self.multiplier_bits))
+            return decision.with_codec(self._multiplier or codec.at_least(self.multiplier_bits))
         bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reaches == "norm" else 1)
-        return decision.with_codec(unaveraged(codec) if bits == 1 else at_least(codec, bits))
+        return decision.with_codec(codec.at_least(bits))
 
     def _decide_compiled(self, saved: SavedTensor, codec: Codec) -> Decision:
         if saved.reach is None:
@@ -269,7 +267,7 @@ class OpAware:
                 codec, _LINEAR[saved.reach], reaches=saved.reach, least_bits=least), codec)
         bits = self.recomputed_bits
         return _RECOMPUTED_EXACT if bits is None else Decision(
-            at_least(codec, bits), "backward recomputes functions of it: slightly biased", reaches="all")
+            codec.at_least(bits), "backward recomputes functions of it: slightly biased", reaches="all")
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
         if role == CHECKPOINT_INPUT:

@@ -37,10 +37,10 @@ from brevitas_bp.backward.saved import (
     without_class,
 )
 from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
 from brevitas_bp.errors import SecondDerivativeError
-from brevitas_bp.kernels import dispatch
 from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, is_legacy_batched
 
 # Elements below which a derivative is not worth its overhead.
@@ -196,12 +196,6 @@ class SaveDerivative:
         if self.named is not None and derivatives.supports(source):
             return derivative_at(source, self.named(call))
         return self.formula(x, y, call)
-
-
-def derivative_at(x: Tensor, name: str) -> Tensor:
-    """A derivative of :mod:`~brevitas_bp.activations.derivatives`, laid out like ``x``."""
-    layout = TensorLayout.of(x)
-    return layout.restore_flat(dispatch.derivative(layout.flatten(x.detach()), name))
 
 
 class _SaveDerivative(torch.autograd.Function):

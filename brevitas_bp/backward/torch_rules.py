@@ -24,7 +24,6 @@ from brevitas_bp.backward.rewrites import Passing, ReplayAttention, SaveDerivati
 from brevitas_bp.backward.rows import convolved, of_elements, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
-from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.base import FLOATS
 from brevitas_bp.codec.lossless import narrow_to
 from brevitas_bp.codec.pooling import adaptive_max_pool_index, max_pool_index, plane_index
@@ -44,7 +43,6 @@ from brevitas_bp.codec.regions import (
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.codec.shape_only import shape_only
 from brevitas_bp.codec.signed import sign_exact
-from brevitas_bp.codec.stock import StatefulCodec
 
 _aten = torch.ops.aten
 _MASK = "mask: gradient exact"
@@ -213,10 +211,10 @@ def _rrelu(saved: SavedTensor) -> Decision:
 
 
 def _prelu(saved: SavedTensor) -> Decision:
-    if saved.position != 0 or isinstance(saved.codec, StatefulCodec) or saved.codec is None:
+    if saved.position != 0 or saved.codec is None:
         return Decision(None, "slopes")
     return Decision(
-        sign_exact(unaveraged(saved.codec)), "sign exact; the slope's gradient is linear in the rest",
+        sign_exact(saved.codec.per_element), "sign exact; the slope's gradient is linear in the rest",
         shared=stands_alone(saved), rows=_prelu_rows)
 
 

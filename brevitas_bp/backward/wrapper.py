@@ -21,24 +21,16 @@ from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.compiled.dynamo import call_with, not_traced, set_callback
 from brevitas_bp.backward.compiled.hooks import InlinedHooks
 from brevitas_bp.backward.compiled.shared import crowded_out, hooks_of
-from brevitas_bp.backward.configure import ConfiguredCodec
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, GraphListener, Listener, unpack
 from brevitas_bp.backward.location import Location
-from brevitas_bp.backward.planned import (
-    Candidate,
-    HasChoices,
-    PlannedPolicy,
-    check_choices,
-)
+from brevitas_bp.backward.planned import HasChoices, PlannedPolicy, check_choices
 from brevitas_bp.backward.policy import POLICIES, ExplainedPolicy, Policy, explained
 from brevitas_bp.backward.ranks import noise_rank, replica_group
 from brevitas_bp.backward.transparent import TABLES, Transparent
-from brevitas_bp.backward.wider import has_bits
 from brevitas_bp.codec import Codec, codec_from
-from brevitas_bp.codec.average import unaveraged
-from brevitas_bp.codec.graph_forms import can_inline
-from brevitas_bp.codec.stock import StatefulCodec
+from brevitas_bp.codec.candidate import Candidate
+from brevitas_bp.codec.configured import ConfiguredCodec
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.format.random import SeedStream, derive
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
@@ -207,7 +199,7 @@ class QuantBackwardWrapper(Transparent):
                 f"got {plan!r}")
         check_choices(_WHERE, choices, [name for name, _ in self.module.named_modules()])
         codecs = (self._codec, *(codec for _, codec in self._overrides))
-        if not any(codec is not None and has_bits(unaveraged(codec)) for codec in codecs):
+        if not any(codec is not None and codec.bit_widths for codec in codecs):
             raise TypeError(
                 f"{_WHERE}: a plan chooses widths of bucket quantizers, but act_quant is "
                 f"{'None' if self._codec is None else self._codec.name!r}; pass one of "
@@ -247,13 +239,9 @@ class QuantBackwardWrapper(Transparent):
 
     def quantizer_modules(self) -> Iterator[nn.Module]:
         """The quantizers in use. They are not submodules: they add no parameters and no keys."""
-        codecs = [self._codec, *(codec for _, codec in self._overrides)]
-        for codec in codecs:
-            slots = codec.slots.values() if isinstance(codec, StatefulCodec) else [codec]
-            for slot in slots:
-                quantizer = getattr(slot, "quantizer", None)
-                if isinstance(quantizer, nn.Module):
-                    yield quantizer
+        for codec in (self._codec, *(codec for _, codec in self._overrides)):
+            if codec is not None:
+                yield from codec.quantizers()
 
     @property
     def _codec(self) -> Codec | None:
@@ -280,7 +268,7 @@ class QuantBackwardWrapper(Transparent):
     def _warn_of_codecs(self) -> None:
         """Names the quantizers whose tensors compiled graphs keep exact."""
         codecs = (self._codec, *(codec for _, codec in self._overrides))
-        names = {c.name for c in codecs if c is not None and not can_inline(c)}
+        names = {c.name for c in codecs if c is not None and not c.in_graphs}
         if names:
             warnings.warn(_NOT_INLINED_HINT.format(", ".join(sorted(names))), stacklevel=2)
 

@@ -1,12 +1,13 @@
 """Averages of groups of neighbours, stored by another codec."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
+from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.average import check_average_size, group_means, spread, to_dtype
@@ -24,7 +25,7 @@ class AverageCodec(Codec):
 
     **Gradients of weights are biased**: with an averaged input, the gradient of a linear or convolution
     weight is that of an input in which neighbours are equal. So the op-aware policy does not average
-    what passes on to other layers (derivatives, factors, attention), see :func:`unaveraged`.
+    what passes on to other layers (derivatives, factors, attention), see :attr:`per_element`.
 
     Args:
         inner: stores the means, float32 (float64 for float64) and contiguous.
@@ -36,7 +37,8 @@ class AverageCodec(Codec):
     def __init__(self, inner: Codec, average_size: int) -> None:
         self.inner = inner
         self.average_size = check_average_size("brevitas_bp.codec.AverageCodec", average_size)
-        self.quantizer = getattr(inner, "quantizer", None)
+        self.bit_widths = inner.bit_widths
+        self.in_graphs = inner.in_graphs
         self.name = f"{inner.name}, means of {average_size}"
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
@@ -71,18 +73,36 @@ class AverageCodec(Codec):
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self.inner.stored_nbytes(self._layout_of_means(layout))
 
+    def graph_key(self) -> Hashable | None:
+        inner = self.inner.graph_key()
+        return None if inner is None else (self.average_size, inner)
+
     def in_rows(self, length: int, last: int) -> Codec:
         if length % last:
             return self
         groups = group_count(last, self.average_size)
         return AverageCodec(self.inner.in_rows(length // last * groups, groups), self.average_size)
 
+    @property
+    def per_element(self) -> Codec:
+        """What stores the averages."""
+        return self.inner
+
+    def variant(
+            self, bits: int, bucket_size: int | None = None, average_size: int = 1) -> Codec | None:
+        return self.inner.variant(bits, bucket_size, average_size)
+
+    def at_least(self, bits: int) -> Codec:
+        return self.inner.at_least(bits)
+
+    def quantizers(self) -> Iterator[nn.Module]:
+        return self.inner.quantizers()
+
+    def in_graph(self, x: GraphTensor) -> GraphForm | None:
+        # A graph has no groups across channels. The codes of elements are as wide.
+        return self.inner.in_graph(x)
+
     def _layout_of_means(self, layout: TensorLayout) -> TensorLayout:
         shape = layout.base_shape or torch.Size((1,))
         shape = torch.Size((*shape[:-1], group_count(shape[-1], self.average_size)))
         return TensorLayout(shape, (), shape, compute_dtype(layout.dtype), layout.device)
-
-
-def unaveraged(codec: Codec) -> Codec:
-    """What stores the averages of an :class:`AverageCodec`, for each element; any other codec itself."""
-    return codec.inner if isinstance(codec, AverageCodec) else codec

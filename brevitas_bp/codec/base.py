@@ -2,18 +2,23 @@
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brevitas_bp.codec.checksum import checksum
+from brevitas_bp.codec.derivatives import derivative_at
+from brevitas_bp.codec.derived import variants
+from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
 from brevitas_bp.codec.integrity import Form, check_forms, refuse, versions_of
 from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError, UnsupportedTensorError
+from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 
 #: Real numbers of 16 to 64 bits.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -77,6 +82,11 @@ class Packed(_Referable):
         return self.codec.decode(self)
 
     @property
+    def is_smaller(self) -> bool:
+        """Whether it takes less memory than the tensor, see :func:`is_smaller`."""
+        return is_smaller(self.nbytes, self.layout.nbytes)
+
+    @property
     def innermost(self) -> "Packed":
         """What the codec stored that chose the bytes, inside of those that changed order or units."""
         return self.facts.innermost if self.codec.wraps else self
@@ -107,10 +117,32 @@ class Packed(_Referable):
         return checksum(self.tensors) + zlib.crc32(repr(self.layout).encode())
 
 
+def is_smaller(stored: int, given: int) -> bool:
+    """The break-even rule: a tensor of ``given`` bytes is kept as it is unless it takes fewer.
+
+    Args:
+        stored: bytes of all that would be stored: codes, padding, metadata.
+        given: bytes of the tensor.
+    """
+    return stored < given
+
+
 class Codec(ABC):
     """Stores tensors. ``encode(Tensor) -> Packed``, ``decode(Packed) -> Tensor``.
 
     Implementations have no state that changes what an existing :class:`Packed` decodes to.
+
+    NOTE [ A codec answers for itself ]
+    Policies, hooks, plans and compiled graphs never ask which class a codec has. They ask the codec:
+
+    * for a codec with another width: :meth:`variant`, :meth:`at_least`,
+    * for one without averages: :attr:`per_element`,
+    * for the one of a call site: :meth:`at_site`,
+    * for its form in a compiled graph: :meth:`in_graph`,
+    * for its quantizers: :meth:`quantizers`.
+
+    Each of these has a default, which suits a codec that has nothing of the kind. Such a codec needs
+    ``encode`` and ``decode`` alone, and should have ``forms`` and ``stored_nbytes``.
     """
 
     #: Shown in reports.
@@ -121,6 +153,8 @@ class Codec(ABC):
     recipe: Recipe | None = None
     #: Whether the stored tensors are memory of the codec's own, which nobody else may write to.
     owns: bool = True
+    #: Whether it keeps the tensor that it is given, not a copy.
+    keeps: bool = False
     #: Whether what is decoded may differ from what was stored.
     lossy: bool = True
     #: Whether its payload is that of another codec, which is in the facts.
@@ -129,6 +163,10 @@ class Codec(ABC):
     restores: tuple[torch.dtype, ...] | None = None
     #: Whether what is decoded is new memory each time, which whoever asked for it may write to.
     decodes_anew: bool = False
+    #: Widths of its codes, where it has variants with other widths; empty where it has none.
+    bit_widths: tuple[int, ...] = ()
+    #: Whether compiled graphs can store with it, see :meth:`in_graph`.
+    in_graphs: bool = False
 
     @abstractmethod
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
@@ -175,6 +213,97 @@ class Codec(ABC):
         """
         return self
 
+    @property
+    def per_element(self) -> "Codec":
+        """The codec that has a code for each element, where this one averages; else itself."""
+        return self
+
+    def variant(
+            self, bits: int, bucket_size: int | None = None, average_size: int = 1) -> "Codec | None":
+        """The same quantizer with another width, bucket size or averages; None where it has no widths.
+
+        Rounding, scale rule and all other parts are those of this codec. A mix of two widths becomes one
+        width. Each variant is made once (:mod:`~brevitas_bp.codec.derived`); it is this codec where that
+        has the width already.
+
+        Args:
+            bits: width of each code.
+            bucket_size: codes per bucket; None: as this codec has.
+            average_size: elements whose mean is stored as one code.
+
+        Raises:
+            ValueError: the quantizer cannot have this width.
+        """
+        if average_size == 1 and bucket_size is None and self.bit_widths == (bits,):
+            return self
+        return variants.get(
+            self, (bits, bucket_size, average_size),
+            lambda: self._variant(bits, bucket_size, average_size))
+
+    def _variant(self, bits: int, bucket_size: int | None, average_size: int) -> "Codec | None":
+        """Makes what :meth:`variant` returns. It must not hold this codec."""
+        return None
+
+    def at_least(self, bits: int) -> "Codec":
+        """A codec with a code of ``bits`` bits or more for each element; itself where it has no widths.
+
+        Averages become codes of elements: more bits of an average would not take its bias away.
+        """
+        if not self.bit_widths or min(self.bit_widths) >= bits:
+            return self
+        return self.variant(bits) or self
+
+    def is_variant_of(self, configured: "Codec") -> bool:
+        """Whether it is ``configured``, perhaps with another width or without averages."""
+        plain = configured.per_element
+        return self is configured or self is plain or variants.has(plain, self)
+
+    @property
+    def per_site(self) -> bool:
+        """Whether each call site has a codec of its own."""
+        return False
+
+    def at_site(self, key: Hashable) -> "Codec":
+        """The codec of the call site ``key``; itself unless ``per_site``."""
+        return self
+
+    def quantizers(self) -> Iterator[nn.Module]:
+        """The quantizers that it encodes with."""
+        yield from ()
+
+    def graph_key(self) -> Hashable | None:
+        """Equal for codecs that store in the same way in compiled graphs; None: equal only to itself."""
+        return None
+
+    def in_graph(self, x: GraphTensor) -> GraphForm | None:
+        """Its form for a tensor that a compiled graph saves; None: the graph keeps the tensor."""
+        return None
+
+    def encode_derivative(self, x: Tensor, name: str, *, seed: int, where: str = "") -> Packed:
+        """Stores the derivative of an activation at ``x``.
+
+        Args:
+            x: the input or the output of the activation, as its derivative wants it.
+            name: of one of :mod:`~brevitas_bp.activations.derivatives`, which supports ``x``.
+            seed: of all randomness.
+            where: op and module, for messages.
+        """
+        return self.encode(derivative_at(x, name), seed=seed, where=where)
+
+    def encode_normalized(self, x: Tensor, affine: Affine, *, seed: int, where: str = "") -> Packed:
+        """Stores ``x`` normalized by ``affine``, whose statistics follow the order of memory."""
+        layout = TensorLayout.of(x)
+        with torch.no_grad():
+            values = normalize(layout.flatten(x.detach()), affine).to(x.dtype)
+        return self.encode(layout.restore_flat(values), seed=seed, where=where)
+
+    def decode_normalized(self, packed: Packed, affine: Affine) -> Tensor:
+        """Restores what :meth:`encode_normalized` stored; ``affine`` is the way back."""
+        values, layout = packed.decode(), packed.layout
+        with torch.no_grad():
+            flat = layout.flatten(values).to(compute_dtype(layout.dtype))
+            return layout.restore_flat(denormalize(flat, affine, layout.dtype))
+
 
 class Keep(Codec):
     """Keeps the tensor itself, exact, and notices when it is modified in place.
@@ -189,6 +318,7 @@ class Keep(Codec):
     name = "exact"
     compresses = False
     owns = False
+    keeps = True
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         """Keeps ``x`` (not a copy)."""
@@ -250,37 +380,6 @@ class Copy(Codec):
 
     def forms(self, packed: Packed) -> Sequence[Form]:
         return [Form.flat(packed.layout.numel, packed.layout.dtype)]
-
-
-class QuantizeOnBackward(Codec):
-    """Keeps the float tensor and sends it through another codec when backward asks for it.
-
-    Saves no memory: it separates the effect of quantization from that of storing early. With the same
-    seed the gradient is that of the other codec, bit for bit. Source: Li, 2025, chapter 4.
-    """
-
-    owns = False
-
-    def __init__(self, codec: Codec) -> None:
-        self.codec = codec
-        self.keep = Keep()
-        self.name = f"{codec.name} on backward"
-
-    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Keeps ``x`` and the seed."""
-        kept = self.keep.encode(x, where=where)
-        return Packed(self, kept.tensors, kept.layout, (kept, seed, []), where)
-
-    def decode(self, packed: Packed) -> Tensor:
-        """Encodes, at the first call, and decodes now."""
-        kept, seed, encoded = packed.facts
-        x = self.keep.decode(kept)
-        if not encoded:
-            # Not at each call: a quantizer that collects statistics would give other codes.
-            encoded.append(self.codec.encode(x, seed=seed, where=packed.where))
-        # The same break-even rule as for storing early; but what is in other units goes with others.
-        smaller = encoded[0].nbytes < encoded[0].layout.nbytes
-        return encoded[0].decode() if smaller or self.codec.wraps else x
 
 
 #: Classes of ordinary tensors.

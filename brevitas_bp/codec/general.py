@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
+from brevitas.core.bit_width import BitWidthConst
 from torch import Tensor
 
-from brevitas_bp.codec.base import FLOATS, Codec, Keep, Packed
+from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.buckets import BucketCodec, codec_name
 from brevitas_bp.codec.bucketwise import is_bucketwise
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
@@ -35,7 +37,8 @@ _CHUNK, _LARGE_CHUNK = 1 << 16, 1 << 22
 #    the draws of a stream anew, so the k-th draw of a part has one seed in all of them.
 
 
-class ModuleCodec(Codec):
+@final
+class ModuleCodec(BucketCodec):
     """A bucket quantizer with parts of the user's own: modules -> codes -> bytes.
 
     Draws the same noise from the same seed as :class:`~brevitas_bp.codec.quantized.LoweredCodec`, and
@@ -43,17 +46,15 @@ class ModuleCodec(Codec):
     bucket by bucket, see :func:`~brevitas_bp.codec.bucketwise.is_bucketwise`: the same bytes again.
     """
 
-    restores = FLOATS
-
     def __init__(
             self, quantizer: BucketRescalingIntQuant, row_size: int | None = None) -> None:
         self.quantizer = quantizer
         self.row_size = row_size
-        self.widths = quantizer.bit_widths
-        top = [int(quantizer.int_quant.max_int(torch.tensor(float(w)))) for w in self.widths]
+        self.bit_widths = quantizer.bit_widths
+        top = [int(quantizer.int_quant.max_int(torch.tensor(float(w)))) for w in self.bit_widths]
         self.lowest = tuple(-t if quantizer.int_quant.signed else 0 for t in top)
         self.bucketwise = is_bucketwise(quantizer)
-        self.name = codec_name(self.widths, None)
+        self.name = codec_name(self.bit_widths, None)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Quantizes and packs a float tensor."""
@@ -107,14 +108,13 @@ class ModuleCodec(Codec):
             Form.flat(self._nbytes(size, width_layout)), Form.flat(n * (1 + self._is_affine()), stored)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        size = getattr(self._view, "bucket_size", None)
-        n, size = bucket_shape(layout.numel, size, self.row_size)
+        n, size = bucket_shape(layout.numel, self.bucket_size, self.row_size)
         metadata = stored_metadata_dtype(self.quantizer.metadata_dtype, compute_dtype(layout.dtype))
         return n * (
-            packed_nbytes(size, min(self.widths)) + metadata.itemsize * (1 + self._is_affine()))
+            packed_nbytes(size, min(self.bit_widths)) + metadata.itemsize * (1 + self._is_affine()))
 
     def in_rows(self, length: int, last: int) -> Codec:
-        size = getattr(self._view, "bucket_size", None)
+        size = self.bucket_size
         if type(self._view) is not OverBucketView or size is None:
             return self
         # On the host, whatever device is the default where a tensor is saved.
@@ -124,9 +124,17 @@ class ModuleCodec(Codec):
                 return self
             return ModuleCodec(quantizer, length if length % row_bucket(length, size) else None)
 
-    @property
-    def _view(self) -> Any:
-        return self.quantizer.input_view_impl
+    def _with_width(self, bits: int, bucket_size: int | None) -> Codec:
+        with torch.device("cpu"):
+            quantizer = self.quantizer if bucket_size in (None, self.bucket_size) else (
+                _with_bucket_size(self.quantizer, bucket_size))
+            if quantizer is None or (
+                    bucket_size is not None and type(self._view) is not OverBucketView):
+                raise ValueError(
+                    f"brevitas_bp.codec: the buckets of {self.name!r} cannot be made to hold "
+                    f"{bucket_size} elements, because a part that looks at them is scripted or has a "
+                    "view of its own; leave out the bucket size")
+            return ModuleCodec(_with_bit_width(quantizer, bits), self.row_size)
 
     def _encode_at_once(self, flat: Tensor, seed: int) -> tuple[tuple[Tensor, ...], Any]:
         with seeded(seed):
@@ -150,7 +158,7 @@ class ModuleCodec(Codec):
         for rows, part, which in self._parts(payload, size, widths, step):
             x = take(flat, rows, size, view.bucket_pad_zero)
             with seeded_rows(seed, rows):
-                codes, scales[rows], offsets[rows] = self._quantize(x, self.widths[which])
+                codes, scales[rows], offsets[rows] = self._quantize(x, self.bit_widths[which])
             part.copy_(self._pack(codes, scales[rows], which))
         return self._stored(payload, scales, offsets), (n, size, widths)
 
@@ -158,7 +166,7 @@ class ModuleCodec(Codec):
         """Codes [r, B], scale [r, 1] and offset [r, 1] of all buckets, or of some of one width."""
         with torch.no_grad():
             # As a selector gives it: each bucket has its own.
-            widths = None if len(self.widths) == 1 or width is None else x.new_full(
+            widths = None if len(self.bit_widths) == 1 or width is None else x.new_full(
                 (len(x), 1), float(width), dtype=torch.float32)
             codes, scale, offset, _ = self.quantizer.quantize(x, widths)
             # A part of the user's own may hide a NaN: poison the bucket, so that backward sees it.
@@ -167,10 +175,10 @@ class ModuleCodec(Codec):
 
     def _pack(self, codes: Tensor, scale: Tensor, which: int) -> Tensor:
         codes = torch.where(scale.isnan(), 0, codes - self.lowest[which]).to(torch.uint8)
-        return pack(codes, self.widths[which])
+        return pack(codes, self.bit_widths[which])
 
     def _unpack(self, part: Tensor, size: int, which: int, dtype: torch.dtype) -> Tensor:
-        return unpack(part, self.widths[which], size).to(dtype).add_(self.lowest[which])
+        return unpack(part, self.bit_widths[which], size).to(dtype).add_(self.lowest[which])
 
     def _dequantize(self, codes: Tensor, metadata: Tensor, out: Tensor) -> Tensor:
         scale = metadata[0]
@@ -189,7 +197,7 @@ class ModuleCodec(Codec):
 
     def _nbytes(self, size: int, widths: WidthLayout) -> int:
         return sum(
-            (stop - start) * packed_nbytes(size, self.widths[which])
+            (stop - start) * packed_nbytes(size, self.bit_widths[which])
             for start, stop, which in widths.runs())
 
     def _draw_layout(self, n: int, seed: int) -> WidthLayout:
@@ -206,7 +214,7 @@ class ModuleCodec(Codec):
         """(buckets, their bytes [r, b], which width), at most ``step`` buckets of one width each."""
         position = 0
         for start, stop, which in widths.runs():
-            nbytes = packed_nbytes(size, self.widths[which])
+            nbytes = packed_nbytes(size, self.bit_widths[which])
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 part = payload[position:position + (last - first) * nbytes]
@@ -236,6 +244,20 @@ def _with_bucket_size(
     return other
 
 
+def _with_bit_width(quantizer: BucketRescalingIntQuant, bits: int) -> BucketRescalingIntQuant:
+    """The quantizer with codes of one width; all other parts are shared."""
+    steps = float(quantizer.int_scaling_impl(torch.tensor(float(bits))))
+    if not steps >= 1:
+        raise ValueError(
+            f"brevitas_bp.codec: {bits} bits leave no level on both sides of zero; use a shifted-uint "
+            "(min-max) quantizer or more bits")
+    other = copy.copy(quantizer)
+    # Not the table of the original, which its copy shares.
+    other._modules = {**quantizer._modules, "msb_clamp_bit_width_impl": BitWidthConst(bits)}
+    other.bit_widths = (bits,)
+    return other
+
+
 def _chunk(x: Tensor) -> int:
     return _CHUNK if x.device.type == "cpu" else _LARGE_CHUNK
 
@@ -245,13 +267,3 @@ def float_dtype(packed: Packed) -> torch.dtype:
     if not packed.layout.dtype.is_floating_point:
         refuse(packed, "a float tensor", packed.layout.dtype)
     return packed.layout.dtype
-
-
-def codec_name(widths: tuple[int, ...], rounding: str | None) -> str:
-    """Short name for reports.
-
-    >>> codec_name((2, 4), "stochastic")
-    '2/4-bit stochastic'
-    """
-    bits = "/".join(str(w) for w in widths) + "-bit"
-    return bits if rounding is None else f"{bits} {rounding}"

@@ -2,17 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from brevitas_bp.codec.average import unaveraged
-from brevitas_bp.codec.base import Codec
-from brevitas_bp.codec.lossless import BitMask
-from brevitas_bp.codec.quantized import LoweredCodec, codec_name
 from brevitas_bp.core.bucket import memory_order
 from brevitas_bp.format.masks import Interval, mask_nbytes, next_value
 from brevitas_bp.format.normalizing import Affine
@@ -55,14 +51,14 @@ def _decode(
 def _decode_rectified(
         payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
         dtype: torch.dtype) -> Tensor:
-    """See :class:`InlinedRectified`. NaN stays."""
+    """See :class:`RectifiedForm`. NaN stays."""
     return dispatch.rectify_(_decode(payload, metadata, spec, numel, dtype), positive)
 
 
 def _decode_channels(
         payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
         dtype: torch.dtype) -> Tensor:
-    """See :class:`InlinedChannels`."""
+    """See :class:`ChannelForm`."""
     plan = dispatch.plan_from_text(spec, numel, dtype, payload.device)
     affine = Affine(statistics[1].contiguous(), statistics[0].contiguous(), inner)
     return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,), affine)
@@ -129,14 +125,17 @@ Quantize = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Inlined(ABC):
+class GraphForm(ABC):
     """A codec for one tensor of a graph that is being made.
 
     Attributes:
         name: shown in reports.
         order: dimensions from the slowest to the fastest in memory; None: as they are.
         dtype: of the tensor.
+        draws: whether it encodes with noise, so that the graph draws seeds.
     """
+
+    draws: ClassVar[bool] = False
 
     name: str
     order: tuple[int, ...] | None
@@ -173,12 +172,14 @@ class Inlined(ABC):
 
 
 @dataclass(frozen=True)
-class InlinedQuantizer(Inlined):
+class BucketForm(GraphForm):
     """A bucket quantizer of one width.
 
     Attributes:
         spec: its lowered form.
     """
+
+    draws: ClassVar[bool] = True
 
     spec: BucketQuantSpec
 
@@ -195,7 +196,7 @@ class InlinedQuantizer(Inlined):
 
 
 @dataclass(frozen=True)
-class InlinedChannels(InlinedQuantizer):
+class ChannelForm(BucketForm):
     """A bucket quantizer of a tensor [N, C, ...] in units of its channels: deviations from their means.
 
     Channels of any size are rounded alike, wherever they lie in memory; one without deviation is exact.
@@ -223,7 +224,7 @@ class InlinedChannels(InlinedQuantizer):
 
 
 @dataclass(frozen=True)
-class InlinedRectified(InlinedQuantizer):
+class RectifiedForm(BucketForm):
     """The output of a ReLU: a bucket quantizer, and 1 bit for what is positive.
 
     Decoded is zero exactly where the tensor is, so that a comparison with 0 is that of the tensor.
@@ -244,7 +245,7 @@ class InlinedRectified(InlinedQuantizer):
 
 
 @dataclass(frozen=True)
-class InlinedMask(Inlined):
+class MaskForm(GraphForm):
     """Bools, 1 bit each."""
 
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
@@ -255,56 +256,63 @@ class InlinedMask(Inlined):
         return torch.ops.brevitas_bp.unpack_bits(tensors[0], numel)
 
 
-def inlined(
-        codec: Codec, x: Tensor, channels_last: bool = False, rectified: bool = False,
-        row: int | None = None, in_memory: bool = False,
-        channels: bool = False) -> Inlined | None:
-    """``codec`` for a tensor of a graph; None where the graph has to keep the tensor as it is.
+@dataclass(frozen=True)
+class GraphTensor:
+    """What a codec needs to know of a tensor that a graph saves.
 
-    That is where the codec has no such form, see :func:`can_inline`, or elements share memory.
-
-    A graph has sizes that no seed may change and no groups across channels: of two widths the larger
-    serves, and instead of averages their codes for each element, which are as wide.
-
-    Args:
-        codec: the codec that was decided for.
-        x: a fake tensor.
-        channels_last: whether images [N, C, H, W] will be channels_last when the graph runs, though they
-            are contiguous as it was traced.
+    Attributes:
+        order: dimensions from the slowest to the fastest in memory; None: as they are.
+        dtype: of the tensor.
+        row: elements of a row, see :mod:`brevitas_bp.codec.rows`; None: no rows.
         rectified: whether it is the output of a ReLU, whose sign is to be exact.
-        row: elements of a row, see :mod:`brevitas_bp.codec.rows`.
-        in_memory: rows are whole samples, in whatever order their dimensions lie.
-        channels: what is stored is to be in units of its channel, dimension 1.
+        channels: place of the channels in ``order``, where values are to be in units of their channel.
     """
-    if not _is_apart(x):
-        return None
-    order = memory_order(x)
-    if order is None and channels_last and x.dim() == 4:
-        order = [0, 2, 3, 1]
-    if row is not None and not in_memory:
-        # Rows are those of the dimensions in their own order.
-        order = None if x.is_contiguous() else list(range(x.dim()))
-    settings = (None if order is None else tuple(order), x.dtype)
-    if isinstance(codec, BitMask):
-        return InlinedMask(codec.name, *settings)
-    codec = unaveraged(codec)
-    if isinstance(codec, LoweredCodec):
-        width = max(codec.spec.bit_widths)
-        spec = replace(codec.spec, bit_width=width, mix_bit_width=None, mix_prob=0.0)
-        name = codec_name((width,), spec.rounding.name)
-        spec = spec if row is None else spec.in_rows(row)
-        if rectified:
-            return InlinedRectified(f"{name}, sign exact", *settings, spec)
-        dim = 1 if order is None else order.index(1) if x.dim() > 1 else 0
-        if channels and x.dim() > 1 and dim in (1, x.dim() - 1):
-            return InlinedChannels(name, *settings, spec, dim)
-        return InlinedQuantizer(name, *settings, spec)
-    return None
+
+    order: tuple[int, ...] | None
+    dtype: torch.dtype
+    row: int | None = None
+    rectified: bool = False
+    channels: int | None = None
+
+    @classmethod
+    def of(
+            cls, x: Tensor, *, channels_last: bool = False, rectified: bool = False,
+            row: int | None = None, in_memory: bool = False,
+            channels: bool = False) -> "GraphTensor | None":
+        """What is known of ``x``; None where its elements share memory, so that the graph keeps it.
+
+        Args:
+            x: a fake tensor.
+            channels_last: whether images [N, C, H, W] will be channels_last when the graph runs, though
+                they are contiguous as it was traced.
+            rectified: whether it is the output of a ReLU, whose sign is to be exact.
+            row: elements of a row.
+            in_memory: rows are whole samples, in whatever order their dimensions lie.
+            channels: what is stored is to be in units of its channel, dimension 1.
+        """
+        if not _is_apart(x):
+            return None
+        order = memory_order(x)
+        if order is None and channels_last and x.dim() == 4:
+            order = [0, 2, 3, 1]
+        if row is not None and not in_memory:
+            # Rows are those of the dimensions in their own order.
+            order = None if x.is_contiguous() else list(range(x.dim()))
+        place = None
+        if channels and x.dim() > 1:
+            found = 1 if order is None else order.index(1)
+            place = found if found in (1, x.dim() - 1) else None
+        return cls(None if order is None else tuple(order), x.dtype, row, rectified, place)
 
 
-def can_inline(codec: Codec) -> bool:
-    """Whether graphs can store anything with ``codec``: bucket quantizers that lower, and masks."""
-    return isinstance(unaveraged(codec), (LoweredCodec, BitMask))
+def bucket_form(name: str, spec: BucketQuantSpec, x: GraphTensor) -> GraphForm:
+    """The form of a bucket quantizer of one width, for a tensor of a graph."""
+    spec = spec if x.row is None else spec.in_rows(x.row)
+    if x.rectified:
+        return RectifiedForm(f"{name}, sign exact", x.order, x.dtype, spec)
+    if x.channels is not None:
+        return ChannelForm(name, x.order, x.dtype, spec, x.channels)
+    return BucketForm(name, x.order, x.dtype, spec)
 
 
 def _is_apart(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, MaskForm
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.format.masks import mask_nbytes
@@ -21,6 +22,7 @@ class BitMask(Codec):
 
     restores = (torch.bool,)
     lossy = False
+    in_graphs = True
     name = "bit mask"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
@@ -41,6 +43,9 @@ class BitMask(Codec):
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return mask_nbytes(layout.numel)
+
+    def in_graph(self, x: GraphTensor) -> GraphForm | None:
+        return MaskForm(self.name, x.order, x.dtype)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import Form
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.codec.quantized import LoweredCodec
+from brevitas_bp.codec.wrapping import WrappingCodec
 from brevitas_bp.format.arithmetic import compute_dtype
-from brevitas_bp.format.normalizing import Affine, denormalize, normalize
+from brevitas_bp.format.normalizing import Affine
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Undo:
 
 
 @final
-class NormalizedCodec(Codec):
+class NormalizedCodec(WrappingCodec):
     """Stores ``(x - shift) * scale``, with one shift and scale for each row or channel.
 
     A rounding then has the same size in all of them, whatever their own.
@@ -67,26 +67,19 @@ class NormalizedCodec(Codec):
         undo: the way back.
     """
 
-    wraps = True
-
     def __init__(self, inner: Codec, affine: Affine | None, undo: Undo) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.affine = affine
         self.undo = undo
-        self.name = inner.name
-        self.compresses = inner.compresses
         self.decodes_anew = inner.decodes_anew
+
+    def around(self, inner: Codec) -> Codec:
+        return NormalizedCodec(inner, self.affine, self.undo)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Normalizes and stores; the compiled kernels do both at once."""
         assert self.affine is not None
-        if isinstance(self.inner, LoweredCodec):
-            stored = self.inner.encode(x, seed=seed, where=where, affine=self.affine)
-        else:
-            layout = TensorLayout.of(x)
-            with torch.no_grad():
-                values = normalize(layout.flatten(x.detach()), self.affine).to(x.dtype)
-            stored = self.inner.encode(layout.restore_flat(values), seed=seed, where=where)
+        stored = self.inner.encode_normalized(x, self.affine, seed=seed, where=where)
         # What is stored knows nothing of the means.
         codec = NormalizedCodec(self.inner, None, self.undo)
         return Packed(
@@ -94,14 +87,7 @@ class NormalizedCodec(Codec):
 
     def decode(self, packed: Packed) -> Tensor:
         """The tensor, but for what ``undo`` leaves out."""
-        # Through what is stored now: it is compared with what was.
-        stored, affine = packed.facts.with_tensors(packed.tensors), self.undo()
-        if isinstance(self.inner, LoweredCodec):
-            return self.inner.decode(stored, affine)
-        values, layout = stored.decode(), packed.layout
-        with torch.no_grad():
-            flat = layout.flatten(values).to(compute_dtype(layout.dtype))
-            return layout.restore_flat(denormalize(flat, affine, layout.dtype))
+        return self.inner.decode_normalized(self.stored_in(packed), self.undo())
 
     def forms(self, packed: Packed) -> Sequence[Form] | None:
         inner = packed.facts.codec.forms(packed.facts)
@@ -124,7 +110,7 @@ def spared_nbytes(packed: Packed) -> int:
 
 
 @final
-class QuotientCodec(Codec):
+class QuotientCodec(WrappingCodec):
     """Stores a dividend ``a`` as the quotient ``a / b``, beside the divisor that is kept anyway.
 
     The gradient of the divisor is ``-g (a / b) / b``: a rounding of the quotient counts as much wherever
@@ -135,13 +121,13 @@ class QuotientCodec(Codec):
         inner: stores the quotient.
     """
 
-    wraps = True
-
     def __init__(self, divisor: Callable[[], Tensor], inner: Codec) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.divisor = divisor
         self.name = f"{inner.name}, of the quotient"
-        self.compresses = inner.compresses
+
+    def around(self, inner: Codec) -> Codec:
+        return QuotientCodec(self.divisor, inner)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Divides, and stores the quotient."""
@@ -153,14 +139,10 @@ class QuotientCodec(Codec):
 
     def decode(self, packed: Packed) -> Tensor:
         """The quotient times the divisor."""
-        stored = packed.facts.with_tensors(packed.tensors)
         with torch.no_grad():
-            values = (stored.decode() * self.divisor()).to(packed.layout.dtype)
+            values = (self.stored_in(packed).decode() * self.divisor()).to(packed.layout.dtype)
         return packed.layout.restore(
             values.expand(packed.layout.base_shape))
 
     def forms(self, packed: Packed) -> Sequence[Form] | None:
         return packed.facts.codec.forms(packed.facts)
-
-    def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        return self.inner.stored_nbytes(layout)

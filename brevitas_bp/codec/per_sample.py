@@ -1,26 +1,24 @@
 """Bit widths chosen for each sample of a tensor."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
+from brevitas_bp.codec.buckets import BucketCodec
+from brevitas_bp.codec.derived import variants
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec, codec_from
+from brevitas_bp.codec.quantized import codec_from
 from brevitas_bp.core.bucket import memory_order
 from brevitas_bp.errors import UnsupportedQuantizerError
-from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.random import derive
-from brevitas_bp.format.reference import to_buckets
 from brevitas_bp.format.spec import check_bit_width
 
 _WHERE = "brevitas_bp.codec.PerSampleCodec"
-# Elements whose ranges are taken at once, where they must be converted first.
-_CHUNK = 1 << 18
 
 
 class _Facts(NamedTuple):
@@ -80,27 +78,25 @@ class PerSampleCodec(Codec):
             average_bits: float = 2,
             bit_widths: Sequence[int] = (1, 2, 3, 4, 8),
             **settings: Any) -> None:
-        self.bit_widths = tuple(sorted({check_bit_width(_WHERE, bits) for bits in bit_widths}))
+        self.candidates = tuple(sorted({check_bit_width(_WHERE, bits) for bits in bit_widths}))
         self.average_bits = average_bits
-        if len(self.bit_widths) < 2:
+        if len(self.candidates) < 2:
             raise ValueError(
                 f"{_WHERE}: there is nothing to choose between the bit_widths {tuple(bit_widths)}; name "
                 "two or more, or use the quantizer itself")
-        if not self.bit_widths[0] <= average_bits <= self.bit_widths[-1]:
+        if not self.candidates[0] <= average_bits <= self.candidates[-1]:
             raise ValueError(
                 f"{_WHERE}: average_bits must lie between the smallest and the largest of bit_widths, "
-                f"{self.bit_widths[0]} and {self.bit_widths[-1]}, got {average_bits!r}")
+                f"{self.candidates[0]} and {self.candidates[-1]}, got {average_bits!r}")
         codecs = {
             bits: _bucket_codec(codec_from(quantizer, bit_width=bits, **settings))
-            for bits in self.bit_widths}
+            for bits in self.candidates}
         self._codecs: dict[int, Codec] = {**codecs}
-        quantizers = [codec.quantizer for codec in codecs.values()]
-        self._scaling: Any = quantizers[0].scaling_impl
-        tops = torch.tensor([
-            float(q.int_scaling_impl(torch.tensor(float(bits))))
-            for q, bits in zip(quantizers, self.bit_widths)], dtype=torch.float64)
-        self._variance = 1 / tops / tops
-        self._view: Any = quantizers[0].input_view_impl
+        # Ranges are those of buckets that run on from row to row.
+        self._measure = codecs[self.candidates[0]]
+        steps = torch.tensor(
+            [codec.steps_in_range(bits) for bits, codec in codecs.items()], dtype=torch.float64)
+        self._variance = 1 / steps / steps
         self.name = f"{average_bits:g}-bit average per sample"
 
     def widths(self, x: Tensor) -> Tensor:
@@ -109,10 +105,15 @@ class PerSampleCodec(Codec):
 
     def at_least(self, bits: int) -> Codec:
         """The same with no width below ``bits``; one width where that leaves no choice."""
-        recipe = self._codecs[self.bit_widths[0]].recipe
+        if self.candidates[0] >= bits:
+            return self
+        return variants.get(self, bits, lambda: self._at_least(bits))
+
+    def _at_least(self, bits: int) -> Codec:
+        recipe = self._codecs[self.candidates[0]].recipe
         assert recipe is not None
         settings = {k: v for k, v in recipe.settings.items() if k != "bit_width"}
-        widths = (bits, *(w for w in self.bit_widths if w > bits))
+        widths = (bits, *(w for w in self.candidates if w > bits))
         if self.average_bits <= bits or len(widths) == 1:
             return codec_from(recipe.config, bit_width=bits, **settings)
         return PerSampleCodec(recipe.config, self.average_bits, widths, **settings)
@@ -160,7 +161,7 @@ class PerSampleCodec(Codec):
         return [*forms, Form.flat(sum(counts))] if len(parts) > 1 else forms
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        return self._codecs[self.bit_widths[0]].stored_nbytes(layout)
+        return self._codecs[self.candidates[0]].stored_nbytes(layout)
 
     def in_rows(self, length: int, last: int) -> Codec:
         other = copy.copy(self)
@@ -168,23 +169,22 @@ class PerSampleCodec(Codec):
             bits: codec.in_rows(length, last) for bits, codec in self._codecs.items()}
         return other
 
+    def quantizers(self) -> Iterator[nn.Module]:
+        for codec in self._codecs.values():
+            yield from codec.quantizers()
+
     def _widths(self, flat: Tensor, samples: int) -> Tensor:
         if flat.numel() == 0:
-            return torch.tensor(self.bit_widths[:1])
+            return torch.tensor(self.candidates[:1])
         total = int(self.average_bits * samples)
-        costs = _shared_out(self._squared_ranges(flat), self._view.bucket_size, flat.numel(), samples)
-        return greedy_widths(costs, total, self.bit_widths, self._variance)
+        size = self._measure.bucket_size
+        assert size is not None
+        costs = _shared_out(self._squared_ranges(flat), size, flat.numel(), samples)
+        return greedy_widths(costs, total, self.candidates, self._variance)
 
     def _squared_ranges(self, flat: Tensor) -> Tensor:
         """R**2 of the buckets of the whole tensor [n], float64 on the CPU, 0 where not finite."""
-        size = self._view.bucket_size
-        buckets = to_buckets(flat, size, self._view.bucket_pad_zero)
-        dtype = compute_dtype(flat.dtype)
-        with torch.no_grad():
-            ranges = torch.cat([
-                self._scaling.scaling_stats_impl(part.to(dtype))
-                for part in buckets.split(max(1, _CHUNK // size))])
-        squares = ranges.view(-1).cpu().double().square()
+        squares = self._measure.ranges(flat).cpu().double().square()
         return torch.where(squares.isfinite(), squares, 0)
 
 
@@ -260,13 +260,12 @@ def _is_sample_major(layout: TensorLayout) -> bool:
     return order is None or order[0] == 0
 
 
-def _bucket_codec(codec: Codec) -> LoweredCodec | ModuleCodec:
-    if not isinstance(codec, (LoweredCodec, ModuleCodec)) or len(codec.quantizer.bit_widths) > 1 or (
-            not hasattr(codec.quantizer.scaling_impl, "scaling_stats_impl")):
+def _bucket_codec(codec: Codec) -> BucketCodec:
+    if not isinstance(codec, BucketCodec) or len(codec.bit_widths) > 1 or not codec.measures_ranges:
         raise UnsupportedQuantizerError(
             f"{_WHERE}: expected a bucket quantizer of one width that takes its ranges from the tensor "
             f"at hand, got {codec.name!r}; use one of brevitas_bp.quant, without Mix or RunningRange")
-    if getattr(codec.quantizer.input_view_impl, "bucket_size", None) is None:
+    if codec.bucket_size is None:
         raise ValueError(
             f"{_WHERE}: one bucket for all samples of a width would have the range of the widest; set "
             "bucket_size, for instance 256")

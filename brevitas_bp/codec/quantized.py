@@ -1,7 +1,7 @@
 """Any Brevitas activation quantizer -> codes -> bytes."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, final
@@ -13,8 +13,10 @@ from brevitas.quant.solver.act import ActQuantSolver
 from torch import Tensor, nn
 
 from brevitas_bp.codec.average import AverageCodec
-from brevitas_bp.codec.base import FLOATS, Codec, Packed
-from brevitas_bp.codec.general import ModuleCodec, codec_name, float_dtype
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.buckets import BucketCodec, codec_name
+from brevitas_bp.codec.general import ModuleCodec, float_dtype
+from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, bucket_form
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lowering import lower
@@ -37,7 +39,8 @@ from brevitas_bp.format.random import seeded
 from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.widths import WidthLayout
-from brevitas_bp.kernels.dispatch import Plan, plan
+from brevitas_bp.kernels.dispatch import CHOICE, plan
+from brevitas_bp.kernels.plans import Plan
 from brevitas_bp.private import TorchDispatchMode
 from brevitas_bp.probes import undisturbed
 from brevitas_bp.proxy import check_override_names
@@ -59,6 +62,10 @@ def _least_nbytes(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> int:
     return n * (packed_nbytes(size, min(spec.bit_widths)) + metadata * (1 + spec.affine))
 
 
+def _one_width(spec: BucketQuantSpec, bits: int) -> BucketQuantSpec:
+    return replace(spec, bit_width=bits, mix_bit_width=None, mix_prob=0.0)
+
+
 # Layouts that a codec knows at a time: more than a network has.
 _MOST_READY = 4096
 
@@ -71,12 +78,14 @@ class _Ready(NamedTuple):
         spec: how they are quantized.
         plan: encodes and decodes them.
         forms: of what is stored; None with two widths, where they differ from one seed to the next.
+        preference: of kernels, with which the plan was made.
     """
 
     layout: TensorLayout
     spec: BucketQuantSpec
     plan: Plan
     forms: list[Form] | None
+    preference: str
 
     @classmethod
     def of(cls, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
@@ -85,40 +94,46 @@ class _Ready(NamedTuple):
         if spec.mix_bit_width is None:
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
             forms = _forms_of(spec, WidthLayout(n, 0), numel, dtype)
-        return cls(layout, spec, plan(spec, numel, dtype, layout.device), forms)
+        return cls(
+            layout, spec, plan(spec, numel, dtype, layout.device), forms, CHOICE.preference)
 
 
 @final
-class LoweredCodec(Codec):
+class LoweredCodec(BucketCodec):
     """A bucket quantizer of known parts: one kernel from values to bytes.
 
     Args:
         quantizer: asked for the probability of its second width at each encode.
-        spec: its lowered form.
+        spec: its lowered form, perhaps with another width or other buckets.
     """
 
-    restores = FLOATS
     decodes_anew = True
 
     def __init__(self, quantizer: BucketRescalingIntQuant, spec: BucketQuantSpec) -> None:
         self.quantizer = quantizer
         self.spec = spec
+        self.bit_widths = spec.bit_widths
+        # Operators of a graph that decode get no seed.
+        self.in_graphs = not _one_width(spec, spec.bit_width).decoding_draws
         self.name = codec_name(spec.bit_widths, spec.rounding.name)
         # By the identity of a layout, which is found faster than an equal one.
         self._ready: dict[int, _Ready] = {}
 
-    def encode(
-            self, x: Tensor, *, seed: int, where: str = "", derivative: str | None = None,
-            affine: Affine | None = None) -> Packed:
-        """Quantizes and packs a float tensor; or the derivative of a function at it.
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Quantizes and packs a float tensor."""
+        return self._encode(x, seed, where)
 
-        Args:
-            x: the tensor.
-            seed: of all randomness.
-            where: op and module, for messages.
-            derivative: name of one of :mod:`~brevitas_bp.activations.derivatives`, which supports ``x``.
-            affine: ``x`` is normalized by it first, in the order of its memory.
-        """
+    def encode_derivative(self, x: Tensor, name: str, *, seed: int, where: str = "") -> Packed:
+        """In one pass over ``x``."""
+        return self._encode(x, seed, where, derivative=name)
+
+    def encode_normalized(self, x: Tensor, affine: Affine, *, seed: int, where: str = "") -> Packed:
+        """In one pass over ``x``."""
+        return self._encode(x, seed, where, affine=affine)
+
+    def _encode(
+            self, x: Tensor, seed: int, where: str, derivative: str | None = None,
+            affine: Affine | None = None) -> Packed:
         layout = self.layout_of(x, where)
         spec = self._current_spec()
         as_it_is = layout.contiguous and not x.is_neg()
@@ -126,8 +141,15 @@ class LoweredCodec(Codec):
             x if as_it_is else layout.flatten(x), seed, derivative, affine)
         return Packed(self, tensors, layout, (spec, seed), where)
 
-    def decode(self, packed: Packed, affine: Affine | None = None) -> Tensor:
-        """Unpacks and dequantizes; ``affine`` undoes a normalization."""
+    def decode(self, packed: Packed) -> Tensor:
+        """Unpacks and dequantizes."""
+        return self._decode(packed, None)
+
+    def decode_normalized(self, packed: Packed, affine: Affine) -> Tensor:
+        """In one pass."""
+        return self._decode(packed, affine)
+
+    def _decode(self, packed: Packed, affine: Affine | None) -> Tensor:
         (spec, seed), layout = packed.facts, packed.layout
         payload, metadata = packed.tensors
         return self._ready_for(layout, spec).plan.decode(
@@ -136,6 +158,21 @@ class LoweredCodec(Codec):
     def in_rows(self, length: int, last: int) -> Codec:
         spec = self.spec.in_rows(length)
         return self if spec == self.spec else LoweredCodec(self.quantizer, spec)
+
+    def _with_width(self, bits: int, bucket_size: int | None) -> Codec:
+        spec = _one_width(self.spec, bits)
+        return LoweredCodec(
+            self.quantizer, spec if bucket_size is None else replace(spec, bucket_size=bucket_size))
+
+    def graph_key(self) -> Hashable:
+        return replace(self.spec, mix_prob=0.0)
+
+    def in_graph(self, x: GraphTensor) -> GraphForm | None:
+        """A graph has sizes that no seed may change: of two widths the larger serves."""
+        if not self.in_graphs:
+            return None
+        spec = _one_width(self.spec, max(self.bit_widths))
+        return bucket_form(codec_name(spec.bit_widths, spec.rounding.name), spec, x)
 
     def forms(self, packed: Packed) -> Sequence[Form]:
         (spec, seed), own = packed.facts, self.spec
@@ -151,7 +188,8 @@ class LoweredCodec(Codec):
 
     def _ready_for(self, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
         ready = self._ready.get(id(layout))
-        if ready is None or ready.layout is not layout or ready.spec is not spec:
+        if ready is None or ready.layout is not layout or ready.spec is not spec or (
+                ready.preference is not CHOICE.preference):
             if len(self._ready) >= _MOST_READY:
                 self._ready.clear()
             ready = self._ready[id(layout)] = _Ready.of(layout, spec)

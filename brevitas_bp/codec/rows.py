@@ -8,14 +8,15 @@ of the larger: its gradient could be wrong by any factor. See docs/bounds.md.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 from torch import Tensor
 
+from brevitas_bp.codec import derived
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.wrapping import WrappingCodec
 
 
 class Rows(NamedTuple):
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
     order: tuple[int, ...] | None = None
 
 
-class ReorderedCodec(Codec):
+class ReorderedCodec(WrappingCodec):
     """Stores a tensor with its dimensions in another order, as a contiguous one.
 
     Args:
@@ -41,13 +42,12 @@ class ReorderedCodec(Codec):
         order: of the dimensions.
     """
 
-    wraps = True
-
     def __init__(self, inner: Codec, order: tuple[int, ...]) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.order = order
-        self.name = inner.name
-        self.compresses = inner.compresses
+
+    def around(self, inner: Codec) -> Codec:
+        return ReorderedCodec(inner, self.order)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Copies ``x`` in the new order, and stores the copy."""
@@ -58,8 +58,7 @@ class ReorderedCodec(Codec):
 
     def decode(self, packed: Packed) -> Tensor:
         """The tensor, in its own order in memory."""
-        # Through what is stored now: it is compared with what was.
-        values = packed.facts.with_tensors(packed.tensors).decode()
+        values = self.stored_in(packed).decode()
         return packed.layout.restore(
             values.permute([self.order.index(d) for d in range(len(self.order))]))
 
@@ -70,33 +69,12 @@ class ReorderedCodec(Codec):
             refuse(packed, f"{layout.dtype} {list(shape)}", stored.layout)
         return stored.codec.forms(stored)
 
-    def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        return self.inner.stored_nbytes(layout)
-
-
-# Hooks share an encoding by the identity of its codec, so each is made once.
-_made: WeakKeyDictionary[Codec, dict[Rows, Codec | None]] = WeakKeyDictionary()
-_UNKNOWN: Any = object()
-# Networks have few lengths of rows; inputs of ever new sizes would add one after another.
-_MOST = 1024
-
 
 def in_rows(codec: Codec, rows: Rows) -> Codec:
-    """``codec`` with buckets that end with each row; itself where it has no buckets."""
-    made = _made.get(codec)
-    if made is None or len(made) > _MOST:
-        made = _made[codec] = {}
-    found = made.get(rows, _UNKNOWN)
-    if found is None:
-        return codec
-    if found is _UNKNOWN:
-        # A value that holds its key would never be freed: what is made holds the codec's parts.
-        found = codec.in_rows(rows.length, rows.last)
-        if found is codec:
-            # Not the codec itself, which would hold itself.
-            made[rows] = None
-            return codec
-        if rows.order is not None:
-            found = ReorderedCodec(found, rows.order)
-        made[rows] = found
-    return found
+    """``codec`` with buckets that end with each row, made once; itself where it has no buckets."""
+    return derived.rows.get(codec, rows, lambda: _in_rows(codec, rows))
+
+
+def _in_rows(codec: Codec, rows: Rows) -> Codec:
+    made = codec.in_rows(rows.length, rows.last)
+    return made if made is codec or rows.order is None else ReorderedCodec(made, rows.order)

@@ -1,10 +1,10 @@
 """The sign exactly, the negative part through another codec."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import Form, refuse
@@ -61,7 +61,18 @@ class SignExact(Codec):
         return [Form(tuple(t.shape), t.dtype) for half in packed.facts for t in half.tensors]
 
     def in_rows(self, length: int, last: int) -> Codec:
-        return SignExact(in_rows(self.inner, Rows(length, last)))
+        inner = in_rows(self.inner, Rows(length, last))
+        return self if inner is self.inner else SignExact(inner)
+
+    @property
+    def per_site(self) -> bool:
+        return self.inner.per_site
+
+    def at_site(self, key: Hashable) -> Codec:
+        return SignExact(self.inner.at_site(key))
+
+    def quantizers(self) -> Iterator[nn.Module]:
+        return self.inner.quantizers()
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         inner = self.inner.stored_nbytes(layout)

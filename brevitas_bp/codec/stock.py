@@ -1,7 +1,7 @@
 """Brevitas' own quantizers: integer and minifloat codes, packed."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class StockCodec(Codec):
 
     restores = FLOATS
 
+    quantizer: Any
     bit_width: int
     #: Dimension that is split into groups; None: no groups.
     group_dim: int | None
@@ -88,6 +89,9 @@ class StockCodec(Codec):
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return layout.numel * self.bit_width // 8
+
+    def quantizers(self) -> Iterator[nn.Module]:
+        yield self.quantizer
 
     @abstractmethod
     def _quantize(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -203,15 +207,24 @@ class StatefulCodec(Codec):
         self.name = name
         self.slots: dict[Hashable, Codec] = {}
 
-    def slot(self, key: Hashable) -> Codec:
+    @property
+    def per_site(self) -> bool:
+        return True
+
+    def at_site(self, key: Hashable) -> Codec:
         """The codec of the tensor that is told apart by ``key``."""
         if key not in self.slots:
             self.slots[key] = self.build()
         return self.slots[key]
 
+    def quantizers(self) -> Iterator[nn.Module]:
+        """Those of all slots."""
+        for slot in self.slots.values():
+            yield from slot.quantizers()
+
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Encodes with the first slot."""
-        return self.slot(0).encode(x, seed=seed, where=where)
+        return self.at_site(0).encode(x, seed=seed, where=where)
 
     def decode(self, packed: Packed) -> Tensor:
         """Decodes with the slot that encoded."""

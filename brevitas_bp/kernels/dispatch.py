@@ -29,10 +29,13 @@ Preference = Literal["fastest", "reference"]
 
 
 class _Choice:
-    """The preference of this process, and a number that grows with each change of it."""
+    """Which kernels this process uses, see :class:`use`."""
 
     preference: Preference = "fastest"
-    changes = 0
+
+
+#: Plans made with another preference are out of date.
+CHOICE = _Choice()
 
 
 class use:  # noqa: N801
@@ -58,7 +61,7 @@ class use:  # noqa: N801
             raise UnknownNameError(
                 f"brevitas_bp.kernels.use: preference must be 'fastest' or 'reference', got "
                 f"{preference!r}{nearest(str(preference), known)}")
-        self._before: Preference = _Choice.preference
+        self._before: Preference = CHOICE.preference
         _prefer(preference)
 
     def __enter__(self) -> None:
@@ -71,14 +74,8 @@ class use:  # noqa: N801
 
 
 def _prefer(preference: Preference) -> None:
-    _Choice.preference = preference
-    _Choice.changes += 1
+    CHOICE.preference = preference
     plan_from_text.cache_clear()
-
-
-def changes() -> int:
-    """How often the preference has changed: a plan that was made before that is out of date."""
-    return _Choice.changes
 
 
 @lru_cache(maxsize=1)
@@ -126,7 +123,7 @@ def _triton_works() -> bool:
 
 def _is_compiled_for(device: torch.device) -> bool:
     """Whether compiled CPU kernels serve tensors of a device."""
-    return device.type == "cpu" and _Choice.preference == "fastest" and _numba_works()
+    return device.type == "cpu" and CHOICE.preference == "fastest" and _numba_works()
 
 
 def _backends(device: torch.device) -> list[ModuleType]:
@@ -135,7 +132,7 @@ def _backends(device: torch.device) -> list[ModuleType]:
         from brevitas_bp.kernels.cpu import large, launch
 
         return [launch, large]
-    if device.type == "cuda" and _Choice.preference == "fastest" and _triton_works():
+    if device.type == "cuda" and CHOICE.preference == "fastest" and _triton_works():
         from brevitas_bp.kernels.gpu import launch as gpu
 
         return [gpu]

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from brevitas_bp import OpAware, QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.backward.policy import Policy
-from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.quant import (
     ShiftedUint2Avg4DynamicActPerBucketFloat,
     ShiftedUint2Avg4DynamicActPerBucketFloatStochastic,
@@ -245,4 +244,4 @@ def test_four_bit_averages_become_four_bit_codes() -> None:
 def test_a_codec_without_averages_is_itself() -> None:
     model = QuantBackwardWrapper(nn.Linear(8, 8), PLAIN)
     codec = model._codec
-    assert codec is not None and unaveraged(codec) is codec
+    assert codec is not None and codec.per_element is codec

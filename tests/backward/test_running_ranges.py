@@ -131,7 +131,7 @@ def test_a_skipped_layer_leaves_the_others_their_ranges(
 
 
 def test_told_apart_by_a_running_number_the_next_layer_takes_the_range_of_a_skipped_one() -> None:
-    first: Any = codec_from(Running).slot(0)  # pyright: ignore[reportAttributeAccessIssue]
+    first: Any = codec_from(Running).at_site(0)
     first.encode(LARGE, seed=0)
     assert (first.encode(SMALL, seed=0).decode() - SMALL).abs().max() > 0.1 > 2 / 127
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brevitas_bp import MixProbScheduler, UnknownNameError, codec_from, quant
 from brevitas_bp.codec import Codec, Packed
-from brevitas_bp.codec.average import AverageCodec, unaveraged
+from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.core.average import group_means
@@ -100,7 +100,7 @@ def test_one_quantizer_however_it_is_composed(build: Callable[[], Codec]) -> Non
 def test_means_of_one_are_the_plain_quantizer() -> None:
     codec = codec_from(CONFIG, average_size=1)
     assert isinstance(codec, LoweredCodec)
-    assert codec.spec.bit_width == 2 and unaveraged(codec) is codec
+    assert codec.spec.bit_width == 2 and codec.per_element is codec
 
 
 @pytest.mark.parametrize(("overrides", "error", "message"), [
@@ -121,8 +121,9 @@ def test_two_widths_of_averages_follow_a_schedule() -> None:
     codec, x = codec_from(Mixed), normals((64, 256)).float()
     assert isinstance(codec, AverageCodec)
     assert codec.encode(x, seed=0).nbytes == 32 * (64 + 8)
-    assert isinstance(codec.quantizer, torch.nn.Module) and any(selectors(codec.quantizer))
-    MixProbScheduler(codec.quantizer, constant(1.0)).step()
+    (quantizer,) = codec.quantizers()
+    assert any(selectors(quantizer))
+    MixProbScheduler(quantizer, constant(1.0)).step()
     assert codec.encode(x, seed=0).nbytes == 32 * (128 + 8)
 
 
@@ -131,7 +132,7 @@ def test_two_widths_of_averages_follow_a_schedule() -> None:
 
 def test_both_memory_formats_decode_to_the_same_values() -> None:
     x = normals((2, 8, 9, 18)).float()
-    for codec, equal in ((codec_from(CONFIG), True), (unaveraged(codec_from(CONFIG)), False)):
+    for codec, equal in ((codec_from(CONFIG), True), (codec_from(CONFIG).per_element, False)):
         decoded = [
             codec.encode(LAYOUTS[layout](x), seed=3).decode()
             for layout in ("contiguous", "channels_last", "gapped")]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from brevitas_bp import codec_from, quant, seeded
 from brevitas_bp.codec import Codec
-from brevitas_bp.codec.average import AverageCodec, unaveraged
+from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
@@ -48,14 +48,14 @@ each_dtype = pytest.mark.parametrize(
 def lowered(name: str, metadata_dtype: torch.dtype = torch.float32) -> Codec:
     codec = codec_from(getattr(quant, name), metadata_dtype=metadata_dtype)
     assert isinstance(codec, AverageCodec) is ("Avg" in name)
-    assert isinstance(unaveraged(codec), LoweredCodec)
+    assert isinstance(codec.per_element, LoweredCodec)
     return codec
 
 
 @cache
 def general(name: str, metadata_dtype: torch.dtype = torch.float32) -> Codec:
     codec = lowered(name, metadata_dtype)
-    inner = unaveraged(codec)
+    inner = codec.per_element
     assert isinstance(inner, LoweredCodec)
     modules = ModuleCodec(inner.quantizer)
     return AverageCodec(modules, codec.average_size) if isinstance(codec, AverageCodec) else modules

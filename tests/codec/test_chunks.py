@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from brevitas_bp import codec_from, quant, seeded
 from brevitas_bp.codec import Codec, general
-from brevitas_bp.codec.average import unaveraged
 from brevitas_bp.codec.bucketwise import class_name
 from brevitas_bp.codec.general import ModuleCodec
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
@@ -102,7 +101,7 @@ CHUNKED = {name: getattr(quant, name) for name in CONFIGS if "Avg" not in name} 
 
 def of_modules(config: Any, **overrides: Any) -> ModuleCodec:
     """The general codec of a config, also of one that could be lowered."""
-    codec: Any = unaveraged(codec_from(config, **overrides))
+    codec: Any = codec_from(config, **overrides).per_element
     return codec if isinstance(codec, ModuleCodec) else ModuleCodec(codec.quantizer)
 
 

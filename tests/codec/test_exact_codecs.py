@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from brevitas_bp import ModifiedInPlaceError, codec_from
 from brevitas_bp.codec import BitMask, Keep, NarrowInt
-from brevitas_bp.codec.base import QuantizeOnBackward
 from brevitas_bp.codec.lossless import narrow_to
+from brevitas_bp.codec.on_backward import QuantizeOnBackward
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 from tests.codec.support import Op, run
 from tests.strategies import LAYOUTS, normals

@@ -13,7 +13,6 @@ from brevitas.quant import Int8ActPerTensorFloat
 from torch import Tensor, nn
 
 from brevitas_bp import QuantBackwardWrapper, codec_from, track_saved_memory
-from brevitas_bp.backward.wider import at_least
 from brevitas_bp.codec import PerSampleCodec
 from brevitas_bp.codec.per_sample import greedy_widths
 from brevitas_bp.errors import UnsupportedQuantizerError
@@ -259,10 +258,10 @@ def test_copies_and_pickles_encode_alike(duplicate: Callable[[Any], Any]) -> Non
 def test_at_least_leaves_out_what_is_narrower(
         average: float, bits: int, widths: tuple[int, ...]) -> None:
     codec = PerSampleCodec(Uint2, average, bucket_size=64)
-    wider = at_least(codec, bits)
-    assert at_least(codec, bits) is wider
-    found: Any = wider if isinstance(wider, PerSampleCodec) else getattr(wider, "quantizer")  # noqa: B009
-    assert found.bit_widths == widths
+    wider = codec.at_least(bits)
+    assert codec.at_least(bits) is wider
+    found = wider.candidates if isinstance(wider, PerSampleCodec) else wider.bit_widths
+    assert found == widths
     x = torch.zeros(512)
     one = codec_from(Uint2, bucket_size=64, bit_width=widths[0]).encode(x, seed=0).nbytes
     assert wider.stored_nbytes(codec.encode(x, seed=0).layout) == one

@@ -187,7 +187,7 @@ def two_ranges(codec: Codec, steps: int) -> list[float]:
     errors = [0.0, 0.0]
     for _ in range(steps):
         for i, x in enumerate((small, large)):
-            slot = codec.slot(i) if isinstance(codec, StatefulCodec) else codec
+            slot = codec.at_site(i)
             error = slot.encode(x, seed=0).decode() - x
             errors[i] = float(error.norm() / x.norm())
     return errors

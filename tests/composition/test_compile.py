@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from brevitas_bp import Codec, QuantBackwardWrapper, SavedTensor, track_saved_memory
 from brevitas_bp.backward import OpAware
 from brevitas_bp.codec import codec_from
-from brevitas_bp.codec.graph_forms import InlinedRectified, inlined
+from brevitas_bp.codec.graph_forms import GraphTensor, RectifiedForm
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloatStochastic,
@@ -243,8 +243,10 @@ def test_rectified_values_are_zero_exactly_where_the_tensor_is(dtype: torch.dtyp
     codec = codec_from(ShiftedUint2DynamicActPerBucketFloatStochastic, bucket_size=64)
     for layout in (torch.contiguous_format, torch.channels_last):
         y = x.contiguous(memory_format=layout)
-        form = inlined(codec, y, rectified=True)
-        assert isinstance(form, InlinedRectified)
+        graph_tensor = GraphTensor.of(y, rectified=True)
+        assert graph_tensor is not None
+        form = codec.in_graph(graph_tensor)
+        assert isinstance(form, RectifiedForm)
         tensors, sizes = form.pack(y, lambda x, spec: dispatch.encode(x.reshape(-1), spec, 1).tensors)
         assert len(tensors) == form.parts
         decoded = form.unpack(tensors, sizes)

@@ -8,7 +8,7 @@ import torch
 from brevitas.inject import ExtendedInjector
 
 from brevitas_bp import codec_from, quant
-from brevitas_bp.codec.average import AverageCodec, unaveraged
+from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import L2, MAX, MIN_MAX, NARROW, NEAREST, STOCHASTIC, UNSIGNED
@@ -24,7 +24,7 @@ MIXES = {(2, 4): 0.5, (2, 6): 0.3, (3, 6): 0.4, (4, 8): 0.2}
 def spec_of(name: str) -> tuple[BucketQuantSpec, int]:
     """What the kernel does, and how many elements it gets as one."""
     codec = codec_from(getattr(quant, name))
-    lowered = unaveraged(codec)
+    lowered = codec.per_element
     assert isinstance(lowered, LoweredCodec)
     return lowered.spec, codec.average_size if isinstance(codec, AverageCodec) else 1
 

@@ -23,7 +23,6 @@ from brevitas_bp.codec.regions import (
 )
 from brevitas_bp.codec.shape_only import shape_only
 from brevitas_bp.codec.signed import sign_exact
-from brevitas_bp.codec.stock import StatefulCodec
 from tests.codec.test_stock import ALL, config_of
 from tests.strategies import normals
 
@@ -35,7 +34,7 @@ def activation() -> Tensor:
 
 def _stock(name: str) -> Packed:
     codec = codec_from(config_of(name), **ALL[name])
-    codec = codec.slot(0) if isinstance(codec, StatefulCodec) else codec
+    codec = codec.at_site(0)
     return codec.encode(activation(), seed=1, where="conv2d in stem")
 
 

@@ -31,8 +31,8 @@ from brevitas_bp.backward.location import Location, current_location
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
-from brevitas_bp.codec.base import Codec
-from brevitas_bp.codec.graph_forms import FLEXIBLE, Inlined, InlinedQuantizer, inlined
+from brevitas_bp.codec.base import Codec, is_smaller
+from brevitas_bp.codec.graph_forms import FLEXIBLE, GraphForm, GraphTensor
 from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.format.normalizing import Affine
 from brevitas_bp.format.packing import packed_nbytes
@@ -139,7 +139,7 @@ class CompiledSite:
 
     saved: SavedTensor
     decision: Decision
-    form: Inlined | None
+    form: GraphForm | None
     given_bytes: int
     stored_bytes: int
 
@@ -191,7 +191,7 @@ class InlinedHooks:
         """
         if len(self._draws) != len(self.graphs):
             self._draws = {
-                number: any(s and isinstance(s.form, InlinedQuantizer) for s in list(saved.values()))
+                number: any(s and s.form and s.form.draws for s in list(saved.values()))
                 for number, saved in list(self.graphs.items())}
         if not all(self._draws.values()):
             ran.update(node._forward_cls._aot_id for node in compiled_nodes(output, inputs))
@@ -217,14 +217,14 @@ class InlinedHooks:
             node.meta[_META] = site.form
             graph = self.graphs.setdefault(_graph_number(), _saved_by(context["_bw_graph"]))
             graph[node.name] = site
-        form: Inlined | None = node.meta[_META]
+        form: GraphForm | None = node.meta[_META]
         return x if form is None else _packed(form, x)
 
     def _unpack(self, packed: Any) -> Tensor:
         context = saved_tensor_hook_context()
         if context is None:
             return self._unpack_eager(packed)
-        form: Inlined | None = context["_node"].meta[_META]
+        form: GraphForm | None = context["_node"].meta[_META]
         return packed if form is None else form.unpack(*packed)
 
 
@@ -241,7 +241,7 @@ def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
     return module
 
 
-def _packed(form: Inlined, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
+def _packed(form: GraphForm, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
     def quantize(
             x: Tensor, spec: BucketQuantSpec, channels: int | None = None) -> tuple[Tensor, ...]:
         where = spec.to_text(), _graph_number(), next(_sites)
@@ -281,15 +281,17 @@ def _decide(
         if grouping.channels and saved.reach == "norm" and isinstance(x.numel(), int):
             saved.sharing = x.numel() // x.shape[1]
         decision = passing.policy.decide(saved)
-        form = None if decision.codec is None else inlined(
-            decision.codec, x, _runs_channels_last(context["_fw_graph"], x), rectified,
-            grouping.row, grouping.in_memory, grouping.channels)
+        graph_tensor = GraphTensor.of(
+            x, channels_last=_runs_channels_last(context["_fw_graph"], x), rectified=rectified,
+            row=grouping.row, in_memory=grouping.in_memory, channels=grouping.channels)
+        if decision.codec is not None and graph_tensor is not None:
+            form = decision.codec.in_graph(graph_tensor)
         if form is None and decision.codec is not None:
             decision = _NO_FORM
     given = stored = x.numel() * x.element_size()
     if form is not None:
         stored = sum(t.numel() * t.element_size() for t in _packed(form, x)[0])
-        if not stored < given:
+        if not is_smaller(stored, given):
             form, stored = None, given
     return CompiledSite(saved, decision, form, _hint(given), _hint(stored))
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from brevitas_bp.backward.saved import Reach
+from brevitas_bp.backward.views import CASTS, PIECES, WHOLE
 
 # Elements of a sum from which a product with one of them is taken for that of independent factors.
 _MANY = 32
@@ -222,10 +223,6 @@ _CONSTANT = frozenset({
     "sym_size", "sym_numel", "sym_stride", "zeros_like", "ones_like", "full_like", "empty_like",
     "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"})
 _COMPARISONS = frozenset({"le", "gt", "lt", "ge", "eq", "ne"})
-# Operators that show all of their argument, in another shape or memory.
-_IDENTITIES = frozenset({
-    "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "squeeze", "unsqueeze", "clone",
-    "alias", "detach", "contiguous"})
 _Rule = Callable[[_Reader, Node], Trace]
 _RULES: dict[str, _Rule] = {}
 
@@ -243,14 +240,10 @@ def _depends(reader: _Reader, arguments: Any) -> bool:
 
 
 @_rule(
-    "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze",
-    "slice", "select", "clone", "alias", "detach", "contiguous", "convert_element_type", "_to_copy",
-    "to", "neg", "constant_pad_nd", "flip", "roll", "repeat", "as_strided", "unbind", "split",
-    "split_with_sizes", "gather", "index_select", "slice_backward", "select_backward",
-    "index", "_unsafe_index",
-    "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest2d", "device_put", "unfold",
-    "diagonal", "view_as_real", "view_as_complex", "real", "cumsum", "lift_fresh_copy", "tril", "triu",
-    "masked_fill")
+    *WHOLE, *PIECES, *CASTS, "neg", "constant_pad_nd", "flip", "roll", "repeat", "gather",
+    "index_select", "slice_backward", "select_backward", "index", "_unsafe_index", "avg_pool2d",
+    "_adaptive_avg_pool2d", "upsample_nearest2d", "device_put", "view_as_real", "view_as_complex",
+    "real", "cumsum", "lift_fresh_copy", "tril", "triu", "masked_fill")
 def _linear_in_first(reader: _Reader, node: Node) -> Trace:
     trace = reader.trace(node.args[0])
     if trace is None or _depends(reader, [*node.args[1:], *node.kwargs.values()]):
@@ -391,7 +384,7 @@ def is_rectified(node: Node) -> bool:
 
 def shows_all(node: Node) -> bool:
     """Whether a node is all of its argument, in another shape or memory."""
-    return name_of(node) in _IDENTITIES and not _is_reinterpreted(node)
+    return name_of(node) in WHOLE and not _is_reinterpreted(node)
 
 
 def _is_zero(number: Any) -> bool:

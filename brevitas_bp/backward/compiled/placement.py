@@ -13,11 +13,11 @@ import torch
 from torch.fx import Graph, Node
 
 from brevitas_bp.backward.compiled.rows import statistics_of
+from brevitas_bp.backward.views import VIEWS
 
 _MOVED = "brevitas_bp moved"
 _ENCODERS = frozenset({"encode", "encode_channels", "pack_bits", "pack_positive"})
 _DECODERS = frozenset({"decode", "decode_channels", "decode_rectified", "unpack_bits"})
-_VIEWS = frozenset({"view", "permute", "reshape", "_unsafe_view"})
 
 
 def raise_encoders(forward: Graph) -> None:
@@ -25,7 +25,7 @@ def raise_encoders(forward: Graph) -> None:
     for encoder in _new(forward, _ENCODERS):
         chain = [encoder]
         # Two encoders of one tensor read one view of it.
-        while isinstance(source := chain[0].args[0], Node) and _name(source) in _VIEWS and all(
+        while isinstance(source := chain[0].args[0], Node) and _name(source) in VIEWS and all(
                 user is chain[0] or _is_encoder(user) for user in source.users):
             chain.insert(0, source)
         made = chain[0].args[0]
@@ -50,7 +50,7 @@ def sink_decoders(backward: Graph) -> None:
     order = {node: i for i, node in enumerate(backward.nodes)} if decoders else {}
     for decoder in decoders:
         chain = [decoder]
-        while len(chain[-1].users) == 1 and _name(user := next(iter(chain[-1].users))) in _VIEWS:
+        while len(chain[-1].users) == 1 and _name(user := next(iter(chain[-1].users))) in VIEWS:
             chain.append(user)
         first = min(chain[-1].users, key=lambda node: order[node], default=None)
         if first is not None:

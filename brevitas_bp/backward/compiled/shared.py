@@ -14,7 +14,6 @@ NOTE [ Equal settings share graphs ]
 """
 
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import replace
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary, ref
 
@@ -26,8 +25,6 @@ from brevitas_bp.backward.location import Location
 from brevitas_bp.backward.planned import PlannedPolicy
 from brevitas_bp.backward.policy import POLICIES, OpAware, PlainPolicy
 from brevitas_bp.codec import Codec
-from brevitas_bp.codec.average import AverageCodec
-from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.private import graphs_of, recompile_limit
 
 _pairs: WeakValueDictionary[Hashable, InlinedHooks] = WeakValueDictionary()
@@ -71,12 +68,10 @@ def hooks_of(
 
 
 def _of_codec(codec: Codec | None) -> Hashable:
-    if isinstance(codec, AverageCodec):
-        return codec.average_size, _of_codec(codec.inner)
-    # Graphs store at the larger of two widths, however probable.
-    if isinstance(codec, LoweredCodec):
-        return replace(codec.spec, mix_prob=0.0)
-    return None if codec is None else _Same(codec)
+    if codec is None:
+        return None
+    key = codec.graph_key()
+    return _Same(codec) if key is None else key
 
 
 def _of_policy(policy: Any, prefix: str) -> Hashable:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from brevitas_bp.codec import Codec, codec_from
-from brevitas_bp.codec.recipe import Recipe
+from brevitas_bp.codec.base import Codec
+from brevitas_bp.codec.quantized import codec_from
 from brevitas_bp.core.bit_width import TwoBitWidthSelector, selectors
 
 _WHERE = "brevitas_bp.QuantBackwardWrapper.configure"
@@ -44,7 +44,7 @@ class ConfiguredCodec:
             TypeError: there is no config class.
             UnknownNameError: a setting that the quantizer does not know.
         """
-        if not isinstance(self._recipe, Recipe):
+        if self._recipe is None:
             kind = "None: tensors are kept exact" if self.codec is None else (
                 f"{self.codec.name!r}, built before it was handed over")
             raise TypeError(
@@ -54,8 +54,9 @@ class ConfiguredCodec:
 
     def _selectors_to_move(self, settings: dict[str, Any]) -> list[TwoBitWidthSelector]:
         """Those of the codec, where its probability is all that changes: no need to build anew."""
-        quantizer = getattr(self.codec, "quantizer", None)
         others = [{k: v for k, v in s.items() if k != "mix_prob"} for s in (settings, self._settings)]
-        if quantizer is None or "mix_prob" not in settings or others[0] != others[1]:
+        # Codecs of sites that come later would be built with the probability of before.
+        if self.codec is None or self.codec.per_site or (
+                "mix_prob" not in settings or others[0] != others[1]):
             return []
-        return list(selectors(quantizer))
+        return [part for quantizer in self.codec.quantizers() for part in selectors(quantizer)]

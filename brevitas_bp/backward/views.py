@@ -1,0 +1,27 @@
+"""Operations of torch whose output is their argument in another shape, place or dtype.
+
+Parameters are recognised behind them, roundings are followed through them, and in a compiled graph they
+move with what reads them. Each is named as in aten; autograd's node has the same name in CamelCase.
+"""
+
+#: Views of all elements, in another shape or order.
+VIEWS = frozenset({
+    "view", "reshape", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "movedim",
+    "swapaxes", "squeeze", "unsqueeze", "unflatten", "alias", "detach"})
+#: Views and copies of all elements.
+WHOLE = VIEWS | {"clone", "contiguous"}
+#: Views of some elements, or of one element several times.
+PIECES = frozenset({
+    "as_strided", "chunk", "diagonal", "expand", "narrow", "select", "slice", "split",
+    "split_with_sizes", "unbind", "unfold", "unsafe_split"})
+#: The same elements in another dtype.
+CASTS = frozenset({"to", "_to_copy", "convert_element_type"})
+
+
+def node_name(operation: str) -> str:
+    """The name of autograd's node, without "Backward" and its number.
+
+    >>> [node_name(name) for name in ("t", "_unsafe_view", "split_with_sizes")]
+    ['T', 'UnsafeView', 'SplitWithSizes']
+    """
+    return "".join(word.capitalize() for word in operation.split("_"))

@@ -1,0 +1,12 @@
+"""The derivative of an activation at a tensor, where it is stored in place of the tensor."""
+
+from torch import Tensor
+
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.kernels import dispatch
+
+
+def derivative_at(x: Tensor, name: str) -> Tensor:
+    """A derivative of :mod:`~brevitas_bp.activations.derivatives`, laid out like ``x``."""
+    layout = TensorLayout.of(x)
+    return layout.restore_flat(dispatch.derivative(layout.flatten(x.detach()), name))

@@ -1,0 +1,46 @@
+"""Codecs that change the order or the units of a tensor, and leave the bytes to another codec."""
+
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator
+
+from torch import nn
+
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.layout import TensorLayout
+
+
+class WrappingCodec(Codec):
+    """Hands a tensor to ``inner`` in another form; what ``inner`` stored is in the facts.
+
+    Args:
+        inner: chooses the bytes.
+    """
+
+    wraps = True
+
+    def __init__(self, inner: Codec) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.compresses = inner.compresses
+
+    @abstractmethod
+    def around(self, inner: Codec) -> Codec:
+        """The same, around another codec."""
+
+    @property
+    def per_site(self) -> bool:
+        return self.inner.per_site
+
+    def at_site(self, key: Hashable) -> Codec:
+        return self.around(self.inner.at_site(key))
+
+    def quantizers(self) -> Iterator[nn.Module]:
+        return self.inner.quantizers()
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        return self.inner.stored_nbytes(layout)
+
+    @staticmethod
+    def stored_in(packed: Packed) -> Packed:
+        """What ``inner`` stored, with the tensors that ``packed`` has now, which have been checked."""
+        return packed.facts.with_tensors(packed.tensors)
