@@ -15,10 +15,9 @@ PACKAGE = ROOT / "brevitas_bp"
 
 #: Each room may import from its own level and from those before it.
 LEVELS: list[set[str]] = [
-    {"errors", "probes", "allocators", "private"}, {"activations"}, {"format"}, {"kernels"}, {"core"},
-    {"proxy", "quant_tensor"}, {"codec"},
-    {"quant"}, {"backward"}, {"grad", "nn", "allocate", "memory"},
-    {"plots", "models", "run"}]
+    {"errors", "probes", "allocators", "private", "text"},
+    {"activations"}, {"format"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"},
+    {"quant"}, {"backward"}, {"allocate", "memory"}, {"plots", "models", "run"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Heavy or optional: loaded when first used, by those who use it.

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,13 +14,14 @@ from brevitas_bp.allocate.gradient_error import gradients_of, named_parameters, 
 from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import real
 from brevitas_bp.allocate.unchanged import exact_policy, unchanged
-from brevitas_bp.backward.explain import table
 from brevitas_bp.backward.planned import site_of
-from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy, explained
+from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.backward.seam import policy_of, using_policy
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec import Codec
+from brevitas_bp.text import table
 
 _WHERE = "brevitas_bp.check_gradients"
 _LOG = logging.getLogger("brevitas_bp")
@@ -324,14 +326,11 @@ class _Probe:
     def _compare(self, names: set[str] | None) -> tuple[float, float]:
         """``|g~ - g|^2`` and ``<g~ - g, g>``."""
         self.restore()
-        policies = [wrapper._policy for wrapper in self.wrappers]
-        for wrapper, policy in zip(self.wrappers, policies):
-            wrapper._policy = _Only(explained(policy), names, self.found)
-        try:
+        with ExitStack() as stack:
+            for wrapper in self.wrappers:
+                only = _Only(policy_of(wrapper), names, self.found)
+                stack.enter_context(using_policy(wrapper, only))
             rounded = self.gradients()
-        finally:
-            for wrapper, policy in zip(self.wrappers, policies):
-                wrapper._policy = policy
         differences = [real(r) - e for r, e in zip(rounded, self.exact)]
         return (
             sum(float(d.square().sum()) for d in differences),

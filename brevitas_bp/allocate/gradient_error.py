@@ -13,7 +13,8 @@ from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
 from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import Cosines, Facts, Moments, real
 from brevitas_bp.allocate.unchanged import apart, exact_policy, unchanged
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.backward.seam import wrappers_in
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 
 _WHERE = "brevitas_bp.allocate.measure_gradient_error"
 

@@ -11,7 +11,8 @@ from brevitas_bp.allocate.plan import BitPlan, Method, PlannedTensor, check_budg
 from brevitas_bp.allocate.profile import LossFn, Profile
 from brevitas_bp.allocate.sensitivity import Sensitivity, estimator
 from brevitas_bp.backward.planned import Candidate
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.backward.seam import wrappers_in
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8, "exact")
