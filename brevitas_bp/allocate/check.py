@@ -176,7 +176,7 @@ def check_gradients(
         return checked_loss(f"{_WHERE}: loss", loss(model, batch))
 
     with unchanged(model, wrappers, seed) as restore, torch.enable_grad():
-        probe = _Probe(model, wrappers, lambda: gradients_of(run, model, named)[0], restore)
+        probe = _Probe(wrappers, lambda: gradients_of(run, model, named)[0], restore)
         error, signal = probe.draw(draws)
         if not math.isfinite(error):
             return GradientCheck(error, signal, draws)
@@ -227,8 +227,7 @@ class GradientMonitor:
 
         with unchanged(self.model, wrappers, self.steps) as restore, torch.enable_grad():
             error, signal = _Probe(
-                self.model, wrappers, lambda: gradients_of(run, self.model, named)[0],
-                restore).draw(1)
+                wrappers, lambda: gradients_of(run, self.model, named)[0], restore).draw(1)
         self.history.append((self.steps - 1, error))
         _LOG.log(
             logging.WARNING if not error <= NOISY else logging.INFO,
@@ -269,8 +268,8 @@ class _Probe:
     """Takes gradients with some tensors rounded and the others exact, and compares them."""
 
     def __init__(
-            self, model: nn.Module, wrappers: list[QuantBackwardWrapper],
-            gradients: Callable[[], Sequence[Tensor]], restore: Callable[[], None]) -> None:
+            self, wrappers: list[QuantBackwardWrapper], gradients: Callable[[], Sequence[Tensor]],
+            restore: Callable[[], None]) -> None:
         self.wrappers, self.gradients, self.restore = wrappers, gradients, restore
         self.found: dict[str, tuple[SavedTensor, Decision]] = {}
         restore()

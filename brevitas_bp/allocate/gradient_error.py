@@ -103,7 +103,7 @@ def measure_gradient_error(
         raise ValueError(
             f"{_WHERE}: batches must yield at least 2, or there is no variance of sampling, got "
             f"{moments[0].exact.count}; leave batches out for one")
-    return _summarize(list(named), [m.facts(draws) for m in moments], cosines, draws)
+    return _summarize(list(named), [m.facts() for m in moments], cosines, draws)
 
 
 def _summarize(
