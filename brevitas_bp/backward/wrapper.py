@@ -286,8 +286,10 @@ class QuantBackwardWrapper(Transparent):
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
         state = self.__getstate__()
-        for key in self.__dict__.keys() - set(TABLES):
+        for key in self.__dict__.keys() - {*TABLES, "_noise"}:
             other.__dict__[key] = copy.deepcopy(state[key], memo)
+        # After the wrappers inside of the module: the order of a set is not that of another process.
+        other.__dict__["_noise"] = copy.deepcopy(self._noise, memo)
         other._stand_for(other.module)
         return other
 
