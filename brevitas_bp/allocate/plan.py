@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brevitas_bp.allocate.budget import greedy, lower_bound, optimal, require_scipy, total
-from brevitas_bp.backward.explain import mib, table
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.errors import InfeasibleBudgetError, UnknownNameError, nearest
+from brevitas_bp.text import mib, table
 
 Method = Literal["optimal", "greedy"]
 

@@ -265,8 +265,7 @@ class ScaledMask(Codec):
     """A float tensor that holds only 0 and one positive value ``v``, 1 bit an element.
 
     ``v`` is what the operation itself computes: 1 in the tensor's dtype, on its device, divided or
-    multiplied in place by a number. With neither number ``v`` is the largest element, which a device
-    would have to be waited for.
+    multiplied in place by a number.
 
     Attributes:
         name: shown in reports.
@@ -285,8 +284,6 @@ class ScaledMask(Codec):
         layout = self.layout_of(x, where)
         flat = layout.flatten(x)
         mask, _ = dispatch.pack_interval(flat, Interval(next_value(0.0, x.dtype, 1), _INF))
-        if self.divisor is None and self.factor is None:
-            return Packed(self, (mask,), layout, float(flat.max()) if flat.numel() else 0.0, where)
         return Packed(self, (mask,), layout, _scaled_one(self, x.dtype, x.device), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -327,9 +324,3 @@ def alpha_dropout_mask(p: float) -> ScaledMask:
     """
     alpha = 1.7580993408473766
     return ScaledMask("alpha dropout mask", factor=1 / ((alpha * alpha * p + 1) * (1 - p)) ** 0.5)
-
-
-@lru_cache(maxsize=1)
-def scaled_mask() -> ScaledMask:
-    """For any CPU tensor of zeros and one positive value, read from the tensor."""
-    return ScaledMask()

@@ -32,6 +32,17 @@ class TwoBitWidthSelector(nn.Module):
     Raises:
         ValueError: a width outside 1..8, equal widths, or a probability outside [0, 1].
 
+    Example:
+        >>> from brevitas_bp.format.random import seeded
+        >>> selector = TwoBitWidthSelector(bit_width=2, mix_bit_width=8, mix_prob=0.25)
+        >>> with seeded(0):
+        ...     widths = selector(num_buckets=8)
+        >>> widths.unique(return_counts=True)
+        (tensor([2., 8.]), tensor([6, 2]))
+
+    Maps to the fragment :class:`brevitas_bp.quant.TwoBitWidth`; with ``bit_width_impl_type ==
+    BitWidthImplType.CONST`` alone the slot has ``brevitas.core.bit_width.BitWidthConst``.
+
     Source: Li, 2025, chapter 5.
     """
 

@@ -48,6 +48,22 @@ class BucketIntQuant(nn.Module):
 
     Raises:
         ValueError: signed codes without ``narrow_range``.
+
+    Example:
+        >>> from brevitas.core.function_wrapper import Identity, RoundSte
+        >>> from brevitas.core.scaling import IntScaling
+        >>> int_quant = BucketIntQuant(
+        ...     IntScaling(signed=False, narrow_range=False), RoundSte(), Identity(),
+        ...     signed=False, narrow_range=False)
+        >>> scale, offset, bit_width = torch.tensor(0.5), torch.tensor(-1.0), torch.tensor(2.0)
+        >>> codes = int_quant.quantize(torch.tensor([[-1.0, -0.6, 0.1, 3.0]]), scale, offset, bit_width)
+        >>> codes  # 2 bits: the top code is 3
+        tensor([[0., 1., 2., 3.]])
+        >>> int_quant.dequantize(codes, scale, offset)
+        tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
+
+    Maps to ``quant_type == QuantType.INT`` in configs of :class:`brevitas_bp.quant.BucketQuant`, where
+    Brevitas' own configs have ``brevitas.core.quant.IntQuant``.
     """
 
     def __init__(
@@ -132,6 +148,23 @@ class BucketRescalingIntQuant(nn.Module):
 
     Raises:
         ValueError: a bit width outside 1..8, at construction where the width is constant.
+
+    Example:
+        >>> from brevitas.nn import QuantIdentity
+        >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
+        >>> layer = QuantIdentity(act_quant=ShiftedUint2DynamicActPerBucketFloat, bucket_size=8)
+        >>> tensor_quant = layer.act_quant.fused_activation_quant_proxy.tensor_quant
+        >>> type(tensor_quant).__name__
+        'BucketRescalingIntQuant'
+        >>> value, scale, zero_point, bit_width = tensor_quant(torch.arange(16.0) ** 2)
+        >>> scale  # of each bucket: its range over the top code, 3
+        tensor([[16.3333],
+                [53.6667]])
+        >>> value.reshape(2, 8)[1].unique()
+        tensor([ 64.0000, 117.6667, 171.3333, 225.0000])
+
+    Maps to ``quant_type == QuantType.INT`` in configs of :class:`brevitas_bp.quant.BucketQuant`, where
+    Brevitas' own configs have ``brevitas.core.quant.RescalingIntQuant``.
     """
 
     int_quant: BucketIntQuant

@@ -17,6 +17,7 @@ from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.operations import OpRule, linear, rule_of
 from brevitas_bp.backward.origins import goes_through_rounding_of
 from brevitas_bp.backward.saved import Decision, storage_id
+from brevitas_bp.backward.seam import listening
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
 from tests.backward.support import Apply
 
@@ -227,7 +228,7 @@ def test_custom_functions_do_not_share_what_others_have_rounded(registry: None) 
             payloads.append((storage_id(saved.tensor), id(packed), packed))
 
     model, z = QuantBackwardWrapper(Own(), Stochastic2, seed=0), torch.randn(64, 64)
-    model._listeners.append(Listener())
-    model(z)
+    with listening(model, Listener()):
+        model(z)
     of_z = {number for storage, number, _ in payloads if storage == storage_id(z)}
     assert len(of_z) == 2

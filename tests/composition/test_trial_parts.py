@@ -30,6 +30,9 @@ DITHERED = Rounding("trial dithered", 2001, _dithered, encoding_draws=True)
 class DitheredRound(nn.Module):
     """The module of :data:`DITHERED`."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def stage(self, slot: str) -> Rounding | None:
         return DITHERED if slot == "float_to_int_impl" else None
 
@@ -48,6 +51,9 @@ BUTTERFLY = Transform("trial butterfly", 2002, _butterfly, _butterfly)
 
 class Butterfly(nn.Module):
     """The module of :data:`BUTTERFLY`."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def stage(self, slot: str) -> Transform | None:
         return BUTTERFLY if slot == "transform_impl" else None
@@ -81,6 +87,9 @@ class UnknownRound(nn.Module):
     """As :class:`DitheredRound`, but it says nothing of itself: it runs as a module."""
 
     bucketwise = True
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.floor(x + torch.ops.brevitas_bp.noise_like(x))

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from brevitas_bp.backward.compiled.dynamo import in_python, no_graph_of_its_own
-from brevitas_bp.backward.compiled.linearity import inputs_of, is_rectified, is_tangent, reach_of
+from brevitas_bp.backward.compiled.linearity import reach_of
+from brevitas_bp.backward.compiled.nodes import inputs_of, is_rectified, is_tangent
 from brevitas_bp.backward.compiled.placement import raise_encoders, sink_decoders
 from brevitas_bp.backward.compiled.rows import Grouping, grouping_of
 from brevitas_bp.backward.explain import Explanation
@@ -277,7 +278,7 @@ def _decide(
             rectified = reach != "nonlinear" and not isinstance(passing.policy, PlainPolicy)
             saved.reach = reach if rectified else saved.reach
         grouping = Grouping() if isinstance(passing.policy, PlainPolicy) else grouping_of(
-            node, context["_fw_graph"], backward, x)
+            node, backward, x)
         if grouping.channels and saved.reach == "norm" and isinstance(x.numel(), int):
             saved.sharing = x.numel() // x.shape[1]
         decision = passing.policy.decide(saved)

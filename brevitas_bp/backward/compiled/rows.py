@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from brevitas_bp.backward.compiled.linearity import name_of, shows_all
+from brevitas_bp.backward.compiled.nodes import name_of, shows_all
 from brevitas_bp.backward.rows import LEAST_PLANE, LEAST_ROW
 from brevitas_bp.backward.views import CASTS
 
@@ -32,12 +32,11 @@ class Grouping:
     channels: bool = False
 
 
-def grouping_of(node: Node, forward: Graph, backward: Graph, x: Tensor) -> Grouping:
+def grouping_of(node: Node, backward: Graph, x: Tensor) -> Grouping:
     """How the buckets of a saved tensor lie.
 
     Args:
         node: of the forward graph, that made it.
-        forward: the forward graph.
         backward: the backward graph.
         x: a fake tensor like it.
     """
