@@ -275,7 +275,8 @@ def elementwise(
     """A smooth elementwise function: its derivative is saved, and backward is linear in that.
 
     Args:
-        formula: ``(x, y, call) -> dy/dx``; None lets autograd compute it, which is slower.
+        formula: ``(x, y, call) -> dy/dx``; None lets autograd compute it, which is slower. Those of
+            torch's own activations are in :data:`~brevitas_bp.activations.functions.ACTIVATIONS`.
         few_bit: see :class:`OpRule`.
         **options: of :class:`~brevitas_bp.backward.rewrites.SaveDerivative`.
     """

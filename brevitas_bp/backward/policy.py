@@ -19,7 +19,7 @@ from brevitas_bp.backward.operations import (
     rule_of,
 )
 from brevitas_bp.backward.rewrites import Passing, ReplayAttention, Rewrite, SaveDerivative
-from brevitas_bp.backward.rows import last_dimension, of_elements, of_halves
+from brevitas_bp.backward.rows import RowsOf, last_dimension, of_elements
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -30,7 +30,6 @@ from brevitas_bp.backward.saved import (
     Call,
     Decision,
     SavedTensor,
-    name_of,
 )
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
 from brevitas_bp.codec.base import FLOATS, is_plain
@@ -273,11 +272,8 @@ class OpAware:
         if role == CHECKPOINT_INPUT:
             return self._decide_checkpoint(saved.tensor)
         if role == DERIVATIVE:
-            name = name_of(saved.call.function).strip("_")
-            decision = _DERIVATIVE if name in _BOUNDED else _UNBOUNDED_DERIVATIVE
-            if name == "glu":
-                decision = decision._replace(rows=of_halves)
-            return self._widened(decision.with_codec(codec), codec)
+            return self._widened(
+                _DERIVATIVE._replace(codec=codec, rows=_rows_of_derivative(saved.call)), codec)
         if role == FEW_BIT_INPUT:
             rule = rule_of(saved.call.function)
             assert rule is not None and self.few_bit is not None
@@ -315,11 +311,6 @@ _STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
-_UNBOUNDED_DERIVATIVE = _DERIVATIVE._replace(rows=of_elements)
-#: Functions whose derivative is of order 1 at most, whatever the input: buckets may hold any rows of it.
-_BOUNDED = frozenset({
-    "silu", "gelu", "mish", "elu", "selu", "celu", "softplus", "tanh", "sigmoid", "logsigmoid",
-    "log_sigmoid", "hardswish", "softsign", "tanhshrink", "sin", "cos", "erf", "erfc", "atan", "arctan"})
 # At the configured width: four bits were measured not to lower the noise of whole transformers.
 _VALUE = Decision(
     None, "value: backward is linear in it", shared=False, reaches="sum", rows=last_dimension)
@@ -338,6 +329,13 @@ _INTEGERS = Decision(None, "integers")
 def _is_log_sum(saved: SavedTensor) -> bool:
     """Whether a kernel of attention saves the denominators of its softmax: one for each query."""
     return saved.op is not None and "attention" in saved.op and saved.tensor.dim() < 4
+
+
+def _rows_of_derivative(call: Call) -> RowsOf | None:
+    """The rows with which buckets of a derivative end, as the rule of the function says."""
+    rule = rule_of(call.function)
+    rewrite = None if rule is None else rule.rewrite
+    return rewrite.rows if isinstance(rewrite, SaveDerivative) else of_elements
 
 
 def _with_table(rule: OpRule, bits: int, passing: Passing, call: Call) -> Any:

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from brevitas_bp.activations import derivatives
 from brevitas_bp.backward.location import Location, seen_through
+from brevitas_bp.backward.rows import RowsOf, of_elements
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -85,7 +86,6 @@ class Substitution:
         self.originals.append(saved.detach())
         return saved.detach()
 
-
     def replace(self, stand_in: Tensor, original: Tensor) -> None:
         """Takes ``original`` for what was noted in the memory of its stand-in."""
         self.originals = [
@@ -121,6 +121,9 @@ class SaveDerivative:
         from_input: the input is handed to the codec, which decodes it to a derivative.
         named: call -> the derivative's name in :mod:`~brevitas_bp.activations.derivatives`, which serves
             the tensors that it supports, in place of ``formula``.
+        rows: rows of the derivative with which buckets end; None: it is of order 1 at most, whatever the
+            input, so that any elements may share a bucket.
+        inplace_at: position of ``inplace`` among the arguments of a function in ``torch.nn.functional``.
     """
 
     formula: Callable[[Tensor, Tensor, Call], Tensor] | None = None
@@ -128,6 +131,8 @@ class SaveDerivative:
     halves: Callable[[Call], int] | None = None
     from_input: bool = False
     named: Callable[[Call], str] | None = None
+    rows: RowsOf | None = of_elements
+    inplace_at: int | None = None
 
     def __call__(self, passing: Passing, call: Call) -> Any:
         x = call.argument(0, "input")
@@ -140,7 +145,7 @@ class SaveDerivative:
         # Small or expanded, the derivative would take more than what it stands for.
         if x.numel() < SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
             return NotImplemented
-        inplace, others = is_inplace(call), call.args[1:]
+        inplace, others = is_inplace(call, self.inplace_at), call.args[1:]
         if call.kwargs:
             others = *others, *[v for k, v in call.kwargs.items() if k != "input"]
         if any(t.requires_grad for t in tensors_in(others)) or (
@@ -229,18 +234,19 @@ def _is_ordinary(grad: Tensor) -> bool:
         is_functorch_wrapped(grad) or is_legacy_batched(grad))
 
 
-# Where torch.nn.functional takes ``inplace``, which may be any value that counts as true.
-_INPLACE_AT = {"silu": 1, "mish": 1, "hardswish": 1, "selu": 1, "elu": 2, "celu": 2}
+def is_inplace(call: Call, position: int | None) -> bool:
+    """Whether an activation function was told to overwrite its input, by any value that counts as true.
 
-
-def is_inplace(call: Call) -> bool:
-    """Whether an activation function was told to overwrite its input."""
+    Args:
+        call: of the function.
+        position: of the argument ``inplace`` where the function is one of ``torch.nn.functional``.
+    """
     name = call.name
     if name.endswith("_") and not name.endswith("__"):
         return True
-    position = _INPLACE_AT.get(name) if isinstance(call.function, FunctionType) else None
-    return bool(
-        call.kwargs.get("inplace") if position is None else call.argument(position, "inplace"))
+    if position is None or not isinstance(call.function, FunctionType):
+        return bool(call.kwargs.get("inplace"))
+    return bool(call.argument(position, "inplace"))
 
 
 @dataclass(frozen=True)
