@@ -88,4 +88,4 @@ def test_settings_can_be_overridden_by_keyword(override: dict[str, Any]) -> None
 def test_rounding_is_one_enum_away(impl: str) -> None:
     codec = codec_from(
         quant.ShiftedUint2DynamicActPerBucketFloat, float_to_int_impl_type=impl.lower())
-    assert isinstance(codec, LoweredCodec) and codec.spec.stochastic
+    assert isinstance(codec, LoweredCodec) and codec.spec.rounding is STOCHASTIC
