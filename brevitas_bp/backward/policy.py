@@ -18,7 +18,7 @@ from brevitas_bp.backward.operations import (
     norm_bits,
     rule_of,
 )
-from brevitas_bp.backward.rewrites import Passing, ReplayAttention, Rewrite, SaveDerivative
+from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite, RunningPass, SaveDerivative
 from brevitas_bp.backward.rows import RowsOf, last_dimension, of_elements
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
@@ -104,7 +104,7 @@ class PlainPolicy:
                 "brevitas_bp.QuantBackwardWrapper: policy must return a Codec or None, got "
                 f"{codec!r}; codec_from makes a codec of a quantizer")
         # It does not say how far a rounding goes.
-        return Decision(codec, self.reason, reaches="all")
+        return Decision(codec, self.reason, reach="all")
 
     def rewrite(self, function: Any) -> Rewrite | None:
         return None
@@ -244,11 +244,11 @@ class OpAware:
         Measured on EfficientNetV2-tiny: with inputs of norms averaged in pairs the median bias of all
         gradients is 0.43 of their norm, and 0.06 with those inputs in the codes of the averages.
         """
-        if decision.codec is not codec or decision.reaches == "weight":
+        if decision.codec is not codec or decision.reach == "weight":
             return decision
-        if decision.reaches == "all":
+        if decision.reach == "all":
             return decision.with_codec(self._multiplier or codec.at_least(self.multiplier_bits))
-        bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reaches == "norm" else 1)
+        bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reach == "norm" else 1)
         return decision.with_codec(codec.at_least(bits))
 
     def _decide_compiled(self, saved: SavedTensor, codec: Codec) -> Decision:
@@ -263,10 +263,10 @@ class OpAware:
             if least is None:
                 return FEW_IN_STATISTIC
             return self._widened(Decision(
-                codec, _LINEAR[saved.reach], reaches=saved.reach, least_bits=least), codec)
+                codec, _LINEAR[saved.reach], reach=saved.reach, least_bits=least), codec)
         bits = self.recomputed_bits
         return _RECOMPUTED_EXACT if bits is None else Decision(
-            codec.at_least(bits), "backward recomputes functions of it: slightly biased", reaches="all")
+            codec.at_least(bits), "backward recomputes functions of it: slightly biased", reach="all")
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
         if role == CHECKPOINT_INPUT:
@@ -286,7 +286,7 @@ class OpAware:
             if self._attention is not None:
                 return Decision(
                     self._attention, "query and key: biased, as asked for", shared=False,
-                    reaches="all", rows=last_dimension)
+                    reach="all", rows=last_dimension)
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # A view would keep the value alive that lies in the same memory.
@@ -299,7 +299,7 @@ class OpAware:
         if self._checkpoint is None or not x.requires_grad or x.dtype not in FLOATS:
             return _RUN_AGAIN
         return Decision(
-            self._checkpoint, "run again from it: biased, as asked for", reaches="all",
+            self._checkpoint, "run again from it: biased, as asked for", reach="all",
             rows=of_elements)
 
 
@@ -310,10 +310,10 @@ _LINEAR = {
 _STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
-_DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
+_DERIVATIVE = Decision(None, "derivative: backward is linear in it", reach="all")
 # At the configured width: four bits were measured not to lower the noise of whole transformers.
 _VALUE = Decision(
-    None, "value: backward is linear in it", shared=False, reaches="sum", rows=last_dimension)
+    None, "value: backward is linear in it", shared=False, reach="sum", rows=last_dimension)
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)
@@ -338,13 +338,13 @@ def _rows_of_derivative(call: Call) -> RowsOf | None:
     return rewrite.rows if isinstance(rewrite, SaveDerivative) else of_elements
 
 
-def _with_table(rule: OpRule, bits: int, passing: Passing, call: Call) -> Any:
+def _with_table(rule: OpRule, bits: int, running: RunningPass, call: Call) -> Any:
     """Runs a function so that its input is saved through a table, or its derivative without one."""
     rewrite = rule.rewrite
     assert isinstance(rewrite, SaveDerivative)
     if _few_bit_codec(rule, call, bits) is not None:
         rewrite = replace(rewrite, from_input=True)
-    return rewrite(passing, call)
+    return rewrite(running, call)
 
 
 def _few_bit_codec(rule: OpRule, call: Call, bits: int) -> Codec | None:

@@ -1,11 +1,11 @@
 """Chooses the kernels of a tensor: by its device, and by what each backend covers.
 
 All backends give the same bytes, those of :mod:`brevitas_bp.format.reference`. A backend is a module
-with ``covers(spec, numel, dtype)`` and ``plan(spec, numel, dtype)``. The first one of a device that
+with ``covers(spec, numel, dtype)`` and ``launcher(spec, numel, dtype)``. The first one of a device that
 covers a quantizer serves it; the reference covers everything. :func:`use` forces the reference.
 
-Code that handles many tensors of one size keeps a :func:`plan`. :func:`encode` and :func:`decode` are
-for single tensors.
+Code that handles many tensors of one size keeps a :func:`launcher`. :func:`encode` and :func:`decode`
+are for single tensors.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from brevitas_bp.format import averages, few_bit, masks, reference
 from brevitas_bp.format.masks import Interval, Windows
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.kernels.plans import Plan, StepwisePlan
+from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
 
 Preference = Literal["fastest", "reference"]
 
@@ -75,7 +75,7 @@ class use:  # noqa: N801
 
 def _prefer(preference: Preference) -> None:
     CHOICE.preference = preference
-    plan_from_text.cache_clear()
+    launcher_from_text.cache_clear()
 
 
 @lru_cache(maxsize=1)
@@ -145,25 +145,25 @@ def backend(
     return next((b for b in _backends(device) if b.covers(spec, numel, dtype)), reference)
 
 
-def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
+def launcher(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
     """How tensors of this size, dtype and device are encoded and decoded."""
     chosen = backend(device, spec, numel, dtype)
     if chosen is reference:
-        return StepwisePlan(reference, spec, numel, dtype, derivative)
-    return chosen.plan(spec, numel, dtype)
+        return StepwiseLauncher(reference, spec, numel, dtype, derivative)
+    return chosen.launcher(spec, numel, dtype)
 
 
 @lru_cache(maxsize=4096)
-def plan_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """As :func:`plan`, of a quantizer as :meth:`BucketQuantSpec.to_text` writes it."""
-    return plan(BucketQuantSpec.from_text(spec), numel, dtype, device)
+def launcher_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
+    """As :func:`launcher`, of a quantizer as :meth:`BucketQuantSpec.to_text` writes it."""
+    return launcher(BucketQuantSpec.from_text(spec), numel, dtype, device)
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
     # A flat tensor may have gaps, and the memory of a lazy negation is not negated.
     flat = flat.contiguous().resolve_neg()
-    made = plan(spec, flat.numel(), flat.dtype, flat.device)
+    made = launcher(spec, flat.numel(), flat.dtype, flat.device)
     return Encoded(*made.encode(flat, seed), spec.affine)
 
 
@@ -171,7 +171,7 @@ def decode(
         encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.format.reference.decode`."""
-    made = plan(spec, numel, dtype, encoded.payload.device)
+    made = launcher(spec, numel, dtype, encoded.payload.device)
     return made.decode(*encoded.tensors, seed, torch.Size((numel,)), (1,))
 
 

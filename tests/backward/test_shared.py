@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from brevitas_bp import Codec, OpAware, QuantBackwardWrapper, SavedTensor, track_saved_memory
 from brevitas_bp.backward import wrapper as wrapper_module
-from brevitas_bp.backward.compiled.hooks import InlinedHooks
+from brevitas_bp.backward.compiled.hooks import GraphHooks
 from brevitas_bp.backward.policy import Policy
 from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloat,
@@ -101,16 +101,16 @@ def stored(model: QuantBackwardWrapper) -> dict[str, str]:
     return {f"{s.module}:{s.op}": s.stored for s in model.explain().sites.values()}
 
 
-def hooks(model: Any) -> InlinedHooks:
+def hooks(model: Any) -> GraphHooks:
     """The pair of hooks of a wrapper that has run a compiled module."""
     model(tokens())
-    assert model._inlined is not None
-    return model._inlined
+    assert model._graph_hooks is not None
+    return model._graph_hooks
 
 
 def a_pair_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on no wrapper shares anything, as it was once."""
-    monkeypatch.setattr(wrapper_module, "hooks_of", lambda *args: InlinedHooks(args[-1]))
+    monkeypatch.setattr(wrapper_module, "hooks_of", lambda *args: GraphHooks(args[-1]))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -285,7 +285,7 @@ def test_pairs_are_freed_with_what_their_settings_hold() -> None:
     policy = Holding()
     policy.wrapper = QuantBackwardWrapper(compiled(Block()), policy=policy)
     gradients(policy.wrapper, tokens())
-    pair, held = weakref.ref(policy.wrapper._inlined), weakref.ref(policy)
+    pair, held = weakref.ref(policy.wrapper._graph_hooks), weakref.ref(policy)
     del policy
     torch._dynamo.reset()
     gc.collect()

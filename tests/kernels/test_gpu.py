@@ -17,7 +17,7 @@ from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import L2, MAX, MIN_MAX, NARROW, NEAREST, UNSIGNED, ScaleRule
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.plans import Plan, StepwisePlan
+from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
 from tests.kernels.gpu_worker import Compiled, Interpreted, Worker, compile_kernels
 from tests.kernels.table import DTYPES, SPECS, check, joined, same_bytes, samples
 from tests.strategies import VALUES, dtype_name, float_tensors, normals, seeds, specs
@@ -82,9 +82,9 @@ def statistics(kinds: int, inner: int, shifted: bool) -> Affine:
     return Affine(normals((kinds,), 2).float() * 3, shift, inner)
 
 
-def normalized_reference(spec: BucketQuantSpec, x: Tensor) -> Plan:
+def normalized_reference(spec: BucketQuantSpec, x: Tensor) -> Launcher:
     """Rows and normalization in torch operations."""
-    return StepwisePlan(reference, spec, x.numel(), x.dtype, derivative)
+    return StepwiseLauncher(reference, spec, x.numel(), x.dtype, derivative)
 
 
 def check_normalized(form: Normalizing, x: Tensor, spec: BucketQuantSpec, affine: Affine) -> None:
@@ -362,8 +362,8 @@ def test_plans_of_a_device_are_those_of_its_kernels(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(dispatch, "_triton_works", lambda: True)
     device, spec = torch.device("cuda"), BucketQuantSpec(2, 56, row_size=49)
-    assert isinstance(dispatch.plan(spec, 490, torch.float32, device), gpu.Plan)
-    assert isinstance(dispatch.plan(spec, 490, torch.float64, device), StepwisePlan)
+    assert isinstance(dispatch.launcher(spec, 490, torch.float32, device), gpu.Launcher)
+    assert isinstance(dispatch.launcher(spec, 490, torch.float64, device), StepwiseLauncher)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -387,14 +387,14 @@ class OnDevice:
     def encode(
             self, flat: Tensor, spec: BucketQuantSpec, seed: int,
             affine: Affine | None = None) -> Encoded:
-        plan = kernels().plan(spec, flat.numel(), flat.dtype)
+        plan = kernels().launcher(spec, flat.numel(), flat.dtype)
         payload, metadata = plan.encode(flat.to(self._device), seed, affine=self._moved(affine))
         return moved(Encoded(payload, metadata, spec.affine), "cpu")
 
     def decode(
             self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
             dtype: torch.dtype, affine: Affine | None = None) -> Tensor:
-        plan = kernels().plan(spec, numel, dtype)
+        plan = kernels().launcher(spec, numel, dtype)
         stored = moved(encoded, self._device).tensors
         return plan.decode(
             *stored, seed, torch.Size((numel,)), (1,), self._moved(affine)).cpu()
@@ -518,7 +518,7 @@ def test_nothing_synchronises() -> None:
     affine = Affine(x[:100].clone(), x[100:200].clone(), 1)
     cases = [(BucketQuantSpec(), None), (MIXED, None), (BucketQuantSpec(2, 56, row_size=50), affine)]
     for spec, normalizing in cases:
-        plan = kernels().plan(spec, x.numel(), x.dtype)
+        plan = kernels().launcher(spec, x.numel(), x.dtype)
         stored = plan.encode(x, 3, affine=normalizing)
         plan.decode(*stored, 3, x.shape, x.stride(), normalizing)
         before = torch.cuda.get_sync_debug_mode()

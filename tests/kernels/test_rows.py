@@ -13,7 +13,7 @@ from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 from brevitas_bp.format.spec import BucketQuantSpec, row_bucket
 from brevitas_bp.format.stages import L2, MAX, NARROW, NEAREST
 from brevitas_bp.kernels import dispatch
-from brevitas_bp.kernels.plans import StepwisePlan
+from brevitas_bp.kernels.launchers import StepwiseLauncher
 from tests.kernels.table import same_bytes
 from tests.strategies import DTYPES, dtype_name
 from tests.support import same_bits
@@ -52,9 +52,9 @@ def test_bytes_and_values_are_those_of_the_reference(dtype: torch.dtype) -> None
     rows = 11
     for length, spec in product(LENGTHS, SPECS):
         spec, x = spec.in_rows(length), _values(rows * length, dtype)
-        fast = dispatch.plan(spec, x.numel(), dtype, x.device)
-        slow = StepwisePlan(reference, spec, x.numel(), dtype, derivative)
-        assert isinstance(fast, cpu.Plan)
+        fast = dispatch.launcher(spec, x.numel(), dtype, x.device)
+        slow = StepwiseLauncher(reference, spec, x.numel(), dtype, derivative)
+        assert isinstance(fast, cpu.Launcher)
         for affine in _affines(rows, length, dtype):
             expected, got = (plan.encode(x, 5, affine=affine) for plan in (slow, fast))
             assert all(map(same_bytes, expected, got)), (length, spec, affine)
@@ -68,8 +68,8 @@ def test_large_half_precision_tensors_are_converted_in_whole_rows(
     monkeypatch.setattr(cpu, "_CHUNK", 1000)
     spec, x = BucketQuantSpec().in_rows(300), _values(300 * 20, torch.bfloat16)
     affine = Affine(torch.rand(20) + 0.5, torch.randn(20), 300)
-    plan = cpu.Plan(spec, x.numel(), x.dtype)
-    slow = StepwisePlan(reference, spec, x.numel(), x.dtype, derivative)
+    plan = cpu.Launcher(spec, x.numel(), x.dtype)
+    slow = StepwiseLauncher(reference, spec, x.numel(), x.dtype, derivative)
     stored = plan.encode(x, 5, affine=affine)
     assert all(map(same_bytes, stored, slow.encode(x, 5, affine=affine)))
     assert same_bits(
@@ -121,7 +121,9 @@ def test_denormalize_undoes_normalize_up_to_rounding() -> None:
 
 def test_decoded_values_stay_in_the_range_of_their_dtype() -> None:
     spec, x = BucketQuantSpec(), torch.linspace(-1, 1, 256, dtype=torch.float16)
-    for plan in (cpu.Plan(spec, 256, x.dtype), StepwisePlan(reference, spec, 256, x.dtype, derivative)):
+    for plan in (
+            cpu.Launcher(spec, 256, x.dtype),
+            StepwiseLauncher(reference, spec, 256, x.dtype, derivative)):
         stored = plan.encode(x, 1)
         y = plan.decode(*stored, 1, x.shape, (1,), Affine(torch.tensor([1e6]), None, 256))
         assert y.isfinite().all() and y.max() == torch.finfo(torch.float16).max

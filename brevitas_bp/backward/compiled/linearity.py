@@ -32,9 +32,9 @@ from brevitas_bp.backward.compiled.nodes import (
     elements_of,
     gradients_of,
     is_real,
+    is_reshape,
     is_zero,
     name_of,
-    shows_all,
     tangential_nodes,
 )
 from brevitas_bp.backward.saved import Reach
@@ -139,7 +139,7 @@ class _Reader:
         name = name_of(node)
         if name in _CONSTANT or (name in _COMPARISONS and self._compares_with_zero(node, 0, 1)):
             return
-        if shows_all(node) and node.args[0] in self.same:
+        if is_reshape(node) and node.args[0] in self.same:
             self.same.add(node)
         if name == "threshold_backward" and self._compares_with_zero(node, 1, 2):
             trace = self.trace(node.args[0])

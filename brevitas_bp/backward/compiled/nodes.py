@@ -75,13 +75,13 @@ def tangential_nodes(graph: Graph) -> set[Node]:
 
 def is_rectified(node: Node) -> bool:
     """Whether a node of a forward graph is the output of a ReLU, in any shape."""
-    while shows_all(node) and isinstance(node.args[0], Node):
+    while is_reshape(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     name = name_of(node)
     return name == "relu" or (name == "clamp_min" and is_zero(node.args[1]))
 
 
-def shows_all(node: Node) -> bool:
+def is_reshape(node: Node) -> bool:
     """Whether a node is all of its argument, in another shape or memory."""
     return name_of(node) in WHOLE and not _is_reinterpreted(node)
 

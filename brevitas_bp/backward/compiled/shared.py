@@ -20,14 +20,14 @@ from weakref import WeakSet, WeakValueDictionary, ref
 from torch import Tensor
 
 from brevitas_bp.backward.compiled.dynamo import frames_of
-from brevitas_bp.backward.compiled.hooks import InlinedHooks
+from brevitas_bp.backward.compiled.hooks import GraphHooks
 from brevitas_bp.backward.location import Location
 from brevitas_bp.backward.planned import PlannedPolicy
 from brevitas_bp.backward.policy import POLICIES, OpAware, PlainPolicy
 from brevitas_bp.codec import Codec
 from brevitas_bp.private import graphs_of, recompile_limit
 
-_pairs: WeakValueDictionary[Hashable, InlinedHooks] = WeakValueDictionary()
+_pairs: WeakValueDictionary[Hashable, GraphHooks] = WeakValueDictionary()
 # Classes that crowded_out has told of.
 _crowded: WeakSet[type] = WeakSet()
 
@@ -58,13 +58,13 @@ def _nothing() -> None:
 
 def hooks_of(
         codec: Codec | None, overrides: Iterable[tuple[str, Codec | None]], policy: Any,
-        location: Location, unpack: Callable[[Any], Tensor]) -> InlinedHooks:
+        location: Location, unpack: Callable[[Any], Tensor]) -> GraphHooks:
     """The hooks of all wrappers with these settings around modules of this structure."""
     key = (
         _of_codec(codec), tuple((pattern, _of_codec(other)) for pattern, other in overrides),
         _of_policy(policy, location.prefix), location.root_compiled, tuple(location.compiled_parts),
         tuple((location.names[id(module)], _Same(type(module))) for module in location.tree))
-    return _pairs.setdefault(key, InlinedHooks(unpack))
+    return _pairs.setdefault(key, GraphHooks(unpack))
 
 
 def _of_codec(codec: Codec | None) -> Hashable:

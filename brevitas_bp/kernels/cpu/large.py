@@ -41,7 +41,7 @@ from brevitas_bp.kernels.cpu.metadata import (
     store,
 )
 from brevitas_bp.kernels.cpu.threads import run_in_pool
-from brevitas_bp.kernels.plans import Plan, StepwisePlan
+from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
 
 # Columns of a piece: the codes of eight segments are 8 KiB.
 _PIECE = 1024
@@ -59,10 +59,10 @@ def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and spec.is_covered_by(COVERED)
 
 
-def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> Plan:
-    """See :func:`brevitas_bp.kernels.dispatch.plan`."""
+def launcher(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> Launcher:
+    """See :func:`brevitas_bp.kernels.dispatch.launcher`."""
     this: Any = sys.modules[__name__]
-    return StepwisePlan(this, spec, numel, dtype, derivative)
+    return StepwiseLauncher(this, spec, numel, dtype, derivative)
 
 
 @jit

@@ -13,7 +13,7 @@ from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
 
 
-class Plan(Protocol):
+class Launcher(Protocol):
     """Encodes and decodes tensors of one size, dtype and kind of device."""
 
     def encode(
@@ -43,7 +43,7 @@ class Kernels(Protocol):
         dtype: torch.dtype) -> Tensor: ...
 
 
-class StepwisePlan:
+class StepwiseLauncher:
     """A plan of kernels that know no rows, derivatives and normalization: these are steps of their own.
 
     Args:
@@ -63,7 +63,7 @@ class StepwisePlan:
     def encode(
             self, x: Tensor, seed: int, function: str | None = None,
             affine: Affine | None = None) -> tuple[Tensor, Tensor]:
-        """See :meth:`Plan.encode`."""
+        """See :meth:`Launcher.encode`."""
         flat = x.view(-1)
         if function is not None:
             flat = self._derivative(flat, function)
@@ -74,7 +74,7 @@ class StepwisePlan:
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
             stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
-        """See :meth:`Plan.decode`."""
+        """See :meth:`Launcher.decode`."""
         encoded = Encoded(payload, metadata, self._spec.affine)
         dtype = self._dtype if affine is None else compute_dtype(self._dtype)
         flat = self._decode_rows(encoded, seed, dtype)
