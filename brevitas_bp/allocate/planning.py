@@ -56,8 +56,8 @@ def plan_bit_widths(
             weight), "closed_form" (one in all), "gradient_norms", or a
             :class:`~brevitas_bp.allocate.sensitivity.Sensitivity`.
         method: "optimal" (integer programming; needs SciPy) or "greedy".
-        act_quant: quantizer of which the candidates are variants: its rounding, scale rule, bucket size and
-            metadata stay.
+        act_quant: quantizer of which the candidates are variants: its rounding, scale rule, bucket size
+            and metadata stay.
         seed: of the roundings.
         progress: True shows a bar on stderr (with rich, if installed); a function is told in words what
             it costs, beforehand, and then how far it is.
