@@ -293,7 +293,7 @@ class _Probe:
         """What each kind of tensor does alone."""
         by_reach: dict[str, list[str]] = {}
         for name, (_, decision) in self.found.items():
-            by_reach.setdefault(decision.reaches, []).append(name)
+            by_reach.setdefault(decision.reach, []).append(name)
         found = []
         for reach, names in by_reach.items():
             error = self.error_of(set(names))

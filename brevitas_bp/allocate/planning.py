@@ -143,7 +143,7 @@ def _planned(
         str(c): (float(profile.stored_bytes(group, c)), error) for c, error in zip(candidates, errors)
         if c.average_size == 1 or group.parameters is not None}
     return PlannedTensor(
-        tuple(group.sites), group.numel, group.exact_bytes, group.reaches, options,
+        tuple(group.sites), group.numel, group.exact_bytes, group.reach, options,
         min(options, key=lambda name: options[name]))
 
 

@@ -48,7 +48,7 @@ SMALLEST = 256
 _ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
 
-class Passing(Protocol):
+class RunningPass(Protocol):
     """What a rewrite may ask of the forward pass."""
 
     location: Location
@@ -101,10 +101,10 @@ class Substitution:
 
 
 #: (pass, call) -> output, or NotImplemented to run the function as it is.
-Rewrite = Callable[[Passing, Call], Any]
+Rewrite = Callable[[RunningPass, Call], Any]
 
 
-def look_through(passing: Passing, call: Call) -> Any:
+def look_through(running: RunningPass, call: Call) -> Any:
     """Runs a composite function of torch so that each function inside is treated by its own rule.
 
     Raises:
@@ -114,7 +114,7 @@ def look_through(passing: Passing, call: Call) -> Any:
         raise ValueError(
             f"brevitas_bp: {call.name} was registered as composite(), but it is not a Python function "
             "that could be looked through; register it with another rule")
-    return seen_through(call, passing.location)
+    return seen_through(call, running.location)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class SaveDerivative:
     from_input: bool = False
     named: Callable[[Call], str] | None = None
 
-    def __call__(self, passing: Passing, call: Call) -> Any:
+    def __call__(self, running: RunningPass, call: Call) -> Any:
         x = call.argument(0, "input")
         if "out" in call.kwargs or not (
                 isinstance(x, Tensor) and x.requires_grad and is_storable(without_class(x))
@@ -155,7 +155,7 @@ class SaveDerivative:
                 inplace and (x.is_leaf or x._is_view())):
             return NotImplemented
         role = FEW_BIT_INPUT if self.from_input else DERIVATIVE
-        with passing.saving(role) as substitution:
+        with running.saving(role) as substitution:
             return _SaveDerivative.apply(x, call, self, inplace, substitution)
 
     def differentiate(
@@ -261,7 +261,7 @@ class ReplayAttention:
     of the forward pass.
     """
 
-    def __call__(self, passing: Passing, call: Call) -> Any:
+    def __call__(self, running: RunningPass, call: Call) -> Any:
         given = [call.argument(i, name) for i, name in enumerate(_ATTENTION_TENSORS)]
         tensors = [t for t in given if t is not None]
         if not torch.is_grad_enabled() or in_forward_ad() or not (
@@ -270,7 +270,7 @@ class ReplayAttention:
             return NotImplemented
         given = [None if t is None else _autocast(t) for t in given]
         roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, REPLAYED][:len(tensors)]
-        with passing.saving(*roles, REPLAYED) as substitution:
+        with running.saving(*roles, REPLAYED) as substitution:
             return _ReplayAttention.apply(_Replay(call), substitution, *given)
 
 

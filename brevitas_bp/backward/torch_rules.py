@@ -20,7 +20,7 @@ from brevitas_bp.backward.operations import (
     stands_alone,
     weighted,
 )
-from brevitas_bp.backward.rewrites import Passing, ReplayAttention, SaveDerivative
+from brevitas_bp.backward.rewrites import RunningPass, ReplayAttention, SaveDerivative
 from brevitas_bp.backward.rows import convolved, of_elements, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
@@ -137,11 +137,11 @@ def _power_derivative(x: Tensor, y: Tensor, call: Call) -> Tensor:
 _save_power = SaveDerivative(_power_derivative)
 
 
-def _rewrite_power(passing: Passing, call: Call) -> Any:
+def _rewrite_power(running: RunningPass, call: Call) -> Any:
     """Whole exponents from 3, as in GELU by ``x ** 3``: the derivative is finite where ``x`` is."""
     exponent = call.argument(1, "exponent")
     if isinstance(exponent, (int, float)) and exponent >= 3 and exponent == int(exponent):
-        return _save_power(passing, call)
+        return _save_power(running, call)
     return NotImplemented
 
 
@@ -165,7 +165,7 @@ def _deviation(saved: SavedTensor) -> Decision:
     if reduced != set(range(x.dim() - len(reduced), x.dim())):
         return Decision(None, "its statistics run across rows")
     return Decision(
-        saved.codec, "backward is linear in it", shared=stands_alone(saved), reaches="all",
+        saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
         rows=lambda x, call: trailing(x, len(reduced)))
 
 

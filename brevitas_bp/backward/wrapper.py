@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from brevitas_bp.allocators import hint
 from brevitas_bp.backward.checkpointing import inside_checkpoint
 from brevitas_bp.backward.compiled.dynamo import call_with, not_traced, set_callback
-from brevitas_bp.backward.compiled.hooks import InlinedHooks
+from brevitas_bp.backward.compiled.hooks import GraphHooks
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.hooks import ForwardPass, GraphListener, Listener, unpack
 from brevitas_bp.backward.planned import HasChoices, PlannedPolicy, check_choices
@@ -149,7 +149,7 @@ class QuantBackwardWrapper(Transparent):
         self._listeners: list[Listener] = []
         self._graph_listeners: list[GraphListener] = []
         self._explanation: Explanation | None = None
-        self._inlined: InlinedHooks | None = None
+        self._graph_hooks: GraphHooks | None = None
         self._stand_for(module)
         self.use_plan(plan)
 
@@ -170,8 +170,8 @@ class QuantBackwardWrapper(Transparent):
             raise RuntimeError(
                 f"{_WHERE}.explain: decisions are made while the module runs, and it has not run with "
                 "gradients enabled yet; run one forward pass first")
-        if self._inlined is not None:
-            self._inlined.explain(self._explanation)
+        if self._graph_hooks is not None:
+            self._graph_hooks.explain(self._explanation)
         return self._explanation
 
     def use_plan(self, plan: "Plan | None") -> None:
@@ -181,7 +181,7 @@ class QuantBackwardWrapper(Transparent):
             UnknownNameError: the plan names a module that the network does not have.
             ValueError: it names a width that there is not.
         """
-        self._inlined = None
+        self._graph_hooks = None
         if plan is None:
             self._policy = self._base_policy
             return
@@ -228,7 +228,7 @@ class QuantBackwardWrapper(Transparent):
                 "use_plan(None) first")
         self._act_quant.configure(settings)
         self._codec_by_module.clear()
-        self._inlined = None
+        self._graph_hooks = None
 
     def quantizer_modules(self) -> Iterator[nn.Module]:
         """The quantizers in use. They are not submodules: they add no parameters and no keys."""
@@ -246,17 +246,17 @@ class QuantBackwardWrapper(Transparent):
         return ForwardPass(
             self.module, self._configured, self._policy, next_seed,
             on_backward=self._storage == "quantize_on_backward", listeners=tuple(self._listeners),
-            explanation=self._explanation, verify=self._verify, inlined=self._inlined_hooks,
+            explanation=self._explanation, verify=self._verify, graph_hooks=self._graph_hooks_for,
             compiled=compiled)
 
-    def _inlined_hooks(self) -> InlinedHooks | None:
+    def _graph_hooks_for(self) -> GraphHooks | None:
         """The hooks for compiled modules; None where no graph can do what is asked for."""
         if self._verify or self._storage != "save_quantized":
             return None
-        if self._inlined is None:
+        if self._graph_hooks is None:
             self._warn_of_codecs()
-            self._inlined = InlinedHooks(unpack)
-        return self._inlined
+            self._graph_hooks = GraphHooks(unpack)
+        return self._graph_hooks
 
     def _warn_of_codecs(self) -> None:
         """Names the quantizers whose tensors compiled graphs keep exact."""
@@ -267,7 +267,7 @@ class QuantBackwardWrapper(Transparent):
 
     def _warn_of_plan(self) -> None:
         """Names what a plan says of tensors that the network does not save."""
-        if isinstance(self._policy, PlannedPolicy) and not self._inlined and (
+        if isinstance(self._policy, PlannedPolicy) and not self._graph_hooks and (
                 unused := self._policy.unused()):
             warnings.warn(_UNUSED_HINT.format(", ".join(map(repr, unused[:3]))), stacklevel=5)
 
@@ -293,7 +293,7 @@ class QuantBackwardWrapper(Transparent):
 
     def __getstate__(self) -> dict[str, Any]:
         # What listens to this wrapper does not listen to its copies and pickles.
-        return {**self.__dict__, "_listeners": [], "_graph_listeners": [], "_inlined": None}
+        return {**self.__dict__, "_listeners": [], "_graph_listeners": [], "_graph_hooks": None}
 
     def _replicate_for_data_parallel(self) -> "QuantBackwardWrapper":
         other = super()._replicate_for_data_parallel()

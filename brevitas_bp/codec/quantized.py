@@ -17,7 +17,7 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.buckets import BucketCodec, codec_name
 from brevitas_bp.codec.general import ModuleCodec, float_dtype
 from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, bucket_form
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lowering import lower
 from brevitas_bp.codec.recipe import Recipe
@@ -39,19 +39,19 @@ from brevitas_bp.format.random import seeded
 from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.widths import WidthLayout
-from brevitas_bp.kernels.dispatch import Plan, plan
+from brevitas_bp.kernels.dispatch import Launcher, plan
 from brevitas_bp.private import TorchDispatchMode
 from brevitas_bp.probes import undisturbed
 from brevitas_bp.proxy import check_override_names
 
 
-def _forms_of(
-        spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[Form]:
+def _types_of(
+        spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[TensorType]:
     """What a bucket quantizer stores of ``numel`` elements whose buckets have these widths."""
     n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
     metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype))
     return [
-        Form.flat(payload_nbytes(layout, spec, size)), Form.flat(n * (1 + spec.affine), metadata)]
+        TensorType.flat(payload_nbytes(layout, spec, size)), TensorType.flat(n * (1 + spec.affine), metadata)]
 
 
 @lru_cache(maxsize=4096)
@@ -86,8 +86,8 @@ class _Ready(NamedTuple):
 
     layout: TensorLayout
     spec: BucketQuantSpec
-    plan: Plan
-    forms: list[Form] | None
+    plan: Launcher
+    forms: list[TensorType] | None
 
     @classmethod
     def of(cls, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
@@ -95,8 +95,8 @@ class _Ready(NamedTuple):
         forms = None
         if spec.mix_bit_width is None:
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
-            forms = _forms_of(spec, WidthLayout(n, 0), numel, dtype)
-        return cls(layout, spec, plan(spec, numel, dtype, layout.device), forms)
+            forms = _types_of(spec, WidthLayout(n, 0), numel, dtype)
+        return cls(layout, spec, launcher(spec, numel, dtype, layout.device), forms)
 
 
 @final
@@ -171,7 +171,7 @@ class LoweredCodec(BucketCodec):
         spec = _one_width(self.spec, max(self.bit_widths))
         return bucket_form(codec_name(spec.bit_widths, spec.stochastic), spec, x)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         (spec, seed), own = packed.facts, self.spec
         if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
             refuse(packed, own, spec)
@@ -180,7 +180,7 @@ class LoweredCodec(BucketCodec):
         if forms is None:
             numel = packed.layout.numel
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
-            forms = _forms_of(spec, draw_layout(n, spec, seed), numel, dtype)
+            forms = _types_of(spec, draw_layout(n, spec, seed), numel, dtype)
         return forms
 
     def _ready_for(self, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.format.masks import Interval, mask_nbytes, next_value
 from brevitas_bp.kernels import dispatch
@@ -24,10 +24,10 @@ _INF = float("inf")
 _NAN = float("nan")
 
 
-def _masks(packed: Packed, count: int) -> Sequence[Form]:
+def _masks(packed: Packed, count: int) -> Sequence[TensorType]:
     if not packed.layout.dtype.is_floating_point:
         refuse(packed, "a float tensor", packed.layout.dtype)
-    return [Form.flat(mask_nbytes(packed.layout.numel))] * count
+    return [TensorType.flat(mask_nbytes(packed.layout.numel))] * count
 
 
 @final
@@ -89,7 +89,7 @@ class Region(Codec):
             flat.masked_fill_(nans, _NAN)
         return layout.restore_flat(flat)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return _masks(packed, packed.facts)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
@@ -246,7 +246,7 @@ class Sign(Codec):
         flat -= dispatch.unpack_select(negative, layout.numel, 0, 1, layout.dtype)
         return layout.restore_flat(flat)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return _masks(packed, 2)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
@@ -296,7 +296,7 @@ class ScaledMask(Codec):
             packed.tensors[0], layout.numel, 0, packed.facts, layout.dtype)
         return layout.restore_flat(flat)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return _masks(packed, 1)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:

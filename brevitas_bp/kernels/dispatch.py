@@ -1,6 +1,6 @@
 """Chooses the form of the kernels by device. All forms give the same bytes.
 
-Buckets: whoever handles many tensors of one size has a :func:`plan`; :func:`encode` and :func:`decode`
+Buckets: whoever handles many tensors of one size has a :func:`launcher`; :func:`encode` and :func:`decode`
 are for single ones.
 """
 
@@ -85,7 +85,7 @@ def backend(device: torch.device, dtype: torch.dtype, spec: BucketQuantSpec) -> 
     return reference
 
 
-class Plan(Protocol):
+class Launcher(Protocol):
     """Encodes and decodes tensors of one size, dtype and kind of device."""
 
     def encode(
@@ -149,7 +149,7 @@ def _decode(
     return reference.cut_rows(padded, spec.row_size, size)
 
 
-def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
+def launcher(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
     """How tensors of this size, dtype and device are encoded and decoded."""
     form = backend(device, dtype, spec)
     if device.type == "cpu":
@@ -162,9 +162,9 @@ def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.de
 
 
 @lru_cache(maxsize=4096)
-def plan_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """As :func:`plan`, of a quantizer as :meth:`BucketQuantSpec.to_text` writes it."""
-    return plan(BucketQuantSpec.from_text(spec), numel, dtype, device)
+def launcher_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
+    """As :func:`launcher`, of a quantizer as :meth:`BucketQuantSpec.to_text` writes it."""
+    return launcher(BucketQuantSpec.from_text(spec), numel, dtype, device)
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:

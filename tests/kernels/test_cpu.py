@@ -102,13 +102,13 @@ class Plans:
     """Encodes and decodes as codecs do, through the plan for a size."""
 
     def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
-        plan = dispatch.plan(spec, flat.numel(), flat.dtype, flat.device)
+        plan = dispatch.launcher(spec, flat.numel(), flat.dtype, flat.device)
         return Encoded(*plan.encode(flat, seed), spec.affine)
 
     def decode(
             self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
             dtype: torch.dtype) -> Tensor:
-        plan = dispatch.plan(spec, numel, dtype, encoded.payload.device)
+        plan = dispatch.launcher(spec, numel, dtype, encoded.payload.device)
         return plan.decode(*encoded.tensors, seed, torch.Size((numel,)), (1,))
 
 
@@ -121,8 +121,8 @@ def test_plans_have_the_bytes_of_the_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("numel", [1, 3000, cpu.LARGEST_BUCKET, cpu.LARGEST_BUCKET + 1])
 def test_a_small_tensor_in_one_bucket_has_a_plan_of_its_own(numel: int) -> None:
     spec, x = BucketQuantSpec(3, None), torch.randn(numel)
-    plan = dispatch.plan(spec, numel, x.dtype, x.device)
-    assert isinstance(plan, cpu.Plan) is (numel <= cpu.LARGEST_BUCKET)
+    plan = dispatch.launcher(spec, numel, x.dtype, x.device)
+    assert isinstance(plan, cpu.Launcher) is (numel <= cpu.LARGEST_BUCKET)
     check(Plans(), x, spec)
 
 

@@ -90,7 +90,7 @@ def test_encoding_a_derivative_gives_the_bytes_of_the_reference(name: str) -> No
     large = torch.randn(5 * 2**14 + 3, generator=torch.Generator().manual_seed(1)) * 3
     cases = [(spec, x) for spec in SPECS[::3] for x in samples(torch.float32).values()]
     for spec, x in [*cases, *((spec, large) for spec in SPECS[::17])]:
-        got = cpu.plan(spec, x.numel(), x.dtype).encode(x, 3, name)
+        got = cpu.launcher(spec, x.numel(), x.dtype).encode(x, 3, name)
         expected = reference.encode(derivative(x, name), spec, 3)
         assert all(map(same_bytes, got, expected.tensors)), (spec, x.numel())
 
@@ -104,7 +104,7 @@ def test_every_plan_encodes_derivatives(
     expected = reference.encode(derivative(x, name), spec, 5)
     for kernels in (dispatch._cpu_kernels, lambda: None):
         monkeypatch.setattr(dispatch, "_cpu_kernels", kernels)
-        plan = dispatch.plan(spec, x.numel(), x.dtype, x.device)
+        plan = dispatch.launcher(spec, x.numel(), x.dtype, x.device)
         payload, metadata = plan.encode(x, 5, name)
         assert same_bytes(payload, expected.payload) and same_bytes(metadata, expected.metadata)
         decoded = plan.decode(payload, metadata, 5, x.shape, x.stride())

@@ -79,7 +79,7 @@ def statistics(kinds: int, inner: int, shifted: bool) -> Affine:
     return Affine(normals((kinds,), 2).float() * 3, shift, inner)
 
 
-def normalized_reference(spec: BucketQuantSpec, x: Tensor) -> dispatch.Plan:
+def normalized_reference(spec: BucketQuantSpec, x: Tensor) -> launchers.Launcher:
     """Rows and normalization in torch operations."""
     return dispatch._Plan(reference, spec, x.numel(), x.dtype)
 
@@ -359,8 +359,8 @@ def test_plans_of_a_device_are_those_of_its_kernels(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(dispatch, "_gpu_kernels", lambda: gpu)
     device, spec = torch.device("cuda"), BucketQuantSpec(2, 56, row_size=49)
-    assert isinstance(dispatch.plan(spec, 490, torch.float32, device), gpu.Plan)
-    assert isinstance(dispatch.plan(spec, 490, torch.float64, device), dispatch._Plan)
+    assert isinstance(dispatch.launcher(spec, 490, torch.float32, device), gpu.Launcher)
+    assert isinstance(dispatch.launcher(spec, 490, torch.float64, device), dispatch._Plan)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -49,9 +49,9 @@ def test_bytes_and_values_are_those_of_the_reference(dtype: torch.dtype) -> None
     rows = 11
     for length, spec in product(LENGTHS, SPECS):
         spec, x = spec.in_rows(length), _values(rows * length, dtype)
-        fast = dispatch.plan(spec, x.numel(), dtype, x.device)
+        fast = dispatch.launcher(spec, x.numel(), dtype, x.device)
         slow = dispatch._Plan(reference, spec, x.numel(), dtype)
-        assert isinstance(fast, cpu.Plan)
+        assert isinstance(fast, cpu.Launcher)
         for affine in _affines(rows, length, dtype):
             expected, got = (plan.encode(x, 5, affine=affine) for plan in (slow, fast))
             assert all(map(same_bytes, expected, got)), (length, spec, affine)
@@ -65,7 +65,7 @@ def test_large_half_precision_tensors_are_converted_in_whole_rows(
     monkeypatch.setattr(cpu, "_CHUNK", 1000)
     spec, x = BucketQuantSpec().in_rows(300), _values(300 * 20, torch.bfloat16)
     affine = Affine(torch.rand(20) + 0.5, torch.randn(20), 300)
-    plan = cpu.Plan(spec, x.numel(), x.dtype)
+    plan = cpu.Launcher(spec, x.numel(), x.dtype)
     slow = dispatch._Plan(reference, spec, x.numel(), x.dtype)
     stored = plan.encode(x, 5, affine=affine)
     assert all(map(same_bytes, stored, slow.encode(x, 5, affine=affine)))
@@ -118,7 +118,7 @@ def test_denormalize_undoes_normalize_up_to_rounding() -> None:
 
 def test_decoded_values_stay_in_the_range_of_their_dtype() -> None:
     spec, x = BucketQuantSpec(), torch.linspace(-1, 1, 256, dtype=torch.float16)
-    for plan in (cpu.Plan(spec, 256, x.dtype), dispatch._Plan(reference, spec, 256, x.dtype)):
+    for plan in (cpu.Launcher(spec, 256, x.dtype), dispatch._Plan(reference, spec, 256, x.dtype)):
         stored = plan.encode(x, 1)
         y = plan.decode(*stored, 1, x.shape, (1,), Affine(torch.tensor([1e6]), None, 256))
         assert y.isfinite().all() and y.max() == torch.finfo(torch.float16).max

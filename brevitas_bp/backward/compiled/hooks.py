@@ -90,14 +90,14 @@ def _encode_channels(
         compute_dtype(x.dtype))
     scale = torch.where(statistics[1] > 0, statistics[1].reciprocal(), 0)
     affine = Affine(scale, statistics[0], x[0].numel() // channels if dim == 1 else 1)
-    plan = dispatch.plan_from_text(spec, x.numel(), x.dtype, x.device)
+    plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
     return *plan.encode(flat, seed, affine=affine), statistics
 
 
 def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
     """Payload and metadata of a tensor that a graph saves in the forward pass of this thread."""
     seed = _seed_in(graph)
-    plan = dispatch.plan_from_text(spec, x.numel(), x.dtype, x.device)
+    plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
     return plan.encode(x.reshape(-1).resolve_neg().contiguous(), seed)
 
 
@@ -144,7 +144,7 @@ class CompiledSite:
     stored_bytes: int
 
 
-class InlinedHooks:
+class GraphHooks:
     """The pair of hooks of one wrapper around compiled modules. See NOTE [ Hooks as graph modules ].
 
     Args:
@@ -182,9 +182,9 @@ class InlinedHooks:
 
     def _pack(self, x: Tensor) -> Any:
         context, location = saved_tensor_hook_context(), current_location()
-        assert location is not None and location.passing is not None
+        assert location is not None and location.forward_pass is not None
         if context is None:
-            return location.passing.pack_in_python(x)
+            return location.forward_pass.pack_in_python(x)
         node: Node = context["_node"]
         raise_encoders(context["_fw_graph"])
         sink_decoders(context["_bw_graph"])
@@ -230,15 +230,15 @@ def _packed(form: GraphForm, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
 
 def _decide(
         x: Tensor, node: Node, context: dict[str, Any], location: Location) -> CompiledSite:
-    passing = location.passing
-    assert passing is not None
-    path = _module_of(node, context["_bw_graph"], passing)
+    running = location.forward_pass
+    assert running is not None
+    path = _module_of(node, context["_bw_graph"], running)
     origin = str(node.meta.get("original_aten", node.name)).removeprefix("aten.").partition(".")[0]
     saved = SavedTensor(
         x, origin, ".".join(part for part in (location.prefix, path) if part),
-        _codec_of(path, passing), path=path, compiled=True)
+        _codec_of(path, running), path=path, compiled=True)
     inputs: list[Node] = context["_fw_graph"].find_nodes(op="placeholder")
-    parameters = _parameters_among(inputs, passing.parameters)
+    parameters = _parameters_among(inputs, running.parameters)
     decision, form = _KEPT, None
     if x.dtype != torch.bool and not x.is_floating_point():
         decision = _INTEGERS
@@ -251,13 +251,13 @@ def _decide(
         if saved.reach == "nonlinear" and is_rectified(node):
             reach = reach_of(backward, node.name, parameters, rectified=True)
             # Policies that do not ask for the reach treat all tensors alike.
-            rectified = reach != "nonlinear" and not isinstance(passing.policy, PlainPolicy)
+            rectified = reach != "nonlinear" and not isinstance(running.policy, PlainPolicy)
             saved.reach = reach if rectified else saved.reach
-        grouping = Grouping() if isinstance(passing.policy, PlainPolicy) else grouping_of(
+        grouping = Grouping() if isinstance(running.policy, PlainPolicy) else grouping_of(
             node, context["_fw_graph"], backward, x)
         if grouping.channels and saved.reach == "norm" and isinstance(x.numel(), int):
             saved.sharing = x.numel() // x.shape[1]
-        decision = passing.policy.decide(saved)
+        decision = running.policy.decide(saved)
         graph_tensor = GraphTensor.of(
             x, channels_last=_runs_channels_last(context["_fw_graph"], x), rectified=rectified,
             row=grouping.row, in_memory=grouping.in_memory, channels=grouping.channels)
@@ -288,32 +288,32 @@ _NO_FORM = Decision(None, "its codec has no form for compiled graphs, or its ele
 _PARAMETER = Decision(None, "computed from parameters and buffers alone")
 
 
-def _codec_of(path: str, passing: Any) -> Codec | None:
+def _codec_of(path: str, running: Any) -> Codec | None:
     """The codec of a module; where compiled modules may share the graph, one that suits them all.
 
     Dynamo has one graph for modules of one class with equal sizes, whatever their names. If one is to be
     exact, all are.
     """
-    parts: dict[str, type] = passing.location.compiled_parts
-    codec = passing.codec_of(path)
+    parts: dict[str, type] = running.location.compiled_parts
+    codec = running.codec_of(path)
     for part, kind in parts.items():
         if part and (path + ".").startswith(part + "."):
             others = (other + path[len(part):] for other in parts if parts[other] is kind)
-            if any(passing.codec_of(other) is None for other in others):
+            if any(running.codec_of(other) is None for other in others):
                 return None
     return codec
 
 
-def _module_of(node: Node, backward: Graph, passing: Any) -> str:
+def _module_of(node: Node, backward: Graph, running: Any) -> str:
     """Name of the innermost module whose backward reads a node, relative to the root.
 
     Of several it is one that is to be kept exact, if there is one.
     """
     readers = [n for n in backward.nodes if any(s.name == node.name for s in n.all_input_nodes)]
-    found = [_innermost(reader, passing.location) for reader in (*readers, node)]
+    found = [_innermost(reader, running.location) for reader in (*readers, node)]
     names = [name for name in found if name is not None]
-    exact = (name for name in names if passing.codec_of(name) is None)
-    return next(exact, names[0] if names else passing.location.module)
+    exact = (name for name in names if running.codec_of(name) is None)
+    return next(exact, names[0] if names else running.location.module)
 
 
 def _innermost(node: Node, location: Location) -> str | None:

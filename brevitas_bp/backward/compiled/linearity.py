@@ -130,7 +130,7 @@ class _Reader:
         name = name_of(node)
         if name in _CONSTANT or (name in _COMPARISONS and self._compares_with_zero(node, 0, 1)):
             return
-        if shows_all(node) and node.args[0] in self.same:
+        if is_reshape(node) and node.args[0] in self.same:
             self.same.add(node)
         if name == "threshold_backward" and self._compares_with_zero(node, 1, 2):
             trace = self.trace(node.args[0])
@@ -376,13 +376,13 @@ def tangential_nodes(graph: Graph) -> set[Node]:
 
 def is_rectified(node: Node) -> bool:
     """Whether a node of a forward graph is the output of a ReLU, in any shape."""
-    while shows_all(node) and isinstance(node.args[0], Node):
+    while is_reshape(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     name = name_of(node)
     return name == "relu" or (name == "clamp_min" and _is_zero(node.args[1]))
 
 
-def shows_all(node: Node) -> bool:
+def is_reshape(node: Node) -> bool:
     """Whether a node is all of its argument, in another shape or memory."""
     return name_of(node) in WHOLE and not _is_reinterpreted(node)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from brevitas_bp.backward.compiled.linearity import name_of, shows_all
+from brevitas_bp.backward.compiled.linearity import name_of, is_reshape
 from brevitas_bp.backward.rows import LEAST_PLANE, LEAST_ROW
 from brevitas_bp.backward.views import CASTS
 
@@ -108,7 +108,7 @@ def _users(node: Node) -> Iterator[tuple[Node, Node]]:
         current = waiting.pop()
         for user in current.users:
             yield current, user
-            if shows_all(user) or name_of(user) in CASTS:
+            if is_reshape(user) or name_of(user) in CASTS:
                 waiting.append(user)
 
 

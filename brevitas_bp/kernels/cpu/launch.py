@@ -42,7 +42,7 @@ def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
         spec.bucket_size <= LARGEST_BUCKET)
 
 
-class Plan:
+class Launcher:
     """Encodes and decodes tensors of one size: what does not change between them is made once.
 
     Args:
@@ -169,7 +169,7 @@ class Plan:
         return payload_nbytes(layout, self._spec, self._size)
 
 
-plan = lru_cache(maxsize=4096)(Plan)
+launcher = lru_cache(maxsize=4096)(Launcher)
 
 
 def has_plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
@@ -189,7 +189,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
     # One with gaps may be flat, too, and the memory of a lazy negation is not negated.
     flat = flat.contiguous().resolve_neg()
-    tensors = plan(spec, flat.numel(), flat.dtype).encode(flat, seed)
+    tensors = launcher(spec, flat.numel(), flat.dtype).encode(flat, seed)
     return Encoded(*tensors, spec.affine)
 
 
@@ -202,7 +202,7 @@ def decode(
 
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
-    plan(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
+    launcher(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
     return out
 
 

@@ -51,8 +51,8 @@ def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
         spec.bucket_size <= LARGEST_BUCKET)
 
 
-class Plan:
-    """Encodes and decodes tensors of one size: see :class:`~brevitas_bp.kernels.dispatch.Plan`.
+class Launcher:
+    """Encodes and decodes tensors of one size: see :class:`~brevitas_bp.kernels.launchers.Launcher`.
 
     Args:
         spec: the quantizer.
@@ -120,12 +120,12 @@ class Plan:
         return {"rows": self._row > 0, "units": units}
 
 
-plan = lru_cache(maxsize=4096)(Plan)
+launcher = lru_cache(maxsize=4096)(Launcher)
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
-    return Encoded(*plan(spec, flat.numel(), flat.dtype).encode(flat, seed), spec.affine)
+    return Encoded(*launcher(spec, flat.numel(), flat.dtype).encode(flat, seed), spec.affine)
 
 
 def decode(
@@ -137,7 +137,7 @@ def decode(
 
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
-    plan(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
+    launcher(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
     return out
 
 
