@@ -57,6 +57,29 @@ class Location:
         # Whether a module of the pass has run in it.
         self.entered = self.ended = False
 
+    def note_rounded(self, call: Call, storage: int) -> None:
+        """Notes that a call has saved a tensor of this storage rounded.
+
+        See NOTE [ No two roundings of one tensor are multiplied ].
+        """
+        self.ever_rounded.add(storage)
+        if call is NO_CALL:
+            self.rounded_unseen.add(storage)
+            return
+        if self.rounding is not call:
+            self.rounding, self.rounded = call, set()
+        self.rounded.add(storage)
+
+    def module_in(self, traceback: Any) -> str:
+        """The innermost module of the pass in a traceback, for messages."""
+        found = "the network"
+        while traceback is not None:
+            module = traceback.tb_frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and self.names.get(id(module)):
+                found = f"{self.names[id(module)]!r} ({type(module).__name__})"
+            traceback = traceback.tb_next
+        return found
+
     @property
     def module(self) -> str:
         """Name of the innermost module that runs, relative to the root."""

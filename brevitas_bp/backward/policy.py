@@ -12,6 +12,7 @@ from torch import Tensor
 
 from brevitas_bp.activations.few_bit import few_bit_table
 from brevitas_bp.backward import torch_rules  # noqa: F401  (fills the registry)
+from brevitas_bp.backward.fixed_policies import keep_all, quantize_all, quantize_all_but_relu
 from brevitas_bp.backward.operations import (
     FEW_IN_STATISTIC,
     OpRule,
@@ -31,22 +32,15 @@ from brevitas_bp.backward.saved import (
     Decision,
     SavedTensor,
 )
-from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, NarrowInt, codec_from
-from brevitas_bp.codec.base import FLOATS, is_plain
-from brevitas_bp.codec.regions import relu_region
-from brevitas_bp.codec.shard import is_storable, shard_of
+from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, codec_from
+from brevitas_bp.codec.base import FLOATS
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.format.spec import check_bit_width
 
-_POOLING = "max_pool"
-_RELU = frozenset({"relu", "relu_"})
 _WHERE = "brevitas_bp.backward.OpAware"
 
 _BIT_MASK = BitMask()
 _COPY = Copy()
-_NARROW_INT = NarrowInt()
-
-
 
 @runtime_checkable
 class ExplainedPolicy(Protocol):
@@ -365,45 +359,6 @@ def _codec_of(quantizer: Any) -> Codec | None:
     return quantizer if quantizer is None or isinstance(quantizer, Codec) else codec_from(quantizer)
 
 
-def quantize_all(saved: SavedTensor) -> Codec | None:
-    """Every float tensor is quantized, whatever backward does with it; masks and indices losslessly.
-
-    Only the mean and inverse deviation of a norm stay exact: they are few, and backward multiplies
-    every gradient by them. Biased wherever backward is not linear in what was saved (ReLU, GELU,
-    softmax, ...). Liu et al., "GACT", 2022, treat tensors so.
-    """
-    x = saved.tensor
-    if x.dtype == torch.bool:
-        return _BIT_MASK
-    if x.dtype in FLOATS:
-        # The noise of rrelu is written only after it was saved.
-        late = saved.op is not None and saved.op.startswith("rrelu")
-        statistic = saved.is_norm_statistic and (saved.op is not None or saved.compiled)
-        return None if late or statistic else saved.codec
-    if x.dtype == torch.int64 and x.device.type == "cpu" and saved.op and _POOLING in saved.op:
-        return _NARROW_INT
-    return None
-
-
-def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:
-    """As :func:`quantize_all`, but of a ReLU's output its exact sign is stored, in 1 bit."""
-    if saved.op in _RELU and saved.tensor.dtype in FLOATS:
-        return None if saved.codec is None else relu_region()
-    return quantize_all(saved)
-
-
-def keep_all(saved: SavedTensor) -> Codec | None:
-    """Everything is kept: gradients are those of plain autograd, bit for bit."""
-    return None
-
-
 POLICIES: dict[str, Policy] = {
     "op_aware": OpAware(), "all": quantize_all, "all_but_relu": quantize_all_but_relu,
     "exact": keep_all}
-
-
-def can_encode(x: Tensor) -> bool:
-    """Whether a codec may be asked at all: an ordinary tensor with elements, or such a shard."""
-    if type(x) is Tensor:
-        return is_plain(x) and x.numel() > 0
-    return is_storable(x) and shard_of(x).numel() > 0

@@ -37,7 +37,7 @@ from brevitas_bp.backward.saved import (
     tensors_in,
     without_class,
 )
-from brevitas_bp.codec.base import is_plain
+from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
@@ -60,7 +60,10 @@ class RunningPass(Protocol):
 
 
 class Substitution:
-    """The roles of what a rewritten call saves, and for the report what plain autograd would save.
+    """What a rewritten call and the forward pass tell each other while the call saves its tensors.
+
+    The call says which roles they have, which derivative is to be stored, and for the report what plain
+    autograd would save. The pass says how it has stored them, see :meth:`stored_as`.
 
     Args:
         roles: of the tensors, in the order in which they are saved.
@@ -69,17 +72,23 @@ class Substitution:
     Attributes:
         derivative: name of the function whose derivative at the saved tensor is to be stored; None: the
             tensor itself.
-        anew: whether what was saved last is decoded into new memory, to which backward may write.
+        writable: whether backward gets the tensor that was saved last in new memory, where it may write.
     """
 
-    __slots__ = ("anew", "derivative", "originals", "recorded", "roles")
+    __slots__ = ("derivative", "originals", "recorded", "roles", "writable")
 
     def __init__(self, roles: tuple[str, ...], recorded: bool) -> None:
         self.roles = iter(roles)
         self.recorded = recorded
         self.derivative: str | None = None
-        self.anew = False
+        self.writable = False
         self.originals: list[Tensor] = []
+
+    def stored_as(self, packed: Packed) -> None:
+        """The pass has stored a tensor of the call."""
+        # Where elements share memory, writing to one would write to all.
+        self.writable = packed.codec.decodes_anew and (
+            packed.layout.base_shape == packed.layout.shape)
 
     def note(self, saved: Tensor) -> Tensor:
         """Pack hook that notes an original; detached, or an output that saves itself never goes."""
@@ -223,7 +232,7 @@ class _SaveDerivative(torch.autograd.Function):
         (derivative,), grad = ctx.saved_tensors, grads[0]
         if ctx.dim is not None:
             grad = torch.cat((grad, grad), ctx.dim)
-        if ctx.substitution.anew and derivative.dtype is grad.dtype and _is_ordinary(grad):
+        if ctx.substitution.writable and derivative.dtype is grad.dtype and _is_ordinary(grad):
             return derivative.mul_(grad), None, None, None, None
         return (derivative * grad).to(grad.dtype), None, None, None, None
 

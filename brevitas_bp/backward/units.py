@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward.rows import trailing
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor, tensors_in
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import Undo
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.normalizing import Affine
+from brevitas_bp.private import in_forward_ad, is_functorch_wrapped
 
 _LAYER, _GROUP = "layer_norm", "group_norm"
 # Of a variance below eps times this, rstd has no digits left to tell it from zero.
 _NO_VARIANCE = 2.0**-20
+_STATISTIC = Decision(None, "statistic of a norm")
 
 
 class Deferred:
@@ -64,6 +66,28 @@ class PendingNorm:
     deferred: Deferred
     originals: Sequence[Tensor]
     statistics: list[tuple[SavedTensor, Decision, Deferred]] = field(default_factory=list)
+
+    def has_computed(self, saved: SavedTensor, decision: Decision) -> bool:
+        """Whether a saved tensor is a statistic of the norm, even if it is as large as the input."""
+        return self.saved.call is saved.call and saved.tensor.is_floating_point() and (
+            decision.codec is None or saved.position is None)
+
+    def hold(self, saved: SavedTensor, decision: Decision) -> Deferred:
+        """Adds a statistic. What autograd gets for it is filled when the norm has ended."""
+        deferred = Deferred()
+        self.statistics.append(
+            (saved, decision if decision.codec is None else _STATISTIC, deferred))
+        return deferred
+
+
+def tells_statistics(call: Call) -> bool:
+    """Whether what a norm saves last are mean and inverse deviation of what it saves first.
+
+    Forward mode saves more, some of it without memory; in transforms of ``torch.func`` what is computed
+    after the operation may have none.
+    """
+    return not in_forward_ad() and not any(
+        is_functorch_wrapped(t) for t in tensors_in(call.arguments))
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_chunks_give_the_same_bytes(
     codec = of_modules(CHUNKED[name], bucket_size=64)
     assert codec.bucketwise
     for case, x in awkward_tensors(dtype).items():
-        for seed in range(len(codec.widths)):
+        for seed in range(len(codec.bit_widths)):
             with monkeypatch.context() as context:
                 expected = tensors_of(codec, x, seed)
                 # Three buckets at a time, and what is left.

@@ -1,0 +1,215 @@
+"""Saved tensor and decision -> payload: rows and units chosen, encoded once, kept where that is smaller.
+
+NOTE [ One encode per storage and version ]
+1. A tensor saved by several operations is encoded once: the key is its storage, offset, shape, strides,
+   dtype, version, lazy conjugation or negation, and the codec; and the call, where the policy says that
+   the rounding must not be shared.
+2. The storage is held by a weak reference. It keeps the address from being reused, not the memory.
+3. The payload is held weakly too: it lives exactly as long as the graph nodes that need it.
+4. The table lives as long as the forward pass.
+"""
+
+import itertools
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
+from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, storage_id
+from brevitas_bp.backward.units import NormUnits, channel_units
+from brevitas_bp.codec.base import Codec, Packed, is_plain, is_smaller, version_of
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
+from brevitas_bp.codec.on_backward import QuantizeOnBackward
+from brevitas_bp.codec.rows import ReorderedCodec, in_rows
+from brevitas_bp.codec.shard import ShardCodec, is_storable, placements_of, shard_of
+
+# Elements below which it is asked before encoding whether that can be worth it.
+_SMALL = 1024
+
+#: The codec of a tensor -> one that stores it in the units in which backward uses it.
+InUnits = Callable[[Codec], Codec]
+
+
+class Encodings:
+    """What one forward pass has encoded. See NOTE [ One encode per storage and version ].
+
+    Args:
+        next_seed: seed of the next encode.
+        on_backward: keep floats and quantize when backward asks.
+        verify: seal what is packed with a checksum.
+
+    Attributes:
+        given_bytes: of what was encoded on the CPU.
+    """
+
+    def __init__(
+            self, next_seed: Callable[[], int], on_backward: bool = False, verify: bool = False) -> None:
+        self.given_bytes = 0
+        self._next_seed = next_seed
+        self._on_backward = on_backward
+        self._verify = verify
+        self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
+        self._order_at: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
+        # Numbers of what custom Functions do not share.
+        self._apart = itertools.count(-2, -1)
+
+    def encode_once(
+            self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
+        """The payload of a saved tensor, perhaps one that it shares with others.
+
+        Args:
+            saved: the tensor.
+            decision: how it is stored.
+            units: those of the norm whose input it is.
+        """
+        codec = _in_its_rows(saved, decision, units)
+        key = (*_identity(saved.tensor), id(codec), self._number(saved, decision),
+               # Norms of one kind with equal settings have equal statistics of one tensor.
+               None if units is None else _settings(saved.call))
+        before = self._encoded.get(key)
+        if before is not None:
+            packed = before[1]()
+            if packed is not None:
+                return packed
+        packed = self._encode(saved, codec, _units_of(saved, decision, units))
+        self._encoded[key] = (
+            StorageWeakRef(shard_of(saved.tensor).untyped_storage()), weakref.ref(packed))
+        return packed
+
+    def _number(self, saved: SavedTensor, decision: Decision) -> int:
+        """-1 where all operations share an encoding; else that of the call that has it alone."""
+        # Each derivative is one of its own, whatever it is computed from.
+        if decision.shared and saved.derivative is None:
+            return -1
+        return saved.call.number if saved.call is not NO_CALL else next(self._apart)
+
+    def _encode(self, saved: SavedTensor, codec: Codec, in_units: InUnits | None) -> Packed:
+        where = described(saved.op, saved.module)
+        if codec.per_site:
+            codec = codec.at_site((where, next(self._order_at[codec, where])))
+        if in_units is not None:
+            codec = in_units(codec)
+        if codec.keeps:
+            return kept(saved)
+        shard = shard_of(saved.tensor)
+        if shard is not saved.tensor:
+            codec = ShardCodec(codec)
+        if not codec.compresses:
+            return self._sealed(codec.encode(derived_of(saved), seed=0, where=where))
+        if self._cannot_pay(codec, shard):
+            return kept(saved)
+        if self._on_backward:
+            # Whether it is smaller is known when backward asks.
+            return self._stored(saved, QuantizeOnBackward(codec), where)
+        packed = self._sealed(self._stored(saved, codec, where))
+        if not packed.is_smaller:
+            return kept(saved)
+        if packed.layout.device.type == "cpu":
+            self.given_bytes += packed.layout.nbytes
+        return packed
+
+    def _cannot_pay(self, codec: Codec, x: Tensor) -> bool:
+        """Whether it is known before encoding that the payload is not smaller.
+
+        Large tensors are encoded without a question. What is in other units and is encoded later has to
+        be known now, because the mean that belongs to it is kept, or not.
+        """
+        if x.numel() >= _SMALL and not (self._on_backward and codec.wraps):
+            return False
+        layout = TensorLayout.of(x)
+        least = codec.stored_nbytes(layout)
+        return least is not None and not is_smaller(least, layout.nbytes)
+
+    def _stored(self, saved: SavedTensor, codec: Codec, where: str) -> Packed:
+        if saved.derivative is None:
+            return codec.encode(saved.tensor, seed=self._next_seed(), where=where)
+        return codec.encode_derivative(
+            saved.tensor, saved.derivative, seed=self._next_seed(), where=where)
+
+    def _sealed(self, packed: Packed) -> Packed:
+        return packed.sealed() if self._verify else packed
+
+
+def can_encode(x: Tensor) -> bool:
+    """Whether a codec may be asked at all: an ordinary tensor with elements, or such a shard."""
+    if type(x) is Tensor:
+        return is_plain(x) and x.numel() > 0
+    return is_storable(x) and shard_of(x).numel() > 0
+
+
+def _in_its_rows(saved: SavedTensor, decision: Decision, units: NormUnits | None) -> Codec:
+    """The decided codec, with buckets that end with the rows of the tensor."""
+    codec = decision.codec
+    if codec is None:
+        return KEEP
+    # The rows of a norm's input follow from its units.
+    rows = None if decision.rows is None or units is not None else (
+        decision.rows(shard_of(saved.tensor), saved.call))
+    return codec if rows is None else in_rows(codec, rows)
+
+
+def _units_of(
+        saved: SavedTensor, decision: Decision, units: NormUnits | None) -> InUnits | None:
+    """The units in which backward uses a tensor; None: its own."""
+    if units is not None:
+        return partial(_normalized, units)
+    if decision.codec is None:
+        return None
+    if decision.units == "quotient" and (divisor := _divisor_of(saved)) is not None:
+        return partial(QuotientCodec, divisor)
+    if decision.units == "channel" and is_plain(saved.tensor):
+        return partial(_in_channels, saved.tensor)
+    return None
+
+
+def _normalized(units: NormUnits, codec: Codec) -> Codec:
+    """The codec of a norm's input."""
+    rows = units.rows
+    if rows is not None:
+        codec = in_rows(codec, rows._replace(order=None))
+    codec = NormalizedCodec(codec, units.affine, units.undo)
+    return codec if rows is None or rows.order is None else ReorderedCodec(codec, rows.order)
+
+
+def _in_channels(x: Tensor, codec: Codec) -> Codec:
+    """The codec of an input whose channels meet gradients of their own."""
+    units = channel_units(x)
+    return codec if units is None else _normalized(units, codec)
+
+
+def _divisor_of(saved: SavedTensor) -> Callable[[], Tensor] | None:
+    """The divisor of a quotient that has the shape of its dividend, kept exact; None: there is none."""
+    divisor = saved.call.argument(1, "other")
+    x = saved.tensor
+    if not (isinstance(divisor, Tensor) and is_plain(divisor) and is_plain(x)):
+        return None
+    if not divisor.is_floating_point() or TensorLayout.base(x).shape != x.shape or (
+            torch.broadcast_shapes(divisor.shape, x.shape) != x.shape):
+        return None
+    return Kept(divisor, saved.call.function, saved.module).decode
+
+
+def _identity(x: Tensor) -> tuple[Hashable, ...]:
+    """Equal for tensors with equal values, as long as their storage lives.
+
+    A change in place of a DTensor counts in its own version, not in that of its shard.
+    """
+    shard = x if type(x) is Tensor else shard_of(x)
+    of_shard = (storage_id(shard), shard.storage_offset(), shard.shape, shard.stride(), x.dtype,
+                version_of(shard), shard.is_conj(), shard.is_neg())
+    if shard is x:
+        return of_shard
+    return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
+
+
+def _settings(call: Call) -> Hashable:
+    """A function and all its arguments but tensors, in their order."""
+    others = [a for a in call.arguments if not (a is None or isinstance(a, Tensor))]
+    return call.name, *(a if isinstance(a, float) else str(a) for a in others)
