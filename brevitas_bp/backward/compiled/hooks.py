@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from brevitas_bp.backward.compiled import operators  # noqa: F401  (registers them)
 from brevitas_bp.backward.compiled.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.compiled.linearity import reach_of
 from brevitas_bp.backward.compiled.nodes import inputs_of, is_rectified, is_tangent
@@ -33,13 +34,8 @@ from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, is_smaller
-from brevitas_bp.codec.graph_forms import FLEXIBLE, GraphForm, GraphTensor
-from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
-from brevitas_bp.format.normalizing import Affine
-from brevitas_bp.format.packing import packed_nbytes
-from brevitas_bp.format.reference import bucket_shape
+from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.kernels import dispatch
 from brevitas_bp.private import (
     TracingContext,
     aot_compilation_context,
@@ -50,80 +46,8 @@ from brevitas_bp.private import (
 )
 
 _META = "brevitas_bp"
-_library = torch.library.Library("brevitas_bp", "FRAGMENT")
-_DRAWS = FLEXIBLE + tuple(
-    getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
-    if hasattr(torch.Tag, name))
-# See NOTE [ Graphs call the kernels ]. Two calls with equal arguments would be merged: so each has a
-# number.
-_library.define(
-    "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
-    tags=_DRAWS)
-_library.define(
-    "encode_channels(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
-    "Tensor? mean=None) -> (Tensor, Tensor, Tensor)",
-    tags=_DRAWS)
-_sites = itertools.count()
-
-
-def _seed_in(graph: int) -> int:
-    """The seed of the next encode of this thread's forward pass, which notes that the graph ran."""
-    location = current_location()
-    assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
-    location.graphs.add(graph)
-    return location.next_seed()
-
-
-def _encode_channels(
-        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
-        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_encode`, of a tensor in units of its channels; and their means and deviations [2, K].
-
-    ``variance`` and ``mean`` are those of the norm that reads ``x``. Without them its own are computed.
-    """
-    seed = _seed_in(graph)
-    flat = x.reshape(-1).resolve_neg().contiguous()
-    channels = x.shape[dim]
-    if variance is None or mean is None:
-        variance, mean = torch.var_mean(
-            x.to(compute_dtype(x.dtype)), [d for d in range(x.dim()) if d != dim], correction=0)
-    statistics = torch.stack((mean.reshape(-1), variance.reshape(-1).sqrt())).to(
-        compute_dtype(x.dtype))
-    scale = torch.where(statistics[1] > 0, statistics[1].reciprocal(), 0)
-    affine = Affine(scale, statistics[0], x[0].numel() // channels if dim == 1 else 1)
-    plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
-    return *plan.encode(flat, seed, affine=affine), statistics
-
-
-def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
-    """Payload and metadata of a tensor that a graph saves in the forward pass of this thread."""
-    seed = _seed_in(graph)
-    plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
-    return plan.encode(x.reshape(-1).resolve_neg().contiguous(), seed)
-
-
-_library.impl("encode", _encode, "CompositeExplicitAutograd")
-
-
-_library.impl("encode_channels", _encode_channels, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("brevitas_bp::encode_channels", lib=_library)
-def _encode_channels_fake(
-        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
-        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty((2, x.shape[dim]), dtype=compute_dtype(x.dtype))
-    return *_encode_fake(x, spec, graph, site), statistics
-
-
-@torch.library.register_fake("brevitas_bp::encode", lib=_library)
-def _encode_fake(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
-    own = BucketQuantSpec.from_text(spec)
-    n, size = bucket_shape(x.numel(), own.bucket_size, own.row_size)
-    stored = stored_metadata_dtype(own.metadata_dtype, compute_dtype(x.dtype))
-    return (
-        x.new_empty(n * packed_nbytes(size, own.bit_width), dtype=torch.uint8),
-        x.new_empty(n * (1 + own.affine), dtype=stored))
+# Two calls with equal arguments would be merged, so each has a number.
+_calls = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -245,7 +169,7 @@ def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
 def _packed(form: GraphForm, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
     def quantize(
             x: Tensor, spec: BucketQuantSpec, channels: int | None = None) -> tuple[Tensor, ...]:
-        where = spec.to_text(), _graph_number(), next(_sites)
+        where = spec.to_text(), _graph_number(), next(_calls)
         if channels is None:
             return torch.ops.brevitas_bp.encode(x, *where)
         return torch.ops.brevitas_bp.encode_channels(x, *where, channels)
