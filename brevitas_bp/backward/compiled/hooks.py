@@ -130,7 +130,7 @@ class GraphHooks:
             ran.update(node._forward_cls._aot_id for node in compiled_nodes(output, inputs))
 
     def live(self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
-        """Yields site and live tensors of what compiled graphs keep between ``inputs`` and ``output``."""
+        """Yields sites and live tensors that compiled graphs keep between ``inputs`` and ``output``."""
         for node in compiled_nodes(output, inputs):
             tensors = iter(node.saved_tensors)
             for site in self.graphs.get(node._forward_cls._aot_id, {}).values():

@@ -196,7 +196,7 @@ class _Reader:
         return self.rectified and node.args[tensor] in self.same and is_zero(node.args[bound])
 
     def _trace_in_norm(self, node: Node) -> Trace | None:
-        """Returns the trace of a norm's input; None if its backward depends on the tensor elsewhere too."""
+        """Returns the trace of a norm's input; None if other arguments of the norm have a trace."""
         gradient, x, *others = node.args
         others = [gradient, *others, *node.kwargs.values()]
         return self.trace(x) if self.trace(others) is None else None

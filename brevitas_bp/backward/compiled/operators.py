@@ -38,7 +38,7 @@ def _seed_in(graph: int) -> int:
 def _encode_channels(
         x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
         mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes as :func:`_encode` does, in units of channels; adds their means and deviations [2, K].
+    """Encodes like :func:`_encode`, in units of channels; adds means and deviations [2, K].
 
     ``variance`` and ``mean`` come from the norm that reads ``x``. Without them, this operator computes its
     own from ``x``.
