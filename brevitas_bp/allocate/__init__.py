@@ -1,4 +1,4 @@
-"""Plans the bits of each saved tensor, changes them during training, and measures the gradient's error."""
+"""Plans the bits of each saved tensor, adapts them in training, and measures the gradient's error."""
 
 from brevitas_bp.allocate.check import GradientCheck, GradientMonitor, check_gradients
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow

@@ -17,9 +17,9 @@ Table = Sequence[Sequence[float]]
 def greedy(costs: Table, sizes: Table, budget: float) -> list[int]:
     """Starts from the largest options and repeatedly takes the step down that does least harm.
 
-    A step goes to the next smaller option of an item. Its harm is the growth of cost for each unit of size
-    that it frees. If several steps do equal harm, the last item's step is taken. Source: Chen et al.,
-    "ActNN", 2021; Liu et al., "GACT", 2022.
+    A step goes to the next smaller option of an item. Its harm is the growth of cost for each unit of
+    size that it frees. If several steps do equal harm, the last item's step is taken. Source: Chen et
+    al., "ActNN", 2021; Liu et al., "GACT", 2022.
 
     Returns:
         An option for each item.
@@ -59,7 +59,6 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     Raises:
         InfeasibleBudgetError: not even the smallest options fit.
         ImportError: SciPy is not installed.
-        RuntimeError: the solver finds no solution.
     """
     check_feasible(sizes, budget)
     require_scipy()
@@ -107,9 +106,10 @@ def require_scipy() -> None:
 
 
 def lower_bound(costs: Table, sizes: Table, budget: float) -> float:
-    """Returns a total cost that no choice within the budget can undercut, by allowing fractions of options.
+    """Returns a total cost that no choice within the budget can undercut.
 
-    The distance of a choice from this bound therefore bounds its distance from the best choice.
+    It allows fractions of options. The distance of a choice from this bound therefore bounds its
+    distance from the best choice.
     """
     check_feasible(sizes, budget)
     hulls = [_lower_hull(c, s) for c, s in zip(costs, sizes)]

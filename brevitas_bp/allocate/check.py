@@ -143,8 +143,8 @@ def check_gradients(
       with that kind rounded alone;
     * about ``4 log4(tensors)`` more steps, to find the tensors with most of the error.
 
-    Afterwards model, random state, ``.grad`` and the wrappers' noise are as before. For bias and noise of
-    each parameter see :func:`~brevitas_bp.allocate.measure_gradient_error`.
+    Afterwards model, random state, ``.grad`` and the wrappers' noise are as before. For bias and noise
+    of each parameter see :func:`~brevitas_bp.allocate.measure_gradient_error`.
 
     Args:
         model: a wrapper, or a module with wrappers inside.
@@ -193,8 +193,8 @@ def check_gradients(
 class GradientMonitor:
     """Estimates the gradient's error while a model trains, from one draw every few steps.
 
-    Each estimate costs two more forward and backward passes and the memory of an exact step. It is logged
-    to the logger "brevitas_bp" at level INFO, or at WARNING if the error is above 2.
+    Each estimate costs two more forward and backward passes and the memory of an exact step. The
+    logger "brevitas_bp" logs it at level INFO, or at WARNING if the error is above 2.
 
     Args:
         model: a wrapper, or a module with wrappers inside.
@@ -242,7 +242,7 @@ class GradientMonitor:
 
 
 class _Only:
-    """A policy that rounds only tensors of some names, and keeps exact all others that ``policy`` rounds.
+    """A policy that rounds tensors of some names only, and keeps exact the others that a policy rounds.
 
     Args:
         policy: the policy that decides about each tensor.
@@ -270,7 +270,7 @@ class _Only:
 
 
 class _Probe:
-    """Takes gradients with some tensors rounded and all others exact, and compares them with exact ones."""
+    """Takes gradients with some tensors rounded and all others exact, and compares them."""
 
     def __init__(
             self, wrappers: list[QuantBackwardWrapper], gradients: Callable[[], Sequence[Tensor]],
@@ -287,7 +287,7 @@ class _Probe:
                 f"|g|^2 = {self.energy}; scale the loss, or check with another batch")
 
     def draw(self, draws: int) -> tuple[float, float]:
-        """Returns the error of one gradient, and the share of the exact gradient that remains on average."""
+        """Returns the error of one gradient, and the share of the exact one that remains on average."""
         distances, along = 0.0, 0.0
         for _ in range(draws):
             distance, dot = self._compare(None)

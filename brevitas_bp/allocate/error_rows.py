@@ -1,4 +1,4 @@
-"""Errors of gradients as rows: for a parameter, a module or the network. Printable, and ready for JSON."""
+"""Errors of gradients as rows: for a parameter, a module or the network. For print and for JSON."""
 
 import math
 from dataclasses import dataclass, fields
@@ -101,7 +101,7 @@ class GradientError:
         return max((getattr(row, quantity) for row in self._compared()), default=math.nan)
 
     def table(self, by: Literal["module", "parameter"] = "module") -> str:
-        """Returns text with one line for each module or parameter; ``-`` if the gradient is negligible."""
+        """Returns text with one line per module or parameter; ``-`` if the gradient is negligible."""
         if by not in ("module", "parameter"):
             raise UnknownNameError(
                 f"brevitas_bp.allocate: by must be 'module' or 'parameter', got {by!r}"

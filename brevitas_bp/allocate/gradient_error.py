@@ -36,31 +36,30 @@ def measure_gradient_error(
     at the call, so dropout masks agree. Afterwards they are restored, also after an exception. So are
     ``.grad``, the wrappers' noise and their quantizers.
 
-    With ``batches`` this is the procedure of Chen et al., "ActNN", 2021. The bias is that of the gradient
-    averaged over the batches, and the variance is that of one batch. The variance of the exact gradient
-    from batch to batch is reported too.
+    With ``batches`` this is the procedure of Chen et al., "ActNN", 2021. The bias is that of the
+    gradient averaged over the batches, and the variance is that of one batch. The variance of the exact
+    gradient from batch to batch is reported too.
 
-    The bias is ``|m - g|``, for the mean m of the draws, minus the part that is there by chance. A bias far
-    below ``noise / sqrt(draws)`` cannot be seen.
+    The bias is what is left of ``|m - g|``, for the mean m of the draws, without the part that is
+    there by chance. A bias far below ``noise / sqrt(draws)`` cannot be seen.
 
-    Cost: ``draws + 1`` forward and backward passes for each batch, because codes are made in forward and
-    so each draw needs its own forward pass. Memory: two float64 copies of the gradients, four with
-    ``batches``.
+    Cost: ``draws + 1`` forward and backward passes for each batch. Codes are made in the forward pass,
+    so each draw needs its own. Memory: two float64 copies of the gradients, four with ``batches``.
 
     Args:
         model: a wrapper, or a module with wrappers inside. The exact gradient is the gradient with every
             wrapper's policy set to "exact".
-        run: ``run(model)``, or with ``batches`` ``run(model, batch)``. It runs the module and returns the
-            loss, without backward. The loss must be the same at every call. Do random augmentation
-            that uses other generators than torch's outside of it.
+        run: ``run(model)``, or with ``batches`` ``run(model, batch)``. It runs the module and returns
+            the loss, without backward. The loss must be the same at every call. Random augmentation
+            with other generators than torch's belongs outside of ``run``.
         draws: compressed gradients for each batch, at least 2.
         seed: of the roundings; the wrappers' own seeds are not used.
         batches: second arguments of ``run``, at least 2 of them.
         progress: show a progress bar (needs ``rich``).
 
     Raises:
-        TypeError: ``model`` has no wrapper, or it is inside ``DistributedDataParallel``. Gradients come
-            from ``torch.autograd.grad``, so neither ``.grad`` nor a hook on it sees them.
+        TypeError: ``model`` has no wrapper, or ``DistributedDataParallel`` is around it. Gradients
+            come from ``torch.autograd.grad``, so neither ``.grad`` nor a hook on it sees them.
         ValueError: too few draws or batches; a loss that is no scalar, has no gradient, changes from
             call to call or has parts checkpointed with ``use_reentrant=True``; an exact gradient that
             is not finite.

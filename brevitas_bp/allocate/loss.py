@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def checked_loss(where: str, loss: Any) -> Tensor:
-    """Returns ``loss``, a tensor of one element whose gradient reaches every parameter through its graph.
+    """Returns ``loss``, a tensor of one element whose graph leads gradients to every parameter.
 
     Raises:
         ValueError: it is no such tensor, or parts are checkpointed with ``use_reentrant=True``.

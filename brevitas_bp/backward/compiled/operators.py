@@ -40,8 +40,8 @@ def _encode_channels(
         mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Encodes like :func:`_encode`, in units of channels; adds means and deviations [2, K].
 
-    ``variance`` and ``mean`` come from the norm that reads ``x``. Without them, this operator computes its
-    own from ``x``.
+    ``variance`` and ``mean`` come from the norm that reads ``x``. Without them, this operator computes
+    them from ``x``.
     """
     seed = _seed_in(graph)
     flat = x.reshape(-1).resolve_neg().contiguous()
