@@ -122,8 +122,8 @@ class BitPlan:
     def gap(self) -> float:
         """Returns an upper bound on how much lower the error could be within the same bytes.
 
-        The bound is a share of the error. It comes from a relaxation that allows fractions of options. A bound
-        of 0 proves that the plan is the best.
+        The bound is a share of the error. It comes from a relaxation that allows fractions of options. A
+        bound of 0 proves that the plan is the best.
         """
         sizes = [[o[0] for o in t.options.values()] for t in self.tensors]
         costs = [[o[1] for o in t.options.values()] for t in self.tensors]
@@ -177,9 +177,9 @@ class BitPlan:
     def overrides(self) -> dict[str, str]:
         """Returns module name -> candidate, as ``overrides`` of a wrapper.
 
-        A module with several candidates gets the widest. Inner modules come before the modules around them.
-        "*" comes last and serves tensors that the root itself saves. With overrides, the policy still decides
-        which tensors get more bits than configured. To apply the plan's widths, pass
+        A module with several candidates gets the widest. Inner modules come before the modules around
+        them. "*" comes last and serves tensors that the root itself saves. With overrides, the policy
+        still decides which tensors get more bits than configured. To apply the plan's widths, pass
         ``policy=OpAware(multiplier_bits=1)``.
         """
         found: dict[str, Candidate] = {}

@@ -57,8 +57,8 @@ def plan_bit_widths(
             its own weight), "closed_form" (one backward pass in all), "gradient_norms", or a
             :class:`~brevitas_bp.allocate.sensitivity.Sensitivity`.
         method: "optimal" (integer programming; needs SciPy) or "greedy".
-        act_quant: the quantizer of which the candidates are variants. They keep its rounding, scale rule,
-            bucket size and metadata.
+        act_quant: the quantizer of which the candidates are variants. They keep its rounding, scale
+            rule, bucket size and metadata.
         seed: of the roundings.
         progress: True shows a bar on stderr (with rich, if installed). A function is called with a text:
             first with the expected cost, then with the progress.
@@ -135,7 +135,7 @@ def _planned(
     """Returns a group with all candidates that it may have; for now it chooses the smallest."""
     group = profile.groups[index]
     if not any(errors):
-        # No gradient reaches this group yet (a last layer that starts at zero). Give it the bytes left over.
+        # No gradient reaches this group yet (a last layer that starts at zero): it gets spare bytes.
         errors = [
             _UNSEEN * profile.energy * sum(profile.distance(t, c) for t in group.tensors)
             for c in candidates]

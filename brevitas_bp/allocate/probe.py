@@ -86,7 +86,7 @@ class Group:
 
     @property
     def parameters(self) -> set[int] | None:
-        """Parameters whose gradients alone have the rounding error; None if the error travels further."""
+        """Parameters whose gradients alone have the error; None if the error travels further."""
         found: set[int] = set()
         for tensor in self.tensors:
             for own in tensor.calls.values():
@@ -97,7 +97,7 @@ class Group:
 
 
 def grouped(tensors: list[Probed]) -> list[Group]:
-    """Groups tensors that share a name, directly or through others, in forward order."""
+    """Groups tensors that share a name, directly or through others, in the order of the forward."""
     groups: list[Group] = []
     for tensor in tensors:
         joined = [g for g in groups if any(t.sites & tensor.sites for t in g.tensors)]
@@ -160,7 +160,7 @@ class ProbeCodec(Codec):
 
 
 class Probing:
-    """A policy that stores exactly the tensors that another policy quantizes, and records their sites.
+    """A policy that stores exactly the tensors that another policy quantizes, and notes their sites.
 
     Args:
         policy: the other policy.
@@ -176,8 +176,8 @@ class Probing:
         self.observing = True
         # Held weakly: the graph holds the pass, and the pass holds this object.
         self._decode = weakref.WeakMethod(decode)
-        # Tensors share an encoding if they have the same codec object, so they share a probe too. A probe holds
-        # its codec, so that no other codec gets its address.
+        # Tensors share an encoding if they have the same codec object, so they share a probe too. A
+        # probe holds its codec, so that no other codec gets its address.
         self._probes: dict[int, ProbeCodec] = {}
         self._parameters = {id(p): i for i, p in enumerate(parameters)}
         self._saving: set[int] = set()

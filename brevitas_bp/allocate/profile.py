@@ -161,8 +161,8 @@ def _check_model(model: QuantBackwardWrapper) -> None:
             "plan with 'save_quantized'")
     if any(is_dtensor(p) for p in model.module.parameters()):
         raise TypeError(
-            f"{_WHERE}: parameters are DTensors, so this process has only a part of their gradients; plan "
-            "in one process before the network is parallelized; the names of tensors stay the same")
+            f"{_WHERE}: parameters are DTensors, so this process has only a part of their gradients; "
+            "plan in one process before the network is parallelized; the names of tensors stay the same")
     if not any(p.requires_grad for p in model.module.parameters()):
         raise ValueError(
             f"{_WHERE}: no parameter requires a gradient, so there is no gradient to preserve")

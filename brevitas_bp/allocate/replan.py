@@ -20,8 +20,8 @@ class Replanner:
         every: steps from one plan to the next.
         **options: of :func:`plan_bit_widths`: ``budget`` or ``average_bits``, ``candidates``, ...
 
-    Call :meth:`step` before each forward pass. A plan costs as much as :func:`plan_bit_widths`; a part of
-    the batch is enough.
+    Call :meth:`step` before each forward pass. A plan costs as much as :func:`plan_bit_widths`; a part
+    of the batch is enough.
 
     Raises:
         TypeError: the model is no wrapper.

@@ -20,9 +20,9 @@ class QuantizerSchedule:
     contains, including nested ones. Quantizers in ``overrides`` and those of the policy keep their
     settings. A tensor that is already stored decodes as it was encoded.
 
-    Schedules of ``mix_prob`` (``linear``, ``cosine``, ...) are in :mod:`brevitas_bp.core.bit_width`. If you
-    also use a :class:`MixProbScheduler`, step it last: a change of another setting restores the configured
-    probability.
+    Schedules of ``mix_prob`` (``linear``, ``cosine``, ...) are in :mod:`brevitas_bp.core.bit_width`.
+    If you also use a :class:`MixProbScheduler`, step it last: a change of another setting restores the
+    configured probability.
 
     Args:
         root: a wrapper, or a model that contains wrappers.

@@ -52,16 +52,16 @@ class Sensitivity(ABC):
 class ClosedForm(Sensitivity):
     """From the exact backward alone: ``|x~ - x|^2`` times the energy of the gradient that x multiplies.
 
-    v is the mean squared distance of an element. It takes one backward pass.
+    This estimator takes one backward pass. Below, v is the mean squared distance of an element.
 
-    * For the input of a layer with weight W [out, ...]: ``v |d|^2 W.numel() / out``, with d the gradient of
-      the layer's output. This is the variance of the weight's gradient, apart from the correlation of both
-      over samples.
-    * For any other tensor: ``v |d|^2``. This is the variance of the gradient that the tensor is multiplied
-      with. It contains no error that travels further up from there.
+    * For the input of a layer with weight W [out, ...]: ``v |d|^2 W.numel() / out``, with d the
+      gradient of the layer's output. This is the variance of the weight's gradient, apart from the
+      correlation of both over samples.
+    * For any other tensor: ``v |d|^2``. This is the variance of the gradient that the tensor is
+      multiplied with. It contains no error that travels further up from there.
 
-    Source: Chen et al., "ActNN", 2021. Its ``R^2 G / 6 (2^b - 1)^2`` is the ``|x~ - x|^2`` of a bucket of
-    evenly spread values.
+    Source: Chen et al., "ActNN", 2021. Its ``R^2 G / 6 (2^b - 1)^2`` is the ``|x~ - x|^2`` of a bucket
+    of evenly spread values.
     """
 
     name = "closed_form"
@@ -83,18 +83,19 @@ class ClosedForm(Sensitivity):
 class Empirical(Sensitivity):
     """Measures the gradient with groups rounded, against the exact gradient.
 
-    * Groups whose error reaches only the gradient of their own weights are rounded all at once, once for each
-      candidate. The difference in a weight's gradient is then the error of its group.
+    * Groups whose error reaches only the gradient of their own weights are rounded all at once, once
+      for each candidate. The difference in a weight's gradient is then the error of its group.
     * Each other group is rounded alone, with the reference candidate.
 
-    So biased candidates are measured where that is cheap. All measurements include the error that travels
-    further up.
+    So biased candidates are measured where that is cheap. All measurements include the error that
+    travels further up.
 
     Args:
         draws: roundings averaged for each measurement.
         reference: the candidate for rounding groups whose error travels further up.
 
-    Source: Liu et al., "GACT", 2022. They take the difference of two 1-bit draws and run forward each time.
+    Source: Liu et al., "GACT", 2022. They take the difference of two 1-bit draws and run forward each
+    time.
     """
 
     draws: int = 2
@@ -153,8 +154,8 @@ class Empirical(Sensitivity):
 class GradientNorms(Empirical):
     """Like :class:`Empirical`, but compares only the norm of each parameter's gradient.
 
-    An error orthogonal to the gradient hardly changes its norm, so values are smaller and noisier. A step
-    that cannot hold a second set of gradients needs to keep only the norms: one number for each
+    An error orthogonal to the gradient hardly changes its norm, so values are smaller and noisier. A
+    step that cannot hold a second set of gradients needs to keep only the norms: one number for each
     parameter tensor.
 
     Source: "Average Quantization" (the light sensitivity of ALAM), 2024.
@@ -188,7 +189,7 @@ def estimator(given: str | Sensitivity) -> Sensitivity:
 
 
 def _local_and_far(profile: Profile) -> tuple[list[int], list[int]]:
-    """Returns the groups whose error can be told apart by the weights that it reaches, and the others."""
+    """Returns the groups whose errors can be told apart by the weights they reach, and the others."""
     owners = Counter(p for g in profile.groups for p in g.parameters or ())
     local = [
         i for i, g in enumerate(profile.groups)
@@ -197,7 +198,7 @@ def _local_and_far(profile: Profile) -> tuple[list[int], list[int]]:
 
 
 def _amplified(profile: Profile, tensor: Probed) -> float:
-    """Returns the gradient's expected squared error for each unit of squared distance of the tensor."""
+    """Returns the gradient's expected squared error per unit of squared distance of the tensor."""
     energy = profile.probing.energy
     for call in tensor.calls:
         if call not in energy:

@@ -1,4 +1,4 @@
-"""Measures on a user's model without a trace: every gradient is taken at one point, then all is restored."""
+"""Measures on a user's model: takes every gradient at one point, and restores the model afterwards."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from brevitas_bp.format.random import derive
 def unchanged(
         model: nn.Module, wrappers: list[QuantBackwardWrapper], seed: int
         ) -> Iterator[Callable[[], None]]:
-    """Leaves model and generators unchanged; yields a function that goes back to this point meanwhile."""
+    """Leaves model and generators unchanged; yields a function that returns to the current state."""
     restore = point(model)
     try:
         with ExitStack() as stack:
