@@ -53,7 +53,7 @@ def is_wasteful() -> bool:
 
 
 def hint(nbytes: int) -> None:
-    """Warns once, if a step stores much on the CPU, how the process would take less memory.
+    """Warns once, if a step stores much on the CPU, and says how the process can take less memory.
 
     Args:
         nbytes: bytes that plain autograd would keep of the tensors that a forward pass encoded.

@@ -156,7 +156,7 @@ class SavedMemoryReport:
                 (saved.module, op, str(x.dtype).removeprefix("torch.")), weakref.ref(packed),
                 _Extent.of(x), _weak_storage(x)))
         if not originals:
-            # Of the tensors that a rewrite saves, the first one has reported the originals.
+            # The first tensor that a rewrite saves has already reported the originals.
             dtype = str(saved.tensor.dtype).removeprefix("torch.")
             self._records.append(_Record(
                 (saved.module, op, dtype), weakref.ref(packed), None, None))

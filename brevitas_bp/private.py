@@ -1,8 +1,8 @@
 """All private names of torch that the library needs, in one place.
 
 If the installed torch lacks one, importing the library fails with a message that names it.
-``tests/backward/test_private.py`` has a probe for each name. The probe checks that it still behaves as
-the library expects.
+``tests/backward/test_private.py`` has a probe for each name, which checks that the name still behaves
+as the library expects.
 """
 
 import importlib

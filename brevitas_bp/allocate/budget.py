@@ -88,7 +88,7 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     for (i, j), x in zip(pairs, found.x):
         if x > 0.5:
             taken[i] = j
-    # The solver has tolerances: the result is never worse than greedy, and never above the budget.
+    # The solver has tolerances. Make sure that the result is not worse than greedy or above the budget.
     fits = total(sizes, taken) <= budget
     return taken if fits and total(costs, taken) <= total(costs, rival) else rival
 

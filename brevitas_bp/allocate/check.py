@@ -242,7 +242,7 @@ class GradientMonitor:
 
 
 class _Only:
-    """A policy that rounds tensors of some names only, and keeps exact the others that a policy rounds.
+    """A policy that rounds only the named tensors, and keeps exact the others that ``policy`` rounds.
 
     Args:
         policy: the policy that decides about each tensor.

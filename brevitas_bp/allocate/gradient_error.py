@@ -40,8 +40,8 @@ def measure_gradient_error(
     gradient averaged over the batches, and the variance is that of one batch. The variance of the exact
     gradient from batch to batch is reported too.
 
-    The bias is what is left of ``|m - g|``, for the mean m of the draws, without the part that is
-    there by chance. A bias far below ``noise / sqrt(draws)`` cannot be seen.
+    The bias is ``|m - g|``, for the mean m of the draws, after subtracting the part that is there by
+    chance. A bias far below ``noise / sqrt(draws)`` cannot be seen.
 
     Cost: ``draws + 1`` forward and backward passes for each batch. Codes are made in the forward pass,
     so each draw needs its own. Memory: two float64 copies of the gradients, four with ``batches``.
@@ -75,7 +75,7 @@ def measure_gradient_error(
     wrappers = wrappers_of(_WHERE, model)
     if draws < 2:
         raise ValueError(
-            f"{_WHERE}: draws must be at least 2, or there is no variance to take off, got {draws}")
+            f"{_WHERE}: draws must be at least 2, or there is no variance to subtract, got {draws}")
     named = named_parameters(_WHERE, model)
 
     def checked(model: nn.Module, *arguments: Any) -> Tensor:
@@ -101,7 +101,7 @@ def measure_gradient_error(
                 of_one.finish()
     if batches is not None and moments[0].exact.count < 2:
         raise ValueError(
-            f"{_WHERE}: batches must yield at least 2, or there is no variance of sampling, got "
+            f"{_WHERE}: batches must yield at least 2, or there is no sampling variance, got "
             f"{moments[0].exact.count}; leave batches out for one")
     return _summarize(list(named), [m.facts() for m in moments], cosines, draws)
 
@@ -117,7 +117,7 @@ def _summarize(
         chosen = [facts[i] for i in parameters]
         size, variance = sum(f.size for f in chosen) ** 0.5, sum(f.variance for f in chosen)
         negligible = size <= threshold
-        # The variance of a mean of all draws is the part of the mean's squared distance due to chance.
+        # The squared distance of a mean is too large by the variance of that mean: this part is chance.
         chance = variance / (draws * batches)
         return GradientErrorRow(
             name, sum(f.elements for f in chosen), size, variance,

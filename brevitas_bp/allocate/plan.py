@@ -17,7 +17,7 @@ from brevitas_bp.text import mib, table
 Method = Literal["optimal", "greedy"]
 
 _WHERE = "brevitas_bp.plan_bit_widths"
-# As a share of the gradient's energy: measurements show that errors add up below this value.
+# Errors were measured to add up below this share of the gradient's energy.
 _COMPOUNDS = 0.5
 _METHODS = {"optimal": optimal, "greedy": greedy}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -18,7 +18,7 @@ from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8, "exact")
 
 _WHERE = "brevitas_bp.plan_bit_widths"
-# As a share of the gradient's energy, per unit of squared distance; below any error that is measured.
+# Share of the gradient's energy per unit of squared distance, below any error that is measured.
 _UNSEEN = 1e-12
 
 
@@ -57,8 +57,8 @@ def plan_bit_widths(
             its own weight), "closed_form" (one backward pass in all), "gradient_norms", or a
             :class:`~brevitas_bp.allocate.sensitivity.Sensitivity`.
         method: "optimal" (integer programming; needs SciPy) or "greedy".
-        act_quant: the quantizer of which the candidates are variants. They keep its rounding, scale
-            rule, bucket size and metadata.
+        act_quant: the quantizer. The candidates are variants of it, with its rounding, scale rule,
+            bucket size and metadata.
         seed: of the roundings.
         progress: True shows a bar on stderr (with rich, if installed). A function is called with a text:
             first with the expected cost, then with the progress.

@@ -28,7 +28,7 @@ class Probed:
     Attributes:
         flat: an exact copy, in memory order.
         layout: of the tensor.
-        configured: the module's own codec, of which candidates are variants.
+        configured: the module's own codec; candidates are variants of it.
         sites: names of the sites that save the tensor.
         calls: number of each call that saves the tensor -> indices of the other parameters in the call.
             None if the call has another trained tensor, or if no call is visible.

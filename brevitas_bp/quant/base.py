@@ -142,8 +142,8 @@ class RunningRange(SolveRunningRange):
 class GroupAverage(ExtendedInjector):
     """Quantizes the mean of ``average_size`` neighbours along the last dimension: under one bit each.
 
-    An element takes ``bit_width / average_size`` bits: 1, 0.5 and 0.25 for 2, 4 and 8 neighbours at 2 bits.
-    Biased for elements and for gradients of weights, see :class:`~brevitas_bp.core.average.AverageQuant`.
+    An element takes ``bit_width / average_size`` bits: 1, 0.5 and 0.25 for 2, 4 and 8 at 2 bits.
+    Elements and gradients of weights are biased, see :class:`~brevitas_bp.core.average.AverageQuant`.
     """
 
     average_size = 4

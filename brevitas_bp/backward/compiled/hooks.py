@@ -120,7 +120,7 @@ class GraphHooks:
     def note_silent(self, output: Any, inputs: Any, ran: set[int]) -> None:
         """Adds to ``ran`` the graphs between ``inputs`` and ``output`` that do not add themselves.
 
-        Those are the graphs without a quantizer: they draw no noise. Another wrapper may have made them.
+        These graphs have no quantizer and so draw no noise. Another wrapper may have made them.
         """
         if len(self._draws) != len(self.graphs):
             self._draws = {

@@ -7,7 +7,7 @@ NOTE [ Encoders rise, decoders sink ]
 2. So an encoder moves up to the operation that makes its tensor. A decoder moves down to the first
    operation that reads its values.
 3. The hooks see the graphs while they are built, but not the nodes that their own call adds. So each
-   call moves the operations of earlier calls. Those of the last call stay where they are.
+   call moves the operations of earlier calls. Operations of the last call stay where they are.
 """
 
 import torch

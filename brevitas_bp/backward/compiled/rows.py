@@ -1,7 +1,7 @@
 """Rows and channels of a tensor that a compiled graph saves, read from its graphs.
 
-See NOTE [ Rows ] in :mod:`brevitas_bp.codec.rows`. :mod:`brevitas_bp.backward.rows` does the same for
-operations that run outside compiled graphs.
+See NOTE [ Rows ] in :mod:`brevitas_bp.codec.rows`. :mod:`brevitas_bp.backward.rows` finds rows and
+channels of operations that run outside compiled graphs.
 """
 
 from collections.abc import Iterator

@@ -86,7 +86,7 @@ def _of_policy(policy: Any, prefix: str) -> Hashable:
 
 
 def crowded_out(kinds: Iterable[type]) -> str | None:
-    """Names a class of compiled modules of which Dynamo makes no more graphs; each class only once."""
+    """Names a class of compiled modules for which Dynamo makes no more graphs; each class only once."""
     limit = recompile_limit()
     for kind in dict.fromkeys(kinds):
         if kind not in _crowded and any(graphs_of(code) >= limit for code in frames_of(kind)):

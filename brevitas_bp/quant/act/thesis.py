@@ -43,8 +43,8 @@ class ThesisInt2DynamicActPerTensorFloat(IntQuant, ActQuantSolver):
     """The deterministic baseline of chapter 4 of Li, 2025, made of stock Brevitas parts.
 
     It is the quantizer of a freshly built ``QuantIdentity(bit_width=2)``: scale
-    ``percentile(|x|) / 2**(b-1)``, signed codes that are not narrow, rounding to nearest. At 2 bits every
-    value above a quarter of the maximum collapses onto half of the maximum.
+    ``percentile(|x|) / 2**(b-1)``, signed codes that are not narrow, rounding to nearest. At 2 bits all
+    values above a quarter of the maximum collapse onto half of the maximum.
     """
 
     scaling_impl = RuntimeDynamicGroupStatsScaling
