@@ -1,6 +1,7 @@
 """Imports run downhill, importing is cheap, and the public face stays small: read from the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,3 +174,13 @@ def test_no_file_names_a_path_of_one_machine() -> None:
         for line in path.read_text(errors="replace").splitlines()
         if any(machine in line for machine in MACHINE_PATHS)]
     assert named == []
+
+
+def test_the_extensions_of_the_architecture_page_are_where_it_says() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    named = re.findall(r"`((?:\w+/)+\w+\.py)` `(\w+)`", page)
+    assert len(named) > 12
+    missing = [
+        (file, name) for file, name in named
+        if not re.search(rf"\b{name}\b", (PACKAGE / file).read_text())]
+    assert missing == []
