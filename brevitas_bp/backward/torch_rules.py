@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brevitas_bp.backward.attention import ReplayAttention
 from brevitas_bp.backward.operations import (
     OpRule,
     composite,
@@ -20,7 +21,7 @@ from brevitas_bp.backward.operations import (
     stands_alone,
     weighted,
 )
-from brevitas_bp.backward.rewrites import Passing, ReplayAttention, SaveDerivative
+from brevitas_bp.backward.rewrites import Passing, SaveDerivative
 from brevitas_bp.backward.rows import convolved, of_elements, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
