@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.compiled.hooks import CompiledSite
-from brevitas_bp.backward.explain import mib, table, unknown_note, unknown_operations
+from brevitas_bp.backward.explain import unknown_note, unknown_operations
 from brevitas_bp.backward.hooks import PARAMETER, ForwardPass
 from brevitas_bp.backward.policy import keep_all
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.backward.seam import listening, wrappers_in
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import shard_of
+from brevitas_bp.text import mib, table
 
 
 @dataclass(frozen=True)
@@ -240,10 +242,7 @@ def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
     root = model.module if isinstance(model, QuantBackwardWrapper) else model
     with ExitStack() as stack:
         for wrapper in wrappers:
-            wrapper._listeners.append(report._record)
-            stack.callback(wrapper._listeners.remove, report._record)
-            wrapper._graph_listeners.append(report._record_graph)
-            stack.callback(wrapper._graph_listeners.remove, report._record_graph)
+            stack.enter_context(listening(wrapper, report._record, report._record_graph))
         forward_pass = ForwardPass(
             root, lambda name: None, keep_all, lambda: 0, listeners=(report._record,))
         stack.callback(forward_pass.close)

@@ -59,6 +59,8 @@ private("torch.autograd.forward_ad._current_level")
 set_callback: Callable[[Any], Any] = private("torch._C._dynamo.eval_frame.set_eval_frame")
 #: Runs a function in a frame of its own that Dynamo does not skip.
 wrap_inline: Callable[..., Any] = private("torch._dynamo.external_utils.wrap_inline")
+_graphs_of: Callable[[Any], list[Any]] = private("torch._dynamo.eval_frame._debug_get_cache_entry_list")
+_dynamo_config: Any = private("torch._dynamo.config")
 #: Settings of AOTAutograd; the names of the graph that it makes; what Dynamo knows while it traces.
 functorch_config: Any = private("torch._functorch.config")
 aot_compilation_context: Callable[[], Any] = private(
@@ -81,6 +83,16 @@ def skip_frames(code: Any) -> None:
     skip = getattr(private("torch._dynamo.eval_frame"), "skip_code", None)
     if skip is not None:
         skip(code)
+
+
+def graphs_of(code: Any) -> int:
+    """How many graphs Dynamo holds that begin at a function."""
+    return len(_graphs_of(code))
+
+
+def recompile_limit() -> int:
+    """How many graphs of one function Dynamo makes."""
+    return _dynamo_config.recompile_limit
 
 
 def saved_tensor_hook_context() -> dict[str, Any] | None:

@@ -8,6 +8,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import (
+    L2,
+    MAX,
+    MIN_MAX,
+    NARROW,
+    NEAREST,
+    SIGN_MAGNITUDE,
+    STOCHASTIC,
+    UNSIGNED,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -124,22 +134,23 @@ def float_tensors(
 
 seeds = st.integers(0, 2**64 - 1)
 
-RULES = (("min_max", "unsigned"), ("max", "narrow"), ("l2", "narrow"), ("max", "sign_magnitude"))
+RULES = ((MIN_MAX, UNSIGNED), (MAX, NARROW), (L2, NARROW), (MAX, SIGN_MAGNITUDE))
+ROUNDINGS = (NEAREST, STOCHASTIC)
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> BucketQuantSpec:
     """Any bucket quantizer, two widths and whole tensors included."""
     scale_rule, code_range = draw(st.sampled_from(RULES))
-    widths = st.integers(1 if code_range == "unsigned" else 2, 8)
-    integer = scale_rule == "min_max" and draw(st.booleans())
+    widths = st.integers(code_range.least_width, 8)
+    integer = scale_rule is MIN_MAX and draw(st.booleans())
     mix = draw(st.none() | widths)
     return BucketQuantSpec(
         bit_width=draw(widths),
         bucket_size=draw(st.sampled_from((None, 8, 24, 256))),
         scale_rule=scale_rule,
         code_range=code_range,
-        stochastic=draw(st.booleans()),
+        rounding=draw(st.sampled_from(ROUNDINGS)),
         integer_zero_point=integer,
         metadata_dtype=torch.float32 if integer else draw(
             st.sampled_from((torch.float32, torch.bfloat16))),

@@ -8,6 +8,11 @@ from examples.efficientnet_v2.vision import import_torchvision
 __all__ = ["import_torchvision", "same_bits"]
 
 
+def stage_name(stage: object) -> str:
+    """Name of a row of ``format.stages``, for test ids."""
+    return getattr(stage, "name", str(stage))
+
+
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have one shape, dtype and bit pattern; NaNs are all the same."""
     if (first.shape, first.dtype) != (second.shape, second.dtype):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import brevitas_bp
 
@@ -15,10 +16,9 @@ PACKAGE = ROOT / "brevitas_bp"
 
 #: Each room may import from its own level and from those before it.
 LEVELS: list[set[str]] = [
-    {"errors", "probes", "allocators", "private"}, {"activations"}, {"format"}, {"kernels"}, {"core"},
-    {"proxy", "quant_tensor"}, {"codec"},
-    {"quant"}, {"backward"}, {"grad", "nn", "allocate", "memory"},
-    {"plots", "models", "run"}]
+    {"errors", "probes", "allocators", "private", "text"},
+    {"activations"}, {"format"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"},
+    {"quant"}, {"backward"}, {"allocate", "memory"}, {"plots", "models", "run"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Heavy or optional: loaded when first used, by those who use it.
@@ -82,6 +82,48 @@ def test_check_finds_what_is_wrong(room: str, source: str) -> None:
 def test_imports_run_downhill(path: Path) -> None:
     assert room_of(path) in {"", *LEVEL}
     assert complaints(room_of(path), path.read_text()) == []
+
+
+#: What may know the wrapper, and not the other way round.
+AROUND_THE_WRAPPER = {"__init__", "seam"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "backward").rglob("*.py")), ids=name_of)
+def test_within_backward_the_wrapper_is_on_top(path: Path) -> None:
+    known = {module for _, module in imports(path.read_text())}
+    above = {f"brevitas_bp.backward.{name}" for name in ("wrapper", "seam")}
+    assert path.stem in AROUND_THE_WRAPPER or not known & above
+
+
+def private_of_the_wrapper() -> set[str]:
+    """Attributes of a wrapper that begin with an underscore and that no other module has."""
+    wrapper = brevitas_bp.QuantBackwardWrapper(nn.Identity())
+    return {name for name in dir(wrapper) if name.startswith("_")} - set(dir(nn.Identity()))
+
+
+def borrowed(source: str, names: set[str]) -> list[str]:
+    """Attributes of these names that a file reads or writes of another object than ``self``."""
+    return [
+        f"line {node.lineno}: {node.attr}" for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr in names
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))]
+
+
+def test_only_backward_knows_what_is_inside_the_wrapper() -> None:
+    names = private_of_the_wrapper()
+    assert borrowed("model._listeners.append(note)", names)  # the control
+    found = {
+        name_of(path): lines for path in SOURCES if room_of(path) != "backward"
+        and (lines := borrowed(path.read_text(), names))}
+    assert found == {}
+
+
+LONGEST = 400
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_are_short(path: Path) -> None:
+    assert path.read_text().count("\n") <= LONGEST
 
 
 def test_public_names_are_few_and_exist() -> None:

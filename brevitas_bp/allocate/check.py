@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,13 +14,14 @@ from brevitas_bp.allocate.gradient_error import gradients_of, named_parameters, 
 from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import real
 from brevitas_bp.allocate.unchanged import exact_policy, unchanged
-from brevitas_bp.backward.explain import table
 from brevitas_bp.backward.planned import site_of
-from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy, explained
+from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.backward.seam import policy_of, using_policy
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec import Codec
+from brevitas_bp.text import table
 
 _WHERE = "brevitas_bp.check_gradients"
 _LOG = logging.getLogger("brevitas_bp")
@@ -174,7 +176,7 @@ def check_gradients(
         return checked_loss(f"{_WHERE}: loss", loss(model, batch))
 
     with unchanged(model, wrappers, seed) as restore, torch.enable_grad():
-        probe = _Probe(model, wrappers, lambda: gradients_of(run, model, named)[0], restore)
+        probe = _Probe(wrappers, lambda: gradients_of(run, model, named)[0], restore)
         error, signal = probe.draw(draws)
         if not math.isfinite(error):
             return GradientCheck(error, signal, draws)
@@ -225,8 +227,7 @@ class GradientMonitor:
 
         with unchanged(self.model, wrappers, self.steps) as restore, torch.enable_grad():
             error, signal = _Probe(
-                self.model, wrappers, lambda: gradients_of(run, self.model, named)[0],
-                restore).draw(1)
+                wrappers, lambda: gradients_of(run, self.model, named)[0], restore).draw(1)
         self.history.append((self.steps - 1, error))
         _LOG.log(
             logging.WARNING if not error <= NOISY else logging.INFO,
@@ -267,8 +268,8 @@ class _Probe:
     """Takes gradients with some tensors rounded and the others exact, and compares them."""
 
     def __init__(
-            self, model: nn.Module, wrappers: list[QuantBackwardWrapper],
-            gradients: Callable[[], Sequence[Tensor]], restore: Callable[[], None]) -> None:
+            self, wrappers: list[QuantBackwardWrapper], gradients: Callable[[], Sequence[Tensor]],
+            restore: Callable[[], None]) -> None:
         self.wrappers, self.gradients, self.restore = wrappers, gradients, restore
         self.found: dict[str, tuple[SavedTensor, Decision]] = {}
         restore()
@@ -293,7 +294,7 @@ class _Probe:
         """What each kind of tensor does alone."""
         by_reach: dict[str, list[str]] = {}
         for name, (_, decision) in self.found.items():
-            by_reach.setdefault(decision.reaches, []).append(name)
+            by_reach.setdefault(decision.reach, []).append(name)
         found = []
         for reach, names in by_reach.items():
             error = self.error_of(set(names))
@@ -324,14 +325,11 @@ class _Probe:
     def _compare(self, names: set[str] | None) -> tuple[float, float]:
         """``|g~ - g|^2`` and ``<g~ - g, g>``."""
         self.restore()
-        policies = [wrapper._policy for wrapper in self.wrappers]
-        for wrapper, policy in zip(self.wrappers, policies):
-            wrapper._policy = _Only(explained(policy), names, self.found)
-        try:
+        with ExitStack() as stack:
+            for wrapper in self.wrappers:
+                only = _Only(policy_of(wrapper), names, self.found)
+                stack.enter_context(using_policy(wrapper, only))
             rounded = self.gradients()
-        finally:
-            for wrapper, policy in zip(self.wrappers, policies):
-                wrapper._policy = policy
         differences = [real(r) - e for r, e in zip(rounded, self.exact)]
         return (
             sum(float(d.square().sum()) for d in differences),

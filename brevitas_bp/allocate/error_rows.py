@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any, Literal
 
-from brevitas_bp.backward.explain import table
 from brevitas_bp.errors import UnknownNameError, nearest
+from brevitas_bp.text import table
 
 Quantity = Literal["bias", "noise", "signal", "cosine", "sampling_noise"]
 _QUANTITIES: tuple[Quantity, ...] = ("signal", "bias", "noise", "cosine", "sampling_noise")

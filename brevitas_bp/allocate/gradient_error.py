@@ -13,7 +13,8 @@ from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
 from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import Cosines, Facts, Moments, real
 from brevitas_bp.allocate.unchanged import apart, exact_policy, unchanged
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.backward.seam import wrappers_in
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 
 _WHERE = "brevitas_bp.allocate.measure_gradient_error"
 
@@ -102,7 +103,7 @@ def measure_gradient_error(
         raise ValueError(
             f"{_WHERE}: batches must yield at least 2, or there is no variance of sampling, got "
             f"{moments[0].exact.count}; leave batches out for one")
-    return _summarize(list(named), [m.facts(draws) for m in moments], cosines, draws)
+    return _summarize(list(named), [m.facts() for m in moments], cosines, draws)
 
 
 def _summarize(

@@ -63,7 +63,7 @@ class Moments:
         self.variance += self.differences.spread / (self.differences.count - 1)
         self.drift = self.drift + self.differences.mean
 
-    def facts(self, draws: int) -> Facts:
+    def facts(self) -> Facts:
         batches, mean = self.exact.count, torch.as_tensor(self.exact.mean)
         drift = torch.as_tensor(self.drift) / batches
         return Facts(

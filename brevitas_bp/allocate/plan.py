@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brevitas_bp.allocate.budget import greedy, lower_bound, optimal, require_scipy, total
-from brevitas_bp.backward.explain import mib, table
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.errors import InfeasibleBudgetError, UnknownNameError, nearest
+from brevitas_bp.text import mib, table
 
 Method = Literal["optimal", "greedy"]
 
@@ -31,7 +31,7 @@ class PlannedTensor:
         sites: their names: "module:operation:what it is to the operation".
         elements: that are stored.
         exact_bytes: of the tensors as they are.
-        reaches: how far a rounding goes: "weight", "sum", "norm" or "all".
+        reach: how far a rounding goes: "weight", "sum", "norm" or "all".
         options: candidate -> (bytes, expected squared error of the gradient).
         chosen: the candidate.
     """
@@ -39,7 +39,7 @@ class PlannedTensor:
     sites: tuple[str, ...]
     elements: int
     exact_bytes: int
-    reaches: str
+    reach: str
     options: dict[str, tuple[float, float]]
     chosen: str
 
@@ -201,10 +201,14 @@ class BitPlan:
             values = dict(values)
             if values.pop("format") != 1:
                 raise ValueError("format is not 1")
+            # Before 2026-12 a plan said "reaches".
+            listed = [
+                {"reach" if key == "reaches" else key: value for key, value in t.items()}
+                for t in values.pop("tensors")]
             tensors = [PlannedTensor(**{
                 **t, "sites": tuple(t["sites"]),
                 "options": {k: (size, error) for k, (size, error) in t["options"].items()},
-                "chosen": str(Candidate.parse(t["chosen"]))}) for t in values.pop("tensors")]
+                "chosen": str(Candidate.parse(t["chosen"]))}) for t in listed]
             plan = cls(tensors=tuple(tensors), **values)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
@@ -238,11 +242,11 @@ class BitPlan:
 
     def __str__(self) -> str:
         unit = self.gradient_energy or 1.0
-        lines = [("tensor", "reaches", "bits", "exact MiB", "stored MiB", "error")]
+        lines = [("tensor", "reach", "bits", "exact MiB", "stored MiB", "error")]
         for t in self.tensors:
             more = f" (+{len(t.sites) - 1})" if len(t.sites) > 1 else ""
             lines.append((
-                next(iter(t.sites)).removesuffix(":argument 0") + more, t.reaches, t.chosen,
+                next(iter(t.sites)).removesuffix(":argument 0") + more, t.reach, t.chosen,
                 mib(t.exact_bytes), mib(round(t.stored_bytes)), f"{t.error / unit:.2e}"))
         lines.append(("exact, masks, indices", "", "", "", mib(self.fixed_bytes), "0"))
         lines.append((

@@ -10,7 +10,8 @@ from torch import nn
 from brevitas_bp.allocate.plan import BitPlan, Method, PlannedTensor, check_budget, check_method
 from brevitas_bp.allocate.profile import LossFn, Profile
 from brevitas_bp.allocate.sensitivity import Sensitivity, estimator
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.backward.seam import wrappers_in
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
@@ -143,7 +144,7 @@ def _planned(
         str(c): (float(profile.stored_bytes(group, c)), error) for c, error in zip(candidates, errors)
         if c.average_size == 1 or group.parameters is not None}
     return PlannedTensor(
-        tuple(group.sites), group.numel, group.exact_bytes, group.reaches, options,
+        tuple(group.sites), group.numel, group.exact_bytes, group.reach, options,
         min(options, key=lambda name: options[name]))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from brevitas_bp.backward.parameters import shown_leaf
+from brevitas_bp.backward.parameters import leaf_behind
 from brevitas_bp.backward.planned import configured_of, is_quantized, site_of
 from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
@@ -32,7 +32,7 @@ class Probed:
         sites: names of what saves it.
         calls: number of each call that saves it -> indices of the parameters beside it in the call;
             None where there is another trained tensor, or no call to be seen.
-        reaches: as the policy says; see :class:`~brevitas_bp.backward.saved.Decision`.
+        reach: as the policy says; see :class:`~brevitas_bp.backward.saved.Decision`.
         rows: elements of a row and of the last dimension, if buckets are to end with rows.
         spared: bytes that are kept besides where the tensor is exact: the mean of a norm.
     """
@@ -44,7 +44,7 @@ class Probed:
     spared: int = 0
     sites: set[str] = field(default_factory=set)
     calls: dict[int, set[int] | None] = field(default_factory=dict)
-    reaches: set[str] = field(default_factory=set)
+    reach: set[str] = field(default_factory=set)
 
     @property
     def numel(self) -> int:
@@ -79,9 +79,9 @@ class Group:
         return sum(t.layout.nbytes for t in self.tensors)
 
     @property
-    def reaches(self) -> str:
+    def reach(self) -> str:
         """The farthest that any of them reaches."""
-        far = set().union(*(t.reaches for t in self.tensors))
+        far = set().union(*(t.reach for t in self.tensors))
         return next(reach for reach in ("all", "sum", "norm", "weight") if reach in far)
 
     @property
@@ -90,7 +90,7 @@ class Group:
         found: set[int] = set()
         for tensor in self.tensors:
             for own in tensor.calls.values():
-                if not own or tensor.reaches != {"weight"}:
+                if not own or tensor.reach != {"weight"}:
                     return None
                 found |= own
         return found
@@ -228,7 +228,7 @@ class Probing:
         tensor = place.probed
         tensor.sites.add(site_of(saved))
         tensor.calls[saved.call.number] = self._own_parameters(saved)
-        tensor.reaches.add(decision.reaches)
+        tensor.reach.add(decision.reach)
 
     def _own_parameters(self, saved: SavedTensor) -> set[int] | None:
         """The parameters beside the tensor in the call; None if there is another trained tensor."""
@@ -237,9 +237,9 @@ class Probing:
         found, position = set(), saved.made_of
         for i, argument in enumerate(saved.arguments):
             for other in tensors_in((argument,)):
-                if i == position or saved.shows(other) or not other.requires_grad:
+                if i == position or saved.aliases(other) or not other.requires_grad:
                     continue
-                leaf = shown_leaf(other)
+                leaf = leaf_behind(other)
                 if leaf is None or id(leaf) not in self._parameters:
                     return None
                 found.add(self._parameters[id(leaf)])

@@ -12,8 +12,14 @@ from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import real
 from brevitas_bp.allocate.probe import Group, Probed, Probing, grouped
 from brevitas_bp.allocate.unchanged import point, unchanged
-from brevitas_bp.backward.policy import explained
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.backward.seam import (
+    listening,
+    policy_of,
+    storage_of,
+    using_policy,
+    wrappers_in,
+)
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec import Packed
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.codec.rows import in_rows
@@ -54,8 +60,10 @@ class Profile:
         self.draw = 0
         self.parameters = [p for p in model.module.parameters() if p.requires_grad]
         with unchanged(model, [model], seed), torch.enable_grad():
-            self.probing = Probing(explained(model._base_policy), self.decode, self.parameters)
-            with _probed(model, self.probing), track_saved_memory(model) as report:
+            self.probing = Probing(
+                policy_of(model, planned=False), self.decode, self.parameters)
+            with (using_policy(model, self.probing), listening(model, self.probing.note),
+                  track_saved_memory(model) as report):
                 self.loss = checked_loss(f"{_WHERE}: loss_fn", loss_fn(model, batch))
             # Only now: what the graph does not hold any more needs no width.
             self.tensors = self.probing.tensors
@@ -133,17 +141,6 @@ class Profile:
 
 
 @contextmanager
-def _probed(model: QuantBackwardWrapper, probing: Probing) -> Iterator[None]:
-    """Within the block the wrapper probes."""
-    model._policy = probing
-    model._listeners.append(probing.note)
-    try:
-        yield
-    finally:
-        model._listeners.remove(probing.note)
-
-
-@contextmanager
 def _back(module: nn.Module) -> Iterator[None]:
     """Generators, modes and buffers are afterwards as before."""
     restore = point(module)
@@ -158,10 +155,10 @@ def _check_model(model: QuantBackwardWrapper) -> None:
         raise TypeError(
             f"{_WHERE}: the model contains further wrappers, which round by themselves; plan for "
             "each of them, or wrap the whole once")
-    if model._storage != "save_quantized":
+    if storage_of(model) != "save_quantized":
         raise TypeError(
-            f"{_WHERE}: storage={model._storage!r} saves nothing, so there are no bytes to plan; plan "
-            "with 'save_quantized'")
+            f"{_WHERE}: storage={storage_of(model)!r} saves nothing, so there are no bytes to plan; "
+            "plan with 'save_quantized'")
     if any(is_dtensor(p) for p in model.module.parameters()):
         raise TypeError(
             f"{_WHERE}: parameters are DTensors, whose gradients are not all here; plan in one process "

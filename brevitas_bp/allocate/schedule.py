@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from brevitas_bp.backward.wrapper import QuantBackwardWrapper, wrappers_in
+from brevitas_bp.backward.seam import act_quant_of, wrappers_in
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 
 Settings = Mapping[str, Any]
 Stages = Mapping[int, Settings]
@@ -78,11 +79,11 @@ class QuantizerSchedule:
 
     def _try(self, settings: Settings) -> None:
         for wrapper in self._wrappers():
-            wrapper._act_quant.built(dict(settings))
+            act_quant_of(wrapper).built(dict(settings))
 
     def _wrappers(self) -> list[QuantBackwardWrapper]:
         """Found anew each time: models are wrapped, copied and rebuilt."""
-        found = [w for _, w in wrappers_in(self.root) if not w._act_quant.is_exact]
+        found = [w for _, w in wrappers_in(self.root) if not act_quant_of(w).is_exact]
         if not found:
             raise ValueError(
                 f"{_WHERE}: {type(self.root).__name__} neither is nor contains a QuantBackwardWrapper "

@@ -206,7 +206,7 @@ def _amplified(profile: Profile, tensor: Probed) -> float:
 def _fan_in(profile: Profile, tensor: Probed, own: set[int] | None) -> float:
     """Elements of the weight for each channel that a layer returns; 1 for what is no layer."""
     weights = [w for w in (profile.parameters[p] for p in own or ()) if w.dim() > 1]
-    if not weights or tensor.reaches != {"weight"}:
+    if not weights or tensor.reach != {"weight"}:
         return 1.0
     weight = max(weights, key=lambda w: w.numel())
     transposed = any("transpose" in site for site in tensor.sites)

@@ -1,21 +1,17 @@
 """Measuring on a user's model: taking every gradient at one point, and leaving no trace."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brevitas_bp.backward.policy import keep_all
+from brevitas_bp.backward.seam import restored, using_policy
 from brevitas_bp.backward.transparent import all_modules
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
-from brevitas_bp.format.random import SeedStream, derive
-
-# Keys of a wrapper that a forward pass may change, and those that hold quantizers with statistics.
-_CODECS = ("_act_quant", "_overrides", "_codec_by_module", "_policy", "_base_policy")
-_CHANGING = (*_CODECS, "_noise", "_explanation")
+from brevitas_bp.format.random import derive
 
 
 @contextmanager
@@ -24,15 +20,12 @@ def unchanged(
         ) -> Iterator[Callable[[], None]]:
     """Leaves model and generators as they are; yields what goes back to that point meanwhile."""
     restore = point(model)
-    before = [{key: wrapper.__dict__[key] for key in _CHANGING} for wrapper in wrappers]
-    for i, (wrapper, kept) in enumerate(zip(wrappers, before)):
-        wrapper.__dict__.update(copy.deepcopy({key: kept[key] for key in _CODECS}))
-        wrapper._noise = SeedStream(derive(seed, i))
     try:
-        yield restore
+        with ExitStack() as stack:
+            for i, wrapper in enumerate(wrappers):
+                stack.enter_context(restored(wrapper, derive(seed, i)))
+            yield restore
     finally:
-        for wrapper, kept in zip(wrappers, before):
-            wrapper.__dict__.update(kept)
         restore()
 
 
@@ -60,14 +53,10 @@ def point(model: nn.Module) -> Callable[[], None]:
 @contextmanager
 def exact_policy(wrappers: list[QuantBackwardWrapper]) -> Iterator[None]:
     """Within the block, wrappers keep everything."""
-    policies = [wrapper._policy for wrapper in wrappers]
-    for wrapper in wrappers:
-        wrapper._policy = keep_all
-    try:
+    with ExitStack() as stack:
+        for wrapper in wrappers:
+            stack.enter_context(using_policy(wrapper, keep_all))
         yield
-    finally:
-        for wrapper, policy in zip(wrappers, policies):
-            wrapper._policy = policy
 
 
 def apart(items: Iterable[Any]) -> Iterator[Any]:

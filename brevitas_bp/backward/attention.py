@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from brevitas_bp.backward.rewrites import Passing, Substitution, refuse_second_derivative
+from brevitas_bp.backward.rewrites import RunningPass, Substitution, refuse_second_derivative
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -37,7 +37,7 @@ class ReplayAttention:
     of the forward pass.
     """
 
-    def __call__(self, passing: Passing, call: Call) -> Any:
+    def __call__(self, running: RunningPass, call: Call) -> Any:
         given = [call.argument(i, name) for i, name in enumerate(_ATTENTION_TENSORS)]
         tensors = [t for t in given if t is not None]
         if not torch.is_grad_enabled() or in_forward_ad() or not (
@@ -46,7 +46,7 @@ class ReplayAttention:
             return NotImplemented
         given = [None if t is None else _autocast(t) for t in given]
         roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, REPLAYED][:len(tensors)]
-        with passing.saving(*roles, REPLAYED) as substitution:
+        with running.saving(*roles, REPLAYED) as substitution:
             return _ReplayAttention.apply(_Replay(call), substitution, *given)
 
 

@@ -1,11 +1,12 @@
 """What was decided for each call site, and why."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.codec import Packed
 from brevitas_bp.codec.base import Keep
+from brevitas_bp.text import mib, table
 
 
 @dataclass
@@ -45,8 +46,9 @@ class Explanation:
     _noted: list[tuple[str, str | None, Decision, str, int, int]] = field(
         default_factory=list, repr=False)
     compiled: bool = field(default=False, repr=False)
-    #: Numbers of the compiled graphs that drew noise.
+    #: Numbers of the compiled graphs that ran, and the qualified name of the wrapped module.
     graphs: set[int] = field(default_factory=set, repr=False)
+    prefix: str = field(default="", repr=False)
 
     def add(self, saved: SavedTensor, packed: Packed, decision: Decision) -> None:
         """Notes one saved tensor."""
@@ -116,19 +118,3 @@ def unknown_note(names: list[str]) -> list[str]:
     """One line that names what was left exact, if anything was."""
     return [] if not names else [
         f"kept exact, for want of a rule: {', '.join(names)} (see brevitas_bp.register_op)"]
-
-
-def table(lines: Sequence[tuple[str, ...]], left: int, total: bool = False) -> str:
-    """Aligned columns under a rule; ``left`` of them flush left; with ``total`` the last line apart."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(
-        cell.ljust(width) if i < left else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
-    rule = "-" * max(len(line) for line in text)
-    body = [*text[1:-1], rule, text[-1]] if total else text[1:]
-    return "\n".join([text[0], rule, *body])
-
-
-def mib(nbytes: int) -> str:
-    """Bytes as MiB."""
-    return f"{nbytes / 2**20:.3f}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.compiled.dynamo import in_python
-from brevitas_bp.backward.compiled.hooks import CompiledSite, InlinedHooks, hooks_for_inputs
+from brevitas_bp.backward.compiled.hooks import CompiledSite, GraphHooks, hooks_for_inputs
 from brevitas_bp.backward.encoding import Encodings, can_encode
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.kept import ExactStorages, Kept, as_it_is, kept, unpack
@@ -84,8 +84,8 @@ class ForwardPass:
         listeners: told of every saved tensor.
         explanation: told what was decided for every saved tensor.
         verify: seal what is packed with a checksum.
-        inlined: asked, where there are compiled modules, for hooks to set in place of those of the pass,
-            which they call.
+        graph_hooks: returns the hooks for compiled modules, which replace those of the pass and call
+            them; asked only if there are compiled modules.
         compiled: whether the root is compiled by what calls it.
     """
 
@@ -99,7 +99,7 @@ class ForwardPass:
             listeners: tuple[Listener, ...] = (),
             explanation: Explanation | None = None,
             verify: bool = False,
-            inlined: Callable[[], InlinedHooks | None] | None = None,
+            graph_hooks: Callable[[Location], GraphHooks | None] | None = None,
             compiled: bool = False) -> None:
         outer = current_location()
         self.location = Location(
@@ -115,15 +115,17 @@ class ForwardPass:
         self.listeners = listeners
         self.explanation = explanation
         self.hooks: tuple[Callable[[Any], Any], Callable[[Any], Any]] = (self.pack, unpack)
-        self.inlined = inlined() if inlined is not None and self.location.compiled else None
+        self.graph_hooks = None
+        if graph_hooks is not None and self.location.compiled:
+            self.graph_hooks = graph_hooks(self.location)
         if self.location.compiled:
             self.pack_in_python = in_python(self.pack)
             self.hooks = self.pack_in_python, in_python(unpack)
-        if self.inlined is not None:
-            self.location.passing = self
-            self.hooks = self.inlined.pack, self.inlined.unpack
+        if self.graph_hooks is not None:
+            self.location.forward_pass = self
+            self.hooks = self.graph_hooks.pack, self.graph_hooks.unpack
             if explanation is not None:
-                self.location.graphs = explanation.graphs
+                self.location.graphs, explanation.prefix = explanation.graphs, self.location.prefix
         self._hooked = self._closed = False
         self._resources = ExitStack()
         self._substitution: Substitution | None = None
@@ -262,11 +264,11 @@ class ForwardPass:
     def graphs(
             self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
         """Tensors that compiled graphs of this pass keep, but for parameters; where known with site."""
-        if self.inlined is not None:
-            for site, tensors in self.inlined.live(output, inputs):
+        if self.graph_hooks is not None:
+            for site, tensors in self.graph_hooks.live(output, inputs):
                 if tensors and not (
                         site is None and self.parameters.contains(tensors[0], ())):
-                    yield site, tensors
+                    yield None if site is None else site.under(self.location.prefix), tensors
 
     @contextmanager
     def saving(self, *roles: str) -> Iterator[Substitution]:
@@ -317,7 +319,7 @@ class ForwardPass:
     def __enter__(self) -> "ForwardPass":
         try:
             enter(self.location)
-            if self.inlined is not None:
+            if self.graph_hooks is not None:
                 self._resources.enter_context(hooks_for_inputs())
             self._hooked = True
             push_hooks(*self.hooks)

@@ -51,7 +51,7 @@ class Location:
         self.rounded_unseen: set[int] = set()
         self.ever_rounded: set[int] = set()
         # The pass itself, and the seed of its next encode, for hooks that serve several passes.
-        self.passing: Any = None
+        self.forward_pass: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
         # Whether a module of the pass has run in it.
@@ -323,7 +323,7 @@ def leave(location: Location) -> None:
     """Undoes :func:`enter`, wherever that came to; see NOTE [ Interrupts ]."""
     location.ended = True
     # It holds the pass, which would wait for the garbage collector.
-    location.rewrites = location.observer = location.passing = location.next_seed = None
+    location.rewrites = location.observer = location.forward_pass = location.next_seed = None
     location.ending = location.rounding = None
     location.tree = []
     if location in _running.locations:

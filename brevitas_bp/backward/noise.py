@@ -1,77 +1,141 @@
-"""The noise of all wrappers in a model, as one state of a checkpoint."""
+"""The noise of one wrapper: its private stream of seeds, and which processes draw the same."""
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+import itertools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, final
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
-from brevitas_bp.backward.wrapper import wrappers_in
-from brevitas_bp.errors import UnknownNameError, nearest
+from brevitas_bp.backward.transparent import all_modules
+from brevitas_bp.codec.shard import is_dtensor
+from brevitas_bp.format.random import SeedStream, derive
 
-_WHERE = "brevitas_bp.backward.NoiseState"
+_AMBIGUOUS = (
+    "brevitas_bp.QuantBackwardWrapper: the parameters are DTensors on several device meshes, so it is "
+    "not known which processes hold copies of the same activations and must draw the same noise; each "
+    "draws its own. Pass rank=, the rank of the data-parallel dimension")
+_created = itertools.count()
 
 
-class NoiseState:
-    """Saves and restores the noise streams of every ``QuantBackwardWrapper`` in a model.
-
-    Weights, optimizer and torch's random state are not all that a run consists of: to resume bit for bit
-    its roundings must go on where they were. Plain values only, the same in every process. Trainers that
-    save whatever has ``state_dict`` and ``load_state_dict`` take it as it is.
+@final
+class Noise:
+    """Seeds for the roundings of one wrapper.
 
     Args:
-        model: contains wrappers, at any depth, or is one. Their qualified names are the keys, so make
-            this from the model that *you* built, before a trainer puts its own shell around it.
-
-    Raises:
-        ValueError: ``model`` contains no wrapper.
-
-    Example:
-        >>> from brevitas_bp import QuantBackwardWrapper
-        >>> net = nn.Sequential(QuantBackwardWrapper(nn.Linear(4, 4), seed=3), nn.ReLU())
-        >>> NoiseState(net).state_dict()
-        {'0': {'base': 3, 'position': 0}}
+        seed: of the stream; None derives it, at first use, from ``torch.initial_seed()`` and the number
+            of streams that were made before this one, because two wrappers must not share their noise.
+        rank: tells the noise of this process from that of others; None asks ``torch.distributed``, see
+            NOTE [ Replicas draw the same noise ].
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._wrappers = dict(wrappers_in(model))
-        if not self._wrappers:
-            raise ValueError(
-                f"{_WHERE}: {type(model).__name__} contains no QuantBackwardWrapper, so there is no "
-                "noise to save; wrap the model or a part of it first")
+    def __init__(self, seed: int | None = None, rank: int | None = None) -> None:
+        self._number = next(_created)
+        self._stream: SeedStream | None = None if seed is None else SeedStream(seed)
+        self._rank = rank
+        self._replicas: tuple[int, ...] = ()
 
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        """Qualified name of each wrapper -> its ``noise_state()``."""
-        return {name: wrapper.noise_state() for name, wrapper in self._wrappers.items()}
+    @property
+    def stream(self) -> SeedStream:
+        """The stream of seeds, of which each process takes those of its rank."""
+        if self._stream is None:
+            self._stream = SeedStream(derive(torch.initial_seed(), self._number))
+        return self._stream
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues every stream from :meth:`state_dict`; all of them or, after an error, none.
+    def rank(self, root: nn.Module) -> int:
+        """The rank of this process.
 
-        Raises:
-            UnknownNameError: the state is of a model with other wrappers.
-            ValueError: a stream's state is not one.
+        Asked at every forward pass, because the wrapper may be older than the process group.
+
+        Args:
+            root: the wrapped module.
         """
-        ours, given = set(self._wrappers), set(state_dict)
-        if ours != given:
-            raise UnknownNameError(
-                f"{_WHERE}.load_state_dict: the wrappers of this model are {_listed(ours)}, but the "
-                f"state is of {_listed(given)}{_hint(ours, given)}; wrap the same modules as when it "
-                "was saved")
-        before = self.state_dict()
+        if self._rank is not None:
+            return self._rank
+        # Remembered, because parameters that FSDP has gathered do not show their group any more.
+        self._replicas = replica_group(root) or self._replicas
+        if not (dist.is_available() and dist.is_initialized()):
+            return 0
+        return self._replicas[0] if self._replicas else dist.get_rank()
+
+    def seeds(self, root: nn.Module) -> Callable[[], int]:
+        """What gives one seed after the other, for a forward pass of ``root``."""
+        return partial(self.stream.next, self.rank(root))
+
+    def of_replica(self, root: nn.Module) -> "Noise":
+        """Noise for a replica of ``nn.DataParallel``, which runs at the same time as the others."""
+        other = copy.copy(self)
+        other._stream = SeedStream(derive(self.stream.next(self.rank(root)), 0))
+        return other
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Within the block seeds come from a stream of ``seed``; this one stands still."""
+        before, self._stream = self._stream, SeedStream(seed)
         try:
-            self._set(state_dict)
-        except Exception:
-            self._set(before)
-            raise
+            yield
+        finally:
+            self._stream = before
 
-    def _set(self, states: Mapping[str, Any]) -> None:
-        for name, wrapper in self._wrappers.items():
-            wrapper.set_noise_state(states[name])
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Noise":
+        # A deep copy of a wrapper draws noise of its own.
+        other = copy.copy(self)
+        other._number = next(_created)
+        if self._stream is not None:
+            other._stream = SeedStream(derive(self._stream.state()["base"], other._number))
+        return other
 
 
-def _listed(names: set[str]) -> str:
-    return ", ".join(repr(name) if name else "the model itself" for name in sorted(names)) or "none"
+def replica_group(root: nn.Module) -> tuple[int, ...]:
+    """Ranks of the processes that hold copies of the activations of this one; none if it is alone.
+
+    NOTE [ Replicas draw the same noise ]
+    1. Processes that see other data draw other noise: their errors average out.
+    2. The processes of a tensor-parallel group hold copies of some activations, and of parameters
+       (norms, biases) whose gradients nobody reduces: with noise of their own the copies drift apart.
+       So all of them take the rank of the first.
+    3. The group is that of the mesh of a DTensor parameter. Those that FSDP2 shards it gathers before
+       they are used: what counts is their mesh without FSDP's dimensions, which come first.
+
+    Warns where parameters live on several meshes.
+    """
+    # Who has a DTensor has imported them: others are spared a walk over all parameters.
+    if "torch.distributed.tensor" not in sys.modules or not dist.is_initialized():
+        return ()
+    groups = set(_groups(root))
+    if len(groups) > 1:
+        warnings.warn(_AMBIGUOUS, stacklevel=8)
+    return groups.pop() if len(groups) == 1 else ()
 
 
-def _hint(ours: set[str], given: set[str]) -> str:
-    missing = sorted(ours - given)
-    return nearest(missing[0], sorted(given - ours)) if missing else ""
+def _groups(root: nn.Module) -> Iterator[tuple[int, ...]]:
+    sharded = _sharded_by_fsdp(root)
+    for parameter in root.parameters():
+        if is_dtensor(parameter):
+            mesh: Any = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+            skipped = _fsdp_dims(parameter) if id(parameter) in sharded else 0
+            coordinate = mesh.get_coordinate()
+            if skipped < mesh.ndim and coordinate is not None:
+                yield tuple(mesh.mesh[tuple(coordinate[:skipped])].flatten().tolist())
+
+
+def _sharded_by_fsdp(root: nn.Module) -> set[int]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return set()
+    modules = (m for m in all_modules(root) if isinstance(m, fsdp.FSDPModule))
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def _fsdp_dims(parameter: Any) -> int:
+    """Leading dimensions of the mesh that are FSDP's: any number of replicas, then its shards."""
+    for dim, placement in enumerate(parameter.placements):
+        if not placement.is_replicate():
+            return dim + 1
+    return len(parameter.placements)

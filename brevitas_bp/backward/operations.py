@@ -16,7 +16,7 @@ from torch import Tensor
 
 from brevitas_bp.backward.location import current_location
 from brevitas_bp.backward.origins import goes_through_rounding_of
-from brevitas_bp.backward.parameters import shows
+from brevitas_bp.backward.parameters import is_view_or_cast_of
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.rows import (
     RowsOf,
@@ -84,7 +84,7 @@ def linear(*positions: int) -> OpRule:
         if positions and saved.position not in positions:
             return Decision(None, "backward is not linear in it")
         return Decision(
-            saved.codec, "backward is linear in it", shared=stands_alone(saved), reaches="all",
+            saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
             rows=last_dimension)
 
     return OpRule(_floats(decide))
@@ -108,7 +108,7 @@ def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
         return Decision(
             saved.codec, "input: the gradient of the weight is linear in it", rows=rows,
             units="channel" if apart else None, shared=alone,
-            reaches="weight" if alone else _reach(factor, saved.tensor.numel()))
+            reach="weight" if alone else _reach(factor, saved.tensor.numel()))
 
     return OpRule(_floats(decide))
 
@@ -123,7 +123,7 @@ def _is_weight(saved: SavedTensor, weight: int) -> bool:
         return False
     if x.numel() != tensors[0].numel() or x.requires_grad != tensors[0].requires_grad:
         return True
-    return shows(x, tensors[weight])
+    return is_view_or_cast_of(x, tensors[weight])
 
 
 def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
@@ -144,7 +144,7 @@ def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
         reach = _reach(tensors, size)
         return Decision(
             saved.codec, "factor: the other's gradient is linear in it", shared=reach == "weight",
-            reaches=reach, rows=rows)
+            reach=reach, rows=rows)
 
     return OpRule(_floats(decide))
 
@@ -158,12 +158,12 @@ def quotient() -> OpRule:
     def decide(saved: SavedTensor) -> Decision:
         dividend, divisor = (
             saved.call.argument(i, name) for i, name in enumerate(("input", "other")))
-        if not saved.shows(dividend) or saved.shows(divisor):
+        if not saved.aliases(dividend) or saved.aliases(divisor):
             return Decision(None, "divisor: backward is not linear in it")
         return Decision(
             saved.codec, "dividend: the divisor's gradient is linear in it",
             shared=stands_alone(saved),
-            reaches=_reach(list(tensors_in((divisor,))), saved.tensor.numel()), rows=of_elements,
+            reach=_reach(list(tensors_in((divisor,))), saved.tensor.numel()), rows=of_elements,
             units="quotient")
 
     return OpRule(_floats(decide))
@@ -226,7 +226,7 @@ def normalization(statistics: bool = False) -> OpRule:
         alone = stands_alone(saved)
         return Decision(
             saved.codec, "input of a norm: bias of order 1/M", shared=alone,
-            reaches="norm" if alone else "all", rows=last_dimension,
+            reach="norm" if alone else "all", rows=last_dimension,
             units="statistic" if statistics and _is_first(saved) else None, least_bits=least)
 
     return OpRule(_floats(decide))
@@ -275,7 +275,8 @@ def elementwise(
     """A smooth elementwise function: its derivative is saved, and backward is linear in that.
 
     Args:
-        formula: ``(x, y, call) -> dy/dx``; None lets autograd compute it, which is slower.
+        formula: ``(x, y, call) -> dy/dx``; None lets autograd compute it, which is slower. Those of
+            torch's own activations are in :data:`~brevitas_bp.activations.functions.ACTIVATIONS`.
         few_bit: see :class:`OpRule`.
         **options: of :class:`~brevitas_bp.backward.rewrites.SaveDerivative`.
     """

@@ -55,7 +55,7 @@ class ParameterSet:
                 self._frozen.add(storage)
 
     def contains(self, x: Tensor, arguments: tuple[Any, ...] = ()) -> bool:
-        """Whether ``x`` is, or shows, a parameter or buffer.
+        """Whether ``x`` is, or is_view_or_cast_of, a parameter or buffer.
 
         A parameter of another module (tied weights passed as an argument) is one too.
 
@@ -73,7 +73,7 @@ class ParameterSet:
         # A leaf shows itself; and most of what is saved was computed.
         if node is None or _makes_new(node):
             return False
-        leaf = shown_leaf(x)
+        leaf = leaf_behind(x)
         return leaf is not None and (
             is_parameter(leaf) or storage_id(leaf) in self._storages)
 
@@ -101,7 +101,7 @@ class ParameterSet:
         return storage_id(x) in self._frozen or self._is_gathered_frozen(x)
 
 
-def shown_leaf(x: Tensor) -> Tensor | None:
+def leaf_behind(x: Tensor) -> Tensor | None:
     """The leaf that ``x`` is, or shows in another shape or dtype; None for what was computed."""
     if x.is_leaf:
         return x
@@ -111,7 +111,7 @@ def shown_leaf(x: Tensor) -> Tensor | None:
     return None
 
 
-def shows(x: Tensor, original: Tensor) -> bool:
+def is_view_or_cast_of(x: Tensor, original: Tensor) -> bool:
     """Whether autograd saw ``x`` be made of ``original`` by casts and views alone."""
     made = original.grad_fn
     for node, output in _origins(x):

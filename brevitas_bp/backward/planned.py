@@ -66,7 +66,7 @@ class PlannedPolicy:
         if candidate is None:
             return decision
         assert decision.codec is not None
-        if candidate.average_size > 1 and decision.reaches != "weight":
+        if candidate.average_size > 1 and decision.reach != "weight":
             # The bias of averages must not reach other gradients than that of the tensor's own weight.
             candidate = replace(candidate, average_size=1)
         return decision._replace(

@@ -20,8 +20,8 @@ from brevitas_bp.backward.operations import (
     norm_bits,
     rule_of,
 )
-from brevitas_bp.backward.rewrites import Passing, Rewrite, SaveDerivative, SaveInput
-from brevitas_bp.backward.rows import last_dimension, of_elements, of_halves
+from brevitas_bp.backward.rewrites import Rewrite, RunningPass, SaveDerivative, SaveInput
+from brevitas_bp.backward.rows import RowsOf, last_dimension, of_elements
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_VALUE,
@@ -32,7 +32,6 @@ from brevitas_bp.backward.saved import (
     Call,
     Decision,
     SavedTensor,
-    name_of,
 )
 from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, codec_from
 from brevitas_bp.codec.base import FLOATS
@@ -100,7 +99,7 @@ class PlainPolicy:
                 "brevitas_bp.QuantBackwardWrapper: policy must return a Codec or None, got "
                 f"{codec!r}; codec_from makes a codec of a quantizer")
         # It does not say how far a rounding goes.
-        return Decision(codec, self.reason, reaches="all")
+        return Decision(codec, self.reason, reach="all")
 
     def rewrite(self, function: Any) -> Rewrite | None:
         return None
@@ -240,11 +239,11 @@ class OpAware:
         Measured on EfficientNetV2-tiny: with inputs of norms averaged in pairs the median bias of all
         gradients is 0.43 of their norm, and 0.06 with those inputs in the codes of the averages.
         """
-        if decision.codec is not codec or decision.reaches == "weight":
+        if decision.codec is not codec or decision.reach == "weight":
             return decision
-        if decision.reaches == "all":
+        if decision.reach == "all":
             return decision.with_codec(self._multiplier or codec.at_least(self.multiplier_bits))
-        bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reaches == "norm" else 1)
+        bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reach == "norm" else 1)
         return decision.with_codec(codec.at_least(bits))
 
     def _decide_compiled(self, saved: SavedTensor, codec: Codec) -> Decision:
@@ -259,20 +258,17 @@ class OpAware:
             if least is None:
                 return FEW_IN_STATISTIC
             return self._widened(Decision(
-                codec, _LINEAR[saved.reach], reaches=saved.reach, least_bits=least), codec)
+                codec, _LINEAR[saved.reach], reach=saved.reach, least_bits=least), codec)
         bits = self.recomputed_bits
         return _RECOMPUTED_EXACT if bits is None else Decision(
-            codec.at_least(bits), "backward recomputes functions of it: slightly biased", reaches="all")
+            codec.at_least(bits), "backward recomputes functions of it: slightly biased", reach="all")
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
         if role == CHECKPOINT_INPUT:
             return self._decide_checkpoint(saved.tensor)
         if role == DERIVATIVE:
-            name = name_of(saved.call.function).strip("_")
-            decision = _DERIVATIVE if name in _BOUNDED else _UNBOUNDED_DERIVATIVE
-            if name == "glu":
-                decision = decision._replace(rows=of_halves)
-            return self._widened(decision.with_codec(codec), codec)
+            return self._widened(
+                _DERIVATIVE._replace(codec=codec, rows=_rows_of_derivative(saved.call)), codec)
         if role == FEW_BIT_INPUT:
             rule = rule_of(saved.call.function)
             assert rule is not None and self.few_bit is not None
@@ -285,7 +281,7 @@ class OpAware:
             if self._attention is not None:
                 return Decision(
                     self._attention, "query and key: biased, as asked for", shared=False,
-                    reaches="all", rows=last_dimension)
+                    reach="all", rows=last_dimension)
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # A view would keep the value alive that lies in the same memory.
@@ -298,7 +294,7 @@ class OpAware:
         if self._checkpoint is None or not x.requires_grad or x.dtype not in FLOATS:
             return _RUN_AGAIN
         return Decision(
-            self._checkpoint, "run again from it: biased, as asked for", reaches="all",
+            self._checkpoint, "run again from it: biased, as asked for", reach="all",
             rows=of_elements)
 
 
@@ -309,15 +305,10 @@ _LINEAR = {
 _STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
-_DERIVATIVE = Decision(None, "derivative: backward is linear in it", reaches="all")
-_UNBOUNDED_DERIVATIVE = _DERIVATIVE._replace(rows=of_elements)
-#: Functions whose derivative is of order 1 at most, whatever the input: buckets may hold any rows of it.
-_BOUNDED = frozenset({
-    "silu", "gelu", "mish", "elu", "selu", "celu", "softplus", "tanh", "sigmoid", "logsigmoid",
-    "log_sigmoid", "hardswish", "softsign", "tanhshrink", "sin", "cos", "erf", "erfc", "atan", "arctan"})
+_DERIVATIVE = Decision(None, "derivative: backward is linear in it", reach="all")
 # At the configured width: four bits were measured not to lower the noise of whole transformers.
 _VALUE = Decision(
-    None, "value: backward is linear in it", shared=False, reaches="sum", rows=last_dimension)
+    None, "value: backward is linear in it", shared=False, reach="sum", rows=last_dimension)
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)
@@ -335,13 +326,20 @@ def _is_log_sum(saved: SavedTensor) -> bool:
     return saved.op is not None and "attention" in saved.op and saved.tensor.dim() < 4
 
 
-def _with_table(rule: OpRule, bits: int, passing: Passing, call: Call) -> Any:
+def _rows_of_derivative(call: Call) -> RowsOf | None:
+    """The rows with which buckets of a derivative end, as the rule of the function says."""
+    rule = rule_of(call.function)
+    rewrite = None if rule is None else rule.rewrite
+    return rewrite.rows if isinstance(rewrite, SaveDerivative) else of_elements
+
+
+def _with_table(rule: OpRule, bits: int, running: RunningPass, call: Call) -> Any:
     """Runs a function so that its input is saved through a table, or its derivative without one."""
     rewrite = rule.rewrite
     assert isinstance(rewrite, SaveDerivative)
     if _few_bit_codec(rule, call, bits) is not None:
         rewrite = SaveInput(**vars(rewrite))
-    return rewrite(passing, call)
+    return rewrite(running, call)
 
 
 def _few_bit_codec(rule: OpRule, call: Call, bits: int) -> Codec | None:

@@ -24,6 +24,7 @@ from torch.compiler import is_compiling
 
 from brevitas_bp.activations import derivatives
 from brevitas_bp.backward.location import Location, seen_through
+from brevitas_bp.backward.rows import RowsOf, of_elements
 from brevitas_bp.backward.saved import (
     DERIVATIVE,
     FEW_BIT_INPUT,
@@ -43,7 +44,7 @@ from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, is_legacy_b
 SMALLEST = 256
 
 
-class Passing(Protocol):
+class RunningPass(Protocol):
     """What a rewrite may ask of the forward pass."""
 
     location: Location
@@ -96,10 +97,10 @@ class Substitution:
 
 
 #: (pass, call) -> output, or NotImplemented to run the function as it is.
-Rewrite = Callable[[Passing, Call], Any]
+Rewrite = Callable[[RunningPass, Call], Any]
 
 
-def look_through(passing: Passing, call: Call) -> Any:
+def look_through(running: RunningPass, call: Call) -> Any:
     """Runs a composite function of torch so that each function inside is treated by its own rule.
 
     Raises:
@@ -109,7 +110,7 @@ def look_through(passing: Passing, call: Call) -> Any:
         raise ValueError(
             f"brevitas_bp: {call.name} was registered as composite(), but it is not a Python function "
             "that could be looked through; register it with another rule")
-    return seen_through(call, passing.location)
+    return seen_through(call, running.location)
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,22 @@ class SaveDerivative:
         halves: ``call -> dim`` where the function halves a dimension and ``dy/dx`` holds both halves.
         named: call -> the derivative's name in :mod:`~brevitas_bp.activations.derivatives`, which serves
             the tensors that it supports, in place of ``formula``.
+        rows: rows of the derivative with which buckets end; None: it is of order 1 at most, whatever the
+            input, so that any elements may share a bucket.
+        inplace_at: position of ``inplace`` among the arguments of a function in ``torch.nn.functional``.
     """
 
     formula: Callable[[Tensor, Tensor, Call], Tensor] | None = None
     of_output: bool = False
     halves: Callable[[Call], int] | None = None
     named: Callable[[Call], str] | None = None
+    rows: RowsOf | None = of_elements
+    inplace_at: int | None = None
 
     #: Of what is saved.
     role: ClassVar[str] = DERIVATIVE
 
-    def __call__(self, passing: Passing, call: Call) -> Any:
+    def __call__(self, running: RunningPass, call: Call) -> Any:
         x = call.argument(0, "input")
         if "out" in call.kwargs or not (
                 isinstance(x, Tensor) and x.requires_grad and is_storable(without_class(x))
@@ -144,13 +150,13 @@ class SaveDerivative:
         # Small or expanded, the derivative would take more than what it stands for.
         if x.numel() < SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
             return NotImplemented
-        inplace, others = is_inplace(call), call.args[1:]
+        inplace, others = is_inplace(call, self.inplace_at), call.args[1:]
         if call.kwargs:
             others = *others, *[v for k, v in call.kwargs.items() if k != "input"]
         if any(t.requires_grad for t in tensors_in(others)) or (
                 inplace and (x.is_leaf or x._is_view())):
             return NotImplemented
-        with passing.saving(self.role) as substitution:
+        with running.saving(self.role) as substitution:
             return _SaveDerivative.apply(x, call, self, inplace, substitution)
 
     def differentiate(
@@ -267,18 +273,19 @@ def _is_ordinary(grad: Tensor) -> bool:
         is_functorch_wrapped(grad) or is_legacy_batched(grad))
 
 
-# Where torch.nn.functional takes ``inplace``, which may be any value that counts as true.
-_INPLACE_AT = {"silu": 1, "mish": 1, "hardswish": 1, "selu": 1, "elu": 2, "celu": 2}
+def is_inplace(call: Call, position: int | None) -> bool:
+    """Whether an activation function was told to overwrite its input, by any value that counts as true.
 
-
-def is_inplace(call: Call) -> bool:
-    """Whether an activation function was told to overwrite its input."""
+    Args:
+        call: of the function.
+        position: of the argument ``inplace`` where the function is one of ``torch.nn.functional``.
+    """
     name = call.name
     if name.endswith("_") and not name.endswith("__"):
         return True
-    position = _INPLACE_AT.get(name) if isinstance(call.function, FunctionType) else None
-    return bool(
-        call.kwargs.get("inplace") if position is None else call.argument(position, "inplace"))
+    if position is None or not isinstance(call.function, FunctionType):
+        return bool(call.kwargs.get("inplace"))
+    return bool(call.argument(position, "inplace"))
 
 
 def refuse_second_derivative(name: str) -> None:

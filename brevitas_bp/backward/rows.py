@@ -64,13 +64,16 @@ def of_elements(x: Tensor, call: Call) -> Rows | None:
     return _wide_enough(x, dims)
 
 
-def of_halves(x: Tensor, call: Call) -> Rows | None:
-    """Halves of the dimension that ``glu`` halves: their derivatives differ by any factor."""
-    dim = call.argument(1, "dim", -1) % x.dim()
-    if not x.is_contiguous():
-        return of_elements(x, call)
-    half = prod(x.shape[dim:]) // 2
-    return Rows(half, x.shape[-1]) if half >= LEAST_ROW else None
+def of_halves(dim_of: Callable[[Call], int]) -> RowsOf:
+    """Halves of the dimension that a call halves, as ``glu``: their derivatives differ by any factor."""
+    def rows(x: Tensor, call: Call) -> Rows | None:
+        dim = dim_of(call) % x.dim()
+        if not x.is_contiguous():
+            return of_elements(x, call)
+        half = prod(x.shape[dim:]) // 2
+        return Rows(half, x.shape[-1]) if half >= LEAST_ROW else None
+
+    return rows
 
 
 def _wide_enough(x: Tensor, dims: int) -> Rows | None:

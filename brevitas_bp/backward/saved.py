@@ -104,7 +104,7 @@ class SavedTensor:
         """Values passed to the function."""
         return self.call.arguments
 
-    def shows(self, argument: Any) -> bool:
+    def aliases(self, argument: Any) -> bool:
         """Whether the tensor is this argument, perhaps seen in another shape."""
         x = self.tensor
         return isinstance(argument, Tensor) and storage_id(argument) == storage_id(x) and (
@@ -127,7 +127,7 @@ class SavedTensor:
             for tensor in tensors_in((argument,)):
                 if storage_id(tensor) != storage:
                     continue
-                if self.shows(tensor):
+                if self.aliases(tensor):
                     return position
                 sharing.append(position)
         return sharing[0] if len(sharing) == 1 else None
@@ -157,7 +157,7 @@ class SavedTensor:
         if self.op is None or "norm" not in self.op or not self.arguments:
             return False
         normalized = self.arguments[0]
-        return isinstance(normalized, Tensor) and not self.shows(normalized) and (
+        return isinstance(normalized, Tensor) and not self.aliases(normalized) and (
             self.tensor.numel() < normalized.numel() or normalized.shape[-1:] == (1,))
 
 
@@ -171,7 +171,7 @@ class Decision(NamedTuple):
             multiplies it with what comes through the same tensor elsewhere: a product of two roundings
             is unbiased only if they are independent.
         known: whether the policy knows the operation.
-        reaches: how far a rounding of it goes, which decides its width: "weight", into one weight's
+        reach: how far a rounding of it goes, which decides its width: "weight", into one weight's
             gradient only; "sum", into gradients further up, but summed with so many others that no more
             bits are needed; "norm", weakly into all gradients further up; "all", as a factor into all
             of them. Only what reaches no further than a weight may be averaged.
@@ -186,7 +186,7 @@ class Decision(NamedTuple):
     reason: str
     shared: bool = True
     known: bool = True
-    reaches: Literal["weight", "sum", "norm", "all"] = "weight"
+    reach: Literal["weight", "sum", "norm", "all"] = "weight"
     rows: "Callable[[Tensor, Call], Rows | None] | None" = None
     units: Literal["statistic", "channel", "quotient"] | None = None
     least_bits: int = 1

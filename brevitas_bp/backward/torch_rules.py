@@ -1,12 +1,11 @@
 """The rule of each operation of torch."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from brevitas_bp.activations.functions import ACTIVATIONS, Activation
 from brevitas_bp.backward.attention import ReplayAttention
 from brevitas_bp.backward.operations import (
     OpRule,
@@ -21,8 +20,8 @@ from brevitas_bp.backward.operations import (
     stands_alone,
     weighted,
 )
-from brevitas_bp.backward.rewrites import Passing, SaveDerivative
-from brevitas_bp.backward.rows import convolved, of_elements, trailing
+from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative
+from brevitas_bp.backward.rows import convolved, of_elements, of_halves, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.base import FLOATS
@@ -45,81 +44,37 @@ from brevitas_bp.codec.rows import Rows
 from brevitas_bp.codec.shape_only import shape_only
 from brevitas_bp.codec.signed import sign_exact
 
-_aten = torch.ops.aten
 _MASK = "mask: gradient exact"
 
 
-def _one(x: Tensor) -> Tensor:
-    """A gradient of ones, one value in memory."""
-    return x.new_ones(()).expand(x.shape)
+def activation(entry: Activation) -> OpRule:
+    """The rule of an activation function: its derivative is saved in place of its input.
 
+    Args:
+        entry: of the function; of its own calls, and of those of its variant, which must be alike in
+            ``of_output``, ``compiled`` and ``halves``.
+    """
+    def formula(x: Tensor, y: Tensor, call: Call) -> Tensor:
+        called = entry.called(call.argument)
+        derivative = called.kernel or called.derivative
+        assert derivative is not None
+        return derivative(y if called.of_output else x, **called.read(call.argument))
 
-def _silu(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return _aten.silu_backward(_one(x), x)
+    def few_bit(call: Call) -> dict[str, Any]:
+        called = entry.called(call.argument)
+        return {"name": called.name, "even": called.even, **called.read(call.argument)}
 
+    def dim(call: Call) -> int:
+        return entry.read(call.argument)["dim"]
 
-def _gelu(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return _aten.gelu_backward(_one(x), x, approximate=call.argument(1, "approximate", "none"))
-
-
-def _mish(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return _aten.mish_backward(_one(x), x)
-
-
-def _hardswish(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return _aten.hardswish_backward(_one(x), x)
-
-
-def _softplus(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return _aten.softplus_backward(
-        _one(x), x, call.argument(1, "beta", 1), call.argument(2, "threshold", 20))
-
-
-def _log_sigmoid(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return torch.sigmoid(-x)
-
-
-def _sigmoid(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return _aten.sigmoid_backward(_one(y), y)
-
-
-def _tanh(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return _aten.tanh_backward(_one(y), y)
-
-
-def _glu(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return _aten.glu_backward(_one(y), x, _glu_dim(call))
-
-
-def _glu_dim(call: Call) -> int:
-    return call.argument(1, "dim", -1)
-
-
-def _erf(x: Tensor, y: Tensor, call: Call) -> Tensor:
-    return (-x * x).exp_().mul_(2 / math.sqrt(math.pi))
-
-
-def _named(name: str, *, even: bool = False) -> Callable[[Call], dict[str, Any] | None]:
-    return lambda call: {"name": name, "even": even}
-
-
-def _gelu_name(call: Call) -> str:
-    return "gelu_tanh" if call.argument(1, "approximate", "none") == "tanh" else "gelu"
-
-
-def _gelu_table(call: Call) -> dict[str, Any]:
-    return {"name": _gelu_name(call)}
-
-
-def _alpha_table(call: Call) -> dict[str, Any]:
-    return {"name": call.name.strip("_"), "alpha": float(call.argument(1, "alpha", 1.0))}
-
-
-def _softplus_table(call: Call) -> dict[str, Any] | None:
-    beta, threshold = (float(call.argument(i, name, default)) for i, name, default in (
-        (1, "beta", 1.0), (2, "threshold", 20.0)))
-    # Below, the straight part begins where the curve still bends.
-    return {"name": "softplus", "beta": beta} if beta * threshold >= 15 else None
+    return elementwise(
+        formula if entry.kernel or entry.derivative else None,
+        few_bit=few_bit if entry.derivative else None,
+        of_output=entry.of_output is not None,
+        halves=dim if entry.halves else None,
+        named=(lambda call: entry.called(call.argument).name) if entry.compiled else None,
+        rows=of_halves(dim) if entry.halves else None if entry.bounded else of_elements,
+        inplace_at=entry.inplace)
 
 
 def _power(saved: SavedTensor) -> Decision:
@@ -138,11 +93,11 @@ def _power_derivative(x: Tensor, y: Tensor, call: Call) -> Tensor:
 _save_power = SaveDerivative(_power_derivative)
 
 
-def _rewrite_power(passing: Passing, call: Call) -> Any:
+def _rewrite_power(running: RunningPass, call: Call) -> Any:
     """Whole exponents from 3, as in GELU by ``x ** 3``: the derivative is finite where ``x`` is."""
     exponent = call.argument(1, "exponent")
     if isinstance(exponent, (int, float)) and exponent >= 3 and exponent == int(exponent):
-        return _save_power(passing, call)
+        return _save_power(running, call)
     return NotImplemented
 
 
@@ -166,7 +121,7 @@ def _deviation(saved: SavedTensor) -> Decision:
     if reduced != set(range(x.dim() - len(reduced), x.dim())):
         return Decision(None, "its statistics run across rows")
     return Decision(
-        saved.codec, "backward is linear in it", shared=stands_alone(saved), reaches="all",
+        saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
         rows=lambda x, call: trailing(x, len(reduced)))
 
 
@@ -297,22 +252,9 @@ _register(normalization(statistics=True), """
 _register(normalization(), "rms_norm")
 register_op(torch.nn.SyncBatchNorm, normalization(statistics=True))
 
-register_op("silu", elementwise(_silu, few_bit=_named("silu"), named=lambda call: "silu"))
-register_op("gelu", elementwise(_gelu, few_bit=_gelu_table, named=_gelu_name))
-register_op("mish", elementwise(_mish, few_bit=_named("mish")))
-register_op("hardswish", elementwise(_hardswish, few_bit=_named("hardswish")))
-register_op("softplus", elementwise(_softplus, few_bit=_softplus_table))
-register_op("log_sigmoid", elementwise(_log_sigmoid, few_bit=_named("logsigmoid")))
-register_op("sigmoid", elementwise(
-    _sigmoid, few_bit=_named("sigmoid", even=True), of_output=True, named=lambda call: "sigmoid"))
-register_op("tanh", elementwise(
-    _tanh, few_bit=_named("tanh", even=True), of_output=True, named=lambda call: "tanh"))
-register_op("softsign", elementwise(few_bit=_named("softsign", even=True)))
-register_op("selu", elementwise(few_bit=_named("selu")))
-_register(elementwise(few_bit=_alpha_table), "elu celu")
-register_op("glu", elementwise(_glu, halves=_glu_dim))
-register_op("erf", elementwise(_erf))
-_register(elementwise(), "tanhshrink sin cos atan arctan erfc")
+for _entry in ACTIVATIONS.values():
+    if not _entry.stepwise:
+        _register(activation(_entry), " ".join((_entry.name, *_entry.aliases)))
 
 register_op("scaled_dot_product_attention", OpRule(
     exact("attention: the weights follow from what is saved").decide, ReplayAttention()))

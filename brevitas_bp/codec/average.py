@@ -1,6 +1,6 @@
 """Averages of groups of neighbours, stored by another codec."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import final
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.average import check_average_size, group_means, spread, to_dtype
 from brevitas_bp.format.arithmetic import compute_dtype
@@ -62,16 +62,20 @@ class AverageCodec(Codec):
             flat = spread(means, self.average_size, length, order, dispatch.spread)
         return layout.restore_flat(flat)
 
-    def forms(self, packed: Packed) -> Sequence[Form] | None:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
         stored, means = packed.facts, self._layout_of_means(packed.layout)
         if not packed.layout.dtype.is_floating_point:
             refuse(packed, "a tensor of floats", packed.layout)
         if (stored.layout.shape, stored.layout.dtype) != (means.shape, means.dtype):
             refuse(packed, f"means {means.dtype} {list(means.shape)}", stored.layout)
-        return stored.codec.forms(stored)
+        return stored.codec.tensor_types(stored)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self.inner.stored_nbytes(self._layout_of_means(layout))
+
+    def graph_key(self) -> Hashable | None:
+        inner = self.inner.graph_key()
+        return None if inner is None else (self.average_size, inner)
 
     def in_rows(self, length: int, last: int) -> Codec:
         if length % last:

@@ -13,7 +13,7 @@ from brevitas_bp.codec.checksum import checksum
 from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.codec.derived import variants
 from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
-from brevitas_bp.codec.integrity import Form, check_forms, refuse, versions_of
+from brevitas_bp.codec.integrity import TensorType, check_types, refuse, versions_of
 from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError, UnsupportedTensorError
@@ -107,9 +107,9 @@ class Packed(_Referable):
             refuse(self, f"stored tensors at versions {self.versions}", f"versions {versions}")
         if not (self.layout.made_here or self.layout.is_sound()):
             refuse(self, "strides that address every stored element once", self.layout)
-        forms = self.codec.forms(self)
+        forms = self.codec.tensor_types(self)
         if forms is not None:
-            check_forms(self, forms)
+            check_types(self, forms)
         if self.seal is not None and not torch.equal(self._checksum(), self.seal):
             refuse(self, f"checksum {int(self.seal)}", int(self._checksum()))
 
@@ -190,7 +190,7 @@ class Codec(ABC):
                 "is where it returns None")
         return TensorLayout.of(x)
 
-    def forms(self, packed: Packed) -> Sequence[Form] | None:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
         """What the stored tensors must be, by layout and facts; None where the codec cannot tell.
 
         Raises:
@@ -270,6 +270,10 @@ class Codec(ABC):
     def quantizers(self) -> Iterator[nn.Module]:
         """The quantizers that it encodes with."""
         yield from ()
+
+    def graph_key(self) -> Hashable | None:
+        """Equal for codecs that store in the same way in compiled graphs; None: equal only to itself."""
+        return None
 
     def in_graph(self, x: GraphTensor) -> GraphForm | None:
         """Its form for a tensor that a compiled graph saves; None: the graph keeps the tensor."""
@@ -374,8 +378,8 @@ class Copy(Codec):
         """The copy."""
         return packed.layout.restore_flat(packed.tensors[0])
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
-        return [Form.flat(packed.layout.numel, packed.layout.dtype)]
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
+        return [TensorType.flat(packed.layout.numel, packed.layout.dtype)]
 
 
 #: Classes of ordinary tensors.

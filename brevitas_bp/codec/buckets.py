@@ -69,11 +69,11 @@ class BucketCodec(Codec):
         return self.quantizer.input_view_impl
 
 
-def codec_name(widths: tuple[int, ...], stochastic: bool | None) -> str:
+def codec_name(widths: tuple[int, ...], rounding: str | None) -> str:
     """Short name for reports.
 
-    >>> codec_name((2, 4), True)
+    >>> codec_name((2, 4), "stochastic")
     '2/4-bit stochastic'
     """
     bits = "/".join(str(w) for w in widths) + "-bit"
-    return bits if stochastic is None else f"{bits} {'stochastic' if stochastic else 'nearest'}"
+    return bits if rounding is None else f"{bits} {rounding}"

@@ -21,17 +21,9 @@ from brevitas.core.utils import StatelessBuffer
 from brevitas.core.zero_point import ZeroZeroPoint
 from torch import nn
 
-from brevitas_bp.core.bit_width import TwoBitWidthSelector
+from brevitas_bp.codec.lowering import speaks_for_itself
 from brevitas_bp.core.bucket import OverBucketView
-from brevitas_bp.core.int_quant import (
-    BucketIntQuant,
-    BucketRescalingIntQuant,
-    SignMagnitudeIntScaling,
-)
-from brevitas_bp.core.rounding import StochasticRound
-from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
-from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
-from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
+from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 
 
 def _name(kind: type) -> str:
@@ -39,12 +31,9 @@ def _name(kind: type) -> str:
 
 
 # By name: under BREVITAS_JIT=1 stock parts are scripted copies of their class.
-_KNOWN = frozenset(map(_name, (
-    BucketRescalingIntQuant, BucketIntQuant, SignMagnitudeIntScaling, OverBucketView,
-    RuntimeDynamicBucketScaling, RuntimeDynamicBucketZeroPoint, StochasticRound, TwoBitWidthSelector,
-    BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange, Abs, BitWidthConst, CeilSte,
-    FloatRestrictValue, FloorSte, Identity, nn.Identity, IntScaling, LogTwo, PowerOfTwo,
-    PowerOfTwoIntScaling, PowerOfTwoRestrictValue, RoundSte, RoundToZeroSte, StatelessBuffer,
+_STOCK = frozenset(map(_name, (
+    Abs, BitWidthConst, CeilSte, FloatRestrictValue, FloorSte, Identity, nn.Identity, IntScaling, LogTwo,
+    PowerOfTwo, PowerOfTwoIntScaling, PowerOfTwoRestrictValue, RoundSte, RoundToZeroSte, StatelessBuffer,
     ZeroZeroPoint)))
 
 
@@ -57,14 +46,16 @@ def is_bucketwise(quantizer: BucketRescalingIntQuant) -> bool:
     view = quantizer.input_view_impl
     return (
         type(quantizer) is BucketRescalingIntQuant and type(view) is OverBucketView
-        and view.bucket_size is not None and _works_bucket_by_bucket(quantizer))
+        and view.bucket_size is not None and all(map(_works_bucket_by_bucket, quantizer.children())))
 
 
 def _works_bucket_by_bucket(part: nn.Module) -> bool:
     if vars(type(part)).get("bucketwise") is True:
         # What it says is said of its own parts too.
         return True
-    return class_name(part) in _KNOWN and all(map(_works_bucket_by_bucket, part.children()))
+    # A row of format.stages is computed bucket by bucket.
+    known = speaks_for_itself(part) or class_name(part) in _STOCK
+    return known and all(map(_works_bucket_by_bucket, part.children()))
 
 
 def class_name(part: Any) -> str:

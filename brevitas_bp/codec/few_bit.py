@@ -7,7 +7,7 @@ from torch import Tensor
 
 from brevitas_bp.activations.few_bit import FewBitTable
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.format.few_bit import few_bit_nbytes
 from brevitas_bp.kernels import dispatch
@@ -56,11 +56,11 @@ class FewBitCodec(Codec):
         return layout.restore_flat(dispatch.decode_few_bit(
             payload, flags, self.table.levels, self.table.bits, layout.numel, layout.dtype))
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         if packed.layout.dtype not in FLOATS:
             refuse(packed, f"a tensor of {FLOATS}", packed.layout.dtype)
         codes, flags = few_bit_nbytes(packed.layout.numel, self.table.bits)
-        return [Form.flat(codes), Form.flat(flags)]
+        return [TensorType.flat(codes), TensorType.flat(flags)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return sum(few_bit_nbytes(layout.numel, self.table.bits))

@@ -11,7 +11,7 @@ from torch import Tensor
 from brevitas_bp.codec.base import Codec, Keep, Packed
 from brevitas_bp.codec.buckets import BucketCodec, codec_name
 from brevitas_bp.codec.bucketwise import is_bucketwise
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.stock import kind_of
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
@@ -92,7 +92,7 @@ class ModuleCodec(BucketCodec):
             flat = cut_rows(flat, self.row_size, size)
         return layout.restore_flat(flat[:layout.numel])
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         n, size, width_layout = packed.facts
         inner = compute_dtype(float_dtype(packed))
         numel = packed.layout.numel
@@ -105,7 +105,8 @@ class ModuleCodec(BucketCodec):
             refuse(packed, f"{n} buckets of {size}, {width_layout.n} with a width", packed.layout)
         stored = stored_metadata_dtype(self.quantizer.metadata_dtype, inner)
         return [
-            Form.flat(self._nbytes(size, width_layout)), Form.flat(n * (1 + self._is_affine()), stored)]
+            TensorType.flat(self._nbytes(size, width_layout)),
+            TensorType.flat(n * (1 + self._is_affine()), stored)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         n, size = bucket_shape(layout.numel, self.bucket_size, self.row_size)

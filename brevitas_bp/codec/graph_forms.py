@@ -43,7 +43,7 @@ _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 
 def _decode(
         payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
-    plan = dispatch.plan_from_text(spec, numel, dtype, payload.device)
+    plan = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
     # Of one width, nothing is drawn again.
     return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,))
 
@@ -59,7 +59,7 @@ def _decode_channels(
         payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
         dtype: torch.dtype) -> Tensor:
     """See :class:`ChannelForm`."""
-    plan = dispatch.plan_from_text(spec, numel, dtype, payload.device)
+    plan = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
     affine = Affine(statistics[1].contiguous(), statistics[0].contiguous(), inner)
     return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,), affine)
 

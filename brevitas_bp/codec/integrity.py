@@ -20,7 +20,7 @@ from brevitas_bp.errors import CorruptPayloadError
 _REMEDY = "stored tensors belong to autograd's graph: nothing else may replace, resize or write to them"
 
 
-class Form(NamedTuple):
+class TensorType(NamedTuple):
     """What one stored tensor must be, besides contiguous.
 
     Attributes:
@@ -32,7 +32,7 @@ class Form(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def flat(cls, numel: int, dtype: torch.dtype = torch.uint8) -> "Form":
+    def flat(cls, numel: int, dtype: torch.dtype = torch.uint8) -> "TensorType":
         """A tensor of one dimension; bytes, if nothing else is said."""
         return cls((numel,), dtype)
 
@@ -53,7 +53,7 @@ def versions_of(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     return tuple([None if t.is_inference() else t._version for t in tensors])
 
 
-def check_forms(payload: Any, forms: Sequence[Form]) -> None:
+def check_types(payload: Any, forms: Sequence[TensorType]) -> None:
     """Compares the tensors of a payload with their forms.
 
     Raises:

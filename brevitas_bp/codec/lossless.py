@@ -9,7 +9,7 @@ from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, MaskForm
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.format.masks import mask_nbytes
 from brevitas_bp.kernels import dispatch
@@ -36,10 +36,10 @@ class BitMask(Codec):
         return layout.restore_flat(
             dispatch.unpack_select(packed.tensors[0], layout.numel, 0, 1, layout.dtype))
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         if packed.layout.dtype != torch.bool:
             refuse(packed, "a bool tensor", packed.layout.dtype)
-        return [Form.flat(mask_nbytes(packed.layout.numel))]
+        return [TensorType.flat(mask_nbytes(packed.layout.numel))]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return mask_nbytes(layout.numel)
@@ -77,11 +77,11 @@ class NarrowInt(Codec):
         """The integers in their own dtype."""
         return packed.layout.restore_flat(packed.tensors[0].to(packed.layout.dtype))
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         layout, stored = packed.layout, packed.facts
         if layout.dtype not in _INTEGERS or stored != self._stored_dtype(layout.dtype, stored):
             refuse(packed, f"{layout.dtype} stored by {self}", f"a payload of {stored}")
-        return [Form.flat(layout.numel, stored)]
+        return [TensorType.flat(layout.numel, stored)]
 
     def _stored_dtype(self, dtype: torch.dtype, found: torch.dtype | None) -> torch.dtype:
         narrow = self.dtype or found

@@ -1,101 +1,132 @@
-"""A bucket quantizer made of known parts -> the spec of one fused kernel."""
+"""A bucket quantizer made of known parts -> the spec of one fused kernel.
 
+NOTE [ What a part says of itself ]
+1. ``stage(slot)`` of a part is a row of :mod:`brevitas_bp.format.stages`, if the part computes exactly
+   that in this slot of a quantizer. It is ``NEUTRAL`` if the part does nothing that a kernel would have
+   to know, and None if no row says what it does.
+2. It holds for the class that defines ``stage``. A subclass may compute something else, and has to
+   define it again.
+3. :data:`_FOREIGN` answers for parts of Brevitas and torch.
+4. All parts are asked, at any depth. If one has no answer, the quantizer runs through its modules.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from brevitas.core.bit_width import BitWidthConst
-from brevitas.core.function_wrapper import RoundSte
+from brevitas.core.function_wrapper import Identity, RoundSte
+from brevitas.core.function_wrapper.misc import Abs
 from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.core.scaling import IntScaling
 from brevitas.core.zero_point import ZeroZeroPoint
+from torch import nn
 
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
-from brevitas_bp.core.bucket import OverBucketView
-from brevitas_bp.core.int_quant import (
-    BucketIntQuant,
-    BucketRescalingIntQuant,
-    SignMagnitudeIntScaling,
-)
-from brevitas_bp.core.rounding import StochasticRound
-from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
-from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
+from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
-from brevitas_bp.format.spec import BucketQuantSpec, CodeRange, ScaleRule
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import (
+    NARROW,
+    NEAREST,
+    NEUTRAL,
+    NO_TRANSFORM,
+    UNSIGNED,
+    CodeRange,
+    Neutral,
+    Rounding,
+    ScaleRule,
+    Stage,
+    Transform,
+)
 
-_SYMMETRIC_RULES: dict[type, ScaleRule] = {BucketAbsMax: "max", BucketL2Norm: "l2"}
+
+def _int_scaling(part: Any) -> CodeRange | None:
+    if part.signed:
+        return NARROW if part.narrow_range else None
+    return None if part.narrow_range else UNSIGNED
+
+
+#: Class of a part -> the slot that it may fill, and what it is there. Its own parts belong to it.
+_FOREIGN: dict[type, tuple[str, Callable[[Any], Stage | Neutral | None]]] = {
+    RoundSte: ("float_to_int_impl", lambda part: NEAREST),
+    IntScaling: ("int_scaling_impl", _int_scaling),
+    ZeroZeroPoint: ("zero_point_impl", lambda part: NEUTRAL),
+    BitWidthConst: ("msb_clamp_bit_width_impl", lambda part: NEUTRAL),
+    FloatRestrictValue: ("restrict_scaling_impl", lambda part: NEUTRAL),
+    # What FloatRestrictValue makes of a scale, which is never negative.
+    Abs: ("restrict_scaling_pre", lambda part: NEUTRAL),
+    Identity: ("restrict_scaling_pre", lambda part: NEUTRAL)}
 
 
 def lower(quantizer: Any) -> BucketQuantSpec | None:
-    """The spec of ``quantizer``, or None where a part is not ours and the modules must run.
+    """The spec of ``quantizer``, or None where no fused kernel computes what its parts do.
 
-    Types are compared exactly: a subclass may compute something else, and under BREVITAS_JIT=1 stock
-    parts are scripted copies.
+    See NOTE [ What a part says of itself ]. Under BREVITAS_JIT=1 stock parts are scripted copies, which
+    are of no known class.
     """
     if type(quantizer) is not BucketRescalingIntQuant:
         return None
-    int_quant, view = quantizer.int_quant, quantizer.input_view_impl
-    if type(int_quant) is not BucketIntQuant or type(view) is not OverBucketView:
-        return None
-    rule, code_range = _scale_rule(quantizer), _code_range(quantizer)
-    stochastic = is_stochastic(int_quant.float_to_int_impl)
-    if rule is None or code_range is None or stochastic is None:
-        return None
-    if view.bucket_pad_zero != (rule == "l2") or (code_range == "unsigned") != (rule == "min_max"):
+    stages: dict[type[Stage], Stage] = {Transform: NO_TRANSFORM}
+    if not _collect(quantizer, stages) or not _is_consistent(quantizer, stages):
         return None
     selector = quantizer.msb_clamp_bit_width_impl
-    mixing = {}
-    if type(selector) not in (BitWidthConst, TwoBitWidthSelector):
-        return None
-    if isinstance(selector, TwoBitWidthSelector):
-        mixing = {
-            "mix_bit_width": selector.bit_widths[1], "mix_prob": selector.probability,
-            "mix_per": selector.mix_per}
+    mixing = {} if not isinstance(selector, TwoBitWidthSelector) else {
+        "mix_bit_width": selector.bit_widths[1], "mix_prob": selector.probability,
+        "mix_per": selector.mix_per}
+    rows: dict[Any, Any] = stages
+    view: Any = quantizer.input_view_impl
     return BucketQuantSpec(
         bit_width=quantizer.bit_widths[0],
         bucket_size=view.bucket_size,
-        scale_rule=rule,
-        code_range=code_range,
-        stochastic=stochastic,
+        scale_rule=rows[ScaleRule], code_range=rows[CodeRange], rounding=rows[Rounding],
+        transform=rows[Transform],
         integer_zero_point=bool(getattr(quantizer.zero_point_impl, "quantize_zero_point", False)),
         metadata_dtype=quantizer.metadata_dtype,
         **mixing)
 
 
-def _scale_rule(quantizer: BucketRescalingIntQuant) -> ScaleRule | None:
-    scaling: Any = quantizer.scaling_impl
-    zero_point: Any = quantizer.zero_point_impl
-    if type(scaling) is not RuntimeDynamicBucketScaling or (
-            type(scaling.restrict_scaling_impl) is not FloatRestrictValue):
-        return None
-    stats: Any = scaling.scaling_stats_impl
-    if type(scaling.input_view_impl) is not OverBucketView:
-        return None
-    if type(zero_point) is ZeroZeroPoint:
-        return _SYMMETRIC_RULES.get(type(stats))
-    affine = type(zero_point) is RuntimeDynamicBucketZeroPoint and type(
-        stats) is BucketMinMaxRange and type(zero_point.zero_point_stats_impl) is BucketMin
-    if not affine:
-        return None
-    dtypes = {
-        quantizer.metadata_dtype, stats.minimum.metadata_dtype,
-        zero_point.zero_point_stats_impl.metadata_dtype}
-    return "min_max" if len(dtypes) == 1 else None
+def _collect(part: nn.Module, stages: dict[type[Stage], Stage]) -> bool:
+    """Notes the stages of the parts of a part; False where one is not known, or two disagree."""
+    for slot, child in part.named_children():
+        stage = _stage_of(child, slot)
+        if stage is None:
+            return False
+        if isinstance(stage, Stage):
+            before = stages.get(type(stage))
+            if before is not None and before is not stage and before is not NO_TRANSFORM:
+                return False
+            stages[type(stage)] = stage
+        if type(child) not in _FOREIGN and not _collect(child, stages):
+            return False
+    return True
 
 
-def _code_range(quantizer: BucketRescalingIntQuant) -> CodeRange | None:
-    scaling = quantizer.int_scaling_impl
-    if type(quantizer.int_quant.int_scaling_impl) is not type(scaling):
-        return None
-    if type(scaling) is SignMagnitudeIntScaling:
-        return "sign_magnitude" if quantizer.int_quant.signed else None
-    if type(scaling) is not IntScaling or scaling.signed != quantizer.int_quant.signed:
-        return None
-    if scaling.signed:
-        return "narrow" if scaling.narrow_range else None
-    return "unsigned" if not scaling.narrow_range else None
+def _stage_of(part: nn.Module, slot: str) -> Stage | Neutral | None:
+    if speaks_for_itself(part):
+        return part.stage(slot)  # pyright: ignore[reportCallIssue]
+    expected, stage = _FOREIGN.get(type(part), (None, None))
+    return None if stage is None or slot != expected else stage(part)
 
 
-def is_stochastic(rounding: Any) -> bool | None:
-    """Whether a known rounding is stochastic; None for one that is not known."""
-    if type(rounding) is StochasticRound and not rounding.deterministic_inference:
-        return True
-    return False if type(rounding) is RoundSte else None
+def speaks_for_itself(part: nn.Module) -> bool:
+    """Whether the class of a part, and not only a base of it, says which stage it is."""
+    return "stage" in vars(type(part))
+
+
+def _is_consistent(quantizer: Any, stages: dict[type[Stage], Any]) -> bool:
+    """Whether the stages are all there and go together, as do the settings of the parts."""
+    if not {ScaleRule, CodeRange, Rounding} <= stages.keys():
+        return False
+    rule, codes, transform = stages[ScaleRule], stages[CodeRange], stages[Transform]
+    has_offset = type(quantizer.zero_point_impl) is RuntimeDynamicBucketZeroPoint
+    if rule.signed != codes.signed or codes.signed != quantizer.int_quant.signed or (
+            rule.affine != has_offset):
+        return False
+    views = {
+        (part.bucket_size, part.bucket_pad_zero) for part in quantizer.modules()
+        if hasattr(part, "bucket_pad_zero")}
+    dtypes: set[torch.dtype] = {
+        part.metadata_dtype for part in quantizer.modules() if hasattr(part, "metadata_dtype")}
+    pads_with_zero = rule.pads_with_zero or transform.pads_with_zero
+    return len(dtypes) == 1 and len(views) == 1 and next(iter(views))[1] == pads_with_zero

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
-from brevitas_bp.codec.integrity import Form
+from brevitas_bp.codec.integrity import TensorType
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.wrapping import WrappingCodec
 from brevitas_bp.format.arithmetic import compute_dtype
@@ -89,10 +89,10 @@ class NormalizedCodec(WrappingCodec):
         """The tensor, but for what ``undo`` leaves out."""
         return self.inner.decode_normalized(self.stored_in(packed), self.undo())
 
-    def forms(self, packed: Packed) -> Sequence[Form] | None:
-        inner = packed.facts.codec.forms(packed.facts)
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
+        inner = packed.facts.codec.tensor_types(packed.facts)
         return None if inner is None else [
-            *inner, *(Form.flat(t.numel(), t.dtype) for t in self.undo.tensors)]
+            *inner, *(TensorType.flat(t.numel(), t.dtype) for t in self.undo.tensors)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         least = self.inner.stored_nbytes(layout)
@@ -144,5 +144,5 @@ class QuotientCodec(WrappingCodec):
         return packed.layout.restore(
             values.expand(packed.layout.base_shape))
 
-    def forms(self, packed: Packed) -> Sequence[Form] | None:
-        return packed.facts.codec.forms(packed.facts)
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
+        return packed.facts.codec.tensor_types(packed.facts)

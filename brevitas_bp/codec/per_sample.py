@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.buckets import BucketCodec
 from brevitas_bp.codec.derived import variants
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.quantized import codec_from
 from brevitas_bp.core.bucket import memory_order
@@ -150,15 +150,15 @@ class PerSampleCodec(Codec):
             return layout.restore_flat(flat)
         return layout.restore(flat.view(layout.base_shape))
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         parts, counts = packed.facts
         dtypes = {part.layout.dtype for part in parts}
         if sum(p.layout.numel for p in parts) != packed.layout.numel or dtypes != {
                 packed.layout.dtype}:
             refuse(packed, f"{packed.layout.numel} elements of {dtypes}", packed.layout)
         # Whether they belong to their layout is compared by the parts, when they are decoded.
-        forms = [Form(tuple(t.shape), t.dtype) for part in parts for t in part.tensors]
-        return [*forms, Form.flat(sum(counts))] if len(parts) > 1 else forms
+        forms = [TensorType(tuple(t.shape), t.dtype) for part in parts for t in part.tensors]
+        return [*forms, TensorType.flat(sum(counts))] if len(parts) > 1 else forms
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self._codecs[self.candidates[0]].stored_nbytes(layout)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lossless import NarrowInt, narrow_to
 from brevitas_bp.format.masks import Windows
@@ -84,12 +84,14 @@ class WindowIndex(Codec):
         index = index.view(layout.shape)
         return layout.restore(index[tuple(slice(size) for size in layout.base_shape)])
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         layout = packed.layout
         if layout.dtype != torch.int64 or len(layout.shape) < len(self.sizes):
             refuse(packed, f"int64 indices into {self.sizes}", layout)
         width, numel = _width(windows_of(self, tuple(layout.shape))), layout.shape.numel()
-        return [Form.flat(-(-numel // 8) * width) if width <= 8 else Form.flat(numel, _dtype(width))]
+        return [
+            TensorType.flat(-(-numel // 8) * width) if width <= 8 else TensorType.flat(
+                numel, _dtype(width))]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         width = _width(windows_of(self, tuple(layout.shape)))

@@ -1,7 +1,7 @@
 """Any Brevitas activation quantizer -> codes -> bytes."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, final
@@ -17,7 +17,7 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.buckets import BucketCodec, codec_name
 from brevitas_bp.codec.general import ModuleCodec, float_dtype
 from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, bucket_form
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lowering import lower
 from brevitas_bp.codec.recipe import Recipe
@@ -39,19 +39,21 @@ from brevitas_bp.format.random import seeded
 from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.widths import WidthLayout
-from brevitas_bp.kernels.dispatch import Plan, plan
+from brevitas_bp.kernels.dispatch import CHOICE, launcher
+from brevitas_bp.kernels.launchers import Launcher
 from brevitas_bp.private import TorchDispatchMode
 from brevitas_bp.probes import undisturbed
 from brevitas_bp.proxy import check_override_names
 
 
-def _forms_of(
-        spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[Form]:
+def _types_of(
+        spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[TensorType]:
     """What a bucket quantizer stores of ``numel`` elements whose buckets have these widths."""
     n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
     metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype))
     return [
-        Form.flat(payload_nbytes(layout, spec, size)), Form.flat(n * (1 + spec.affine), metadata)]
+        TensorType.flat(payload_nbytes(layout, spec, size)),
+        TensorType.flat(n * (1 + spec.affine), metadata)]
 
 
 @lru_cache(maxsize=4096)
@@ -59,11 +61,6 @@ def _least_nbytes(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> int:
     n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
     metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)).itemsize
     return n * (packed_nbytes(size, min(spec.bit_widths)) + metadata * (1 + spec.affine))
-
-
-def _decodes_without_seed(spec: BucketQuantSpec) -> bool:
-    """Whether one width decodes without noise: operators of a graph that decode are given no seed."""
-    return True
 
 
 def _one_width(spec: BucketQuantSpec, bits: int) -> BucketQuantSpec:
@@ -80,14 +77,16 @@ class _Ready(NamedTuple):
     Attributes:
         layout: of the tensors.
         spec: how they are quantized.
-        plan: encodes and decodes them.
+        launcher: encodes and decodes them.
         forms: of what is stored; None with two widths, where they differ from one seed to the next.
+        preference: of kernels, with which the plan was made.
     """
 
     layout: TensorLayout
     spec: BucketQuantSpec
-    plan: Plan
-    forms: list[Form] | None
+    launcher: Launcher
+    forms: list[TensorType] | None
+    preference: str
 
     @classmethod
     def of(cls, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
@@ -95,8 +94,9 @@ class _Ready(NamedTuple):
         forms = None
         if spec.mix_bit_width is None:
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
-            forms = _forms_of(spec, WidthLayout(n, 0), numel, dtype)
-        return cls(layout, spec, plan(spec, numel, dtype, layout.device), forms)
+            forms = _types_of(spec, WidthLayout(n, 0), numel, dtype)
+        return cls(
+            layout, spec, launcher(spec, numel, dtype, layout.device), forms, CHOICE.preference)
 
 
 @final
@@ -114,8 +114,9 @@ class LoweredCodec(BucketCodec):
         self.quantizer = quantizer
         self.spec = spec
         self.bit_widths = spec.bit_widths
-        self.in_graphs = _decodes_without_seed(spec)
-        self.name = codec_name(spec.bit_widths, spec.stochastic)
+        # Operators of a graph that decode get no seed.
+        self.in_graphs = not _one_width(spec, spec.bit_width).decoding_draws
+        self.name = codec_name(spec.bit_widths, spec.rounding.name)
         # By the identity of a layout, which is found faster than an equal one.
         self._ready: dict[int, _Ready] = {}
 
@@ -137,7 +138,7 @@ class LoweredCodec(BucketCodec):
         layout = self.layout_of(x, where)
         spec = self._current_spec()
         as_it_is = layout.contiguous and not x.is_neg()
-        tensors = self._ready_for(layout, spec).plan.encode(
+        tensors = self._ready_for(layout, spec).launcher.encode(
             x if as_it_is else layout.flatten(x), seed, derivative, affine)
         return Packed(self, tensors, layout, (spec, seed), where)
 
@@ -152,7 +153,7 @@ class LoweredCodec(BucketCodec):
     def _decode(self, packed: Packed, affine: Affine | None) -> Tensor:
         (spec, seed), layout = packed.facts, packed.layout
         payload, metadata = packed.tensors
-        return self._ready_for(layout, spec).plan.decode(
+        return self._ready_for(layout, spec).launcher.decode(
             payload, metadata, seed, layout.shape, layout.stride, affine)
 
     def in_rows(self, length: int, last: int) -> Codec:
@@ -164,14 +165,17 @@ class LoweredCodec(BucketCodec):
         return LoweredCodec(
             self.quantizer, spec if bucket_size is None else replace(spec, bucket_size=bucket_size))
 
+    def graph_key(self) -> Hashable:
+        return replace(self.spec, mix_prob=0.0)
+
     def in_graph(self, x: GraphTensor) -> GraphForm | None:
         """A graph has sizes that no seed may change: of two widths the larger serves."""
         if not self.in_graphs:
             return None
         spec = _one_width(self.spec, max(self.bit_widths))
-        return bucket_form(codec_name(spec.bit_widths, spec.stochastic), spec, x)
+        return bucket_form(codec_name(spec.bit_widths, spec.rounding.name), spec, x)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         (spec, seed), own = packed.facts, self.spec
         if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
             refuse(packed, own, spec)
@@ -180,12 +184,13 @@ class LoweredCodec(BucketCodec):
         if forms is None:
             numel = packed.layout.numel
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
-            forms = _forms_of(spec, draw_layout(n, spec, seed), numel, dtype)
+            forms = _types_of(spec, draw_layout(n, spec, seed), numel, dtype)
         return forms
 
     def _ready_for(self, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
         ready = self._ready.get(id(layout))
-        if ready is None or ready.layout is not layout or ready.spec is not spec:
+        if ready is None or ready.layout is not layout or ready.spec is not spec or (
+                ready.preference is not CHOICE.preference):
             if len(self._ready) >= _MOST_READY:
                 self._ready.clear()
             ready = self._ready[id(layout)] = _Ready.of(layout, spec)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.format.masks import Interval, mask_nbytes, next_value
 from brevitas_bp.kernels import dispatch
@@ -24,10 +24,10 @@ _INF = float("inf")
 _NAN = float("nan")
 
 
-def _masks(packed: Packed, count: int) -> Sequence[Form]:
+def _masks(packed: Packed, count: int) -> Sequence[TensorType]:
     if not packed.layout.dtype.is_floating_point:
         refuse(packed, "a float tensor", packed.layout.dtype)
-    return [Form.flat(mask_nbytes(packed.layout.numel))] * count
+    return [TensorType.flat(mask_nbytes(packed.layout.numel))] * count
 
 
 @final
@@ -89,7 +89,7 @@ class Region(Codec):
             flat.masked_fill_(nans, _NAN)
         return layout.restore_flat(flat)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return _masks(packed, packed.facts)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
@@ -246,7 +246,7 @@ class Sign(Codec):
         flat -= dispatch.unpack_select(negative, layout.numel, 0, 1, layout.dtype)
         return layout.restore_flat(flat)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return _masks(packed, 2)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
@@ -265,8 +265,7 @@ class ScaledMask(Codec):
     """A float tensor that holds only 0 and one positive value ``v``, 1 bit an element.
 
     ``v`` is what the operation itself computes: 1 in the tensor's dtype, on its device, divided or
-    multiplied in place by a number. With neither number ``v`` is the largest element, which a device
-    would have to be waited for.
+    multiplied in place by a number.
 
     Attributes:
         name: shown in reports.
@@ -285,8 +284,6 @@ class ScaledMask(Codec):
         layout = self.layout_of(x, where)
         flat = layout.flatten(x)
         mask, _ = dispatch.pack_interval(flat, Interval(next_value(0.0, x.dtype, 1), _INF))
-        if self.divisor is None and self.factor is None:
-            return Packed(self, (mask,), layout, float(flat.max()) if flat.numel() else 0.0, where)
         return Packed(self, (mask,), layout, _scaled_one(self, x.dtype, x.device), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -296,7 +293,7 @@ class ScaledMask(Codec):
             packed.tensors[0], layout.numel, 0, packed.facts, layout.dtype)
         return layout.restore_flat(flat)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return _masks(packed, 1)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
@@ -327,9 +324,3 @@ def alpha_dropout_mask(p: float) -> ScaledMask:
     """
     alpha = 1.7580993408473766
     return ScaledMask("alpha dropout mask", factor=1 / ((alpha * alpha * p + 1) * (1 - p)) ** 0.5)
-
-
-@lru_cache(maxsize=1)
-def scaled_mask() -> ScaledMask:
-    """For any CPU tensor of zeros and one positive value, read from the tensor."""
-    return ScaledMask()

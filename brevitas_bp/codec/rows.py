@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brevitas_bp.codec import derived
 from brevitas_bp.codec.base import Codec, Packed
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.wrapping import WrappingCodec
 
@@ -62,12 +62,12 @@ class ReorderedCodec(WrappingCodec):
         return packed.layout.restore(
             values.permute([self.order.index(d) for d in range(len(self.order))]))
 
-    def forms(self, packed: Packed) -> Sequence[Form] | None:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
         stored, layout = packed.facts, packed.layout
         shape = tuple(layout.base_shape[d] for d in self.order)
         if (tuple(stored.layout.shape), stored.layout.dtype) != (shape, layout.dtype):
             refuse(packed, f"{layout.dtype} {list(shape)}", stored.layout)
-        return stored.codec.forms(stored)
+        return stored.codec.tensor_types(stored)
 
 
 def in_rows(codec: Codec, rows: Rows) -> Codec:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
-from brevitas_bp.codec.integrity import Form
+from brevitas_bp.codec.integrity import TensorType
 from brevitas_bp.codec.layout import TensorLayout
 
 
@@ -55,7 +55,7 @@ class ShapeOnly(Codec):
         return torch.empty_strided(
             layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return []
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
@@ -83,7 +83,7 @@ class Zeros(Codec):
         return torch.empty_strided(
             layout.shape, layout.stride, dtype=layout.dtype, device=layout.device).zero_()
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return []
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor, nn
 
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.regions import positive_region
 from brevitas_bp.codec.rows import Rows, in_rows
@@ -52,13 +52,13 @@ class SignExact(Codec):
         x = negative.decode().clamp(max=0)
         return packed.layout.restore(x.masked_fill_(sign.decode() > 0, 1))
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         layout = packed.layout
         for half in packed.facts:
             if (half.layout.shape, half.layout.dtype) != (layout.base_shape, layout.dtype):
                 refuse(packed, f"halves of {layout}", half.layout)
         # Whether they belong to their layout is compared by the halves, when they are decoded.
-        return [Form(tuple(t.shape), t.dtype) for half in packed.facts for t in half.tensors]
+        return [TensorType(tuple(t.shape), t.dtype) for half in packed.facts for t in half.tensors]
 
     def in_rows(self, length: int, last: int) -> Codec:
         inner = in_rows(self.inner, Rows(length, last))

@@ -9,7 +9,7 @@ from brevitas.utils.quant_utils import groupwise_dequant_expand
 from torch import Tensor, nn
 
 from brevitas_bp.codec.base import FLOATS, Codec, Keep, Packed
-from brevitas_bp.codec.integrity import Form, refuse
+from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.format.arithmetic import compute_dtype
@@ -75,17 +75,17 @@ class StockCodec(Codec):
         with torch.no_grad(), seeded(seed):
             codes, scale, *rest = self._quantize(base)
         tensors = (_pack_flat(codes, self.bit_width), scale.detach() + poison, *rest)
-        beside = tuple(Form(tuple(t.shape), t.dtype) for t in tensors[1:])
+        beside = tuple(TensorType(tuple(t.shape), t.dtype) for t in tensors[1:])
         return Packed(self, tensors, layout, (tuple(codes.shape), beside), where)
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         shape, beside = packed.facts
         layout, numel = packed.layout, torch.Size(shape).numel()
         inner = compute_dtype(layout.dtype) if layout.dtype.is_floating_point else None
         grouped = self.group_dim is None or _fits(shape, self.group_dim, layout.base_shape)
         if numel < layout.numel or beside[0].dtype != inner or not grouped:
             refuse(packed, f"codes {list(shape)} with a scale of {beside[0].dtype}", layout)
-        return [Form.flat(-(-numel // 8) * self.bit_width), *beside]
+        return [TensorType.flat(-(-numel // 8) * self.bit_width), *beside]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return layout.numel * self.bit_width // 8

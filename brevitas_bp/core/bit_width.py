@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.format.random import WIDTHS, next_seed
 from brevitas_bp.format.spec import MixPer, check_bit_width, check_probability
+from brevitas_bp.format.stages import NEUTRAL, Neutral
 from brevitas_bp.format.widths import WidthLayout
 
 
@@ -30,6 +31,17 @@ class TwoBitWidthSelector(nn.Module):
 
     Raises:
         ValueError: a width outside 1..8, equal widths, or a probability outside [0, 1].
+
+    Example:
+        >>> from brevitas_bp.format.random import seeded
+        >>> selector = TwoBitWidthSelector(bit_width=2, mix_bit_width=8, mix_prob=0.25)
+        >>> with seeded(0):
+        ...     widths = selector(num_buckets=8)
+        >>> widths.unique(return_counts=True)
+        (tensor([2., 8.]), tensor([6, 2]))
+
+    Maps to the fragment :class:`brevitas_bp.quant.TwoBitWidth`; with ``bit_width_impl_type ==
+    BitWidthImplType.CONST`` alone the slot has ``brevitas.core.bit_width.BitWidthConst``.
 
     Source: Li, 2025, chapter 5.
     """
@@ -54,6 +66,10 @@ class TwoBitWidthSelector(nn.Module):
         self.register_buffer("mix_prob", torch.tensor(
             check_probability(where, "mix_prob", mix_prob), dtype=torch.float64))
         self._seen: tuple[Tensor, int, float] | None = None
+
+    def stage(self, slot: str) -> Neutral | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return NEUTRAL if slot == "msb_clamp_bit_width_impl" else None
 
     @property
     def probability(self) -> float:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.format.reference import to_buckets
 from brevitas_bp.format.spec import check_bucket_size
+from brevitas_bp.format.stages import NEUTRAL, Neutral
 
 
 def memory_order(x: Tensor) -> list[int] | None:
@@ -59,6 +60,10 @@ class OverBucketView(nn.Module):
         super().__init__()
         self.bucket_size = check_bucket_size("brevitas_bp.core.OverBucketView", bucket_size)
         self.bucket_pad_zero = bucket_pad_zero
+
+    def stage(self, slot: str) -> Neutral | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return NEUTRAL if slot == "input_view_impl" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Views ``x`` [any shape] as [N, B]."""

@@ -9,6 +9,7 @@ from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.format.arithmetic import compute_dtype, reciprocal, round_down, round_up
 from brevitas_bp.format.spec import check_bit_width, check_metadata_dtype
+from brevitas_bp.format.stages import NEUTRAL, SIGN_MAGNITUDE, CodeRange, Neutral
 
 
 class SignMagnitudeIntScaling(nn.Module):
@@ -20,6 +21,10 @@ class SignMagnitudeIntScaling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+
+    def stage(self, slot: str) -> CodeRange | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return SIGN_MAGNITUDE if slot == "int_scaling_impl" else None
 
     def forward(self, bit_width: Tensor) -> Tensor:
         """Bits -> largest code, same shape."""
@@ -43,6 +48,22 @@ class BucketIntQuant(nn.Module):
 
     Raises:
         ValueError: signed codes without ``narrow_range``.
+
+    Example:
+        >>> from brevitas.core.function_wrapper import Identity, RoundSte
+        >>> from brevitas.core.scaling import IntScaling
+        >>> int_quant = BucketIntQuant(
+        ...     IntScaling(signed=False, narrow_range=False), RoundSte(), Identity(),
+        ...     signed=False, narrow_range=False)
+        >>> scale, offset, bit_width = torch.tensor(0.5), torch.tensor(-1.0), torch.tensor(2.0)
+        >>> codes = int_quant.quantize(torch.tensor([[-1.0, -0.6, 0.1, 3.0]]), scale, offset, bit_width)
+        >>> codes  # 2 bits: the top code is 3
+        tensor([[0., 1., 2., 3.]])
+        >>> int_quant.dequantize(codes, scale, offset)
+        tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
+
+    Maps to ``quant_type == QuantType.INT`` in configs of :class:`brevitas_bp.quant.BucketQuant`, where
+    Brevitas' own configs have ``brevitas.core.quant.IntQuant``.
     """
 
     def __init__(
@@ -63,6 +84,10 @@ class BucketIntQuant(nn.Module):
         self.input_view_impl = input_view_impl
         self.signed = signed
         self.narrow_range = narrow_range
+
+    def stage(self, slot: str) -> Neutral | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return NEUTRAL if slot == "int_quant" else None
 
     def max_int(self, bit_width: Tensor) -> Tensor:
         """Top code."""
@@ -118,15 +143,33 @@ class BucketRescalingIntQuant(nn.Module):
         input_view_impl: the bucket view.
         metadata_dtype: stored dtype of scale and offset; with bfloat16 they are rounded outwards
             before any code is computed, so that rounding stays unbiased.
+        transform_impl: a linear map of each bucket, with methods ``forward(buckets)`` and
+            ``inverse(values)``; None quantizes values as they are.
 
     Raises:
         ValueError: a bit width outside 1..8, at construction where the width is constant.
+
+    Example:
+        >>> from brevitas.nn import QuantIdentity
+        >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
+        >>> layer = QuantIdentity(act_quant=ShiftedUint2DynamicActPerBucketFloat, bucket_size=8)
+        >>> tensor_quant = layer.act_quant.fused_activation_quant_proxy.tensor_quant
+        >>> type(tensor_quant).__name__
+        'BucketRescalingIntQuant'
+        >>> value, scale, zero_point, bit_width = tensor_quant(torch.arange(16.0) ** 2)
+        >>> scale  # of each bucket: its range over the top code, 3
+        tensor([[16.3333],
+                [53.6667]])
+        >>> value.reshape(2, 8)[1].unique()
+        tensor([ 64.0000, 117.6667, 171.3333, 225.0000])
+
+    Maps to ``quant_type == QuantType.INT`` in configs of :class:`brevitas_bp.quant.BucketQuant`, where
+    Brevitas' own configs have ``brevitas.core.quant.RescalingIntQuant``.
     """
 
     int_quant: BucketIntQuant
     zero_point_impl: nn.Module
     msb_clamp_bit_width_impl: nn.Module
-
     def __init__(
             self,
             int_quant: BucketIntQuant,
@@ -135,7 +178,8 @@ class BucketRescalingIntQuant(nn.Module):
             zero_point_impl: nn.Module,
             bit_width_impl: nn.Module,
             input_view_impl: nn.Module,
-            metadata_dtype: torch.dtype = torch.float32) -> None:
+            metadata_dtype: torch.dtype = torch.float32,
+            transform_impl: nn.Module | None = None) -> None:
         super().__init__()
         where = "brevitas_bp.core.BucketRescalingIntQuant"
         self.int_quant = int_quant
@@ -144,6 +188,7 @@ class BucketRescalingIntQuant(nn.Module):
         self.zero_point_impl = zero_point_impl
         self.msb_clamp_bit_width_impl = bit_width_impl
         self.input_view_impl = input_view_impl
+        self.transform_impl = transform_impl
         self.metadata_dtype = check_metadata_dtype(where, metadata_dtype)
         self.observer_only = False
         if isinstance(bit_width_impl, TwoBitWidthSelector):
@@ -172,6 +217,8 @@ class BucketRescalingIntQuant(nn.Module):
             bit_width: the widths of the buckets, where they are drawn already.
         """
         buckets = self.input_view_impl(x.to(compute_dtype(x.dtype)))
+        if self.transform_impl is not None:
+            buckets = self.transform_impl(buckets)
         bit_width = self._bit_width(buckets) if bit_width is None else bit_width
         top = self.int_scaling_impl(bit_width).to(buckets.dtype)
         scale = self.scaling_impl(buckets, top)
@@ -183,6 +230,8 @@ class BucketRescalingIntQuant(nn.Module):
     def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor, like: Tensor) -> Tensor:
         """Values of ``codes`` [N, B], shaped, typed and laid out as ``like``."""
         values = self.int_quant.dequantize(codes, scale, offset)
+        if self.transform_impl is not None:
+            values = self.transform_impl.inverse(values)  # pyright: ignore[reportCallIssue]
         limit = torch.finfo(like.dtype).max
         flat = values.clamp(-limit, limit).to(like.dtype).reshape(-1)[:like.numel()]
         return unflatten(flat, like)
@@ -208,4 +257,3 @@ class BucketRescalingIntQuant(nn.Module):
             offset = (0 - self.zero_point_impl(buckets, scale, bit_width)) * scale
         rounded = round_down(offset.detach(), self.metadata_dtype)
         return offset + (rounded - offset).detach()
-

@@ -5,6 +5,7 @@ from brevitas.function.ops_ste import floor_ste, round_ste
 from torch import Tensor, nn
 
 import brevitas_bp.format.random  # noqa: F401  (registers the operator)
+from brevitas_bp.format.stages import STOCHASTIC, Rounding
 
 
 class StochasticRound(nn.Module):
@@ -30,6 +31,10 @@ class StochasticRound(nn.Module):
     def __init__(self, deterministic_inference: bool = False) -> None:
         super().__init__()
         self.deterministic_inference = deterministic_inference
+
+    def stage(self, slot: str) -> Rounding | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return STOCHASTIC if slot == "float_to_int_impl" and not self.deterministic_inference else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Rounds ``x`` [any shape] to integers of the same dtype."""

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from brevitas_bp.format.stages import NEUTRAL, Neutral
+
 
 class RuntimeDynamicBucketScaling(nn.Module):
     """Scale ``statistic / threshold`` of each bucket, restricted. Fills ``scaling_impl``.
@@ -28,6 +30,10 @@ class RuntimeDynamicBucketScaling(nn.Module):
         self.restrict_scaling_impl = restrict_scaling_impl
         # The restriction may work on another quantity than the scale, for instance its logarithm.
         self.restrict_scaling_pre = restrict_scaling_impl.restrict_init_module()  # pyright: ignore[reportCallIssue]
+
+    def stage(self, slot: str) -> Neutral | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return NEUTRAL if slot == "scaling_impl" else None
 
     def forward(self, x: Tensor, threshold: Tensor) -> Tensor:
         """Scale [N, 1] of ``x`` for the top code ``threshold``, [N, 1] or 0-d."""

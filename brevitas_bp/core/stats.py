@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.format.arithmetic import finite_norm, finite_range, l2_norm, round_down
 from brevitas_bp.format.spec import check_metadata_dtype
+from brevitas_bp.format.stages import L2, MAX, MIN_MAX, ScaleRule
 
 
 class BucketMin(nn.Module):
@@ -17,6 +18,10 @@ class BucketMin(nn.Module):
     def __init__(self, metadata_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.metadata_dtype = check_metadata_dtype("brevitas_bp.core.BucketMin", metadata_dtype)
+
+    def stage(self, slot: str) -> ScaleRule | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return MIN_MAX if slot in ("zero_point_stats_impl", "minimum") else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, B] -> [N, 1]."""
@@ -36,6 +41,10 @@ class BucketMinMaxRange(nn.Module):
         super().__init__()
         self.minimum = BucketMin(metadata_dtype)
 
+    def stage(self, slot: str) -> ScaleRule | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return MIN_MAX if slot == "scaling_stats_impl" else None
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, B] -> [N, 1]."""
         return finite_range(self.minimum(x), x.amax(-1, keepdim=True) + 0)
@@ -46,6 +55,10 @@ class BucketAbsMax(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+
+    def stage(self, slot: str) -> ScaleRule | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return MAX if slot == "scaling_stats_impl" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, B] -> [N, 1]."""
@@ -62,6 +75,10 @@ class BucketL2Norm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+
+    def stage(self, slot: str) -> ScaleRule | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return L2 if slot == "scaling_stats_impl" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, B] -> [N, 1]."""

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from brevitas_bp.format.arithmetic import integer_offset, reciprocal
+from brevitas_bp.format.stages import NEUTRAL, Neutral
 
 
 class RuntimeDynamicBucketZeroPoint(nn.Module):
@@ -28,6 +29,10 @@ class RuntimeDynamicBucketZeroPoint(nn.Module):
         self.zero_point_stats_impl = zero_point_stats_impl
         self.input_view_impl = input_view_impl
         self.quantize_zero_point = quantize_zero_point
+
+    def stage(self, slot: str) -> Neutral | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return NEUTRAL if slot == "zero_point_impl" else None
 
     def offset(self, x: Tensor, scale: Tensor) -> Tensor:
         """The value of code 0, [N, 1]."""

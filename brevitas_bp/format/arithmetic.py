@@ -1,9 +1,7 @@
-"""The arithmetic of one bucket in torch operations: formulas of :mod:`brevitas_bp.format.reference`."""
+"""The arithmetic of a bucket in torch operations: what the formulas of its stages are made of."""
 
 import torch
 from torch import Tensor
-
-from brevitas_bp.format.spec import BucketQuantSpec, top_code
 
 # A bfloat16 scale may be 2**-7 larger than exact: T * s must stay below the largest float.
 RANGE_LIMIT = 1 - 2.0**-6
@@ -143,32 +141,6 @@ def _add_to_front(longer: Tensor, shorter: Tensor) -> Tensor:
     return longer + torch.nn.functional.pad(shorter, (0, longer.shape[-1] - shorter.shape[-1]))
 
 
-def bucket_metadata(
-        x: Tensor, spec: BucketQuantSpec, bit_width: int,
-        size: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Scale and offset [n, 1] of buckets [n, B] in the dtype computed in; offset None if signed.
-
-    Args:
-        x: buckets of any float dtype.
-        spec: the quantizer.
-        bit_width: of these buckets.
-        size: elements of a bucket, where ``x`` is without its padding and too large for temporaries.
-    """
-    top, computed = top_code(spec.code_range, bit_width), compute_dtype(x.dtype)
-    if spec.affine:
-        # Not aminmax, which takes eight times as long on CPU.
-        lo, hi = (m.to(computed) for m in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
-        lo = round_down(lo + 0, spec.metadata_dtype)
-        scale = round_up(finite_range(lo, hi + 0) / top, spec.metadata_dtype)
-        lo = torch.where(torch.isfinite(scale), lo, torch.nan)
-        if spec.integer_zero_point:
-            lo = integer_offset(lo, scale)
-        return scale, lo
-    peak = largest_magnitude(x).to(computed)
-    norm = peak if spec.scale_rule == "max" else l2_norm(x, size)
-    return round_up(finite_norm(norm, peak) / top, spec.metadata_dtype), None
-
-
 def finite_norm(norm: Tensor, peak: Tensor) -> Tensor:
     """A symmetric bucket's range: its norm, limited; NaN where its largest element is not finite."""
     limited = norm.clamp(max=torch.finfo(norm.dtype).max * RANGE_LIMIT)
@@ -184,23 +156,20 @@ def integer_offset(lo: Tensor, scale: Tensor) -> Tensor:
     return torch.where(inverse > 0, -torch.round(-lo * inverse) * scale + 0, lo)
 
 
-def quantize(
-        x: Tensor, scale: Tensor, offset: Tensor | None, top: int, lowest: int,
-        noise: Tensor | None) -> Tensor:
-    """Codes as floats: ``clamp(round((x - offset) / scale), lowest, top)``. May be NaN."""
-    u = (x * 1 if offset is None else x - offset).mul_(reciprocal(scale))
-    if noise is None:
-        u.round_()
-    else:
-        floor = u.floor()
-        u = floor.add_(noise < u.sub_(floor))
-    return u.clamp_(lowest, top)
+def scaled(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """``(x - offset) / scale``, by the reciprocal of the scale; a new tensor."""
+    return (x * 1 if offset is None else x - offset).mul_(reciprocal(scale))
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Values ``codes * scale + offset`` in ``dtype``, finite wherever the scale is."""
     values = codes * scale
     values += 0 if offset is None else offset
+    return to_range(values, dtype)
+
+
+def to_range(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as ``dtype``, finite wherever they are; may destroy them."""
     limit = torch.finfo(dtype).max
     return values.clamp_(-limit, limit).to(dtype)
 

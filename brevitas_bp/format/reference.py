@@ -1,6 +1,6 @@
 """The definition of every byte, in torch operations.
 
-One bucket ``x`` of ``B`` elements, top code ``T`` (see :func:`~brevitas_bp.format.spec.top_code`),
+One bucket ``x`` of ``B`` elements, top code ``T`` (see :class:`~brevitas_bp.format.stages.CodeRange`),
 all arithmetic in float32 (float64 for float64 input), no fused multiply-add::
 
     min_max  lo = min(x) + 0, hi = max(x) + 0          NaN propagates; + 0 turns -0 into 0
@@ -19,9 +19,8 @@ to NaN. Decoded values are clamped to the finite range of the output dtype.
 Where buckets end with a row (``spec.row_size``), each row is padded to whole buckets first; flat indices
 are those of the padded tensor.
 
-The formulas are those of Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation
-Compressed Training", 2021, without its absolute epsilon, and of Li, "Mix-Precision Stochastic
-Quantization of Activations during Backpropagation", 2025, with metadata rounded before the codes.
+The rules and roundings are rows of :mod:`brevitas_bp.format.stages`, which has their formulas. A
+transform is applied to the padded bucket before all this, and undone after it.
 """
 
 from dataclasses import dataclass, replace
@@ -31,15 +30,17 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.format.arithmetic import (
-    bucket_metadata,
     compute_dtype,
     dequantize,
-    quantize,
+    integer_offset,
+    scaled,
     stored_metadata_dtype,
     to_bytes,
     to_metadata,
+    to_range,
 )
-from brevitas_bp.format.packing import pack, packed_nbytes, planes, unpack
+from brevitas_bp.format.packing import pack, packed_nbytes, unpack
+from brevitas_bp.format.pieces import pieces_of, runs_of, segments_of
 from brevitas_bp.format.random import (
     WIDTHS,
     derive,
@@ -48,7 +49,8 @@ from brevitas_bp.format.random import (
     row_numbers,
     uniform_,
 )
-from brevitas_bp.format.spec import BucketQuantSpec, lowest_code, top_code
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import NO_TRANSFORM
 from brevitas_bp.format.widths import WidthLayout
 
 # Elements handled at once: temporaries are small beside the tensor, and on CPU stay in the cache.
@@ -156,7 +158,7 @@ def draw_layout(n: int, spec: BucketQuantSpec, seed: int) -> WidthLayout:
     return WidthLayout.draw(n, spec.mix_prob, spec.mix_per, derive(seed, WIDTHS, 0))
 
 
-def regions(layout: WidthLayout, spec: BucketQuantSpec) -> list[tuple[int, int, int]]:
+def width_runs(layout: WidthLayout, spec: BucketQuantSpec) -> list[tuple[int, int, int]]:
     """Runs of slots of one width: (first slot, stop, bit width), in the order of the payload."""
     return [(start, stop, spec.bit_widths[which]) for start, stop, which in layout.runs()]
 
@@ -164,7 +166,7 @@ def regions(layout: WidthLayout, spec: BucketQuantSpec) -> list[tuple[int, int, 
 def payload_nbytes(layout: WidthLayout, spec: BucketQuantSpec, size: int) -> int:
     """Bytes of all packed codes."""
     return sum((stop - start) * packed_nbytes(size, width)
-               for start, stop, width in regions(layout, spec))
+               for start, stop, width in width_runs(layout, spec))
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
@@ -182,12 +184,12 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     payload = flat.new_empty(payload_nbytes(layout, spec, size), dtype=torch.uint8)
     metadata = flat.new_empty((1 + spec.affine, n, 1), dtype=stored_dtype)
     position, chunk = 0, _chunk(flat.device)
-    for start, stop, width in regions(layout, spec):
+    for start, stop, width in width_runs(layout, spec):
         for first, last in _chunks(start, stop, size, chunk):
             nbytes = (last - first) * packed_nbytes(size, width)
             out = payload[position:position + nbytes].view(last - first, -1)
             position += nbytes
-            if size > chunk:
+            if size > chunk and spec.transform is NO_TRANSFORM:
                 rows = _bucket_at(layout, first)
                 part = flat[rows * size:(rows + 1) * size]
                 scale, offset = _encode_large(part, rows * size, size, spec, width, seed, out[0])
@@ -195,6 +197,9 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
                 rows = rows_of(layout, first, last, flat.device)
                 x = take(flat, rows, size, spec.pads_with_zero)
                 starts = _starts(rows, size, flat.device)
+                if spec.transform is not NO_TRANSFORM:
+                    x = x.to(compute_dtype(x.dtype))
+                    x = spec.transform.apply(x, row_numbers(rows, x.device), seed)
                 scale, offset = bucket_metadata(x, spec, width)
                 out.copy_(pack(_codes(x, scale, offset, starts, spec, width, seed), width))
             metadata[0][rows] = to_metadata(scale, stored_dtype)
@@ -217,39 +222,71 @@ def decode(
     out = torch.empty((n, size), dtype=dtype, device=device)
     position, chunk = 0, _chunk(device)
     scales, offsets = encoded.scale, encoded.offset
-    for start, stop, width in regions(layout, spec):
+    for start, stop, width in width_runs(layout, spec):
         for first, last in _chunks(start, stop, size, chunk):
             nbytes = (last - first) * packed_nbytes(size, width)
             packed = encoded.payload[position:position + nbytes].view(last - first, -1)
             position += nbytes
-            large = size > chunk
-            rows = _bucket_at(layout, first) if large else rows_of(layout, first, last, device)
+            rows = rows_of(layout, first, last, device)
             scale = scales[rows].to(inner).unsqueeze(-1)
             offset = None if offsets is None else offsets[rows].to(inner).unsqueeze(-1)
-            if large:
-                _decode_large(packed[0], scale, offset, spec, width, out[rows])
+            if size > chunk and spec.transform is NO_TRANSFORM:
+                bucket = _bucket_at(layout, first)
+                _decode_large(packed[0], scale, offset, bucket * size, spec, width, seed, out[bucket])
+                continue
+            starts = _starts(rows, size, device)
+            if spec.transform is NO_TRANSFORM:
+                out[rows] = _values(packed, size, scale, offset, starts, spec, width, seed, dtype)
             else:
-                out[rows] = _values(packed, size, scale, offset, spec, width, dtype)
+                values = _values(packed, size, scale, offset, starts, spec, width, seed, inner)
+                values = spec.transform.undo(values, row_numbers(rows, device), seed)
+                out[rows] = to_range(values, dtype)
     return out.view(-1)[:numel]
+
+
+def bucket_metadata(
+        x: Tensor, spec: BucketQuantSpec, bit_width: int,
+        size: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Scale and offset [n, 1] of buckets [n, B] in the dtype computed in; offset None if signed.
+
+    Args:
+        x: buckets of any float dtype.
+        spec: the quantizer.
+        bit_width: of these buckets.
+        size: elements of a bucket, where ``x`` is without its padding and too large for temporaries.
+    """
+    scale, offset = spec.scale_rule.measure(x, spec.code_range.top(bit_width), spec.metadata_dtype, size)
+    if spec.integer_zero_point and offset is not None:
+        offset = integer_offset(offset, scale)
+    return scale, offset
 
 
 def _codes(
         x: Tensor, scale: Tensor, offset: Tensor | None, starts: Tensor, spec: BucketQuantSpec,
         width: int, seed: int) -> Tensor:
     """Codes of rows ``x`` [r, L], whose first elements have the flat indices ``starts`` [r, 1]."""
-    noise = _noise(starts, x.shape[-1], seed) if spec.stochastic else None
-    top, lowest = top_code(spec.code_range, width), lowest_code(spec.code_range, width)
-    codes = quantize(x.to(scale.dtype), scale, offset, top, lowest, noise)
+    noise = _noise(starts, x.shape[-1], seed) if spec.rounding.encoding_draws else None
+    top, lowest = spec.code_range.top(width), spec.code_range.lowest(width)
+    codes = spec.rounding.round_(scaled(x.to(scale.dtype), scale, offset), noise).clamp_(lowest, top)
     return to_bytes(codes, lowest, scale)
 
 
 def _values(
-        packed: Tensor, size: int, scale: Tensor, offset: Tensor | None, spec: BucketQuantSpec,
-        width: int, dtype: torch.dtype) -> Tensor:
-    """Bytes to values [r, size]."""
-    lowest = lowest_code(spec.code_range, width)
-    codes = unpack(packed, width, size).to(scale.dtype)
+        packed: Tensor, size: int, scale: Tensor, offset: Tensor | None, starts: Tensor,
+        spec: BucketQuantSpec, width: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Bytes to values [r, size]; the rows are those of :func:`_codes`."""
+    return _dequantized(unpack(packed, width, size), scale, offset, starts, spec, width, seed, dtype)
+
+
+def _dequantized(
+        codes: Tensor, scale: Tensor, offset: Tensor | None, starts: Tensor, spec: BucketQuantSpec,
+        width: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Stored codes [r, L] to values; the rows are those of :func:`_codes`."""
+    lowest = spec.code_range.lowest(width)
+    codes = codes.to(scale.dtype)
     codes = codes.add_(lowest) if lowest else codes
+    if spec.rounding.decoding_draws:
+        codes = spec.rounding.restore(codes, _noise(starts, codes.shape[-1], seed))
     return dequantize(codes, scale, offset, dtype)
 
 
@@ -300,43 +337,6 @@ def _noise(starts: Tensor, length: int, seed: int) -> Tensor:
     return uniform_(row_indices(starts, length), noise_keys(seed))
 
 
-# NOTE [ A bucket in pieces ]
-# A byte of the planar layout holds codes that lie B / k elements apart. With the narrowest plane of a
-# width, of k codes a byte, a bucket is k segments of B / k elements. A piece is the same columns of all
-# segments: packed as a bucket of its own, each of its planes is one run of bytes, or several, in the
-# plane of the bucket. So a bucket of a whole tensor needs no temporaries of its size.
-
-
-def segments_of(width: int) -> int:
-    """Segments of a bucket: codes in a byte of the narrowest plane.
-
-    >>> [segments_of(width) for width in range(1, 9)]
-    [8, 4, 8, 2, 8, 4, 8, 1]
-    """
-    return 8 // (width & -width)
-
-
-def _runs(width: int, period: int, start: int, stop: int) -> list[tuple[slice, slice]]:
-    """Bytes of the piece of columns ``start .. stop - 1``: (in the bucket, in the piece)."""
-    found, plane, local = [], 0, 0
-    for bits, _ in planes(width):
-        count = segments_of(width) * bits // 8
-        for i in range(count):
-            begin = plane + i * period + start
-            found.append((
-                slice(begin, begin + stop - start), slice(local, local + stop - start)))
-            local += stop - start
-        plane += count * period
-    return found
-
-
-def _pieces(size: int, width: int, chunk: int) -> list[tuple[int, int]]:
-    """Columns (start, stop) of the pieces of a bucket."""
-    period = size // segments_of(width)
-    step = max(1, chunk // segments_of(width))
-    return [(start, min(start + step, period)) for start in range(0, period, step)]
-
-
 def _encode_large(
         x: Tensor, index: int, size: int, spec: BucketQuantSpec, width: int, seed: int,
         out: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -344,7 +344,7 @@ def _encode_large(
     scale, offset = bucket_metadata(x.unsqueeze(0), spec, width, size)
     period = size // segments_of(width)
     starts = torch.arange(segments_of(width), device=x.device).unsqueeze(-1) * period + index
-    for start, stop in _pieces(size, width, _chunk(x.device)):
+    for start, stop in pieces_of(size, width, _chunk(x.device)):
         piece = x.new_empty((segments_of(width), stop - start))
         for i, row in enumerate(piece):
             part = x[i * period + start:i * period + stop]
@@ -352,19 +352,21 @@ def _encode_large(
             row[part.numel():] = 0 if spec.pads_with_zero else x[-1]
         codes = _codes(piece, scale, offset, starts + start, spec, width, seed)
         packed = pack(codes.view(1, -1), width)[0]
-        for there, here in _runs(width, period, start, stop):
+        for there, here in runs_of(width, period, start, stop):
             out[there] = packed[here]
     return scale, offset
 
 
 def _decode_large(
-        packed: Tensor, scale: Tensor, offset: Tensor | None, spec: BucketQuantSpec, width: int,
-        out: Tensor) -> None:
+        packed: Tensor, scale: Tensor, offset: Tensor | None, index: int, spec: BucketQuantSpec,
+        width: int, seed: int, out: Tensor) -> None:
     """Inverse of :func:`_encode_large`; ``out`` [size]."""
     segments = out.view(segments_of(width), -1)
-    for start, stop in _pieces(out.numel(), width, _chunk(out.device)):
-        piece = torch.cat([
-            packed[there] for there, _ in _runs(width, segments.shape[1], start, stop)])
-        size = segments.shape[0] * (stop - start)
-        values = _values(piece.unsqueeze(0), size, scale, offset, spec, width, out.dtype)
-        segments[:, start:stop] = values.view(segments.shape[0], -1)
+    period = segments.shape[1]
+    starts = torch.arange(segments_of(width), device=out.device).unsqueeze(-1) * period + index
+    for start, stop in pieces_of(out.numel(), width, _chunk(out.device)):
+        piece = torch.cat([packed[there] for there, _ in runs_of(width, period, start, stop)])
+        codes = unpack(piece.unsqueeze(0), width, segments.shape[0] * (stop - start))
+        segments[:, start:stop] = _dequantized(
+            codes.view(segments.shape[0], -1), scale, offset, starts + start, spec, width, seed,
+            out.dtype)

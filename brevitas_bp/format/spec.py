@@ -1,6 +1,7 @@
 """The static facts of one bucket quantizer: what a fused kernel needs to know."""
 
 import json
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Real
@@ -8,8 +9,18 @@ from typing import Any, Literal
 
 import torch
 
-ScaleRule = Literal["min_max", "max", "l2"]
-CodeRange = Literal["unsigned", "narrow", "sign_magnitude"]
+from brevitas_bp.format.stages import (
+    MIN_MAX,
+    NO_TRANSFORM,
+    STOCHASTIC,
+    UNSIGNED,
+    CodeRange,
+    Rounding,
+    ScaleRule,
+    Stage,
+    Transform,
+)
+
 MixPer = Literal["bucket", "tensor"]
 
 MAX_BIT_WIDTH = 8
@@ -53,40 +64,49 @@ def check_metadata_dtype(where: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+#: Field of a spec -> the table of its rows.
+_TABLES: dict[str, type[Stage]] = {
+    "scale_rule": ScaleRule, "code_range": CodeRange, "rounding": Rounding, "transform": Transform}
+
+
 @dataclass(frozen=True)
 class BucketQuantSpec:
-    """A bucket quantizer, lowered.
+    """A bucket quantizer as kernels see it: one row of each kind of stage, and the sizes.
 
     Attributes:
         bit_width: bits of a stored code, 1..8.
-        bucket_size: elements of a bucket, a multiple of 8; None is one bucket per tensor.
-        scale_rule: "min_max" (affine), "max" (largest magnitude) or "l2" (norm of the bucket).
-        code_range: "unsigned" codes 0..2**b-1, "narrow" codes -(2**(b-1)-1)..2**(b-1)-1, or
-            "sign_magnitude" codes -2**(b-2)..2**(b-2).
-        stochastic: stochastic rounding; otherwise to nearest, ties to even.
+        bucket_size: elements of a bucket, a multiple of 8; None is one bucket for each tensor.
+        scale_rule: how scale and offset follow from the values of a bucket.
+        code_range: the codes that a width has.
+        rounding: how scaled values become codes.
         integer_zero_point: round the affine zero point to an integer (biased at the range ends).
         metadata_dtype: stored dtype of scale and offset; float32 means "the dtype computed in".
         mix_bit_width: second width, or None.
         mix_prob: probability of the second width.
-        mix_per: one draw per "bucket" or one per "tensor".
+        mix_per: one draw for each "bucket" or one for each "tensor".
         row_size: elements of a row. The last bucket of each row is padded, so that no bucket holds
             elements of two rows. None: buckets follow one another through the whole tensor.
+        transform: applied to each bucket before it is quantized.
+
+    Raises:
+        ValueError: a size or width out of range, or rows that do not go together.
     """
 
     bit_width: int = 2
     bucket_size: int | None = 256
-    scale_rule: ScaleRule = "min_max"
-    code_range: CodeRange = "unsigned"
-    stochastic: bool = True
+    scale_rule: ScaleRule = MIN_MAX
+    code_range: CodeRange = UNSIGNED
+    rounding: Rounding = STOCHASTIC
     integer_zero_point: bool = False
     metadata_dtype: torch.dtype = torch.float32
     mix_bit_width: int | None = None
     mix_prob: float = 0.0
     mix_per: MixPer = "bucket"
     row_size: int | None = None
+    transform: Transform = NO_TRANSFORM
 
     def __hash__(self) -> int:
-        # It is looked up for every tensor: what specs differ in most is enough.
+        # Computed for every saved tensor: these fields tell most specs apart.
         return hash((self.bit_width, self.bucket_size, self.row_size, self.mix_prob))
 
     def __post_init__(self) -> None:
@@ -94,13 +114,19 @@ class BucketQuantSpec:
         check_bucket_size(where, self.bucket_size)
         check_metadata_dtype(where, self.metadata_dtype)
         check_probability(where, "mix_prob", self.mix_prob)
+        for field, table in _TABLES.items():
+            if not isinstance(getattr(self, field), table):
+                raise TypeError(
+                    f"{where}: {field} must be a row of {table.__name__} (one of {list(table.rows)}), "
+                    f"got {getattr(self, field)!r}; {table.__name__}.named(...) finds one by its name")
         for width in self.bit_widths:
             check_bit_width(where, width)
             check_code_range(where, self.code_range, width)
-        if (self.scale_rule == "min_max") != (self.code_range == "unsigned"):
+        if self.scale_rule.signed != self.code_range.signed:
             raise ValueError(
-                f"{where}: scale_rule 'min_max' goes with code_range 'unsigned' and the others with "
-                f"signed codes, got {self.scale_rule!r} with {self.code_range!r}")
+                f"{where}: the scale rule {self.scale_rule.name!r} goes with "
+                f"{'signed' if self.scale_rule.signed else 'unsigned'} codes, got "
+                f"{self.code_range.name!r}")
         if self.integer_zero_point and self.metadata_dtype != torch.float32:
             raise ValueError(
                 f"{where}: an integer zero point needs metadata_dtype=torch.float32, got "
@@ -109,6 +135,11 @@ class BucketQuantSpec:
             raise ValueError(
                 f"{where}: row_size must be a positive number of elements, beside a bucket_size, got "
                 f"row_size={self.row_size!r} and bucket_size={self.bucket_size!r}")
+        if self.transform is not NO_TRANSFORM and self.bucket_size is None:
+            raise ValueError(
+                f"{where}: the transform {self.transform.name!r} needs a bucket_size, because it makes "
+                "temporaries of the size of a bucket, which would be the whole tensor; set for instance "
+                "256")
 
     def in_rows(self, length: int) -> "BucketQuantSpec":
         """The same quantizer with buckets that end with each row of ``length`` elements.
@@ -133,7 +164,8 @@ class BucketQuantSpec:
         >>> BucketQuantSpec.from_text(BucketQuantSpec(3).to_text()) == BucketQuantSpec(3)
         True
         """
-        return json.dumps({**vars(self), "metadata_dtype": str(self.metadata_dtype)})
+        stages = {field: getattr(self, field).name for field in _TABLES}
+        return json.dumps({**vars(self), **stages, "metadata_dtype": str(self.metadata_dtype)})
 
     @classmethod
     def from_text(cls, text: str) -> "BucketQuantSpec":
@@ -150,12 +182,21 @@ class BucketQuantSpec:
     @property
     def affine(self) -> bool:
         """Whether an offset is stored beside the scale."""
-        return self.scale_rule == "min_max"
+        return self.scale_rule.affine
 
     @property
     def pads_with_zero(self) -> bool:
-        """Whether the tail is padded with zeros (l2) or with its last element (min-max, max)."""
-        return self.scale_rule == "l2"
+        """Whether a bucket that is not full is padded with zeros; otherwise with its last element."""
+        return self.scale_rule.pads_with_zero or self.transform.pads_with_zero
+
+    @property
+    def decoding_draws(self) -> bool:
+        """Whether decoding repeats what encoding drew from the seed."""
+        return self.rounding.decoding_draws or self.transform.draws or self.mix_bit_width is not None
+
+    def is_covered_by(self, stages: Set[Stage]) -> bool:
+        """Whether all stages are among these."""
+        return {getattr(self, field) for field in _TABLES} <= stages
 
 
 def row_bucket(length: int, bucket_size: int) -> int:
@@ -172,31 +213,13 @@ def row_bucket(length: int, bucket_size: int) -> int:
 def _from_text(text: str) -> BucketQuantSpec:
     fields = json.loads(text)
     name = fields.pop("metadata_dtype").removeprefix("torch.")
-    return BucketQuantSpec(**fields, metadata_dtype=getattr(torch, name))
+    stages: dict[str, Any] = {field: table.named(fields.pop(field)) for field, table in _TABLES.items()}
+    return BucketQuantSpec(**fields, **stages, metadata_dtype=getattr(torch, name))
 
 
 def check_code_range(where: str, code_range: CodeRange, bit_width: int) -> None:
     """Raises where ``bit_width`` leaves no level on both sides of zero."""
-    least = {"unsigned": 1, "narrow": 2, "sign_magnitude": 2}[code_range]
-    if bit_width < least:
+    if bit_width < code_range.least_width:
         raise ValueError(
-            f"{where}: {code_range} codes need bit_width >= {least}, got {bit_width}; use a "
-            "shifted-uint (min-max) quantizer for 1 bit")
-
-
-def top_code(code_range: CodeRange, bit_width: int) -> int:
-    """The largest code, which is also what the scale divides the range by.
-
-    >>> [top_code(r, 4) for r in ("unsigned", "narrow", "sign_magnitude")]
-    [15, 7, 4]
-    """
-    if code_range == "unsigned":
-        return 2**bit_width - 1
-    if code_range == "narrow":
-        return 2**(bit_width - 1) - 1
-    return 2**(bit_width - 2)
-
-
-def lowest_code(code_range: CodeRange, bit_width: int) -> int:
-    """The smallest code; stored codes are counted from it."""
-    return 0 if code_range == "unsigned" else -top_code(code_range, bit_width)
+            f"{where}: {code_range.name} codes need bit_width >= {code_range.least_width}, got "
+            f"{bit_width}; use a shifted-uint (min-max) quantizer for 1 bit")

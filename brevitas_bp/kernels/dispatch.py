@@ -1,30 +1,86 @@
-"""Chooses the form of the kernels by device. All forms give the same bytes.
+"""Chooses the kernels of a tensor: by its device, and by what each backend covers.
 
-Buckets: whoever handles many tensors of one size has a :func:`plan`; :func:`encode` and :func:`decode`
-are for single ones.
+All backends give the same bytes, those of :mod:`brevitas_bp.format.reference`. A backend is a module
+with ``covers(spec, numel, dtype)`` and ``launcher(spec, numel, dtype)``. The first one of a device that
+covers a quantizer serves it; the reference covers everything. :func:`use` forces the reference.
+
+Code that handles many tensors of one size keeps a :func:`launcher`. :func:`encode` and :func:`decode`
+are for single tensors.
 """
 
 import importlib.util
 import warnings
 from functools import lru_cache
-from types import ModuleType
-from typing import Any, Protocol
+from types import ModuleType, TracebackType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from brevitas_bp.activations import derivatives
+from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.format import averages, few_bit, masks, reference
-from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.masks import Interval, Windows
-from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
+
+Preference = Literal["fastest", "reference"]
+
+
+class _Choice:
+    """Which kernels this process uses, see :class:`use`."""
+
+    preference: Preference = "fastest"
+
+
+#: Plans made with another preference are out of date.
+CHOICE = _Choice()
+
+
+class use:  # noqa: N801
+    """Says which kernels this process uses from now on; as a context manager, within the block.
+
+    Bytes and decoded values are the same with either. "reference" is slower. It serves to find out
+    whether a compiled kernel is to blame for an error.
+
+    Args:
+        preference: "fastest", the default, or "reference": torch operations only.
+
+    Raises:
+        UnknownNameError: another preference.
+
+    >>> with use("reference"):
+    ...     backend(torch.device("cpu"), BucketQuantSpec(), 256, torch.float32).__name__
+    'brevitas_bp.format.reference'
+    """
+
+    def __init__(self, preference: Any) -> None:
+        known: tuple[str, ...] = get_args(Preference)
+        if preference not in known:
+            raise UnknownNameError(
+                f"brevitas_bp.kernels.use: preference must be 'fastest' or 'reference', got "
+                f"{preference!r}{nearest(str(preference), known)}")
+        self._before: Preference = CHOICE.preference
+        _prefer(preference)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None,
+            traceback: TracebackType | None) -> None:
+        _prefer(self._before)
+
+
+def _prefer(preference: Preference) -> None:
+    CHOICE.preference = preference
+    launcher_from_text.cache_clear()
 
 
 @lru_cache(maxsize=1)
-def _cpu_kernels() -> ModuleType | None:
-    """The compiled CPU kernels, imported at first use; None, with one hint, where numba fails."""
+def _numba_works() -> bool:
+    """Whether numba can be used; imported at first use. Hints once where it cannot."""
     try:
         if importlib.util.find_spec("numba") is None:
             raise ImportError("it is not installed: pip install brevitas-bp[cpu]")
@@ -32,25 +88,18 @@ def _cpu_kernels() -> ModuleType | None:
 
         if numba.config.DISABLE_JIT:  # pyright: ignore
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
-        from brevitas_bp.kernels.cpu import launch as cpu
+        import brevitas_bp.kernels.cpu.launch  # noqa: F401
     except Exception as error:
         warnings.warn(
             "brevitas_bp: CPU tensors go through the slower torch reference (same bytes), because numba "
             f"cannot be used. The reason: {error}", stacklevel=2)
-        return None
-    return cpu
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)
-def _large_cpu_kernels() -> ModuleType:
-    from brevitas_bp.kernels.cpu import large as cpu_whole
-
-    return cpu_whole
-
-
-@lru_cache(maxsize=1)
-def _gpu_kernels() -> ModuleType | None:
-    """The Triton kernels, imported at first use; None, with one hint, where they cannot run."""
+def _triton_works() -> bool:
+    """Whether the Triton kernels can run; imported at first use. Hints once where they cannot."""
     try:
         if torch.version.hip is not None:
             raise RuntimeError("they are written for NVIDIA devices")
@@ -62,139 +111,85 @@ def _gpu_kernels() -> ModuleType | None:
         target: Any = triton.runtime.driver.active.get_current_target()
         if target.arch < 80:
             raise RuntimeError(f"they need compute capability 8.0, and this device has {target.arch}")
-        from brevitas_bp.kernels.gpu import launch as gpu
+        import brevitas_bp.kernels.gpu.launch  # noqa: F401
     except Exception as error:
         warnings.warn(
             "brevitas_bp: the Triton kernels cannot run, so CUDA tensors go through the slower torch "
             "reference (same bytes); pip install brevitas-bp[gpu], on a machine with a C compiler. "
             f"The reason: {error!r}", stacklevel=2)
-        return None
-    return gpu
+        return False
+    return True
 
 
-def backend(device: torch.device, dtype: torch.dtype, spec: BucketQuantSpec) -> ModuleType:
-    """The module whose ``encode`` and ``decode`` serve such tensors."""
-    if device.type == "cpu":
-        kernels = _cpu_kernels()
-        if kernels is not None:
-            return kernels if kernels.supports(dtype, spec) else _large_cpu_kernels()
-    elif device.type == "cuda":
-        kernels = _gpu_kernels()
-        if kernels is not None and kernels.supports(dtype, spec):
-            return kernels
-    return reference
+def _is_compiled_for(device: torch.device) -> bool:
+    """Whether compiled CPU kernels serve tensors of a device."""
+    return device.type == "cpu" and CHOICE.preference == "fastest" and _numba_works()
 
 
-class Plan(Protocol):
-    """Encodes and decodes tensors of one size, dtype and kind of device."""
+def _backends(device: torch.device) -> list[ModuleType]:
+    """The compiled backends of a device, in the order of preference."""
+    if _is_compiled_for(device):
+        from brevitas_bp.kernels.cpu import large, launch
 
-    def encode(
-            self, x: Tensor, seed: int, function: str | None = None,
-            affine: Affine | None = None) -> tuple[Tensor, Tensor]:
-        """Payload and metadata of a contiguous tensor, which is no lazy negation.
+        return [launch, large]
+    if device.type == "cuda" and CHOICE.preference == "fastest" and _triton_works():
+        from brevitas_bp.kernels.gpu import launch as gpu
 
-        With a function, see :func:`derivative`, its derivative at ``x`` is encoded; with an affine map
-        ``x`` is normalized first.
-        """
-        ...
-
-    def decode(
-            self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
-            stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
-        """The tensor, whose strides leave no gaps in memory; ``affine`` undoes a normalization."""
-        ...
+        return [gpu]
+    return []
 
 
-class _Plan:
-    """A plan made of the functions of a backend; rows and normalization in torch operations."""
-
-    def __init__(
-            self, form: ModuleType, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
-        self._form, self._spec, self._numel, self._dtype = form, spec, numel, dtype
-
-    def encode(
-            self, x: Tensor, seed: int, function: str | None = None,
-            affine: Affine | None = None) -> tuple[Tensor, Tensor]:
-        flat = x.view(-1)
-        if function is not None:
-            flat = derivative(flat, function)
-        elif affine is not None:
-            flat = normalize(flat, affine)
-        return _encode(self._form, flat, self._spec, seed).tensors
-
-    def decode(
-            self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
-            stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
-        encoded = Encoded(payload, metadata, self._spec.affine)
-        dtype = self._dtype if affine is None else compute_dtype(self._dtype)
-        flat = _decode(self._form, encoded, self._spec, seed, self._numel, dtype)
-        if affine is not None:
-            flat = denormalize(flat, affine, self._dtype)
-        return flat.as_strided(shape, stride)
+def backend(
+        device: torch.device, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> ModuleType:
+    """The module that serves such tensors: the first that covers them, else the reference."""
+    return next((b for b in _backends(device) if b.covers(spec, numel, dtype)), reference)
 
 
-def _encode(form: ModuleType, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
-    """By the functions of a backend, some of which know no rows."""
-    return form.encode(*reference.padded_rows(flat, spec), seed)
-
-
-def _decode(
-        form: ModuleType, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
-        dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`_encode`."""
-    if spec.row_size is None:
-        return form.decode(encoded, spec, seed, numel, dtype)
-    n, size = reference.bucket_shape(numel, spec.bucket_size, spec.row_size)
-    padded = form.decode(encoded, reference.without_rows(spec), seed, n * size, dtype)
-    return reference.cut_rows(padded, spec.row_size, size)
-
-
-def plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
+def launcher(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
     """How tensors of this size, dtype and device are encoded and decoded."""
-    form = backend(device, dtype, spec)
-    if device.type == "cpu":
-        kernels = _cpu_kernels()
-        if kernels is not None and kernels.has_plan(spec, numel, dtype):
-            return kernels.plan(spec, numel, dtype)
-    elif form is not reference:
-        return form.plan(spec, numel, dtype)
-    return _Plan(form, spec, numel, dtype)
+    chosen = backend(device, spec, numel, dtype)
+    if chosen is reference:
+        return StepwiseLauncher(reference, spec, numel, dtype, derivative)
+    return chosen.launcher(spec, numel, dtype)
 
 
 @lru_cache(maxsize=4096)
-def plan_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """As :func:`plan`, of a quantizer as :meth:`BucketQuantSpec.to_text` writes it."""
-    return plan(BucketQuantSpec.from_text(spec), numel, dtype, device)
+def launcher_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
+    """As :func:`launcher`, of a quantizer as :meth:`BucketQuantSpec.to_text` writes it."""
+    return launcher(BucketQuantSpec.from_text(spec), numel, dtype, device)
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
-    return _encode(backend(flat.device, flat.dtype, spec), flat, spec, seed)
+    # A flat tensor may have gaps, and the memory of a lazy negation is not negated.
+    flat = flat.contiguous().resolve_neg()
+    made = launcher(spec, flat.numel(), flat.dtype, flat.device)
+    return Encoded(*made.encode(flat, seed), spec.affine)
 
 
 def decode(
         encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.format.reference.decode`."""
-    form = backend(encoded.payload.device, dtype, spec)
-    return _decode(form, encoded, spec, seed, numel, dtype)
+    made = launcher(spec, numel, dtype, encoded.payload.device)
+    return made.decode(*encoded.tensors, seed, torch.Size((numel,)), (1,))
 
 
 def derivative(flat: Tensor, name: str) -> Tensor:
     """See :func:`brevitas_bp.activations.derivatives.derivative`; for tensors that it supports."""
-    if _cpu_kernels() is not None:
-        from brevitas_bp.kernels.cpu import derivatives as derivatives_cpu
+    if _is_compiled_for(flat.device):
+        from brevitas_bp.kernels.cpu import derivatives as compiled
 
-        return derivatives_cpu.derivative(flat, name)
+        return compiled.derivative(flat, name)
     return derivatives.derivative(flat, name)
 
 
 def mask_backend(device: torch.device) -> ModuleType:
     """The module whose functions, those of :mod:`brevitas_bp.format.masks`, serve a device."""
-    if device.type == "cpu" and _cpu_kernels() is not None:
-        from brevitas_bp.kernels.cpu import masks as masks_cpu
+    if _is_compiled_for(device):
+        from brevitas_bp.kernels.cpu import masks as compiled
 
-        return masks_cpu
+        return compiled
     return masks
 
 
@@ -232,10 +227,10 @@ def window_indices(codes: Tensor, windows: Windows) -> Tensor:
 
 def few_bit_backend(device: torch.device) -> ModuleType:
     """The module whose ``encode`` and ``decode`` serve few-bit tables there."""
-    if device.type == "cpu" and _cpu_kernels() is not None:
-        from brevitas_bp.kernels.cpu import few_bit as few_bit_cpu
+    if _is_compiled_for(device):
+        from brevitas_bp.kernels.cpu import few_bit as compiled
 
-        return few_bit_cpu
+        return compiled
     return few_bit
 
 
@@ -256,10 +251,10 @@ def decode_few_bit(
 
 def averages_backend(device: torch.device) -> ModuleType:
     """The module whose ``group_means`` and ``spread`` serve tensors there."""
-    if device.type == "cpu" and _cpu_kernels() is not None:
-        from brevitas_bp.kernels.cpu import averages as averages_cpu
+    if _is_compiled_for(device):
+        from brevitas_bp.kernels.cpu import averages as compiled
 
-        return averages_cpu
+        return compiled
     return averages
 
 

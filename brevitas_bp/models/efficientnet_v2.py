@@ -1,4 +1,4 @@
-"""EfficientNetV2 in plain `torch.nn`, with small variants and nominal memory accounting.
+"""EfficientNetV2 in plain `torch.nn`, with small variants.
 
 Source: Tan and Le, "EfficientNetV2: Smaller Models and Faster Training", 2021.
 
@@ -13,78 +13,19 @@ Letters in shapes: `N` batch, `C` channels, `H` and `W` height and width in pixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from math import prod
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from brevitas_bp.models.blocks import NormLayer, ResidualBlock, StageConfig, conv_norm, require
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-NormLayer = Callable[[int], nn.Module]
-"""Takes a number of channels, returns a module that keeps the shape `(N, C, H, W)`."""
-
-_WHERE = "brevitas_bp.models.efficientnet_v2"
 _BATCH_NORM: NormLayer = partial(nn.BatchNorm2d, eps=1e-3)
-_SQUEEZE_FACTOR = 4
-_BYTES_PER_MEGABYTE = 2**20
-
-
-def _require(ok: bool, name: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{_WHERE}: {name} must be {expected}, got {got!r}")
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """One stage: `layers` residual blocks, of which only the first may change the shape.
-
-    Attributes:
-        kind: `"fused"` for one full convolution, then a pointwise one; `"mbconv"` for pointwise,
-            depthwise, squeeze-and-excitation, pointwise.
-        expand_ratio: Width inside a block over the width at its input, at least 1.
-        kernel: Side of the spatial filter in pixels, odd.
-        stride: Stride of the first block, 1 or 2. The other blocks have stride 1.
-        in_channels: Channels that enter the stage.
-        out_channels: Channels that leave every block of the stage.
-        layers: Number of blocks, at least 1.
-
-    Raises:
-        ValueError: A field is outside the range given above.
-
-    Example:
-        >>> StageConfig("fused", 4, 3, 2, 24, 48, layers=4).stride
-        2
-    """
-
-    kind: Literal["fused", "mbconv"]
-    expand_ratio: int
-    kernel: int
-    stride: int
-    in_channels: int
-    out_channels: int
-    layers: int
-
-    def __post_init__(self) -> None:
-        _require(self.kind in _BRANCHES, "StageConfig.kind", "'fused' or 'mbconv'", self.kind)
-        odd = self.kernel >= 1 and self.kernel % 2 == 1
-        _require(odd, "StageConfig.kernel", "odd and positive", self.kernel)
-        _require(self.stride in (1, 2), "StageConfig.stride", "1 or 2", self.stride)
-        for name in ("expand_ratio", "in_channels", "out_channels", "layers"):
-            value: int = getattr(self, name)
-            _require(value >= 1, f"StageConfig.{name}", "at least 1", value)
-
-    def blocks(self) -> Iterator[StageConfig]:
-        """The stage as `layers` stages of one block each."""
-        yield replace(self, layers=1)
-        for _ in range(1, self.layers):
-            yield replace(self, layers=1, stride=1, in_channels=self.out_channels)
 
 
 class EfficientNetV2Options(TypedDict, total=False):
@@ -96,127 +37,6 @@ class EfficientNetV2Options(TypedDict, total=False):
     in_channels: int
     stem_stride: int
     norm_layer: NormLayer | None
-
-
-class StochasticDepth(nn.Module):
-    """Drops whole samples of a residual branch: `y[n] = x[n] * b[n] / (1 - p)`.
-
-    `b[n]` is 1 with probability `1 - p` and else 0, drawn once per sample from torch's global
-    generator, so `E[y] = x`. The identity in `eval()` and for `p = 0`. Shape `(N, C, H, W)`, kept.
-
-    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
-
-    Args:
-        p: Probability of dropping a sample, in `[0, 1)`.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(N, C, H, W)` to the same shape."""
-        if not self.training or self.p == 0:
-            return x
-        survival = 1.0 - self.p
-        # New rather than drawn from x: the mask must not carry x's graph, and its draw order is
-        # what keeps the random stream equal to torchvision's.
-        mask = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
-        return x * mask.bernoulli_(survival).div_(survival)
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return f"p={self.p}"
-
-
-class SqueezeExcitation(nn.Module):
-    """Scales each channel by a gate computed from the channel means.
-
-    `y = x * sigmoid(fc2(silu(fc1(mean_HW(x)))))`. Shape `(N, C, H, W)`, kept.
-
-    Source: Hu et al., "Squeeze-and-Excitation Networks", 2018.
-
-    Args:
-        channels: `C`.
-        squeezed: Channels between the two pointwise convolutions.
-    """
-
-    def __init__(self, channels: int, squeezed: int) -> None:
-        super().__init__()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, channels, 1)
-        self.activation = nn.SiLU()
-        self.scale_activation = nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(N, C, H, W)` to the same shape."""
-        squeezed = self.activation(self.fc1(self.avgpool(x)))
-        return self.scale_activation(self.fc2(squeezed)) * x
-
-
-def _conv_norm(
-    in_channels: int,
-    out_channels: int,
-    norm: NormLayer,
-    *,
-    kernel: int = 1,
-    stride: int = 1,
-    groups: int = 1,
-    activation: bool = True,
-) -> nn.Sequential:
-    """Convolution without bias, padded to keep `H / stride`; then norm and, if wanted, SiLU."""
-    padding = kernel // 2
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
-    parts = [conv, norm(out_channels)]
-    return nn.Sequential(*parts, nn.SiLU()) if activation else nn.Sequential(*parts)
-
-
-def _fused_branch(cfg: StageConfig, norm: NormLayer) -> nn.Sequential:
-    """Full convolution to the inner width, then pointwise; one convolution if there is no inner."""
-    spatial = partial(_conv_norm, norm=norm, kernel=cfg.kernel, stride=cfg.stride)
-    if cfg.expand_ratio == 1:
-        return nn.Sequential(spatial(cfg.in_channels, cfg.out_channels))
-    width = cfg.in_channels * cfg.expand_ratio
-    expand = spatial(cfg.in_channels, width)
-    return nn.Sequential(expand, _conv_norm(width, cfg.out_channels, norm, activation=False))
-
-
-def _mbconv_branch(cfg: StageConfig, norm: NormLayer) -> nn.Sequential:
-    """Pointwise to the inner width, depthwise, squeeze-and-excitation, pointwise to the outer."""
-    width = cfg.in_channels * cfg.expand_ratio
-    parts: list[nn.Module] = []
-    if cfg.expand_ratio != 1:
-        parts.append(_conv_norm(cfg.in_channels, width, norm))
-    parts.append(_conv_norm(width, width, norm, kernel=cfg.kernel, stride=cfg.stride, groups=width))
-    # The gate is squeezed relative to the block's input, not to the inner width.
-    parts.append(SqueezeExcitation(width, max(1, cfg.in_channels // _SQUEEZE_FACTOR)))
-    parts.append(_conv_norm(width, cfg.out_channels, norm, activation=False))
-    return nn.Sequential(*parts)
-
-
-_BRANCHES = {"fused": _fused_branch, "mbconv": _mbconv_branch}
-
-
-class ResidualBlock(nn.Module):
-    """`y = x + stochastic_depth(block(x))` where shapes allow the sum, else `y = block(x)`.
-
-    Args:
-        cfg: A stage of one layer.
-        norm: The norm after every convolution.
-        drop_prob: Probability of skipping the branch for a sample, in `[0, 1)`.
-    """
-
-    def __init__(self, cfg: StageConfig, norm: NormLayer, drop_prob: float) -> None:
-        super().__init__()
-        self.is_residual = cfg.stride == 1 and cfg.in_channels == cfg.out_channels
-        self.block = _BRANCHES[cfg.kind](cfg, norm)
-        self.stochastic_depth = StochasticDepth(drop_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(N, in_channels, H, W)` to `(N, out_channels, ceil(H / stride), ceil(W / stride))`."""
-        y = self.block(x)
-        return self.stochastic_depth(y) + x if self.is_residual else y
 
 
 class EfficientNetV2(nn.Module):
@@ -242,6 +62,7 @@ class EfficientNetV2(nn.Module):
         ValueError: An argument is out of range, or two stages do not fit together.
 
     Example:
+        >>> import torch
         >>> stage = StageConfig("mbconv", 4, 3, 2, 8, 16, layers=2)
         >>> model = EfficientNetV2([stage], 32, num_classes=5, stem_stride=1)
         >>> model(torch.zeros(2, 3, 16, 16)).shape
@@ -267,16 +88,16 @@ class EfficientNetV2(nn.Module):
             ("num_classes", num_classes),
             ("in_channels", in_channels),
         ):
-            _require(count >= 1, name, "at least 1", count)
-        _require(0 <= dropout < 1, "dropout", "in [0, 1)", dropout)
+            require(count >= 1, name, "at least 1", count)
+        require(0 <= dropout < 1, "dropout", "in [0, 1)", dropout)
         in_range = 0 <= stochastic_depth_prob < 1
-        _require(in_range, "stochastic_depth_prob", "in [0, 1)", stochastic_depth_prob)
-        _require(stem_stride in (1, 2), "stem_stride", "1 or 2", stem_stride)
+        require(in_range, "stochastic_depth_prob", "in [0, 1)", stochastic_depth_prob)
+        require(stem_stride in (1, 2), "stem_stride", "1 or 2", stem_stride)
 
         norm = _BATCH_NORM if norm_layer is None else norm_layer
-        stem = _conv_norm(in_channels, stages[0].in_channels, norm, kernel=3, stride=stem_stride)
+        stem = conv_norm(in_channels, stages[0].in_channels, norm, kernel=3, stride=stem_stride)
         body = _build_stages(stages, norm, stochastic_depth_prob)
-        head = _conv_norm(stages[-1].out_channels, head_channels, norm)
+        head = conv_norm(stages[-1].out_channels, head_channels, norm)
         self.features = nn.Sequential(stem, *body, head)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(head_channels, num_classes))
@@ -295,11 +116,11 @@ class EfficientNetV2(nn.Module):
 
 
 def _check_chain(stages: Sequence[StageConfig]) -> None:
-    _require(len(stages) >= 1, "stages", "at least one StageConfig", list(stages))
+    require(len(stages) >= 1, "stages", "at least one StageConfig", list(stages))
     for i, (before, after) in enumerate(pairwise(stages), start=1):
         expected = f"{before.out_channels}, which stages[{i - 1}] gives,"
         fits = before.out_channels == after.in_channels
-        _require(fits, f"stages[{i}].in_channels", expected, after.in_channels)
+        require(fits, f"stages[{i}].in_channels", expected, after.in_channels)
 
 
 def _build_stages(
@@ -418,6 +239,7 @@ def efficientnet_v2_nano(**options: Unpack[EfficientNetV2Options]) -> EfficientN
     By default 10 classes, `stem_stride=1`, no dropout and no stochastic depth.
 
     Example:
+        >>> import torch
         >>> model = efficientnet_v2_nano(in_channels=1)
         >>> model(torch.zeros(4, 1, 16, 16)).shape
         torch.Size([4, 10])
@@ -439,79 +261,12 @@ def thesis_efficientnet_v2(**options: Unpack[EfficientNetV2Options]) -> Efficien
     never one for the other.
 
     Example:
+        >>> import torch
         >>> with torch.device("meta"):
         ...     model = thesis_efficientnet_v2()
+        >>> from brevitas_bp.models import nominal_megabytes, stage_output_elements
         >>> elements = stage_output_elements(model, (128, 3, 32, 32))
         >>> nominal_megabytes(sum(elements.values()), bits=32)
         49.5
     """
     return _build(_THESIS, 1280, {"num_classes": 10, "stem_stride": 1}, options)
-
-
-def stage_output_shapes(
-    model: EfficientNetV2, input_shape: Sequence[int]
-) -> dict[str, tuple[int, ...]]:
-    """Shape of each stage's output, read by forward hooks while the model runs on `meta` tensors.
-
-    Nothing is computed and nothing of the model changes: weights, statistics, modes, hooks and
-    random state are the same afterwards.
-
-    Args:
-        model: On any device, in any mode.
-        input_shape: `(N, C, H, W)`.
-
-    Returns:
-        `stem`, `stage1`, ..., `head`, `pool`, in the order of the forward pass.
-
-    Raises:
-        ValueError: `input_shape` has not four positive entries.
-    """
-    valid = len(input_shape) == 4 and all(size >= 1 for size in input_shape)
-    _require(valid, "input_shape", "(N, C, H, W), all positive", tuple(input_shape))
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    dtype = next(model.parameters()).dtype
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def record(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
-        shapes[name] = tuple(output.shape)
-
-    modes = [(module, module.training) for module in model.modules()]
-    handles = [
-        module.register_forward_hook(partial(record, name))
-        for name, module in model.named_stages().items()
-    ]
-    try:
-        model.eval()  # in training, batch norm refuses a batch with one value per channel
-        with torch.no_grad():
-            functional_call(model, meta, torch.empty(*input_shape, dtype=dtype, device="meta"))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-    return shapes
-
-
-def stage_output_elements(model: EfficientNetV2, input_shape: Sequence[int]) -> dict[str, int]:
-    """Number of elements of each stage's output; arguments and keys of `stage_output_shapes`."""
-    return {name: prod(shape) for name, shape in stage_output_shapes(model, input_shape).items()}
-
-
-def nominal_megabytes(elements: int, bits: float) -> float:
-    """`elements * bits / 8` bytes in megabytes of 2**20 bytes; scales and padding not counted.
-
-    Args:
-        elements: Number of elements, at least 0.
-        bits: Bits per element, positive; a fraction is a mean over mixed widths.
-
-    Raises:
-        ValueError: An argument is out of range.
-
-    Example:
-        >>> nominal_megabytes(2**20, bits=4)
-        0.5
-    """
-    _require(elements >= 0, "elements", "at least 0", elements)
-    _require(bits > 0, "bits", "positive", bits)
-    return elements * bits / 8 / _BYTES_PER_MEGABYTE

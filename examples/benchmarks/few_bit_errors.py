@@ -11,8 +11,8 @@ import argparse
 import torch
 
 from brevitas_bp import codec_from
-from brevitas_bp.activations.closed_forms import DERIVATIVES
-from brevitas_bp.activations.few_bit import few_bit_table, fit_few_bit_table
+from brevitas_bp.activations.few_bit import few_bit_table, fit_few_bit_table, named_functions
+from brevitas_bp.activations.functions import ACTIVATIONS
 from brevitas_bp.codec import Codec, FewBitCodec
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
@@ -20,8 +20,8 @@ from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 def print_errors() -> None:
     """Squared error on [-10, 10], uniform weight, of every function and width."""
     print("| derivative of | 1 bit | 2 bits | 3 bits | 4 bits |\n| --- | --- | --- | --- | --- |")
-    rows = [(name, False) for name in DERIVATIVES]
-    rows += [(name, True) for name in ("tanh", "sigmoid", "softsign", "softshrink", "hardshrink")]
+    rows = [(name, False) for name in named_functions()]
+    rows += [(name, True) for name in named_functions() if ACTIVATIONS[name].even]
     for name, even in sorted(rows):
         errors = [few_bit_table(name, bits, even=even).error or 0 for bits in range(1, 5)]
         cells = ["0" if error < 1e-12 else f"{error:.6f}" for error in errors]
@@ -31,7 +31,7 @@ def print_errors() -> None:
 def print_bias(seeds: int, numel: int = 1 << 18) -> None:
     """One draw against the mean over seeds."""
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
-    exact = DERIVATIVES["gelu"].derivative(x.double()).float()
+    exact = ACTIVATIONS["gelu"].at(x.double()).float()
     print("| codec | bits per element | one draw | mean of seeds |\n| --- | --- | --- | --- |")
     for bits in (1, 2, 3, 4):
         tables = {

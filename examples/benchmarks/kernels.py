@@ -25,6 +25,7 @@ from torch import Tensor
 
 from brevitas_bp.format import reference
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import MAX, NARROW, NEAREST
 from brevitas_bp.kernels import dispatch
 
 SPECS = {
@@ -32,12 +33,12 @@ SPECS = {
     "2-bit stochastic, bucket 512": BucketQuantSpec(2, 512),
     "2-bit stochastic, bucket 256, bfloat16 metadata": BucketQuantSpec(
         2, 256, metadata_dtype=torch.bfloat16),
-    "2-bit nearest, bucket 256": BucketQuantSpec(2, 256, stochastic=False),
+    "2-bit nearest, bucket 256": BucketQuantSpec(2, 256, rounding=NEAREST),
     "3-bit stochastic, bucket 256": BucketQuantSpec(3, 256),
     "4-bit stochastic, bucket 256": BucketQuantSpec(4, 256),
     "8-bit stochastic, bucket 256": BucketQuantSpec(8, 256),
     "2/4-bit mix at 0.5, bucket 256": BucketQuantSpec(2, 256, mix_bit_width=4, mix_prob=0.5),
-    "4-bit symmetric, bucket 256": BucketQuantSpec(4, 256, "max", "narrow"),
+    "4-bit symmetric, bucket 256": BucketQuantSpec(4, 256, MAX, NARROW),
     "2-bit stochastic, whole tensor": BucketQuantSpec(2, None),
 }
 #: The one that the reference is measured with.
@@ -70,7 +71,9 @@ def widths(x: Tensor, seconds: float) -> list[dict[str, Any]]:
             "decode, x memcpy": decode / copy if known else "", "bytes ratio": ratio})
 
     row("memcpy into an existing buffer", copy, copy, 1.0)
-    cases = [(name, spec, dispatch.backend(x.device, x.dtype, spec)) for name, spec in SPECS.items()]
+    cases = [
+        (name, spec, dispatch.backend(x.device, spec, x.numel(), x.dtype))
+        for name, spec in SPECS.items()]
     for name, spec, form in [*cases, (f"torch reference, {USUAL}", SPECS[USUAL], reference)]:
         encoded = form.encode(x, spec, 1)
         row(name, best_of(lambda spec=spec, form=form: form.encode(x, spec, 1), seconds),
@@ -85,7 +88,9 @@ def on_cuda(numel: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     x = torch.randn(numel, device="cuda").to(dtype)
     decoded = torch.empty_like(x)
     rows = []
-    cases = [(name, spec, dispatch.backend(x.device, dtype, spec)) for name, spec in SPECS.items()]
+    cases = [
+        (name, spec, dispatch.backend(x.device, spec, x.numel(), dtype))
+        for name, spec in SPECS.items()]
     for name, spec, form in [*cases, (f"torch reference, {USUAL}", SPECS[USUAL], reference)]:
         encoded = form.encode(x, spec, 1)
         stored = sum(t.nbytes for t in encoded.tensors)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import NEAREST, STOCHASTIC
 from brevitas_bp.kernels import dispatch
 
 BITS = (8, 4)
@@ -47,7 +48,7 @@ class Rival:
 
 def ours(bits: int, stochastic: bool, numel: int) -> Rival:
     """This library's kernels."""
-    spec = BucketQuantSpec(bits, BUCKET, stochastic=stochastic)
+    spec = BucketQuantSpec(bits, BUCKET, rounding=STOCHASTIC if stochastic else NEAREST)
 
     def decode(encoded: Encoded) -> Tensor:
         return dispatch.decode(encoded, spec, 1, numel, torch.float32)

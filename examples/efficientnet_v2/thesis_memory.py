@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import nn
 
 from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
-from brevitas_bp.models.efficientnet_v2 import (
-    nominal_mebibytes,
+from brevitas_bp.models import (
+    nominal_megabytes,
     stage_output_elements,
     thesis_efficientnet_v2,
 )
@@ -71,14 +71,14 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in [*elements, "rest"]:
         count = elements.get(stage, 0)
-        nominal = [nominal_mebibytes(count, bits) for bits in (32, 4, 2)]
+        nominal = [nominal_megabytes(count, bits) for bits in (32, 4, 2)]
         measured = [saved[2][stage][0], saved[4][stage][1], saved[2][stage][1]]
         table.add_row(stage, f"{count:,}", *(f"{n:.3f}" for n in nominal),
                       *(f"{b / 2**20:.3f}" for b in measured))
     total = sum(elements.values())
     sums = [sum(s[i] for s in saved[bits].values()) for bits, i in ((2, 0), (4, 1), (2, 1))]
     table.add_section()
-    table.add_row("total", f"{total:,}", *(f"{nominal_mebibytes(total, b):.2f}" for b in (32, 4, 2)),
+    table.add_row("total", f"{total:,}", *(f"{nominal_megabytes(total, b):.2f}" for b in (32, 4, 2)),
                   *(f"{b / 2**20:.2f}" for b in sums))
     Console().print(table)
 

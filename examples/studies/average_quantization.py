@@ -46,7 +46,7 @@ class NormsAveraged:
 
     def decide(self, saved: SavedTensor) -> Decision:
         decision = self.policy.decide(saved)
-        return decision._replace(codec=saved.codec) if decision.reaches == "norm" else decision
+        return decision._replace(codec=saved.codec) if decision.reach == "norm" else decision
 
     def rewrite(self, function: Any) -> Any:
         return self.policy.rewrite(function)

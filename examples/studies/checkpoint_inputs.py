@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from brevitas_bp import OpAware, QuantBackwardWrapper
 from brevitas_bp import quant as configs
 from brevitas_bp.allocate import measure_gradient_error
+from brevitas_bp.backward.saved import Decision, SavedTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from networks import Checkpointed, Task
@@ -42,6 +43,16 @@ BLOCKS: dict[str, Callable[[Any], list[nn.Module]]] = {
     "efficientnet_v2_s": lambda model: [block for stage in model.features[1:-1] for block in stage],
 }
 
+
+class InputsOnly(OpAware):
+    """Rounds the inputs of checkpointed blocks, and keeps all else exact."""
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        decision = super().decide(saved)
+        return decision if saved.op == "checkpoint" else decision._replace(codec=None)
+
+    def rewrite(self, function: Any) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Way:
             checkpoint_quant=None if self.input_bits is None else quantizer(self.input_bits))
         if self.rest_bits is not None:
             return wrap(model, bit_width=self.rest_bits, policy=aware)
-        return wrap(model, policy=lambda saved: aware(saved) if saved.op == "checkpoint" else None)
+        return wrap(model, policy=InputsOnly(checkpoint_quant=aware.checkpoint_quant))
 
 
 WAYS: dict[str, Way] = {

@@ -2,21 +2,21 @@
 
 from collections.abc import Callable
 from itertools import combinations, pairwise
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from brevitas_bp.activations.closed_forms import DERIVATIVES
 from brevitas_bp.activations.few_bit import (
     FewBitTable,
     few_bit_table,
     fit_few_bit_table,
-    optimal_cuts,
+    named_functions,
 )
+from brevitas_bp.activations.fitting import optimal_cuts
+from brevitas_bp.activations.functions import ACTIVATIONS
 from brevitas_bp.errors import UnknownNameError
+from tests.activations.support import function_of_torch
 
 # function, bits, borders, levels, squared error on [-10, 10]; printed digits.
 GOLDEN: list[tuple[str, int, list[float], list[float], float]] = [
@@ -34,19 +34,9 @@ GOLDEN: list[tuple[str, int, list[float], list[float], float]] = [
      [.0078, .2431, .568, .9145, .6523, .3915, .1649, .0054], 0.025887),
     ("sigmoid", 1, [-3.1484], [.006, .0729], 0.096503)]
 
-SMOOTH = sorted(set(DERIVATIVES) - {"relu", "leaky_relu", "hardshrink", "softshrink"})
+SMOOTH = sorted(name for name in named_functions() if not ACTIVATIONS[name].stepwise)
 JUMPS = (-3.0, 0.0, 3.0)
-EVEN = ["sigmoid", "softsign", "tanh"]
-
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    name: getattr(F, name) for name in DERIVATIVES if name not in ("gelu_tanh", "tanh", "sigmoid")}
-FUNCTIONS |= {
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid}
-
-PARAMETERS: list[tuple[str, dict[str, Any]]] = [
-    ("elu", {"alpha": 0.5}), ("celu", {"alpha": 2.0}), ("softplus", {"beta": 3.0}),
-    ("leaky_relu", {"negative_slope": 0.2}), ("hardshrink", {"lambd": 1.0})]
+EVEN = [name for name in SMOOTH if ACTIVATIONS[name].even]
 
 
 def squared_error(
@@ -76,17 +66,6 @@ def test_golden_tables(
     assert table.bits == bits and not table.even
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), [*((name, {}) for name in DERIVATIVES), *PARAMETERS])
-def test_derivatives_are_those_of_autograd(name: str, parameters: dict[str, Any]) -> None:
-    # No sample is at a jump, where the choice of a side is the function's own.
-    x = torch.linspace(-9.987, 9.986, 1001, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(FUNCTIONS[name](x, **parameters).sum(), x)
-    got = DERIVATIVES[name].derivative(x.detach(), **parameters)
-    # torch's softplus is linear beyond 20 / beta: sigmoid(20) = 1 - 2.1e-9.
-    assert torch.allclose(got, expected, rtol=1e-12, atol=3e-9 if name == "softplus" else 1e-12)
-
-
 @pytest.mark.parametrize("name", SMOOTH)
 def test_the_error_decreases_strictly_with_bits(name: str) -> None:
     errors = [few_bit_table(name, bits).error or 0 for bits in range(1, 7)]
@@ -105,7 +84,7 @@ def test_eight_bits_are_the_most() -> None:
 @pytest.mark.parametrize("name", SMOOTH)
 def test_no_perturbed_table_is_better(name: str, bits: int) -> None:
     table = few_bit_table(name, bits)
-    f = DERIVATIVES[name].derivative
+    f = ACTIVATIONS[name].at
     best = squared_error(f, list(table.borders), list(table.levels))
     assert best == pytest.approx(table.error, rel=1e-4)
     generator = torch.Generator().manual_seed(bits)
@@ -122,11 +101,11 @@ def test_no_perturbed_table_is_better(name: str, bits: int) -> None:
 def test_both_conditions_of_an_optimum_hold(name: str) -> None:
     table = few_bit_table(name, 3)
     borders, levels = numbers(table.borders), numbers(table.levels)
-    at_borders = DERIVATIVES[name].derivative(borders)
+    at_borders = ACTIVATIONS[name].at(borders)
     assert torch.allclose(at_borders, (levels[:-1] + levels[1:]) / 2, atol=1e-6)
     # The mean of a derivative is the slope of its function: no quadrature in this oracle.
     ends = torch.cat([numbers((-10,)), borders, numbers((10,))])
-    assert torch.allclose(FUNCTIONS[name](ends).diff() / ends.diff(), levels, atol=1e-9)
+    assert torch.allclose(function_of_torch(name)(ends).diff() / ends.diff(), levels, atol=1e-9)
 
 
 def test_an_even_functions_mirror_image_is_as_good_and_one_of_them_is_chosen() -> None:
@@ -135,7 +114,7 @@ def test_an_even_functions_mirror_image_is_as_good_and_one_of_them_is_chosen() -
             table = few_bit_table(name, bits)
             mirrored = [-b for b in reversed(table.borders)]
             error = squared_error(
-                DERIVATIVES[name].derivative, mirrored, list(reversed(table.levels)))
+                ACTIVATIONS[name].at, mirrored, list(reversed(table.levels)))
             assert error == pytest.approx(table.error, rel=1e-4)
             assert sum(border < 0 for border in table.borders) % 2 == 1
 
@@ -216,7 +195,7 @@ def test_a_weighted_fit_is_best_under_its_weight() -> None:
     weighted = fit_few_bit_table("gelu", 3, weight=density)
     plain = few_bit_table("gelu", 3)
     x = torch.linspace(-10, 10, 200001, dtype=torch.float64)
-    exact, w = DERIVATIVES["gelu"].derivative(x), density(x) * (x[1] - x[0])
+    exact, w = ACTIVATIONS["gelu"].at(x), density(x) * (x[1] - x[0])
     errors = [float(((t.derivative(x) - exact).square() * w).sum()) for t in (weighted, plain)]
     assert errors[0] == pytest.approx(weighted.error, rel=1e-3) and errors[0] < errors[1]
     # Scaling a density changes no table, and its error in proportion.

@@ -59,7 +59,7 @@ def test_rounding_one_group_is_what_the_wrapper_does(candidate: str) -> None:
     model = residual()
     profile = profile_of(model)
     for i, group in enumerate(profile.groups):
-        if "avg" in candidate and group.reaches != "weight":
+        if "avg" in candidate and group.reach != "weight":
             continue  # a plan does not average what reaches further
         ours = profile.gradients({i: Candidate.parse(candidate)})
         plan = {"*": "exact", **dict.fromkeys(group.sites, candidate)}
@@ -76,7 +76,7 @@ def test_bytes_are_those_of_live_tensors(candidate: str) -> None:
     model = residual()
     profile = profile_of(model)
     for group in profile.groups:
-        if "avg" in candidate and group.reaches != "weight":
+        if "avg" in candidate and group.reach != "weight":
             continue
         planned = residual(plan={"*": "exact", **dict.fromkeys(group.sites, candidate)})
         with track_saved_memory(planned) as report:
@@ -109,7 +109,7 @@ def test_reach_tells_where_errors_go() -> None:
     assert own is not None
     assert {names[i] for i in own} == {"stem.weight", "stem.bias"}
     assert found["norm:batch_norm:argument 0"].parameters is None
-    assert found[":silu:derivative"].reaches == "all"
+    assert found[":silu:derivative"].reach == "all"
 
 
 class State:

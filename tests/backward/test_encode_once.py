@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from brevitas_bp import Packed, QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.backward.hooks import PARAMETER
+from brevitas_bp.backward.seam import listening
 from tests.backward.support import Apply, HalfCodec, assert_same, run
 
 
@@ -142,10 +143,14 @@ def test_same_tensor_under_two_codecs_has_both_payloads(policy: str) -> None:
     packed: list[Packed] = []
     model = QuantBackwardWrapper(
         nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), policy=policy, seed=0)
-    model._listeners.append(
-        lambda saved, p, decision, originals: None if decision is PARAMETER else packed.append(p))
+
+    def note(saved: object, p: Packed, decision: object, originals: object) -> None:
+        if decision is not PARAMETER:
+            packed.append(p)
+
     x = torch.randn(2, 4, 16, 16)
-    output = model(x.requires_grad_())
+    with listening(model, note):
+        output = model(x.requires_grad_())
     mask, codes = (p.decode() for p in packed)
     assert torch.equal(mask > 0, x > 0)
     # 2 bits: within a step of the ReLU's output, which a mask of 0 and 1 is not.

@@ -21,6 +21,7 @@ from brevitas_bp import (
     codec_from,
     track_saved_memory,
 )
+from brevitas_bp.backward.seam import listening
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic
 from tests.backward.support import (
@@ -177,9 +178,9 @@ def test_lowered_and_general_path_store_the_same_bytes_through_the_wrapper(polic
     for codec in (lowered, general):
         packed: list[Packed] = []
         model = QuantBackwardWrapper(copy.deepcopy(module), codec, seed=7, policy=policy)
-        model._listeners.append(lambda saved, p, decision, originals, to=packed: to.append(p))
         torch.manual_seed(0)
-        output = model(*inputs)
+        with listening(model, lambda saved, p, decision, originals, to=packed: to.append(p)):
+            output = model(*inputs)
         payloads.append([t.clone() for p in packed for t in p.tensors])
         del output
     assert len(payloads[0]) == len(payloads[1])

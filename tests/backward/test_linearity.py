@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from brevitas_bp import QuantBackwardWrapper
 from brevitas_bp.backward.compiled import hooks as inlined
-from brevitas_bp.backward.compiled.linearity import is_rectified, reach_of
+from brevitas_bp.backward.compiled.linearity import reach_of
+from brevitas_bp.backward.compiled.nodes import is_rectified
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from brevitas_bp import QuantBackwardWrapper
+from brevitas_bp.backward.seam import wrappers_in
 from tests.backward.support import QUANTIZING, Apply, net, run
 
 X = torch.linspace(-1, 1, 64 * 64).sin().view(64, 64)
@@ -105,6 +106,15 @@ def test_two_wrappers_draw_different_noise(other: Any, started: bool, case: Case
 def test_copy_of_a_seeded_wrapper_draws_other_noise(case: Case) -> None:
     model = case.wrapped(seed=4)
     assert not torch.equal(stored(copy.deepcopy(model)), stored(model))
+
+
+def test_copies_of_nested_wrappers_take_their_noise_in_one_order() -> None:
+    # Or processes that copy a model would differ: the attributes of a wrapper are copied in any order.
+    inner = QuantBackwardWrapper(nn.Linear(4, 4))
+    outer = copy.deepcopy(QuantBackwardWrapper(nn.Sequential(inner)))
+    numbers = [wrapper._noise._number for _, wrapper in wrappers_in(outer)]
+    assert numbers == sorted(numbers, reverse=True)
+    assert len(numbers) == 2
 
 
 @pytest.mark.parametrize("policy", QUANTIZING)

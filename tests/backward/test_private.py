@@ -87,6 +87,19 @@ def test_dynamo_is_switched_off_and_on() -> None:
     private.skip_frames((lambda: None).__code__)
 
 
+def test_graphs_of_a_function_are_counted() -> None:
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    torch._dynamo.reset()
+    assert private.graphs_of(double.__code__) == 0
+    compiled = torch.compile(double, backend="eager", dynamic=False)
+    for size in range(2, private.recompile_limit() + 4):
+        compiled(torch.randn(size))
+    assert private.graphs_of(double.__code__) == private.recompile_limit()
+    torch._dynamo.reset()
+
+
 def test_leaves_of_containers() -> None:
     assert private.tree_leaves([1, {"a": (2, 3)}]) == [1, 2, 3]
 

@@ -17,6 +17,7 @@ from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.operations import OpRule, linear, rule_of
 from brevitas_bp.backward.origins import goes_through_rounding_of
 from brevitas_bp.backward.saved import Decision, storage_id
+from brevitas_bp.backward.seam import listening
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
 from tests.backward.support import Apply
 
@@ -55,7 +56,7 @@ class _AllShared(OpAware):
     """The policy, but that all operations share their roundings, at one width."""
 
     def decide(self, saved: SavedTensor) -> Decision:
-        return super().decide(saved)._replace(shared=True, reaches="weight")
+        return super().decide(saved)._replace(shared=True, reach="weight")
 
 
 def bias(name: str, policy: OpAware) -> float:
@@ -109,25 +110,25 @@ def test_weights_made_of_parameters_alone_share() -> None:
     x = torch.randn(64, 64)
     for layer in (nn.Linear(64, 64), weight_norm(nn.Linear(64, 64))):
         (decision,) = decided(layer, x)
-        assert decision.shared and decision.reaches == "weight"
+        assert decision.shared and decision.reach == "weight"
 
 
 def test_a_weight_made_of_what_is_rounded_does_not() -> None:
     first, second = decided(_Layer(CASES["linear"][0]), torch.randn(64, 64))
-    assert first.shared and first.reaches == "weight"
-    assert not second.shared and second.reaches == "all"
+    assert first.shared and first.reach == "weight"
+    assert not second.shared and second.reach == "all"
 
 
 def test_a_bias_that_is_a_parameter_is_no_factor() -> None:
     bias = nn.Parameter(torch.zeros(64))
     *_, last = decided(_Layer(lambda z, p: F.linear(z, p(z), bias)), torch.randn(64, 64))
-    assert not last.shared and last.reaches == "all"
+    assert not last.shared and last.reach == "all"
 
 
 def test_a_weight_made_of_another_tensor_shares() -> None:
     module = Apply(lambda z, y: F.linear(z, (y * 1).view(64, 64) * 2))
     (decision,) = decided(module, torch.randn(64, 64), torch.randn(64, 64, requires_grad=True))
-    assert decision.shared and decision.reaches == "weight"
+    assert decision.shared and decision.reach == "weight"
 
 
 def test_what_is_marked() -> None:
@@ -185,7 +186,7 @@ def test_a_copy_of_the_input_is_no_other_argument() -> None:
     module.add_module("first", first)
     module.add_module("layer", layer)
     *_, last = decided(module, torch.randn(64, 64))
-    assert last.shared and last.reaches == "weight"
+    assert last.shared and last.reach == "weight"
 
 
 def test_deep_weights_of_other_tensors_share() -> None:
@@ -196,7 +197,7 @@ def test_deep_weights_of_other_tensors_share() -> None:
         return F.linear(z, made)
 
     *_, last = decided(_Layer(function), torch.randn(64, 64))
-    assert last.shared and last.reaches == "weight"
+    assert last.shared and last.reach == "weight"
 
 
 def test_custom_functions_do_not_share_what_others_have_rounded(registry: None) -> None:
@@ -227,7 +228,7 @@ def test_custom_functions_do_not_share_what_others_have_rounded(registry: None) 
             payloads.append((storage_id(saved.tensor), id(packed), packed))
 
     model, z = QuantBackwardWrapper(Own(), Stochastic2, seed=0), torch.randn(64, 64)
-    model._listeners.append(Listener())
-    model(z)
+    with listening(model, Listener()):
+        model(z)
     of_z = {number for storage, number, _ in payloads if storage == storage_id(z)}
     assert len(of_z) == 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
-from brevitas_bp.backward.wrapper import wrappers_in
+from brevitas_bp.backward.seam import wrappers_in
 
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 

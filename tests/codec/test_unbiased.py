@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from brevitas_bp import codec_from, quant
-from brevitas_bp.format.spec import lowest_code, top_code
 from brevitas_bp.quant import (
     ActQuantSolver,
     PerBucketMinMax,
@@ -57,7 +56,7 @@ class Sample:
             rounding_variance((values.double() - offset) / s) * (s / step)**2 for s in steps]
         # The number of mixed buckets is fixed; the finer steps are theirs.
         self.variance = variance[-1] * (n - mixed) / n + variance[0] * mixed / n
-        top = max(top_code(spec.code_range, w) - lowest_code(spec.code_range, w)
+        top = max(spec.code_range.top(w) - spec.code_range.lowest(w)
                   for w in spec.bit_widths)
         # Four float32 operations on numbers of at most |x| + range.
         self.slack = float(4 * 2.0**-23 * (values.abs().max() + top * step) / step)

@@ -18,7 +18,7 @@ from brevitas_bp import (
     track_saved_memory,
 )
 from brevitas_bp.allocate import plan_bit_widths
-from brevitas_bp.codec.integrity import Form
+from brevitas_bp.codec.integrity import TensorType
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Uint2
 
@@ -44,8 +44,8 @@ class UpperHalves(Codec):
     def decode(self, packed: Packed) -> Tensor:
         return packed.layout.restore_flat(packed.tensors[0].float())
 
-    def forms(self, packed: Packed) -> Sequence[Form]:
-        return [Form.flat(packed.layout.numel, packed.facts)]
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
+        return [TensorType.flat(packed.layout.numel, packed.facts)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return 2 * layout.numel

@@ -208,7 +208,7 @@ class _Checked(list):  # type: ignore[type-arg]
         self.shows, self.seen = shows, seen
 
     def append(self, saved: Any) -> None:
-        self.seen.append(saved.tensor.is_floating_point() and self.shows(saved.tensor))
+        self.seen.append(saved.tensor.is_floating_point() and self.aliases(saved.tensor))
 
 
 @dataclass
@@ -221,11 +221,11 @@ class NaiveWrapper:
     def pack(self, x: Tensor) -> Any:
         """Packs everything; of DTensors it is counted only."""
         if isinstance(x, DTensor):
-            self.packed.append(self.shows(x))
+            self.packed.append(self.aliases(x))
             return x
         packed = naive_pack(x)
         if isinstance(packed, NaiveCodes):
-            self.packed.append(self.shows(x))
+            self.packed.append(self.aliases(x))
         return packed
 
     @contextmanager

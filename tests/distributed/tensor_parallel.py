@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from brevitas_bp.backward import hooks
-from brevitas_bp.backward.ranks import replica_group
+from brevitas_bp.backward.noise import replica_group
 from brevitas_bp.codec.base import is_plain
 from tests.distributed.support import (
     EXACT,
@@ -192,7 +192,7 @@ def groups(folder: Path) -> Facts:
         model = QUANTIZED(net)
         model(batch(0))
         model(batch(0))
-        return model._noise_rank()  # type: ignore[operator]
+        return model._noise.rank(model.module)  # type: ignore[operator]
 
     def several(net: nn.Module) -> None:
         parallelize_module(net, _mesh(), {"1": ColwiseParallel()})

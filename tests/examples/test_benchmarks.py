@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from brevitas_bp.format import reference
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import NEAREST
 from tests.examples.scripts import benchmark
 
 kernels, memory, step_parts, step_time, plots = map(
@@ -53,7 +54,7 @@ def draw(out: Path) -> list[str]:
 
 def stand_in(bits: int) -> Any:
     """Another library: the reference, to nearest, with a byte a code."""
-    spec = BucketQuantSpec(bits, libraries.BUCKET, stochastic=False)
+    spec = BucketQuantSpec(bits, libraries.BUCKET, rounding=NEAREST)
 
     def decode(encoded: Any) -> Tensor:
         codes, numel = encoded

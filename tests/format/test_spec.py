@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from brevitas_bp.format.spec import BucketQuantSpec, lowest_code, top_code
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import MAX, NARROW, CodeRange
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bit_width": 0}, "bit_width must be an integer in 1..8, got 0"),
@@ -21,9 +22,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mix_prob": float("nan")}, "got nan"),
     ({"mix_prob": "half"}, "got 'half'"),
     ({"metadata_dtype": torch.int32}, "metadata_dtype must be torch.float32 or torch.bfloat16"),
-    ({"scale_rule": "max"}, "scale_rule 'min_max' goes with code_range 'unsigned'"),
-    ({"code_range": "narrow"}, "scale_rule 'min_max' goes with code_range 'unsigned'"),
-    ({"scale_rule": "max", "code_range": "narrow", "bit_width": 1}, "need bit_width >= 2, got 1"),
+    ({"scale_rule": MAX}, "the scale rule 'max' goes with signed codes, got 'unsigned'"),
+    ({"code_range": NARROW}, "the scale rule 'min_max' goes with unsigned codes, got 'narrow'"),
+    ({"scale_rule": MAX, "code_range": NARROW, "bit_width": 1}, "need bit_width >= 2, got 1"),
     ({"integer_zero_point": True, "metadata_dtype": torch.bfloat16}, "an integer zero point needs")]
 
 
@@ -37,8 +38,9 @@ def test_a_bad_setting_is_refused(settings: dict[str, Any], message: str) -> Non
     ("unsigned", 1, 0, 1), ("unsigned", 8, 0, 255), ("narrow", 2, -1, 1), ("narrow", 8, -127, 127),
     ("sign_magnitude", 2, -1, 1), ("sign_magnitude", 4, -4, 4), ("sign_magnitude", 8, -64, 64)])
 def test_code_ranges_fit_their_width(
-        code_range: Any, bit_width: int, lowest: int, top: int) -> None:
-    assert (lowest_code(code_range, bit_width), top_code(code_range, bit_width)) == (lowest, top)
+        code_range: str, bit_width: int, lowest: int, top: int) -> None:
+    codes = CodeRange.named(code_range)
+    assert (codes.lowest(bit_width), codes.top(bit_width)) == (lowest, top)
     assert top - lowest < 2**bit_width
 
 

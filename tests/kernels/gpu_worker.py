@@ -121,14 +121,14 @@ def _interpreted_kernels() -> Any:
 def _encode(
         flat: Array, spec: BucketQuantSpec, seed: int, statistics: Statistics) -> list[Array]:
     x = from_array(flat)
-    plan = _interpreted_kernels().plan(spec, x.numel(), x.dtype)
+    plan = _interpreted_kernels().launcher(spec, x.numel(), x.dtype)
     return [to_array(t) for t in plan.encode(x, seed, affine=from_statistics(statistics))]
 
 
 def _decode(
         arrays: list[Array], spec: BucketQuantSpec, seed: int, numel: int, dtype: torch.dtype,
         statistics: Statistics) -> Array:
-    plan = _interpreted_kernels().plan(spec, numel, dtype)
+    plan = _interpreted_kernels().launcher(spec, numel, dtype)
     payload, metadata = map(from_array, arrays)
     return to_array(plan.decode(
         payload, metadata, seed, torch.Size((numel,)), (1,), from_statistics(statistics)))
@@ -137,10 +137,10 @@ def _decode(
 def _set_constant(name: str, value: int) -> int:
     from triton.language import constexpr
 
-    from brevitas_bp.kernels.gpu import source as gpu_kernels
+    from brevitas_bp.kernels.gpu import places
 
-    before: Any = getattr(gpu_kernels, name)
-    setattr(gpu_kernels, name, constexpr(value))
+    before: Any = getattr(places, name)
+    setattr(places, name, constexpr(value))
     return before.value
 
 
@@ -210,7 +210,7 @@ def compile_kernels(
     with patch.object(gpu, "_encode_kernel", _CompileOnly(gpu._encode_kernel, found, **options)), \
             patch.object(gpu, "_decode_kernel", _CompileOnly(gpu._decode_kernel, found, **options)):
         for numel, seed in calls:
-            plan = gpu.plan(spec, numel, dtype)
+            plan = gpu.launcher(spec, numel, dtype)
             stored = plan.encode(torch.empty(numel, dtype=dtype), seed, affine=affine)
             plan.decode(*stored, seed, torch.Size((numel,)), (1,), affine)
     return found

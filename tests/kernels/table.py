@@ -10,15 +10,16 @@ from brevitas_bp.format import reference
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
-from tests.strategies import RULES
+from brevitas_bp.format.stages import NEAREST, STOCHASTIC
+from tests.strategies import ROUNDINGS, RULES
 from tests.support import same_bits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECS = [
-    BucketQuantSpec(width, size, rule, code_range, stochastic, metadata_dtype=metadata)
-    for width, (rule, code_range), size, stochastic, metadata in product(
-        range(1, 9), RULES, (24, 256), (False, True), (torch.float32, torch.bfloat16))
-    if width > 1 or code_range == "unsigned"]
+    BucketQuantSpec(width, size, rule, code_range, rounding, metadata_dtype=metadata)
+    for width, (rule, code_range), size, rounding, metadata in product(
+        range(1, 9), RULES, (24, 256), ROUNDINGS, (torch.float32, torch.bfloat16))
+    if width >= code_range.least_width]
 SPECS += [BucketQuantSpec(2, 256, integer_zero_point=True)]
 SPECS += [
     BucketQuantSpec(base, 24, mix_bit_width=mix, mix_prob=p, mix_per=per)
@@ -26,10 +27,10 @@ SPECS += [
     for per in ("bucket", "tensor")]
 # Buckets that are worked on in pieces: of a whole tensor, or larger than the cache.
 LARGE_SPECS = [
-    BucketQuantSpec(width, size, rule, code_range, stochastic, metadata_dtype=metadata)
-    for width, (rule, code_range), size, (stochastic, metadata) in product(
-        range(1, 9), RULES, (None, 1 << 17), ((False, torch.bfloat16), (True, torch.float32)))
-    if width > 1 or code_range == "unsigned"]
+    BucketQuantSpec(width, size, rule, code_range, rounding, metadata_dtype=metadata)
+    for width, (rule, code_range), size, (rounding, metadata) in product(
+        range(1, 9), RULES, (None, 1 << 17), ((NEAREST, torch.bfloat16), (STOCHASTIC, torch.float32)))
+    if width >= code_range.least_width]
 LARGE_SPECS += [BucketQuantSpec(2, None, integer_zero_point=True)]
 LARGE_SPECS += [
     BucketQuantSpec(2, size, mix_bit_width=5, mix_prob=0.5, mix_per=per)

@@ -12,6 +12,7 @@ from brevitas_bp.format import reference
 from brevitas_bp.format.packing import pack, unpack
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import NEAREST
 from brevitas_bp.kernels import dispatch
 from tests.kernels.table import DTYPES, LARGE_SPECS, SPECS, check, same_bytes, samples
 from tests.strategies import dtype_name
@@ -87,7 +88,7 @@ def test_several_large_buckets_give_the_reference_bytes() -> None:
 def test_packing_pieces_one_after_another_would_be_noticed() -> None:
     # Positive control: the bytes of a bucket are not those of its pieces.
     x = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0))
-    spec = BucketQuantSpec(2, None, stochastic=False)
+    spec = BucketQuantSpec(2, None, rounding=NEAREST)
     codes = unpack(reference.encode(x, spec, 0).payload.unsqueeze(0), 2, x.numel())
     in_turn = pack(codes.view(2, -1), 2).view(1, -1)
     assert not same_bytes(in_turn, pack(codes, 2))
@@ -102,13 +103,13 @@ class Plans:
     """Encodes and decodes as codecs do, through the plan for a size."""
 
     def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
-        plan = dispatch.plan(spec, flat.numel(), flat.dtype, flat.device)
+        plan = dispatch.launcher(spec, flat.numel(), flat.dtype, flat.device)
         return Encoded(*plan.encode(flat, seed), spec.affine)
 
     def decode(
             self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
             dtype: torch.dtype) -> Tensor:
-        plan = dispatch.plan(spec, numel, dtype, encoded.payload.device)
+        plan = dispatch.launcher(spec, numel, dtype, encoded.payload.device)
         return plan.decode(*encoded.tensors, seed, torch.Size((numel,)), (1,))
 
 
@@ -121,8 +122,8 @@ def test_plans_have_the_bytes_of_the_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("numel", [1, 3000, cpu.LARGEST_BUCKET, cpu.LARGEST_BUCKET + 1])
 def test_a_small_tensor_in_one_bucket_has_a_plan_of_its_own(numel: int) -> None:
     spec, x = BucketQuantSpec(3, None), torch.randn(numel)
-    plan = dispatch.plan(spec, numel, x.dtype, x.device)
-    assert isinstance(plan, cpu.Plan) is (numel <= cpu.LARGEST_BUCKET)
+    plan = dispatch.launcher(spec, numel, x.dtype, x.device)
+    assert isinstance(plan, cpu.Launcher) is (numel <= cpu.LARGEST_BUCKET)
     check(Plans(), x, spec)
 
 
@@ -130,4 +131,4 @@ def test_each_bucket_size_has_its_kernels() -> None:
     sizes = {256: cpu, cpu.LARGEST_BUCKET: cpu, cpu.LARGEST_BUCKET + 8: cpu_whole, None: cpu_whole}
     for dtype, (size, form) in product((*DTYPES, torch.float64), sizes.items()):
         spec = BucketQuantSpec(bucket_size=size)
-        assert dispatch.backend(torch.device("cpu"), dtype, spec) is form
+        assert dispatch.backend(torch.device("cpu"), spec, 1 << 20, dtype) is form

@@ -10,15 +10,18 @@ from hypothesis import given
 from torch import Tensor
 
 from brevitas_bp import codec_from, quant
+from brevitas_bp.activations.derivatives import derivative
 from brevitas_bp.format import arithmetic, reference
 from brevitas_bp.format.normalizing import Affine
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import L2, MAX, MIN_MAX, NARROW, NEAREST, UNSIGNED, ScaleRule
 from brevitas_bp.kernels import dispatch
+from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
 from tests.kernels.gpu_worker import Compiled, Interpreted, Worker, compile_kernels
 from tests.kernels.table import DTYPES, SPECS, check, joined, same_bytes, samples
 from tests.strategies import VALUES, dtype_name, float_tensors, normals, seeds, specs
-from tests.support import same_bits
+from tests.support import same_bits, stage_name
 
 pytest.importorskip("triton")
 
@@ -47,9 +50,9 @@ def row_specs(bucket_size: int | None, row_size: int | None) -> list[BucketQuant
     """One quantizer of each rule."""
     return [
         BucketQuantSpec(3, bucket_size, row_size=row_size),
-        BucketQuantSpec(5, bucket_size, "max", "narrow", False, row_size=row_size),
+        BucketQuantSpec(5, bucket_size, MAX, NARROW, NEAREST, row_size=row_size),
         BucketQuantSpec(
-            2, bucket_size, "l2", "narrow", mix_bit_width=4, mix_prob=0.4, row_size=row_size)]
+            2, bucket_size, L2, NARROW, mix_bit_width=4, mix_prob=0.4, row_size=row_size)]
 
 
 def normalized_cases(name: str) -> list[tuple[Tensor, BucketQuantSpec, Affine]]:
@@ -79,9 +82,9 @@ def statistics(kinds: int, inner: int, shifted: bool) -> Affine:
     return Affine(normals((kinds,), 2).float() * 3, shift, inner)
 
 
-def normalized_reference(spec: BucketQuantSpec, x: Tensor) -> dispatch.Plan:
+def normalized_reference(spec: BucketQuantSpec, x: Tensor) -> Launcher:
     """Rows and normalization in torch operations."""
-    return dispatch._Plan(reference, spec, x.numel(), x.dtype)
+    return StepwiseLauncher(reference, spec, x.numel(), x.dtype, derivative)
 
 
 def check_normalized(form: Normalizing, x: Tensor, spec: BucketQuantSpec, affine: Affine) -> None:
@@ -121,16 +124,16 @@ def test_interpreted_lengths(interpreted: Interpreted, name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("numel", [3071, 3072, 3073, 7000])
-@pytest.mark.parametrize("spec", [BucketQuantSpec(4, 24, "l2", "narrow"), MIXED], ids=["l2", "mix"])
+@pytest.mark.parametrize("spec", [BucketQuantSpec(4, 24, L2, NARROW), MIXED], ids=["l2", "mix"])
 def test_interpreted_tensors_of_several_programs(
         interpreted: Interpreted, spec: BucketQuantSpec, numel: int) -> None:
     check(interpreted, joined(torch.float32, numel), spec)
 
 
 @pytest.mark.parametrize("size", [8, 16, 40, 104, 192, 1000, 1024, 8192, 16384, 65528, 65536])
-@pytest.mark.parametrize("rule", ["min_max", "max", "l2"])
-def test_interpreted_bucket_sizes(interpreted: Interpreted, size: int, rule: str) -> None:
-    code_range = "unsigned" if rule == "min_max" else "narrow"
+@pytest.mark.parametrize("rule", [MIN_MAX, MAX, L2], ids=stage_name)
+def test_interpreted_bucket_sizes(interpreted: Interpreted, size: int, rule: ScaleRule) -> None:
+    code_range = NARROW if rule.signed else UNSIGNED
     # Not all values: the norms of a tensor with large and broken ones would be equal by chance.
     check(interpreted, normals((2100,)).float(), BucketQuantSpec(7, size, rule, code_range))
 
@@ -173,7 +176,7 @@ def test_interpreted_norms_are_summed_in_order(interpreted: Interpreted, size: i
         # Positive control: random data would not tell one order from another.
         telling = x[(other(x) != expected).view(-1)][:50]
         assert len(telling) >= 5
-        check(interpreted, telling.view(-1), BucketQuantSpec(2, size, "l2", "narrow"))
+        check(interpreted, telling.view(-1), BucketQuantSpec(2, size, L2, NARROW))
 
 
 @given(float_tensors(DTYPES, tuple(VALUES)), specs(), seeds)
@@ -254,15 +257,15 @@ COMPILED = {
     "2 bits": (torch.float32, BucketQuantSpec(2, 256)),
     "bfloat16": (torch.bfloat16, BucketQuantSpec(3, 512, metadata_dtype=torch.bfloat16)),
     "integer zero point": (torch.float16, BucketQuantSpec(4, 64, integer_zero_point=True)),
-    "nearest": (torch.float32, BucketQuantSpec(8, 1024, "max", "narrow", False)),
+    "nearest": (torch.float32, BucketQuantSpec(8, 1024, MAX, NARROW, NEAREST)),
     "two widths": (torch.float32, BucketQuantSpec(2, 256, mix_bit_width=4, mix_prob=0.5)),
-    "norm": (torch.float32, BucketQuantSpec(4, 256, "l2", "narrow")),
-    "norm of an odd size": (torch.bfloat16, BucketQuantSpec(4, 40, "l2", "narrow")),
+    "norm": (torch.float32, BucketQuantSpec(4, 256, L2, NARROW)),
+    "norm of an odd size": (torch.bfloat16, BucketQuantSpec(4, 40, L2, NARROW)),
     "smallest": (torch.float32, BucketQuantSpec(1, 8)),
     "largest": (torch.float32, BucketQuantSpec(2, 1 << 16)),
     "rows of one statistic": (torch.bfloat16, BucketQuantSpec(2, 56, row_size=50)),
     "rows of several": (torch.float32, BucketQuantSpec(2, 56, row_size=50)),
-    "several statistics": (torch.float32, BucketQuantSpec(2, 256, "max", "narrow"))}
+    "several statistics": (torch.float32, BucketQuantSpec(2, 256, MAX, NARROW))}
 # (statistics, elements of each in a run, whether there are shifts).
 COMPILED_STATISTICS = {
     "rows of one statistic": (10, 100, False),
@@ -348,28 +351,28 @@ def test_rows_and_statistics_of_all_lengths_share_one_kernel(compiler: Worker) -
 def test_double_and_whole_tensors_go_to_the_reference() -> None:
     from brevitas_bp.kernels.gpu import launch as gpu
 
-    assert not gpu.supports(torch.float64, BucketQuantSpec())
-    assert not gpu.supports(torch.float32, BucketQuantSpec(bucket_size=None))
-    assert not gpu.supports(torch.float32, BucketQuantSpec(bucket_size=(1 << 16) + 8))
-    assert gpu.supports(torch.bfloat16, BucketQuantSpec())
+    assert not gpu.covers(BucketQuantSpec(), 1000, torch.float64)
+    assert not gpu.covers(BucketQuantSpec(bucket_size=None), 1000, torch.float32)
+    assert not gpu.covers(BucketQuantSpec(bucket_size=(1 << 16) + 8), 1000, torch.float32)
+    assert gpu.covers(BucketQuantSpec(), 1000, torch.bfloat16)
 
 
 def test_plans_of_a_device_are_those_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from brevitas_bp.kernels.gpu import launch as gpu
 
-    monkeypatch.setattr(dispatch, "_gpu_kernels", lambda: gpu)
+    monkeypatch.setattr(dispatch, "_triton_works", lambda: True)
     device, spec = torch.device("cuda"), BucketQuantSpec(2, 56, row_size=49)
-    assert isinstance(dispatch.plan(spec, 490, torch.float32, device), gpu.Plan)
-    assert isinstance(dispatch.plan(spec, 490, torch.float64, device), dispatch._Plan)
+    assert isinstance(dispatch.launcher(spec, 490, torch.float32, device), gpu.Launcher)
+    assert isinstance(dispatch.launcher(spec, 490, torch.float64, device), StepwiseLauncher)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_without_a_device_there_is_one_hint() -> None:
-    dispatch._gpu_kernels.cache_clear()
+    dispatch._triton_works.cache_clear()
     device = torch.device("cuda")
     with pytest.warns(UserWarning, match="Triton kernels cannot run"):
-        assert dispatch.backend(device, torch.float32, BucketQuantSpec()) is reference
-    assert dispatch.backend(device, torch.float32, BucketQuantSpec()) is reference
+        assert dispatch.backend(device, BucketQuantSpec(), 1000, torch.float32) is reference
+    assert dispatch.backend(device, BucketQuantSpec(), 1000, torch.float32) is reference
 
 
 # On a device.
@@ -384,14 +387,14 @@ class OnDevice:
     def encode(
             self, flat: Tensor, spec: BucketQuantSpec, seed: int,
             affine: Affine | None = None) -> Encoded:
-        plan = kernels().plan(spec, flat.numel(), flat.dtype)
+        plan = kernels().launcher(spec, flat.numel(), flat.dtype)
         payload, metadata = plan.encode(flat.to(self._device), seed, affine=self._moved(affine))
         return moved(Encoded(payload, metadata, spec.affine), "cpu")
 
     def decode(
             self, encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
             dtype: torch.dtype, affine: Affine | None = None) -> Tensor:
-        plan = kernels().plan(spec, numel, dtype)
+        plan = kernels().launcher(spec, numel, dtype)
         stored = moved(encoded, self._device).tensors
         return plan.decode(
             *stored, seed, torch.Size((numel,)), (1,), self._moved(affine)).cpu()
@@ -405,7 +408,7 @@ class OnDevice:
 
 def kernels() -> dispatch.ModuleType:
     """The kernels that CUDA tensors go to."""
-    form = dispatch.backend(torch.device("cuda"), torch.float32, BucketQuantSpec())
+    form = dispatch.backend(torch.device("cuda"), BucketQuantSpec(), 1000, torch.float32)
     assert form.__name__ == "brevitas_bp.kernels.gpu.launch"
     return form
 
@@ -437,16 +440,16 @@ def test_device_bytes_equal_the_reference(part: int) -> None:
 @each_dtype
 def test_device_bytes_of_all_values(dtype: torch.dtype) -> None:
     for x in samples(dtype).values():
-        for spec in (BucketQuantSpec(5, 256), MIXED, BucketQuantSpec(4, 24, "l2", "narrow")):
+        for spec in (BucketQuantSpec(5, 256), MIXED, BucketQuantSpec(4, 24, L2, NARROW)):
             check(OnDevice(), x, spec)
 
 
 @gpu_test
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 40, 104, 192, 1000, 1024, 8192, 16384, 65528, 65536])
-@pytest.mark.parametrize("rule", ["min_max", "max", "l2"])
-def test_device_bucket_sizes(size: int, rule: str) -> None:
-    code_range = "unsigned" if rule == "min_max" else "narrow"
+@pytest.mark.parametrize("rule", [MIN_MAX, MAX, L2], ids=stage_name)
+def test_device_bucket_sizes(size: int, rule: ScaleRule) -> None:
+    code_range = NARROW if rule.signed else UNSIGNED
     check(OnDevice(), normals((200_000,)).float(), BucketQuantSpec(7, size, rule, code_range))
 
 
@@ -471,7 +474,7 @@ def test_device_tensors_are_normalized(name: str) -> None:
 @pytest.mark.parametrize("size", [40, 64])
 def test_device_norms_are_summed_in_order(size: int) -> None:
     x = norms_on_the_edge(size).view(-1)
-    check(OnDevice(), x, BucketQuantSpec(2, size, "l2", "narrow"))
+    check(OnDevice(), x, BucketQuantSpec(2, size, L2, NARROW))
 
 
 @gpu_test
@@ -515,7 +518,7 @@ def test_nothing_synchronises() -> None:
     affine = Affine(x[:100].clone(), x[100:200].clone(), 1)
     cases = [(BucketQuantSpec(), None), (MIXED, None), (BucketQuantSpec(2, 56, row_size=50), affine)]
     for spec, normalizing in cases:
-        plan = kernels().plan(spec, x.numel(), x.dtype)
+        plan = kernels().launcher(spec, x.numel(), x.dtype)
         stored = plan.encode(x, 3, affine=normalizing)
         plan.decode(*stored, 3, x.shape, x.stride(), normalizing)
         before = torch.cuda.get_sync_debug_mode()

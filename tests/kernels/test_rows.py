@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from brevitas_bp.activations.derivatives import derivative
 from brevitas_bp.format import reference
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 from brevitas_bp.format.spec import BucketQuantSpec, row_bucket
+from brevitas_bp.format.stages import L2, MAX, NARROW, NEAREST
 from brevitas_bp.kernels import dispatch
+from brevitas_bp.kernels.launchers import StepwiseLauncher
 from tests.kernels.table import same_bytes
 from tests.strategies import DTYPES, dtype_name
 from tests.support import same_bits
@@ -20,8 +23,8 @@ cpu = pytest.importorskip("brevitas_bp.kernels.cpu.launch")
 LENGTHS = (1, 17, 49, 192, 300)
 SPECS = [
     BucketQuantSpec(2, 256), BucketQuantSpec(3, 256, metadata_dtype=torch.bfloat16),
-    BucketQuantSpec(4, 64, "max", "narrow"), BucketQuantSpec(2, 256, "l2", "narrow"),
-    BucketQuantSpec(2, 128, stochastic=False, mix_bit_width=4, mix_prob=0.4)]
+    BucketQuantSpec(4, 64, MAX, NARROW), BucketQuantSpec(2, 256, L2, NARROW),
+    BucketQuantSpec(2, 128, rounding=NEAREST, mix_bit_width=4, mix_prob=0.4)]
 
 
 def _values(numel: int, dtype: torch.dtype) -> Tensor:
@@ -49,9 +52,9 @@ def test_bytes_and_values_are_those_of_the_reference(dtype: torch.dtype) -> None
     rows = 11
     for length, spec in product(LENGTHS, SPECS):
         spec, x = spec.in_rows(length), _values(rows * length, dtype)
-        fast = dispatch.plan(spec, x.numel(), dtype, x.device)
-        slow = dispatch._Plan(reference, spec, x.numel(), dtype)
-        assert isinstance(fast, cpu.Plan)
+        fast = dispatch.launcher(spec, x.numel(), dtype, x.device)
+        slow = StepwiseLauncher(reference, spec, x.numel(), dtype, derivative)
+        assert isinstance(fast, cpu.Launcher)
         for affine in _affines(rows, length, dtype):
             expected, got = (plan.encode(x, 5, affine=affine) for plan in (slow, fast))
             assert all(map(same_bytes, expected, got)), (length, spec, affine)
@@ -65,8 +68,8 @@ def test_large_half_precision_tensors_are_converted_in_whole_rows(
     monkeypatch.setattr(cpu, "_CHUNK", 1000)
     spec, x = BucketQuantSpec().in_rows(300), _values(300 * 20, torch.bfloat16)
     affine = Affine(torch.rand(20) + 0.5, torch.randn(20), 300)
-    plan = cpu.Plan(spec, x.numel(), x.dtype)
-    slow = dispatch._Plan(reference, spec, x.numel(), x.dtype)
+    plan = cpu.Launcher(spec, x.numel(), x.dtype)
+    slow = StepwiseLauncher(reference, spec, x.numel(), x.dtype, derivative)
     stored = plan.encode(x, 5, affine=affine)
     assert all(map(same_bytes, stored, slow.encode(x, 5, affine=affine)))
     assert same_bits(
@@ -118,7 +121,9 @@ def test_denormalize_undoes_normalize_up_to_rounding() -> None:
 
 def test_decoded_values_stay_in_the_range_of_their_dtype() -> None:
     spec, x = BucketQuantSpec(), torch.linspace(-1, 1, 256, dtype=torch.float16)
-    for plan in (cpu.Plan(spec, 256, x.dtype), dispatch._Plan(reference, spec, 256, x.dtype)):
+    for plan in (
+            cpu.Launcher(spec, 256, x.dtype),
+            StepwiseLauncher(reference, spec, 256, x.dtype, derivative)):
         stored = plan.encode(x, 1)
         y = plan.decode(*stored, 1, x.shape, (1,), Affine(torch.tensor([1e6]), None, 256))
         assert y.isfinite().all() and y.max() == torch.finfo(torch.float16).max

@@ -11,6 +11,7 @@ from brevitas_bp import codec_from, quant
 from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import L2, MAX, MIN_MAX, NARROW, NEAREST, STOCHASTIC, UNSIGNED
 
 GRAMMAR = re.compile(
     r"(?P<shifted>Shifted)?(?P<kind>Uint|Int)(?P<bits>\d)(Mix(?P<mix>\d)|Avg(?P<avg>\d))?"
@@ -39,9 +40,9 @@ def test_a_config_is_what_its_name_says(name: str) -> None:
     assert spec == BucketQuantSpec(
         bit_width=bits,
         bucket_size=256 if match["per"] == "Bucket" else None,
-        scale_rule="min_max" if shifted else "l2" if match["l2"] else "max",
-        code_range="unsigned" if shifted else "narrow",
-        stochastic=match["stochastic"] is not None,
+        scale_rule=MIN_MAX if shifted else L2 if match["l2"] else MAX,
+        code_range=UNSIGNED if shifted else NARROW,
+        rounding=STOCHASTIC if match["stochastic"] else NEAREST,
         mix_bit_width=mix,
         mix_prob=0.0 if mix is None else MIXES[bits, mix])
 
@@ -80,11 +81,11 @@ def test_settings_can_be_overridden_by_keyword(override: dict[str, Any]) -> None
         quant.ShiftedUint2DynamicActPerBucketFloat,
         **{keyword.get(name, name): setting for name, setting in override.items()})
     assert isinstance(codec, LoweredCodec)
-    assert codec.spec == BucketQuantSpec(**{"stochastic": False} | override)
+    assert codec.spec == BucketQuantSpec(**{"rounding": NEAREST} | override)
 
 
 @pytest.mark.parametrize("impl", ["stochastic_round", "STOCHASTIC_ROUND"])
 def test_rounding_is_one_enum_away(impl: str) -> None:
     codec = codec_from(
         quant.ShiftedUint2DynamicActPerBucketFloat, float_to_int_impl_type=impl.lower())
-    assert isinstance(codec, LoweredCodec) and codec.spec.stochastic
+    assert isinstance(codec, LoweredCodec) and codec.spec.rounding is STOCHASTIC

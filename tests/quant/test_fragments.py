@@ -15,6 +15,7 @@ from brevitas_bp import codec_from, quant
 from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.core.rounding import StochasticRound
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import L2, MAX, NARROW, NEAREST, SIGN_MAGNITUDE
 from brevitas_bp.proxy import BucketwiseActQuantProxyFromInjector
 from brevitas_bp.quant import (
     ActQuantSolver,
@@ -50,11 +51,11 @@ def test_a_config_of_three_lines_works() -> None:
 FRAGMENTS: list[tuple[Any, dict[str, Any]]] = [
     (PerBucketMinMax, {}),
     (PerTensorMinMax, {"bucket_size": None}),
-    (PerBucketMax, {"scale_rule": "max", "code_range": "narrow"}),
-    (PerTensorMax, {"scale_rule": "max", "code_range": "narrow", "bucket_size": None}),
-    (PerBucketL2, {"scale_rule": "l2", "code_range": "narrow"}),
-    (PerTensorL2, {"scale_rule": "l2", "code_range": "narrow", "bucket_size": None}),
-    (SignMagnitude, {"scale_rule": "max", "code_range": "sign_magnitude"})]
+    (PerBucketMax, {"scale_rule": MAX, "code_range": NARROW}),
+    (PerTensorMax, {"scale_rule": MAX, "code_range": NARROW, "bucket_size": None}),
+    (PerBucketL2, {"scale_rule": L2, "code_range": NARROW}),
+    (PerTensorL2, {"scale_rule": L2, "code_range": NARROW, "bucket_size": None}),
+    (SignMagnitude, {"scale_rule": MAX, "code_range": SIGN_MAGNITUDE})]
 
 
 @pytest.mark.parametrize(("fragment", "facts"), FRAGMENTS)
@@ -65,7 +66,7 @@ def test_a_scaling_fragment_decides_range_and_bucket(
 
     codec = codec_from(Config)
     assert isinstance(codec, LoweredCodec)
-    assert codec.spec == BucketQuantSpec(**{"bit_width": 8, "stochastic": False} | facts)
+    assert codec.spec == BucketQuantSpec(**{"bit_width": 8, "rounding": NEAREST} | facts)
 
 
 def test_two_widths_are_a_fragment() -> None:
@@ -78,7 +79,7 @@ def test_two_widths_are_a_fragment() -> None:
     codec = codec_from(Config)
     assert isinstance(codec, LoweredCodec)
     assert codec.spec == BucketQuantSpec(
-        2, 256, "max", "narrow", mix_bit_width=8, mix_prob=0.25, mix_per="tensor")
+        2, 256, MAX, NARROW, mix_bit_width=8, mix_prob=0.25, mix_per="tensor")
 
 
 # Brevitas merges bases from right to left.

@@ -18,7 +18,6 @@ from brevitas_bp.codec.regions import (
     dropout_mask,
     hardtanh_region,
     relu_region,
-    scaled_mask,
     sign,
 )
 from brevitas_bp.codec.shape_only import shape_only
@@ -80,7 +79,6 @@ LOSSLESS: dict[str, Callable[[], tuple[Codec, Tensor]]] = {
     "hardtanh with nan": lambda: (hardtanh_region(), _with_nan()),
     "sign": lambda: (sign(), activation()),
     "dropout": lambda: (dropout_mask(0.3), _UNIFORM_MASK),
-    "scaled mask": lambda: (scaled_mask(), _UNIFORM_MASK),
     "3x3 windows": _pooled,
     "20x20 windows": _wide_pooled,
     "shape only": lambda: (shape_only(), activation()),

@@ -8,10 +8,15 @@ NOTE [ A compiled wrapper ]
 3. Without gradients nothing is stored: the wrapper is traced as its module, without a break.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from brevitas_bp.private import set_callback, skip_frames, wrap_inline
+
+# Class of wrapped modules -> the frame in which Dynamo compiles them.
+_frames: WeakKeyDictionary[type, CodeType] = WeakKeyDictionary()
 
 
 def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,8 +64,21 @@ def call_with(callback: Any, function: Callable[..., Any], args: Any, kwargs: An
         return function(*args, **kwargs)
     # In a frame that Dynamo does not skip, as it does those of torch's own modules.
     compiled = wrap_inline(function)
+    # One for each class: Dynamo makes a limited number of graphs that begin at one frame.
+    compiled.__code__ = _frames.setdefault(type(function), compiled.__code__.replace())
     previous = set_callback(callback)
     try:
         return compiled(*args, **kwargs)
     finally:
         set_callback(previous)
+
+
+def frames_of(kind: type) -> Iterator[CodeType]:
+    """The code at which graphs of a class of modules begin."""
+    if kind in _frames:
+        yield _frames[kind]
+    # Dynamo skips the forward of torch's own modules, and takes a frame around it.
+    own = kind.__module__.startswith("torch.nn.")
+    compiled: Any = wrap_inline(kind) if own else getattr(kind, "forward", None)
+    if hasattr(compiled, "__code__"):
+        yield compiled.__code__

@@ -4,8 +4,8 @@ NOTE [ Hooks as graph modules ]
 1. Dynamo inlines a pair of hooks if both are graph modules: each holds a call of one Python function,
    which runs again for every saved tensor while the graphs are made, and again, as it is, for tensors
    that are saved outside of compiled graphs. So one pair serves both.
-2. The graphs are guarded by the identity of the pair: a wrapper has one pair, and makes another when
-   its settings change.
+2. The graphs are guarded by the identity of the pair: wrappers with equal settings have one pair, see
+   :mod:`brevitas_bp.backward.shared`, and a wrapper takes another when its settings change.
 3. Inputs of a graph come here too: what one compiled block gives to the next would be kept otherwise.
    Parameters and buffers do not.
 4. What a graph stores is decided when it is made: which part of the network saves a tensor, and what the
@@ -15,15 +15,17 @@ NOTE [ Hooks as graph modules ]
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from brevitas_bp.backward.compiled import operators  # noqa: F401  (registers them)
 from brevitas_bp.backward.compiled.dynamo import in_python, no_graph_of_its_own
-from brevitas_bp.backward.compiled.linearity import inputs_of, is_rectified, is_tangent, reach_of
+from brevitas_bp.backward.compiled.linearity import reach_of
+from brevitas_bp.backward.compiled.nodes import inputs_of, is_rectified, is_tangent
 from brevitas_bp.backward.compiled.placement import raise_encoders, sink_decoders
 from brevitas_bp.backward.compiled.rows import Grouping, grouping_of
 from brevitas_bp.backward.explain import Explanation
@@ -32,13 +34,8 @@ from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, is_smaller
-from brevitas_bp.codec.graph_forms import FLEXIBLE, GraphForm, GraphTensor
-from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
-from brevitas_bp.format.normalizing import Affine
-from brevitas_bp.format.packing import packed_nbytes
-from brevitas_bp.format.reference import bucket_shape
+from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.kernels import dispatch
 from brevitas_bp.private import (
     TracingContext,
     aot_compilation_context,
@@ -49,80 +46,8 @@ from brevitas_bp.private import (
 )
 
 _META = "brevitas_bp"
-_library = torch.library.Library("brevitas_bp", "FRAGMENT")
-_DRAWS = FLEXIBLE + tuple(
-    getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
-    if hasattr(torch.Tag, name))
-# See NOTE [ Graphs call the kernels ]. Two calls with equal arguments would be merged: so each has a
-# number.
-_library.define(
-    "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
-    tags=_DRAWS)
-_library.define(
-    "encode_channels(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
-    "Tensor? mean=None) -> (Tensor, Tensor, Tensor)",
-    tags=_DRAWS)
-_sites = itertools.count()
-
-
-def _seed_in(graph: int) -> int:
-    """The seed of the next encode of this thread's forward pass, which notes that the graph ran."""
-    location = current_location()
-    assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
-    location.graphs.add(graph)
-    return location.next_seed()
-
-
-def _encode_channels(
-        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
-        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_encode`, of a tensor in units of its channels; and their means and deviations [2, K].
-
-    ``variance`` and ``mean`` are those of the norm that reads ``x``. Without them its own are computed.
-    """
-    seed = _seed_in(graph)
-    flat = x.reshape(-1).resolve_neg().contiguous()
-    channels = x.shape[dim]
-    if variance is None or mean is None:
-        variance, mean = torch.var_mean(
-            x.to(compute_dtype(x.dtype)), [d for d in range(x.dim()) if d != dim], correction=0)
-    statistics = torch.stack((mean.reshape(-1), variance.reshape(-1).sqrt())).to(
-        compute_dtype(x.dtype))
-    scale = torch.where(statistics[1] > 0, statistics[1].reciprocal(), 0)
-    affine = Affine(scale, statistics[0], x[0].numel() // channels if dim == 1 else 1)
-    plan = dispatch.plan_from_text(spec, x.numel(), x.dtype, x.device)
-    return *plan.encode(flat, seed, affine=affine), statistics
-
-
-def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
-    """Payload and metadata of a tensor that a graph saves in the forward pass of this thread."""
-    seed = _seed_in(graph)
-    plan = dispatch.plan_from_text(spec, x.numel(), x.dtype, x.device)
-    return plan.encode(x.reshape(-1).resolve_neg().contiguous(), seed)
-
-
-_library.impl("encode", _encode, "CompositeExplicitAutograd")
-
-
-_library.impl("encode_channels", _encode_channels, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("brevitas_bp::encode_channels", lib=_library)
-def _encode_channels_fake(
-        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
-        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty((2, x.shape[dim]), dtype=compute_dtype(x.dtype))
-    return *_encode_fake(x, spec, graph, site), statistics
-
-
-@torch.library.register_fake("brevitas_bp::encode", lib=_library)
-def _encode_fake(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
-    own = BucketQuantSpec.from_text(spec)
-    n, size = bucket_shape(x.numel(), own.bucket_size, own.row_size)
-    stored = stored_metadata_dtype(own.metadata_dtype, compute_dtype(x.dtype))
-    return (
-        x.new_empty(n * packed_nbytes(size, own.bit_width), dtype=torch.uint8),
-        x.new_empty(n * (1 + own.affine), dtype=stored))
+# Two calls with equal arguments would be merged, so each has a number.
+_calls = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -143,9 +68,20 @@ class CompiledSite:
     given_bytes: int
     stored_bytes: int
 
+    def under(self, prefix: str) -> "CompiledSite":
+        """The site of a wrapped module that has this qualified name; another may have made the graph."""
+        module = _joined(prefix, self.saved.path)
+        if module == self.saved.module:
+            return self
+        return replace(self, saved=replace(self.saved, module=module))
 
-class InlinedHooks:
-    """The pair of hooks of one wrapper around compiled modules. See NOTE [ Hooks as graph modules ].
+
+def _joined(prefix: str, path: str) -> str:
+    return ".".join(part for part in (prefix, path) if part)
+
+
+class GraphHooks:
+    """The pair of hooks of wrappers with equal settings. See NOTE [ Hooks as graph modules ].
 
     Args:
         unpack: what undoes the hook of the running pass, for tensors saved outside of graphs.
@@ -156,21 +92,34 @@ class InlinedHooks:
         self.pack, self.unpack = _as_graph(self._pack), _as_graph(self._unpack)
         # Number of a graph -> what it saves, in order; None for what comes to no hook.
         self.graphs: dict[int, dict[str, CompiledSite | None]] = {}
+        # Number of a graph -> whether it draws noise.
+        self._draws: dict[int, bool] = {}
 
     def explain(self, explanation: Explanation) -> None:
-        """Notes what was decided for compiled graphs, when they were made; once for each explanation."""
+        """Notes what was decided for the graphs that ran, when they were made; once per explanation."""
         if explanation.compiled:
             return
         explanation.compiled = True
         for number, saved in self.graphs.items():
             sites = [site for site in saved.values() if site is not None]
-            # Graphs without a quantizer do not tell whether they ran.
-            if number in explanation.graphs or not any(
-                    s.form is not None and s.form.draws for s in sites):
+            if number in explanation.graphs:
                 for site in sites:
                     explanation.add_stored(
-                        site.saved, site.decision, "exact" if site.form is None else site.form.name,
+                        site.under(explanation.prefix).saved, site.decision,
+                        "exact" if site.form is None else site.form.name,
                         site.given_bytes, site.stored_bytes)
+
+    def note_silent(self, output: Any, inputs: Any, ran: set[int]) -> None:
+        """Adds graphs between ``inputs`` and ``output`` to those that ``ran``, if some do not do so.
+
+        Those without a quantizer: they draw no noise, and another wrapper may have made them.
+        """
+        if len(self._draws) != len(self.graphs):
+            self._draws = {
+                number: any(s and s.form and s.form.draws for s in list(saved.values()))
+                for number, saved in list(self.graphs.items())}
+        if not all(self._draws.values()):
+            ran.update(node._forward_cls._aot_id for node in compiled_nodes(output, inputs))
 
     def live(self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
         """What compiled graphs between ``inputs`` and ``output`` keep: site and live tensors."""
@@ -182,9 +131,9 @@ class InlinedHooks:
 
     def _pack(self, x: Tensor) -> Any:
         context, location = saved_tensor_hook_context(), current_location()
-        assert location is not None and location.passing is not None
+        assert location is not None and location.forward_pass is not None
         if context is None:
-            return location.passing.pack_in_python(x)
+            return location.forward_pass.pack_in_python(x)
         node: Node = context["_node"]
         raise_encoders(context["_fw_graph"])
         sink_decoders(context["_bw_graph"])
@@ -220,7 +169,7 @@ def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
 def _packed(form: GraphForm, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
     def quantize(
             x: Tensor, spec: BucketQuantSpec, channels: int | None = None) -> tuple[Tensor, ...]:
-        where = spec.to_text(), _graph_number(), next(_sites)
+        where = spec.to_text(), _graph_number(), next(_calls)
         if channels is None:
             return torch.ops.brevitas_bp.encode(x, *where)
         return torch.ops.brevitas_bp.encode_channels(x, *where, channels)
@@ -230,15 +179,14 @@ def _packed(form: GraphForm, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
 
 def _decide(
         x: Tensor, node: Node, context: dict[str, Any], location: Location) -> CompiledSite:
-    passing = location.passing
-    assert passing is not None
-    path = _module_of(node, context["_bw_graph"], passing)
+    running = location.forward_pass
+    assert running is not None
+    path = _module_of(node, context["_bw_graph"], running)
     origin = str(node.meta.get("original_aten", node.name)).removeprefix("aten.").partition(".")[0]
     saved = SavedTensor(
-        x, origin, ".".join(part for part in (location.prefix, path) if part),
-        _codec_of(path, passing), path=path, compiled=True)
+        x, origin, _joined(location.prefix, path), _codec_of(path, running), path=path, compiled=True)
     inputs: list[Node] = context["_fw_graph"].find_nodes(op="placeholder")
-    parameters = _parameters_among(inputs, passing.parameters)
+    parameters = _parameters_among(inputs, running.parameters)
     decision, form = _KEPT, None
     if x.dtype != torch.bool and not x.is_floating_point():
         decision = _INTEGERS
@@ -251,13 +199,13 @@ def _decide(
         if saved.reach == "nonlinear" and is_rectified(node):
             reach = reach_of(backward, node.name, parameters, rectified=True)
             # Policies that do not ask for the reach treat all tensors alike.
-            rectified = reach != "nonlinear" and not isinstance(passing.policy, PlainPolicy)
+            rectified = reach != "nonlinear" and not isinstance(running.policy, PlainPolicy)
             saved.reach = reach if rectified else saved.reach
-        grouping = Grouping() if isinstance(passing.policy, PlainPolicy) else grouping_of(
-            node, context["_fw_graph"], backward, x)
+        grouping = Grouping() if isinstance(running.policy, PlainPolicy) else grouping_of(
+            node, backward, x)
         if grouping.channels and saved.reach == "norm" and isinstance(x.numel(), int):
             saved.sharing = x.numel() // x.shape[1]
-        decision = passing.policy.decide(saved)
+        decision = running.policy.decide(saved)
         graph_tensor = GraphTensor.of(
             x, channels_last=_runs_channels_last(context["_fw_graph"], x), rectified=rectified,
             row=grouping.row, in_memory=grouping.in_memory, channels=grouping.channels)
@@ -288,32 +236,32 @@ _NO_FORM = Decision(None, "its codec has no form for compiled graphs, or its ele
 _PARAMETER = Decision(None, "computed from parameters and buffers alone")
 
 
-def _codec_of(path: str, passing: Any) -> Codec | None:
+def _codec_of(path: str, running: Any) -> Codec | None:
     """The codec of a module; where compiled modules may share the graph, one that suits them all.
 
     Dynamo has one graph for modules of one class with equal sizes, whatever their names. If one is to be
     exact, all are.
     """
-    parts: dict[str, type] = passing.location.compiled_parts
-    codec = passing.codec_of(path)
+    parts: dict[str, type] = running.location.compiled_parts
+    codec = running.codec_of(path)
     for part, kind in parts.items():
         if part and (path + ".").startswith(part + "."):
             others = (other + path[len(part):] for other in parts if parts[other] is kind)
-            if any(passing.codec_of(other) is None for other in others):
+            if any(running.codec_of(other) is None for other in others):
                 return None
     return codec
 
 
-def _module_of(node: Node, backward: Graph, passing: Any) -> str:
+def _module_of(node: Node, backward: Graph, running: Any) -> str:
     """Name of the innermost module whose backward reads a node, relative to the root.
 
     Of several it is one that is to be kept exact, if there is one.
     """
     readers = [n for n in backward.nodes if any(s.name == node.name for s in n.all_input_nodes)]
-    found = [_innermost(reader, passing.location) for reader in (*readers, node)]
+    found = [_innermost(reader, running.location) for reader in (*readers, node)]
     names = [name for name in found if name is not None]
-    exact = (name for name in names if passing.codec_of(name) is None)
-    return next(exact, names[0] if names else passing.location.module)
+    exact = (name for name in names if running.codec_of(name) is None)
+    return next(exact, names[0] if names else running.location.module)
 
 
 def _innermost(node: Node, location: Location) -> str | None:

@@ -21,13 +21,22 @@ NOTE [ Reading a backward graph ]
 """
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
 from torch.fx import Graph, Node
 
+from brevitas_bp.backward.compiled.nodes import (
+    belongs_to_norm,
+    elements_of,
+    gradients_of,
+    is_real,
+    is_reshape,
+    is_zero,
+    name_of,
+    tangential_nodes,
+)
 from brevitas_bp.backward.saved import Reach
 from brevitas_bp.backward.views import CASTS, PIECES, WHOLE
 
@@ -130,7 +139,7 @@ class _Reader:
         name = name_of(node)
         if name in _CONSTANT or (name in _COMPARISONS and self._compares_with_zero(node, 0, 1)):
             return
-        if shows_all(node) and node.args[0] in self.same:
+        if is_reshape(node) and node.args[0] in self.same:
             self.same.add(node)
         if name == "threshold_backward" and self._compares_with_zero(node, 1, 2):
             trace = self.trace(node.args[0])
@@ -147,8 +156,8 @@ class _Reader:
         if norm is not None:
             self.outputs[node] = _norm_backward(norm)
             return
-        rule = _RULES.get(name) or (_gradient if _gradients_of(node) else None)
-        trace = _NONLINEAR if rule is None or not _is_real(node) else rule(self, node)
+        rule = _RULES.get(name) or (_gradient if gradients_of(node) else None)
+        trace = _NONLINEAR if rule is None or not is_real(node) else rule(self, node)
         self.traces[node] = trace
 
     def trace(self, argument: Any) -> Trace | None:
@@ -165,7 +174,7 @@ class _Reader:
         first, second = self.trace(a), self.trace(b)
         if first is not None and second is not None:
             # NOTE [ Reading a backward graph ], rule 3.
-            if _belongs_to_norm(node) and (first.summed or second.summed) and not heavy:
+            if belongs_to_norm(node) and (first.summed or second.summed) and not heavy:
                 joined = _join(first, second)
                 assert joined is not None
                 return replace(joined, norm=True, summed=False)
@@ -180,7 +189,7 @@ class _Reader:
 
     def _compares_with_zero(self, node: Node, tensor: int, bound: int) -> bool:
         """Whether a node looks only at the sign of the tensor, and that is exact."""
-        return self.rectified and node.args[tensor] in self.same and _is_zero(node.args[bound])
+        return self.rectified and node.args[tensor] in self.same and is_zero(node.args[bound])
 
     def _trace_in_norm(self, node: Node) -> Trace | None:
         """The trace of a norm's input, where nothing else of its backward depends on the tensor."""
@@ -268,7 +277,7 @@ def _written(reader: _Reader, node: Node) -> Trace:
 
 def _gradient(reader: _Reader, node: Node) -> Trace:
     """NOTE [ Reading a backward graph ], rule 5."""
-    gradients = _gradients_of(node)
+    gradients = gradients_of(node)
     trace = reader.trace([node.args[i] for i in gradients])
     others = [value for i, value in enumerate(node.args) if i not in gradients]
     return _NONLINEAR if trace is None or _depends(reader, [*others, *node.kwargs.values()]) else trace
@@ -285,7 +294,7 @@ def _sum(reader: _Reader, node: Node) -> Trace:
     trace = _linear_in_first(reader, node)
     source = node.args[0]
     assert isinstance(source, Node)
-    terms = _elements(source) / max(_elements(node), 1)
+    terms = elements_of(source) / max(elements_of(node), 1)
     return replace(trace, summed=trace.summed or terms >= _MANY)
 
 
@@ -312,85 +321,6 @@ def _added_product(reader: _Reader, node: Node) -> Trace:
     return _join(reader.trace(node.args[0]), product) or _NONLINEAR
 
 
-def name_of(node: Node) -> str:
-    """``aten.mul.Tensor`` -> "mul"; "" for what is no operator of aten or prims."""
-    if node.target is operator.getitem:
-        return "getitem"
-    namespace = getattr(node.target, "namespace", "")
-    return getattr(node.target, "_opname", "") if namespace in ("aten", "prims") else ""
-
-
-def _gradients_of(node: Node) -> list[int]:
-    """Positions of the arguments of aten's backward operators that are gradients."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or "_backward" not in name_of(node):
-        return []
-    return [
-        i for i, argument in enumerate(schema.arguments)
-        if argument.name.startswith("grad") and i < len(node.args)]
-
-
-def _is_real(node: Node) -> bool:
-    """Whether a node's value can be linear in anything: no integer, no bits read as another dtype."""
-    value = node.meta.get("val")
-    if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-        return False
-    return not _is_reinterpreted(node)
-
-
-def _is_reinterpreted(node: Node) -> bool:
-    """Whether a node shows the bits of its argument as those of another dtype."""
-    return getattr(node.target, "_overloadname", "") == "dtype"
-
-
-def _belongs_to_norm(node: Node) -> bool:
-    return "norm" in str(node.meta.get("original_aten", ""))
-
-
-def _elements(node: Node) -> float:
-    """Elements of a node's value; a symbolic size counts as it was when the graph was made."""
-    value = node.meta.get("val")
-    numel = getattr(value, "numel", None)
-    if numel is None:
-        return 1
-    count = numel()
-    return count if isinstance(count, int) else getattr(count.node, "hint", None) or 1
-
-
-def is_tangent(placeholder: Node) -> bool:
-    """Whether an input of a backward graph is a gradient that comes in."""
-    return placeholder.name.startswith("tangents")
-
-
-def tangential_nodes(graph: Graph) -> set[Node]:
-    """Nodes that depend on the gradients that come into a backward graph."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if is_tangent(node):
-                found.add(node)
-        elif any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def is_rectified(node: Node) -> bool:
-    """Whether a node of a forward graph is the output of a ReLU, in any shape."""
-    while shows_all(node) and isinstance(node.args[0], Node):
-        node = node.args[0]
-    name = name_of(node)
-    return name == "relu" or (name == "clamp_min" and _is_zero(node.args[1]))
-
-
-def shows_all(node: Node) -> bool:
-    """Whether a node is all of its argument, in another shape or memory."""
-    return name_of(node) in WHOLE and not _is_reinterpreted(node)
-
-
-def _is_zero(number: Any) -> bool:
-    return isinstance(number, (int, float)) and number == 0
-
-
 def reach_of(
         graph: Graph, name: str, last: Collection[int] | None = None, *,
         rectified: bool = False) -> Reach:
@@ -404,16 +334,3 @@ def reach_of(
     """
     saved = next(n for n in graph.nodes if n.op == "placeholder" and n.name == name)
     return _Reader(graph, tangential_nodes(graph), last, rectified).reach(saved)
-
-
-def inputs_of(node: Node) -> Iterator[Node]:
-    """The placeholders that a node is computed from."""
-    seen, waiting = {node}, [node]
-    while waiting:
-        current = waiting.pop()
-        if current.op == "placeholder":
-            yield current
-        for source in current.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                waiting.append(source)

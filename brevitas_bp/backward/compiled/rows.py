@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from brevitas_bp.backward.compiled.linearity import name_of, shows_all
+from brevitas_bp.backward.compiled.nodes import is_reshape, name_of
 from brevitas_bp.backward.rows import LEAST_PLANE, LEAST_ROW
 from brevitas_bp.backward.views import CASTS
 
@@ -32,12 +32,11 @@ class Grouping:
     channels: bool = False
 
 
-def grouping_of(node: Node, forward: Graph, backward: Graph, x: Tensor) -> Grouping:
+def grouping_of(node: Node, backward: Graph, x: Tensor) -> Grouping:
     """How the buckets of a saved tensor lie.
 
     Args:
         node: of the forward graph, that made it.
-        forward: the forward graph.
         backward: the backward graph.
         x: a fake tensor like it.
     """
@@ -108,7 +107,7 @@ def _users(node: Node) -> Iterator[tuple[Node, Node]]:
         current = waiting.pop()
         for user in current.users:
             yield current, user
-            if shows_all(user) or name_of(user) in CASTS:
+            if is_reshape(user) or name_of(user) in CASTS:
                 waiting.append(user)
 
 

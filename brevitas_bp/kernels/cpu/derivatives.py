@@ -1,4 +1,7 @@
-"""The numba source of :mod:`brevitas_bp.activations.derivatives`: the same operations, in order."""
+"""Compiled derivatives: the same operations as in :mod:`brevitas_bp.activations.functions`, in order.
+
+Each function that has ``compiled=True`` there needs one here, and a branch in :func:`differentiate`.
+"""
 
 from functools import cache
 from typing import Any
@@ -7,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brevitas_bp.activations import derivatives as definition
+from brevitas_bp.activations import arithmetic
+from brevitas_bp.activations.derivatives import COMPILED
+from brevitas_bp.activations.functions import GELU_TANH
 from brevitas_bp.kernels.cpu.compiling import (
     SOURCES,
     c_function,
@@ -25,18 +30,17 @@ _F, _I = np.float32, np.int32
 _ZERO, _HALF, _ONE = _F(0), _F(0.5), _F(1)
 _MINUS_HALF = _F(-0.5)
 _BIAS, _MANTISSA = _I(127), _I(23)
-_LOG2_E, _LIMIT = _F(definition.LOG2_E), _F(definition.LIMIT)
-_LN2, _LN2_REST = map(_F, definition.LN2)
-_E0, _E1, _E2, _E3, _E4, _E5 = map(_F, definition.EXP)
-_P, _SQRT_HALF, _NORMAL = map(
-    _F, (definition.ERFC_P, definition.SQRT_HALF, definition.NORMAL))
-_A5, _A4, _A3, _A2, _A1 = map(_F, definition.ERFC)
-_T0, _T1, _T2 = map(_F, definition.TANH)
+_LOG2_E, _LIMIT = _F(arithmetic.LOG2_E), _F(arithmetic.LIMIT)
+_LN2, _LN2_REST = map(_F, arithmetic.LN2)
+_E0, _E1, _E2, _E3, _E4, _E5 = map(_F, arithmetic.EXP)
+_P, _SQRT_HALF, _NORMAL = map(_F, (arithmetic.ERFC_P, arithmetic.SQRT_HALF, arithmetic.NORMAL))
+_A5, _A4, _A3, _A2, _A1 = map(_F, arithmetic.ERFC)
+_T0, _T1, _T2 = map(_F, GELU_TANH)
 
 #: Numbers by which kernels know the functions; 0 is none.
-FUNCTIONS = {name: number for number, name in enumerate(definition.DERIVATIVES, 1)}
-_SILU, _GELU, _GELU_TANH, _SIGMOID = (
-    FUNCTIONS[name] for name in ("silu", "gelu", "gelu_tanh", "sigmoid"))
+FUNCTIONS = {name: number for number, name in enumerate(COMPILED, 1)}
+_SILU, _GELU, _GELU_TANH = FUNCTIONS["silu"], FUNCTIONS["gelu"], FUNCTIONS["gelu_tanh"]
+_SIGMOID, _TANH = FUNCTIONS["sigmoid"], FUNCTIONS["tanh"]
 _CHUNK = 1 << 12
 
 
@@ -124,7 +128,7 @@ def differentiate(function: Any, x: Any, out: Any) -> None:
         _gelu_tanh(x, out)
     elif function == _SIGMOID:
         _sigmoid(x, out)
-    else:
+    elif function == _TANH:
         _tanh(x, out)
 
 

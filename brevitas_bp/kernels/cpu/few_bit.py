@@ -13,8 +13,8 @@ from torch import Tensor
 
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.few_bit import BLOCK, few_bit_nbytes
+from brevitas_bp.kernels.cpu.codes import pack, unpack
 from brevitas_bp.kernels.cpu.compiling import jit
-from brevitas_bp.kernels.cpu.sources import pack, unpack
 from brevitas_bp.kernels.cpu.threads import run_in_pool
 
 # Blocks copied at once where the input is a 16-bit float, or has gaps.

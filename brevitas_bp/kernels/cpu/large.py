@@ -6,6 +6,7 @@ holds and that threads share.
 The pieces are those of NOTE [ A bucket in pieces ] in :mod:`brevitas_bp.format.reference`.
 """
 
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -14,32 +15,33 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.format.arithmetic import compute_dtype, l2_norm
+from brevitas_bp.format.pieces import segments_of
 from brevitas_bp.format.random import noise_keys
-from brevitas_bp.format.reference import (
-    Encoded,
-    bucket_shape,
-    draw_layout,
-    payload_nbytes,
-    segments_of,
-)
+from brevitas_bp.format.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.kernels.cpu.compiling import jit
-from brevitas_bp.kernels.cpu.launch import _Static, _static
-from brevitas_bp.kernels.cpu.sources import (
-    affine_metadata,
+from brevitas_bp.format.stages import L2, STOCHASTIC
+from brevitas_bp.kernels.cpu.buckets import COVERED
+from brevitas_bp.kernels.cpu.codes import (
     copy_bytes,
     dequantize,
-    extremes,
-    finish_scales,
     locate,
     pack,
-    reciprocal,
     round_nearest,
     round_stochastic,
-    store,
     unpack,
 )
+from brevitas_bp.kernels.cpu.compiling import jit
+from brevitas_bp.kernels.cpu.derivatives import derivative
+from brevitas_bp.kernels.cpu.launch import Static, static_of
+from brevitas_bp.kernels.cpu.metadata import (
+    affine_metadata,
+    extremes,
+    finish_scales,
+    reciprocal,
+    store,
+)
 from brevitas_bp.kernels.cpu.threads import run_in_pool
+from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
 
 # Columns of a piece: the codes of eight segments are 8 KiB.
 _PIECE = 1024
@@ -47,9 +49,20 @@ _PIECE = 1024
 _RANGE_PIECE = 1 << 14
 _CHUNK = 1 << 20
 
-_U = np.uint32
+_U, _STOCHASTIC = np.uint32, STOCHASTIC.number
 _NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
 _INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
+
+
+def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels serve such tensors: all stages, buckets of any size."""
+    return dtype.is_floating_point and spec.is_covered_by(COVERED)
+
+
+def launcher(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> Launcher:
+    """See :func:`brevitas_bp.kernels.dispatch.launcher`."""
+    this: Any = sys.modules[__name__]
+    return StepwiseLauncher(this, spec, numel, dtype, derivative)
 
 
 @jit
@@ -84,7 +97,7 @@ def _copy_runs(
 def _encode_pieces(
         x: Any, first: Any, begin: Any, end: Any, stride: Any, numel: Any, period: Any,
         segments: Any, width: Any, lo: Any, scale: Any, lowest: Any, top: Any, pad: Any,
-        stochastic: Any, index: Any, k0: Any, k1: Any, payload: Any) -> None:
+        rounding: Any, index: Any, k0: Any, k1: Any, payload: Any) -> None:
     """Pieces ``begin .. end - 1`` of one bucket.
 
     Column ``j`` of segment ``i`` is ``x[i * stride + j - first]``; elements from ``numel`` on are
@@ -109,7 +122,7 @@ def _encode_pieces(
                 values = padded[:length]
             if np.isnan(scale):
                 part[:] = 0
-            elif stochastic:
+            elif rounding == _STOCHASTIC:
                 round_stochastic(
                     values, part, lo, inverse, lowest, top, _U((index + element) & 0xFFFFFFFF), k0,
                     k1)
@@ -145,11 +158,11 @@ def _decode_pieces(
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
     n, size = bucket_shape(flat.numel(), spec.bucket_size)
-    layout, static = draw_layout(n, spec, seed), _static(spec, compute_dtype(flat.dtype))
+    layout, static = draw_layout(n, spec, seed), static_of(spec, compute_dtype(flat.dtype))
     payload = torch.empty(payload_nbytes(layout, spec, size), dtype=torch.uint8, device="cpu")
     metadata = torch.empty(n * (1 + spec.affine), dtype=static.stored, device="cpu")
     values = torch.empty(n * (1 + spec.affine), dtype=static.computed, device="cpu").numpy()
-    keys = noise_keys(seed) if spec.stochastic else (0, 0)
+    keys = noise_keys(seed) if spec.rounding.encoding_draws else (0, 0)
     for bucket, part in enumerate(flat.detach().split(max(size, 1)) if n else ()):
         kind, position = locate(
             bucket, size, n, layout.mixed, layout.multiplier, layout.shift, static.widths)
@@ -158,7 +171,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
         last = part.new_zeros(1) if spec.pads_with_zero else part[-1:]
         shared = (
             lo, scale, static.lowests[kind], static.tops[kind],
-            last.to(static.computed).numpy()[0], spec.stochastic, bucket * size, _U(keys[0]),
+            last.to(static.computed).numpy()[0], spec.rounding.number, bucket * size, _U(keys[0]),
             _U(keys[1]), payload.numpy()[position:])
         _on_pieces(_encode_pieces, part, size, static.widths[kind], shared, writes=False)
     store(metadata.view(torch.int16).numpy().view(np.uint16), 0, values, static.bf16)
@@ -175,7 +188,7 @@ def decode(
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
     n, size = bucket_shape(out.numel(), spec.bucket_size)
-    layout, static = draw_layout(n, spec, seed), _static(spec, compute_dtype(out.dtype))
+    layout, static = draw_layout(n, spec, seed), static_of(spec, compute_dtype(out.dtype))
     scales = encoded.scale.to(static.computed).numpy()
     offset = encoded.offset
     offsets = np.zeros_like(scales) if offset is None else offset.to(static.computed).numpy()
@@ -217,7 +230,7 @@ def _on_pieces(
 
 
 def _metadata(
-        part: Tensor, size: int, spec: BucketQuantSpec, static: _Static,
+        part: Tensor, size: int, spec: BucketQuantSpec, static: Static,
         top: int) -> tuple[Any, Any]:
     """Scale and offset of one bucket, in the dtype computed in."""
     number = _NUMBERS[static.computed]
@@ -229,7 +242,7 @@ def _metadata(
     peak = number(_peak(lows[0], highs[0]).view(number))
     if not np.isfinite(peak):
         return number(np.nan), number(0)
-    norm = l2_norm(part.unsqueeze(0), size).item() if spec.scale_rule == "l2" else peak
+    norm = l2_norm(part.unsqueeze(0), size).item() if spec.scale_rule is L2 else peak
     scale = np.array([norm], number)
     finish_scales(scale, tops, static.bf16)
     return scale[0], number(0)
@@ -247,7 +260,7 @@ def _largest(dtype: torch.dtype) -> Any:
     return _NUMBERS[compute_dtype(dtype)](torch.finfo(dtype).max)
 
 
-def _extremes(part: Tensor, static: _Static) -> tuple[Any, Any]:
+def _extremes(part: Tensor, static: Static) -> tuple[Any, Any]:
     """Smallest and largest element, as integers that sort like the floats."""
     integers = _INTEGERS[static.computed]
     found = []

@@ -1,7 +1,7 @@
 """Fast forms for CPU tensors, compiled by numba: one pass over each bucket while it is in cache.
 
 They give the bytes of :mod:`brevitas_bp.format.reference`. Their source is in
-:mod:`brevitas_bp.kernels.cpu.sources`; here they are called.
+:mod:`brevitas_bp.kernels.cpu.buckets`; here they are called.
 
 NOTE [ The threads are torch's ] in :mod:`brevitas_bp.kernels.cpu.threads` says which threads run them.
 
@@ -22,27 +22,26 @@ from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.format.normalizing import Affine
 from brevitas_bp.format.packing import packed_nbytes
 from brevitas_bp.format.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
-from brevitas_bp.format.spec import BucketQuantSpec, lowest_code, top_code
-from brevitas_bp.kernels.cpu import calls
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.kernels.cpu import calls, numbers
+from brevitas_bp.kernels.cpu.buckets import COVERED, NORMALIZED
 from brevitas_bp.kernels.cpu.derivatives import FUNCTIONS
-from brevitas_bp.kernels.cpu.sources import NORMALIZED
 from brevitas_bp.kernels.cpu.threads import Kernel, launch, shares
 
 LARGEST_BUCKET = 1 << 16
-_RULES = {"min_max": 0, "max": 1, "l2": 2}
 # Elements converted at once where the input is of 16 bits.
 _CHUNK = 1 << 20
 
 _LIMITS = {dtype: number for number, dtype in enumerate(calls.LIMITS)}
 
 
-def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
-    """Whether these kernels cover a tensor of this dtype."""
-    return flat_dtype.is_floating_point and spec.bucket_size is not None and (
-        spec.bucket_size <= LARGEST_BUCKET)
+def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels serve such tensors: all stages, buckets that a cache holds."""
+    size = numel if spec.bucket_size is None else spec.bucket_size
+    return dtype.is_floating_point and 0 < size <= LARGEST_BUCKET and spec.is_covered_by(COVERED)
 
 
-class Plan:
+class Launcher:
     """Encodes and decodes tensors of one size: what does not change between them is made once.
 
     Args:
@@ -53,27 +52,31 @@ class Plan:
 
     def __init__(self, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
         n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
-        static = _static(spec, compute_dtype(dtype))
+        static = static_of(spec, compute_dtype(dtype))
         self._spec, self._n, self._size, self._computed = spec, n, size, static.computed
         self._numel, self._dtype, self._plain = numel, dtype, dtype == static.computed
         self._stored, self._metadata = static.stored, n * (1 + spec.affine)
         self._payload = n * packed_nbytes(size, spec.bit_width)
-        self._words = n * (static.stored.itemsize // 2)
         self._mixed = spec.mix_bit_width is not None
         self._row = spec.row_size or 0
         self._per_row = -(-self._row // size) if size else 0
         self._parts = _converted(dtype, n, size, self._per_row)
         self._step, self._most = shares(n, size)
-        # As calls takes them. What differs between calls is 0, and entered for each.
-        self._encoder = array("q", (
-            0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.tops,
-            *static.lowests, static.rule, static.bf16, spec.integer_zero_point, spec.stochastic, 0,
-            0, self._payload, 0, self._metadata * (static.stored.itemsize // 2), 0,
-            self._row, self._per_row, *_NO_AFFINE))
-        self._decoder = array("q", (
-            0, self._step, n, 0, numel, 0, size, n, *_ONE_WIDTH, *static.widths, *static.lowests,
-            static.bf16, 0, 0, 0, self._words, 0, self._words if spec.affine else 0, _LIMITS[dtype],
-            self._row, self._per_row, *_NO_AFFINE))
+        # What differs between calls is 0, and entered for each.
+        common = self._common = array("q", bytes(8 * numbers.COUNT))
+        common[numbers.STEP], common[numbers.LAST] = self._step, n
+        common[numbers.NUMEL], common[numbers.SIZE], common[numbers.BUCKETS] = numel, size, n
+        common[numbers.MULTIPLIER] = common[numbers.INNER] = 1
+        common[numbers.WIDTH:numbers.MIX_WIDTH + 1] = array("q", static.widths)
+        common[numbers.TOP:numbers.MIX_TOP + 1] = array("q", static.tops)
+        common[numbers.LOWEST:numbers.MIX_LOWEST + 1] = array("q", static.lowests)
+        common[numbers.RULE], common[numbers.ROUNDING] = spec.scale_rule.number, spec.rounding.number
+        common[numbers.AFFINE], common[numbers.BF16] = spec.affine, static.bf16
+        common[numbers.INTEGER_ZERO_POINT] = spec.integer_zero_point
+        common[numbers.NBYTES] = self._payload
+        common[numbers.WORDS] = self._metadata * (static.stored.itemsize // 2)
+        common[numbers.LIMIT] = _LIMITS[dtype]
+        common[numbers.ROW], common[numbers.PER_ROW] = self._row, self._per_row
 
     def encode(
             self, x: Tensor, seed: int, function: str | None = None,
@@ -87,31 +90,30 @@ class Plan:
                 :mod:`brevitas_bp.activations.derivatives`.
             affine: encode ``x`` normalized, see :mod:`brevitas_bp.format.normalizing`.
         """
-        numbers, nbytes = self._encoder[:], self._payload
+        call, nbytes = self._common[:], self._payload
         if function is not None:
-            numbers[calls.FUNCTION] = FUNCTIONS[function]
+            call[numbers.FUNCTION] = FUNCTIONS[function]
         elif affine is not None:
-            numbers[calls.FUNCTION] = NORMALIZED
-            _enter_affine(numbers, calls.ENCODER_TAIL, affine)
+            call[numbers.FUNCTION] = NORMALIZED
+            _enter_affine(call, affine)
         if self._mixed:
-            nbytes = self._mix(numbers, seed)
-            numbers[calls.NBYTES] = nbytes
+            nbytes = self._mix(call, seed)
+            call[numbers.NBYTES] = nbytes
         payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         metadata = torch.empty(self._metadata, dtype=self._stored, device="cpu")
         seed &= _MASK64
-        numbers[calls.SEED] = seed - _TWO64 if seed >= _TWO63 else seed
-        numbers[calls.PAYLOAD] = payload.data_ptr()
-        numbers[calls.METADATA] = metadata.data_ptr()
+        call[numbers.SEED] = seed - _TWO64 if seed >= _TWO63 else seed
+        call[numbers.PAYLOAD] = payload.data_ptr()
+        call[numbers.METADATA] = metadata.data_ptr()
         kernel = calls.encoder(self._computed)
         if self._plain:
-            numbers[calls.VALUES] = x.data_ptr()
-            launch(kernel, numbers, self._most)
+            call[numbers.VALUES] = x.data_ptr()
+            launch(kernel, call, self._most)
         else:
             flat = x.view(-1)
             for first, last in self._parts:
                 part = flat[self._element(first):self._element(last)].to(self._computed)
-                self._launch_part(
-                    kernel, numbers, calls.ENCODER_TAIL, part, first, last)
+                self._launch_part(kernel, call, part, first, last)
         return payload, metadata
 
     def decode(
@@ -126,25 +128,24 @@ class Plan:
             self, out: Tensor, payload: Tensor, metadata: Tensor, seed: int,
             affine: Affine | None = None) -> None:
         """Writes all of ``out``, a tensor without gaps in memory."""
-        numbers, scales = self._decoder[:], metadata.data_ptr()
+        call = self._common[:]
         if affine is not None:
-            _enter_affine(numbers, calls.DECODER_TAIL, affine)
+            _enter_affine(call, affine)
         if self._mixed:
-            self._mix(numbers, seed)
-        numbers[calls.STORED] = payload.data_ptr()
-        numbers[calls.STORED_NBYTES] = payload.numel()
-        numbers[calls.SCALES] = scales
-        numbers[calls.OFFSETS] = scales + 2 * self._words
+            self._mix(call, seed)
+        call[numbers.PAYLOAD] = payload.data_ptr()
+        call[numbers.NBYTES] = payload.numel()
+        call[numbers.METADATA] = metadata.data_ptr()
         kernel = calls.decoder(self._computed)
         if self._plain:
-            numbers[calls.VALUES] = out.data_ptr()
-            launch(kernel, numbers, self._most)
+            call[numbers.VALUES] = out.data_ptr()
+            launch(kernel, call, self._most)
             return
         flat = out.as_strided((self._numel,), (1,))
         for first, last in self._parts:
             part = flat[self._element(first):self._element(last)]
             values = torch.empty(part.numel(), dtype=self._computed, device="cpu")
-            self._launch_part(kernel, numbers, calls.DECODER_TAIL, values, first, last)
+            self._launch_part(kernel, call, values, first, last)
             part.copy_(values)
 
     def _element(self, bucket: int) -> int:
@@ -152,36 +153,25 @@ class Plan:
         return bucket // self._per_row * self._row if self._row else bucket * self._size
 
     def _launch_part(
-            self, kernel: Kernel, numbers: "array[int]", tail: int, part: Tensor, first: int,
-            last: int) -> None:
+            self, kernel: Kernel, call: "array[int]", part: Tensor, first: int, last: int) -> None:
         """Runs ``kernel`` on buckets ``first .. last - 1``, whose elements are ``part``."""
-        numbers[tail + calls.INDEX] = self._element(first)
-        numbers[calls.COUNTER], numbers[calls.LAST] = 0, last
-        numbers[calls.VALUES], numbers[calls.NUMEL] = part.data_ptr(), part.numel()
-        numbers[calls.FIRST] = first
-        launch(kernel, numbers, shares(last - first, self._size)[1])
+        call[numbers.INDEX] = self._element(first)
+        call[numbers.COUNTER], call[numbers.LAST] = 0, last
+        call[numbers.VALUES], call[numbers.NUMEL] = part.data_ptr(), part.numel()
+        call[numbers.FIRST] = first
+        launch(kernel, call, shares(last - first, self._size)[1])
 
-    def _mix(self, numbers: "array[int]", seed: int) -> int:
+    def _mix(self, call: "array[int]", seed: int) -> int:
         """Enters the widths of the buckets; bytes of all codes."""
         layout = draw_layout(self._n, self._spec, seed)
-        place = calls.MIXED
-        numbers[place:place + 3] = array("q", (layout.mixed, layout.multiplier, layout.shift))
+        call[numbers.MIXED:numbers.SHIFT + 1] = array(
+            "q", (layout.mixed, layout.multiplier, layout.shift))
         return payload_nbytes(layout, self._spec, self._size)
 
 
-plan = lru_cache(maxsize=4096)(Plan)
+launcher = lru_cache(maxsize=4096)(Launcher)
 
 
-def has_plan(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels cover tensors of this size: one bucket of all elements may be small, too."""
-    if spec.bucket_size is None:
-        return dtype.is_floating_point and 0 < numel <= LARGEST_BUCKET
-    return supports(dtype, spec)
-
-
-
-_ONE_WIDTH = (0, 1, 0)
-_NO_AFFINE = (0, 0, 0, 0, 0, 1, 0, 0)
 _MASK64, _TWO63, _TWO64 = (1 << 64) - 1, 1 << 63, 1 << 64
 
 
@@ -189,7 +179,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
     # One with gaps may be flat, too, and the memory of a lazy negation is not negated.
     flat = flat.contiguous().resolve_neg()
-    tensors = plan(spec, flat.numel(), flat.dtype).encode(flat, seed)
+    tensors = launcher(spec, flat.numel(), flat.dtype).encode(flat, seed)
     return Encoded(*tensors, spec.affine)
 
 
@@ -202,14 +192,14 @@ def decode(
 
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
-    plan(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
+    launcher(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
     return out
 
 
-def _enter_affine(numbers: "array[int]", tail: int, affine: Affine) -> None:
+def _enter_affine(call: "array[int]", affine: Affine) -> None:
     scale, shift, inner, largest, divides = affine
-    place, kinds = tail + calls.SHIFTS, scale.numel()
-    numbers[place:place + 7] = array("q", (
+    kinds = scale.numel()
+    call[numbers.SHIFTS:numbers.DIVIDES + 1] = array("q", (
         0 if shift is None else shift.data_ptr(), 0 if shift is None else kinds, scale.data_ptr(), kinds,
         inner, _bits_of(largest), divides))
 
@@ -219,26 +209,26 @@ def _bits_of(x: float) -> int:
     return int.from_bytes(struct.pack("=d", x), sys.byteorder, signed=True)
 
 
-class _Static(NamedTuple):
+class Static(NamedTuple):
     """What the kernels take of a spec; widths and codes of (base, mixed) buckets."""
 
     widths: tuple[int, int]
     tops: tuple[int, int]
     lowests: tuple[int, int]
-    rule: int
     bf16: bool
     computed: torch.dtype
     stored: torch.dtype
 
 
 @lru_cache(maxsize=256)
-def _static(spec: BucketQuantSpec, computed: torch.dtype) -> _Static:
+def static_of(spec: BucketQuantSpec, computed: torch.dtype) -> Static:
+    """What kernels take of a spec, for the dtype computed in."""
     base, mixed = spec.bit_width, spec.mix_bit_width or spec.bit_width
+    codes = spec.code_range
     stored = stored_metadata_dtype(spec.metadata_dtype, computed)
-    return _Static(
-        (base, mixed), (top_code(spec.code_range, base), top_code(spec.code_range, mixed)),
-        (lowest_code(spec.code_range, base), lowest_code(spec.code_range, mixed)),
-        _RULES[spec.scale_rule], stored == torch.bfloat16, computed, stored)
+    return Static(
+        (base, mixed), (codes.top(base), codes.top(mixed)), (codes.lowest(base), codes.lowest(mixed)),
+        stored == torch.bfloat16, computed, stored)
 
 
 def _converted(dtype: torch.dtype, n: int, size: int, per_row: int) -> list[tuple[int, int]]:

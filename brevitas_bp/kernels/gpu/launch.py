@@ -27,32 +27,43 @@ from brevitas_bp.format.reference import (
     draw_layout,
     payload_nbytes,
 )
-from brevitas_bp.format.spec import BucketQuantSpec, lowest_code, top_code
-from brevitas_bp.kernels.gpu import source
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import (
+    L2,
+    MAX,
+    MIN_MAX,
+    NARROW,
+    NEAREST,
+    NO_TRANSFORM,
+    SIGN_MAGNITUDE,
+    STOCHASTIC,
+    UNSIGNED,
+)
+from brevitas_bp.kernels.gpu import kernels
+from brevitas_bp.kernels.gpu.constants import BF16, F16, F32, ONE, SEVERAL
 
 LARGEST_BUCKET = 1 << 16
 # Elements of each slice that a thread holds: 16 bytes of float32.
 _PER_THREAD = 4
-# The numbers that the kernels know rules and float formats by.
-_RULES = {"min_max": 0, "max": 1, "l2": 2}
-_FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Statistics of a bucket, where values are normalized.
-_ONE, _SEVERAL = 1, 2
+_FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+#: The stages that these kernels implement.
+COVERED = frozenset({
+    NO_TRANSFORM, MIN_MAX, MAX, L2, UNSIGNED, NARROW, SIGN_MAGNITUDE, NEAREST, STOCHASTIC})
 # The hash of the noise wraps around: that is no error, also where kernels are debugged.
 _LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
 
-_encode_kernel: Any = source.encode_kernel
-_decode_kernel: Any = source.decode_kernel
+_encode_kernel: Any = kernels.encode_kernel
+_decode_kernel: Any = kernels.decode_kernel
 
 
-def supports(flat_dtype: torch.dtype, spec: BucketQuantSpec) -> bool:
-    """Whether these kernels cover a tensor of this dtype."""
-    return flat_dtype in _FORMATS and spec.bucket_size is not None and (
-        spec.bucket_size <= LARGEST_BUCKET)
+def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels serve such tensors: all stages, buckets that a program holds."""
+    return dtype in _FORMATS and spec.bucket_size is not None and (
+        spec.bucket_size <= LARGEST_BUCKET) and spec.is_covered_by(COVERED)
 
 
-class Plan:
-    """Encodes and decodes tensors of one size: see :class:`~brevitas_bp.kernels.dispatch.Plan`.
+class Launcher:
+    """Encodes and decodes tensors of one size: see :class:`~brevitas_bp.kernels.launchers.Launcher`.
 
     Args:
         spec: the quantizer.
@@ -79,7 +90,7 @@ class Plan:
         payload = x.new_empty(payload_nbytes(layout, spec, self._size), dtype=torch.uint8)
         metadata = x.new_empty(n * (1 + spec.affine), dtype=spec.metadata_dtype)
         if n:
-            keys = noise_keys(seed) if spec.stochastic else (0, 0)
+            keys = noise_keys(seed) if spec.rounding.encoding_draws else (0, 0)
             with _on(x.device):
                 _encode_kernel[self._grid](
                     x, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
@@ -116,16 +127,16 @@ class Plan:
         if affine is not None:
             # A run of elements of one statistic is made of whole rows, or of whole buckets.
             whole = affine.inner % (self._row or self._size) == 0 or len(affine.scale) == 1
-            units = _ONE if whole else _SEVERAL
+            units = ONE if whole else SEVERAL
         return {"rows": self._row > 0, "units": units}
 
 
-plan = lru_cache(maxsize=4096)(Plan)
+launcher = lru_cache(maxsize=4096)(Launcher)
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
-    return Encoded(*plan(spec, flat.numel(), flat.dtype).encode(flat, seed), spec.affine)
+    return Encoded(*launcher(spec, flat.numel(), flat.dtype).encode(flat, seed), spec.affine)
 
 
 def decode(
@@ -137,7 +148,7 @@ def decode(
 
 def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int) -> Tensor:
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
-    plan(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
+    launcher(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
     return out
 
 
@@ -184,21 +195,21 @@ def _shape(size: int) -> dict[str, int]:
 @lru_cache(maxsize=256)
 def _encode_options(
         spec: BucketQuantSpec, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-    width, mix_width = widths
+    (width, mix_width), codes = widths, spec.code_range
     return {
-        "width": width, "mix_width": mix_width, "top": top_code(spec.code_range, width),
-        "mix_top": top_code(spec.code_range, mix_width or width), "signed": not spec.affine,
-        "rule": _RULES[spec.scale_rule], "integer": spec.integer_zero_point,
-        "stochastic": spec.stochastic, "form": _FORMATS[dtype],
+        "width": width, "mix_width": mix_width, "top": codes.top(width),
+        "mix_top": codes.top(mix_width or width), "signed": codes.signed,
+        "rule": spec.scale_rule.number, "integer": spec.integer_zero_point,
+        "rounding": spec.rounding.number, "form": _FORMATS[dtype],
         "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}
 
 
 @lru_cache(maxsize=256)
 def _decode_options(
         spec: BucketQuantSpec, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-    width, mix_width = widths
+    (width, mix_width), codes = widths, spec.code_range
     return {
-        "width": width, "mix_width": mix_width, "lowest": lowest_code(spec.code_range, width),
-        "mix_lowest": lowest_code(spec.code_range, mix_width or width), "affine": spec.affine,
+        "width": width, "mix_width": mix_width, "lowest": codes.lowest(width),
+        "mix_lowest": codes.lowest(mix_width or width), "affine": spec.affine,
         "largest": torch.finfo(dtype).max, "form": _FORMATS[dtype],
         "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}

@@ -1,0 +1,87 @@
+"""Operators by which a compiled graph encodes a tensor, with a seed of the pass that runs it."""
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.backward.location import current_location
+from brevitas_bp.codec.graph_forms import FLEXIBLE
+from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
+from brevitas_bp.format.normalizing import Affine
+from brevitas_bp.format.packing import packed_nbytes
+from brevitas_bp.format.reference import bucket_shape
+from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.kernels import dispatch
+
+_library = torch.library.Library("brevitas_bp", "FRAGMENT")
+_DRAWS = FLEXIBLE + tuple(
+    getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
+    if hasattr(torch.Tag, name))
+# See NOTE [ Graphs call the kernels ]. The number of the call, ``site``, keeps two calls with equal
+# arguments from being merged.
+_library.define(
+    "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
+    tags=_DRAWS)
+_library.define(
+    "encode_channels(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
+    "Tensor? mean=None) -> (Tensor, Tensor, Tensor)",
+    tags=_DRAWS)
+
+
+def _seed_in(graph: int) -> int:
+    """The seed of the next encode of this thread's forward pass, which notes that the graph ran."""
+    location = current_location()
+    assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
+    location.graphs.add(graph)
+    return location.next_seed()
+
+
+def _encode_channels(
+        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
+        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_encode`, of a tensor in units of its channels; and their means and deviations [2, K].
+
+    ``variance`` and ``mean`` are those of the norm that reads ``x``. Without them its own are computed.
+    """
+    seed = _seed_in(graph)
+    flat = x.reshape(-1).resolve_neg().contiguous()
+    channels = x.shape[dim]
+    if variance is None or mean is None:
+        variance, mean = torch.var_mean(
+            x.to(compute_dtype(x.dtype)), [d for d in range(x.dim()) if d != dim], correction=0)
+    statistics = torch.stack((mean.reshape(-1), variance.reshape(-1).sqrt())).to(
+        compute_dtype(x.dtype))
+    scale = torch.where(statistics[1] > 0, statistics[1].reciprocal(), 0)
+    affine = Affine(scale, statistics[0], x[0].numel() // channels if dim == 1 else 1)
+    plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
+    return *plan.encode(flat, seed, affine=affine), statistics
+
+
+def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
+    """Payload and metadata of a tensor that a graph saves in the forward pass of this thread."""
+    seed = _seed_in(graph)
+    plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
+    return plan.encode(x.reshape(-1).resolve_neg().contiguous(), seed)
+
+
+_library.impl("encode", _encode, "CompositeExplicitAutograd")
+
+
+_library.impl("encode_channels", _encode_channels, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("brevitas_bp::encode_channels", lib=_library)
+def _encode_channels_fake(
+        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
+        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((2, x.shape[dim]), dtype=compute_dtype(x.dtype))
+    return *_encode_fake(x, spec, graph, site), statistics
+
+
+@torch.library.register_fake("brevitas_bp::encode", lib=_library)
+def _encode_fake(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
+    own = BucketQuantSpec.from_text(spec)
+    n, size = bucket_shape(x.numel(), own.bucket_size, own.row_size)
+    stored = stored_metadata_dtype(own.metadata_dtype, compute_dtype(x.dtype))
+    return (
+        x.new_empty(n * packed_nbytes(size, own.bit_width), dtype=torch.uint8),
+        x.new_empty(n * (1 + own.affine), dtype=stored))

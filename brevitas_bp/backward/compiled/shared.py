@@ -1,0 +1,95 @@
+"""One pair of hooks for all wrappers with equal settings.
+
+NOTE [ Equal settings share graphs ]
+1. Dynamo guards a graph by the identity of its hooks. It makes eight graphs of one function
+   (``torch._dynamo.config.recompile_limit``) and runs the function without compilation from then on. So
+   wrappers around blocks of one class must not have a pair each.
+2. A pair is found by all that decides what a graph stores: codecs, overrides, plan, policy, and names
+   and classes of the modules. What belongs to one wrapper is looked up when a graph or hook runs: its
+   noise, its parameters and who listens are those of the forward pass of the thread.
+3. Codecs and policies of this library are compared by value, those of the user by identity. A policy of
+   the user's may ask for qualified names: it shares only where these are equal, too.
+4. The table holds pairs weakly, and keys hold classes and what is the user's weakly: they could hold the
+   pair in turn, and nothing would be freed. Dynamo keeps a pair as long as it keeps a graph of it.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary, ref
+
+from torch import Tensor
+
+from brevitas_bp.backward.compiled.dynamo import frames_of
+from brevitas_bp.backward.compiled.hooks import GraphHooks
+from brevitas_bp.backward.location import Location
+from brevitas_bp.backward.planned import PlannedPolicy
+from brevitas_bp.backward.policy import POLICIES, OpAware, PlainPolicy
+from brevitas_bp.codec import Codec
+from brevitas_bp.private import graphs_of, recompile_limit
+
+_pairs: WeakValueDictionary[Hashable, GraphHooks] = WeakValueDictionary()
+# Classes that crowded_out has told of.
+_crowded: WeakSet[type] = WeakSet()
+
+
+class _Same:
+    """Is equal for one and the same object, while that lives."""
+
+    __slots__ = ("_hash", "_ref")
+
+    def __init__(self, thing: Any) -> None:
+        self._hash = id(thing)
+        try:
+            self._ref: Callable[[], Any] = ref(thing)
+        except TypeError:  # It has no weak references: it equals nothing.
+            self._ref = _nothing
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        thing = self._ref()
+        return thing is not None and isinstance(other, _Same) and other._ref() is thing
+
+
+def _nothing() -> None:
+    return None
+
+
+def hooks_of(
+        codec: Codec | None, overrides: Iterable[tuple[str, Codec | None]], policy: Any,
+        location: Location, unpack: Callable[[Any], Tensor]) -> GraphHooks:
+    """The hooks of all wrappers with these settings around modules of this structure."""
+    key = (
+        _of_codec(codec), tuple((pattern, _of_codec(other)) for pattern, other in overrides),
+        _of_policy(policy, location.prefix), location.root_compiled, tuple(location.compiled_parts),
+        tuple((location.names[id(module)], _Same(type(module))) for module in location.tree))
+    return _pairs.setdefault(key, GraphHooks(unpack))
+
+
+def _of_codec(codec: Codec | None) -> Hashable:
+    if codec is None:
+        return None
+    key = codec.graph_key()
+    return _Same(codec) if key is None else key
+
+
+def _of_policy(policy: Any, prefix: str) -> Hashable:
+    if type(policy) is PlannedPolicy:
+        return _of_policy(policy.policy, prefix), tuple(policy.choices.items())
+    if type(policy) is PlainPolicy:
+        return _of_policy(policy.policy, prefix)
+    if type(policy) is OpAware:
+        return policy
+    own = any(policy is known for known in POLICIES.values())
+    return _Same(policy), None if own else prefix
+
+
+def crowded_out(kinds: Iterable[type]) -> str | None:
+    """Name of a class of compiled modules of which Dynamo makes no more graphs; of each class once."""
+    limit = recompile_limit()
+    for kind in dict.fromkeys(kinds):
+        if kind not in _crowded and any(graphs_of(code) >= limit for code in frames_of(kind)):
+            _crowded.add(kind)
+            return kind.__name__
+    return None

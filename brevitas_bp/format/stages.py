@@ -1,0 +1,242 @@
+"""The stages of a bucket quantizer: transform, scale rule, code range and rounding.
+
+Each kind of stage is a table of frozen rows. A row has the name and the number of the stage, the facts
+that others need, and the formula in torch operations that defines its bytes. A quantizer is made of one
+row of each kind (:class:`~brevitas_bp.format.spec.BucketQuantSpec`).
+
+The formulas are those of Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation
+Compressed Training", 2021, without its absolute epsilon, and of Li, "Mix-Precision Stochastic
+Quantization of Activations during Backpropagation", 2025, with metadata rounded before the codes.
+
+NOTE [ Adding a stage ]
+1. Add a row here. The torch reference computes it from then on, on every device.
+2. Compiled kernels list the rows that they implement (``COVERED`` in :mod:`brevitas_bp.kernels.cpu` and
+   :mod:`brevitas_bp.kernels.gpu`), and take the numbers of the rows as constants. A quantizer with
+   another row goes to the reference.
+3. A module in :mod:`brevitas_bp.core` says with ``stage(slot)`` which row it computes. A quantizer with
+   a part that says nothing runs through its modules, not through a kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.errors import UnknownNameError, nearest
+from brevitas_bp.format.arithmetic import (
+    compute_dtype,
+    finite_norm,
+    finite_range,
+    l2_norm,
+    largest_magnitude,
+    round_down,
+    round_up,
+)
+
+_Row = TypeVar("_Row", bound="Stage")
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A row of one of the tables. Rows are compared by identity; copies and pickles keep it.
+
+    Attributes:
+        name: in messages, in compiled graphs and in pickles.
+        number: constant that stands for the row in compiled kernels.
+
+    Raises:
+        ValueError: the table has another row of this name or number.
+    """
+
+    name: str
+    number: int
+
+    #: Name -> row, of each kind.
+    rows: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.rows = {}
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        for row in self.rows.values():
+            if row.name == self.name or row.number == self.number:
+                raise ValueError(
+                    f"brevitas_bp.format.stages.{kind}: {self.name!r} (number {self.number}) would "
+                    f"stand beside {row.name!r} (number {row.number}); names and numbers must differ")
+        self.rows[self.name] = self
+
+    @classmethod
+    def named(cls: type[_Row], name: str) -> _Row:
+        """The row called ``name``.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        if name not in cls.rows:
+            raise UnknownNameError(
+                f"brevitas_bp.format.stages.{cls.__name__}: there is no row {name!r}"
+                f"{nearest(name, cls.rows)}")
+        return cls.rows[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).named, (self.name,)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+def _unchanged(x: Tensor, buckets: Tensor | None, seed: int) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transform(Stage):
+    """An invertible linear map of a bucket, applied before it is quantized and undone after.
+
+    Attributes:
+        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the dtype computed in.
+        undo: the inverse, with the same arguments.
+        pads_with_zero: a bucket that is not full is padded with zeros, not with its last element.
+        draws: the map depends on the seed.
+    """
+
+    apply: Callable[[Tensor, Tensor, int], Tensor] = _unchanged
+    undo: Callable[[Tensor, Tensor, int], Tensor] = _unchanged
+    pads_with_zero: bool = False
+    draws: bool = False
+
+
+class Neutral:
+    """The answer of a part that computes no stage, such as the view of the buckets."""
+
+
+#: What ``stage(slot)`` of a part returns that changes nothing.
+NEUTRAL = Neutral()
+
+
+#: Values are quantized as they are.
+NO_TRANSFORM = Transform("none", 0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CodeRange(Stage):
+    """The integers that a width has for codes: ``lowest(width) .. top(width)``.
+
+    Attributes:
+        signed: codes run from ``-top`` to ``top``; otherwise from 0.
+        least_width: narrower widths have no code on both sides of zero.
+        top: width -> largest code, by which a scale rule divides.
+    """
+
+    signed: bool
+    least_width: int
+    top: Callable[[int], int]
+
+    def lowest(self, bit_width: int) -> int:
+        """The smallest code. Stored codes are counted from it.
+
+        >>> [r.lowest(4) for r in (UNSIGNED, NARROW, SIGN_MAGNITUDE)]
+        [0, -7, -4]
+        """
+        return -self.top(bit_width) if self.signed else 0
+
+
+UNSIGNED = CodeRange("unsigned", 0, False, 1, lambda width: 2**width - 1)
+#: Symmetric: the code -2**(b-1) is not used.
+NARROW = CodeRange("narrow", 1, True, 2, lambda width: 2**(width - 1) - 1)
+#: Sign times one of 2**(b-2) levels, or zero: the codes of Listing 5.1 of Li, 2025.
+SIGN_MAGNITUDE = CodeRange("sign_magnitude", 2, True, 2, lambda width: 2**(width - 2))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ScaleRule(Stage):
+    """How the scale of a bucket, and perhaps an offset, follow from its values.
+
+    Attributes:
+        affine: an offset is stored beside the scale.
+        pads_with_zero: a bucket that is not full is padded with zeros, not with its last element.
+        signed: goes with signed codes; otherwise with unsigned ones.
+        measure: ``(x [n, B], top code, metadata dtype, B or None) -> (scale [n, 1], offset [n, 1] or
+            None)`` in the dtype computed in. ``B`` is given where ``x`` lacks its padding and is too
+            large for temporaries. Metadata are rounded outwards, to what their dtype holds.
+    """
+
+    affine: bool
+    pads_with_zero: bool
+    signed: bool
+    measure: Callable[[Tensor, int, torch.dtype, int | None], tuple[Tensor, Tensor | None]]
+
+
+def _min_max(
+        x: Tensor, top: int, metadata_dtype: torch.dtype,
+        size: int | None) -> tuple[Tensor, Tensor | None]:
+    """``lo = min``, ``scale = (max - lo) / top``."""
+    computed = compute_dtype(x.dtype)
+    # Not aminmax, which takes eight times as long on CPU.
+    lo, hi = (m.to(computed) for m in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
+    lo = round_down(lo + 0, metadata_dtype)
+    scale = round_up(finite_range(lo, hi + 0) / top, metadata_dtype)
+    return scale, torch.where(torch.isfinite(scale), lo, torch.nan)
+
+
+def _max(
+        x: Tensor, top: int, metadata_dtype: torch.dtype,
+        size: int | None) -> tuple[Tensor, Tensor | None]:
+    """``scale = max |x| / top``."""
+    peak = largest_magnitude(x).to(compute_dtype(x.dtype))
+    return round_up(finite_norm(peak, peak) / top, metadata_dtype), None
+
+
+def _l2(
+        x: Tensor, top: int, metadata_dtype: torch.dtype,
+        size: int | None) -> tuple[Tensor, Tensor | None]:
+    """``scale = |x| / top`` with the Euclidean norm."""
+    peak = largest_magnitude(x).to(compute_dtype(x.dtype))
+    return round_up(finite_norm(l2_norm(x, size), peak) / top, metadata_dtype), None
+
+
+MIN_MAX = ScaleRule("min_max", 0, True, False, False, _min_max)
+MAX = ScaleRule("max", 1, False, False, True, _max)
+L2 = ScaleRule("l2", 2, False, True, True, _l2)
+
+
+def _as_they_are(codes: Tensor, noise: Tensor | None) -> Tensor:
+    return codes
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rounding(Stage):
+    """How scaled values become integers.
+
+    Attributes:
+        round_: ``(u, noise) -> integers``, as floats; may destroy ``u``. The noise is uniform in [0, 1),
+            None where none is drawn.
+        encoding_draws: :attr:`round_` takes noise.
+        decoding_draws: :attr:`restore` takes the noise that :attr:`round_` took, drawn again.
+        restore: ``(codes, noise) -> what is multiplied by the scale``.
+    """
+
+    round_: Callable[[Tensor, Tensor | None], Tensor]
+    encoding_draws: bool = False
+    decoding_draws: bool = False
+    restore: Callable[[Tensor, Tensor | None], Tensor] = _as_they_are
+
+
+def _to_nearest(u: Tensor, noise: Tensor | None) -> Tensor:
+    return u.round_()
+
+
+def _stochastically(u: Tensor, noise: Tensor | None) -> Tensor:
+    """``floor(u) + (noise < u - floor(u))``: the mean over the noise is ``u``."""
+    assert noise is not None
+    floor = u.floor()
+    return floor.add_(noise < u.sub_(floor))
+
+
+#: To nearest, ties to even.
+NEAREST = Rounding("nearest", 0, _to_nearest)
+STOCHASTIC = Rounding("stochastic", 1, _stochastically, encoding_draws=True)

@@ -1,0 +1,177 @@
+"""The numba source of the bucket kernels: see :mod:`brevitas_bp.kernels.cpu.launch` for what calls them.
+
+One source for float32 and float64: numba compiles it for the dtype of its arrays, and constants are
+made of that dtype (``x.dtype.type``). A float ``x`` comes with ``bits``, the same memory as integers.
+
+They give the bytes of :mod:`brevitas_bp.format.reference`: the same order of operations, and no fused
+multiply-add (no ``fastmath``).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from brevitas_bp.format.stages import (
+    L2,
+    MAX,
+    MIN_MAX,
+    NARROW,
+    NEAREST,
+    NO_TRANSFORM,
+    SIGN_MAGNITUDE,
+    STOCHASTIC,
+    UNSIGNED,
+)
+from brevitas_bp.kernels.cpu.codes import (
+    copy_bytes,
+    dequantize,
+    locate,
+    pack,
+    round_nearest,
+    round_stochastic,
+    unpack,
+)
+from brevitas_bp.kernels.cpu.compiling import jit, prefetch, window
+from brevitas_bp.kernels.cpu.derivatives import differentiate
+from brevitas_bp.kernels.cpu.metadata import (
+    affine_metadata,
+    finish_scales,
+    load,
+    ranges,
+    reciprocal,
+    store,
+)
+from brevitas_bp.kernels.cpu.units import denormalize, normalize, place
+
+#: The stages that these kernels implement.
+COVERED = frozenset({
+    NO_TRANSFORM, MIN_MAX, MAX, L2, UNSIGNED, NARROW, SIGN_MAGNITUDE, NEAREST, STOCHASTIC})
+_MIN_MAX, _L2, _STOCHASTIC = MIN_MAX.number, L2.number, STOCHASTIC.number
+_U = np.uint32
+# Elements of a group of buckets: half of a first cache.
+_GROUP = 1 << 12
+#: In place of the number of a derivative: the input is normalized.
+NORMALIZED = -1
+
+
+@jit
+def encode(
+        x: Any, bits: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any,
+        multiplier: Any, shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any,
+        integer: Any, rounding: Any, k0: Any, k1: Any, payload: Any, metadata: Any,
+        function: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
+        inner: Any, largest: Any, divides: Any) -> None:
+    """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
+
+    Where ``function`` is not 0, its derivative at ``x`` is encoded, or with :data:`NORMALIZED` what
+    :func:`normalize` makes of ``x``. Rows are those of :func:`place`.
+
+    ``metadata`` holds the scales, then for affine codes the offsets, as :func:`store` writes them.
+
+    Buckets are taken in groups that stay in cache: ranges of all of them, then their scales in vector
+    code, then their codes, then their bytes.
+    """
+    number = x.dtype.type
+    group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
+    buffer = np.empty(group * size, np.uint8)
+    scratch = np.empty(size if rule == _L2 else 1, np.float64)
+    # Of what is computed or padded. Without rows only the last bucket of all is padded.
+    apart = function != 0 or row != 0
+    copy_bits = np.empty(group * size if apart else size, bits.dtype)
+    copies = copy_bits.view(x.dtype)
+    lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
+    norms, all_tops = highs.view(x.dtype), np.empty(group, x.dtype)
+    while begin < end:
+        count = min(group, end - begin)
+        low, high, top = window(lows, 0, count), window(highs, 0, count), window(all_tops, 0, count)
+        for i in range(count):
+            kind, _ = locate(begin + i, size, n, mixed, multiplier, shift, widths)
+            top[i] = number(tops[kind])
+            start, most = place(begin + i, first, size, row, per_row)
+            valid = min(most, x.size - start)
+            if function != 0 or valid < size:
+                slot = i * size if apart else 0
+                values, words = window(copies, slot, size), window(copy_bits, slot, size)
+                source, target = window(x, start, valid), window(copies, slot, valid)
+                if function == NORMALIZED:
+                    normalize(
+                        source, index + start, shifts, scales_of, inner, largest, divides, target)
+                elif function != 0:
+                    differentiate(function, source, target)
+                else:
+                    copy_bytes(source, target)
+                fill = number(0) if rule == _L2 else values[valid - 1]
+                for j in range(valid, size):
+                    values[j] = fill
+            else:
+                values, words = window(x, start, size), window(bits, start, size)
+            ranges(values, words, i, rule, low, high, norms, scratch)
+        scales, offsets = high.view(x.dtype), low.view(x.dtype)
+        if rule == _MIN_MAX:
+            affine_metadata(low, high, top, bf16, integer)
+        else:
+            finish_scales(scales, top, bf16)
+            offsets[:] = number(0)
+        for i in range(count):
+            bucket = begin + i
+            start, most = place(bucket, first, size, row, per_row)
+            kind, _ = locate(bucket, size, n, mixed, multiplier, shift, widths)
+            scale, lo, codes = scales[i], offsets[i], window(buffer, i * size, size)
+            if function != 0 or min(most, x.size - start) < size:
+                values = window(copies, i * size if apart else 0, size)
+            else:
+                values = window(x, start, size)
+            # Of the next group: memory is read while this one is rounded.
+            ahead = start + group * size
+            for j in range(ahead, min(ahead + size, x.size), line):
+                prefetch(x, j)
+            inverse = reciprocal(scale, x.dtype)
+            if np.isnan(scale):
+                codes[:] = 0
+            elif rounding == _STOCHASTIC:
+                round_stochastic(
+                    values, codes, lo, inverse, lowests[kind], tops[kind],
+                    _U((bucket * size) & 0xFFFFFFFF), k0, k1)
+            else:
+                round_nearest(values, codes, lo, inverse, lowests[kind], tops[kind])
+        # Not right after rounding, whose last codes are on their way to the cache.
+        for i in range(count):
+            kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
+            width = widths[kind]
+            pack(window(buffer, i * size, size), width, window(payload, position, size * width // 8))
+        store(metadata, begin, scales, bf16)
+        if rule == _MIN_MAX:
+            store(metadata, n + begin, offsets, bf16)
+        begin += count
+
+
+@jit
+def decode(
+        out: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
+        shift: Any, widths: Any, lowests: Any, bf16: Any, payload: Any, scales: Any, offsets: Any,
+        limit: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
+        inner: Any, largest: Any, divides: Any) -> None:
+    """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``.
+
+    The last eight are those of :func:`encode`; ``scales_of`` is empty where nothing is normalized.
+    """
+    number = out.dtype.type
+    codes = np.empty(size, np.uint8)
+    scale, lo = np.empty(end - begin, out.dtype), np.empty(end - begin, out.dtype)
+    load(scales, begin, bf16, scale)
+    if offsets.size:
+        load(offsets, begin, bf16, lo)
+    else:
+        lo[:] = number(0)
+    bound = number(np.finfo(out.dtype).max) if scales_of.size else limit
+    for bucket in range(begin, end):
+        kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
+        width = widths[kind]
+        unpack(window(payload, position, size * width // 8), width, codes)
+        start, most = place(bucket, first, size, row, per_row)
+        values = window(out, start, min(most, out.size - start))
+        dequantize(
+            codes, lowests[kind], scale[bucket - begin], lo[bucket - begin], bound, values)
+        if scales_of.size:
+            denormalize(
+                values, index + start, shifts, scales_of, inner, largest, divides, limit)

@@ -1,0 +1,199 @@
+"""Rounding, packing and dequantizing of one bucket, in numba: see :mod:`brevitas_bp.format`.
+
+Integers of the noise are cast to 32 bits explicitly, since numba promotes to 64.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from brevitas_bp.format.random import (
+    HASH_LAST_SHIFT,
+    HASH_ROUNDS,
+    NOISE_BITS,
+    ROUNDING,
+    SPLITMIX,
+)
+from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
+
+_U = np.uint32
+_L = np.uint64
+_GOLDEN, _MIX1, _MIX2 = (np.uint64(constant) for constant in SPLITMIX)
+_F = np.float32
+_S0, _M0 = _U(HASH_ROUNDS[0][0]), _U(HASH_ROUNDS[0][1])
+_S1, _M1 = _U(HASH_ROUNDS[1][0]), _U(HASH_ROUNDS[1][1])
+_S2, _M2 = _U(HASH_ROUNDS[2][0]), _U(HASH_ROUNDS[2][1])
+_S3 = _U(HASH_LAST_SHIFT)
+_TO_NOISE = _U(32 - NOISE_BITS)
+_STEP = _F(2.0**-NOISE_BITS)
+_B1, _B2, _B4 = np.uint8(1), np.uint8(3), np.uint8(15)
+_B2S, _B4S, _B6S = np.uint8(2), np.uint8(4), np.uint8(6)
+
+
+@jit
+def _splitmix64(value: Any) -> Any:
+    """See ``random.splitmix64``."""
+    z = np.uint64(value + _GOLDEN)
+    z = np.uint64(np.uint64(z ^ np.uint64(z >> _L(30))) * _MIX1)
+    z = np.uint64(np.uint64(z ^ np.uint64(z >> _L(27))) * _MIX2)
+    return np.uint64(z ^ np.uint64(z >> _L(31)))
+
+
+@jit
+def noise_keys(seed: Any) -> Any:
+    """See ``random.noise_keys``; ``seed`` is its lower 64 bits."""
+    key = _splitmix64(_splitmix64(np.uint64(_splitmix64(seed) ^ _L(ROUNDING))))
+    return _U(key & _L(0xFFFFFFFF)), _U(key >> _L(32))
+
+
+@jit
+def round_stochastic(
+        x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any, index: Any, k0: Any,
+        k1: Any) -> None:
+    """Codes of ``x``, whose first element has the flat index ``index``, counted from ``lowest``."""
+    wide_vectors()
+    number = x.dtype.type
+    low, high = number(lowest), number(top)
+    for i in range(x.size):
+        u = (x[i] - lo) * inverse
+        h = _U(_U(index + _U(i)) + k0)
+        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
+        h = _U(h ^ k1)
+        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
+        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
+        h = _U(h ^ _U(h >> _S3))
+        noise = _F(np.int32(h >> _TO_NOISE)) * _STEP
+        floor = np.floor(u)
+        q = floor + (number(1) if noise < u - floor else number(0))
+        q = low if q < low else q
+        q = high if q > high else q
+        # Of floats: numba would subtract integers of 64 bits.
+        codes[i] = np.uint8(np.int32(q - low))
+
+
+@jit
+def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any) -> None:
+    """As :func:`round_stochastic`, to nearest."""
+    wide_vectors()
+    number = x.dtype.type
+    low, high = number(lowest), number(top)
+    for i in range(x.size):
+        q = np.rint((x[i] - lo) * inverse)
+        q = low if q < low else q
+        q = high if q > high else q
+        # Of floats: numba would subtract integers of 64 bits.
+        codes[i] = np.uint8(np.int32(q - low))
+
+
+@jit
+def copy_bytes(source: Any, target: Any) -> None:
+    """Copies all of ``source``: an assignment of slices is not turned into vector code."""
+    wide_vectors()
+    for i in range(source.size):
+        target[i] = source[i]
+
+
+# Each plane is written out: one loop over its bytes, which the compiler turns into vector code.
+
+
+@jit
+def pack(codes: Any, width: Any, out: Any) -> None:
+    """See ``packing.pack``, of one bucket."""
+    wide_vectors()
+    size = codes.size
+    if width == 8:
+        copy_bytes(codes, out)
+        return
+    start, first = 0, np.uint8(0)
+    if width & 4:
+        n = size // 2
+        plane, a, b = window(out, start, n), window(codes, 0, n), window(codes, n, n)
+        for j in range(n):
+            plane[j] = np.uint8(a[j] & _B4) | np.uint8(np.uint8(b[j] & _B4) << _B4S)
+        start, first = start + n, np.uint8(4)
+    if width & 2:
+        n = size // 4
+        plane, a, b = window(out, start, n), window(codes, 0, n), window(codes, n, n)
+        c, d = window(codes, 2 * n, n), window(codes, 3 * n, n)
+        for j in range(n):
+            low = np.uint8(
+                np.uint8(np.uint8(a[j] >> first) & _B2) |
+                np.uint8(np.uint8(np.uint8(b[j] >> first) & _B2) << _B2S))
+            high = np.uint8(
+                np.uint8(np.uint8(c[j] >> first) & _B2) |
+                np.uint8(np.uint8(np.uint8(d[j] >> first) & _B2) << _B2S))
+            plane[j] = np.uint8(low | np.uint8(high << _B4S))
+        start, first = start + n, np.uint8(first + np.uint8(2))
+    if width & 1:
+        n = size // 8
+        plane = window(out, start, n)
+        plane[:] = 0
+        for i in range(8):
+            part = window(codes, i * n, n)
+            shift = np.uint8(i)
+            for j in range(n):
+                bit = np.uint8(np.uint8(part[j] >> first) & _B1)
+                plane[j] = np.uint8(plane[j] | np.uint8(bit << shift))
+
+
+@jit
+def unpack(packed: Any, width: Any, codes: Any) -> None:
+    """See ``packing.unpack``, of one bucket."""
+    wide_vectors()
+    size = codes.size
+    if width == 8:
+        copy_bytes(packed, codes)
+        return
+    start, first = 0, np.uint8(0)
+    if width & 4:
+        n = size // 2
+        plane, a, b = window(packed, start, n), window(codes, 0, n), window(codes, n, n)
+        for j in range(n):
+            a[j] = np.uint8(plane[j] & _B4)
+            b[j] = np.uint8(plane[j] >> _B4S)
+        start, first = start + n, np.uint8(4)
+    else:
+        codes[:] = 0
+    if width & 2:
+        n = size // 4
+        plane, a, b = window(packed, start, n), window(codes, 0, n), window(codes, n, n)
+        c, d = window(codes, 2 * n, n), window(codes, 3 * n, n)
+        for j in range(n):
+            v = plane[j]
+            a[j] |= np.uint8(np.uint8(v & _B2) << first)
+            b[j] |= np.uint8(np.uint8(np.uint8(v >> _B2S) & _B2) << first)
+            c[j] |= np.uint8(np.uint8(np.uint8(v >> _B4S) & _B2) << first)
+            d[j] |= np.uint8(np.uint8(v >> _B6S) << first)
+        start, first = start + n, np.uint8(first + np.uint8(2))
+    if width & 1:
+        n = size // 8
+        plane = window(packed, start, n)
+        for i in range(8):
+            part = window(codes, i * n, n)
+            shift = np.uint8(i)
+            for j in range(n):
+                bit = np.uint8(np.uint8(plane[j] >> shift) & _B1)
+                part[j] = np.uint8(part[j] | np.uint8(bit << first))
+
+
+@jit
+def locate(
+        bucket: Any, size: Any, n: Any, mixed: Any, multiplier: Any, shift: Any, widths: Any) -> Any:
+    """Which width a bucket has (1: the mixed one) and where its bytes begin."""
+    # Of one width: no division.
+    slot = bucket if multiplier == 1 and shift == 0 else (multiplier * bucket + shift) % n
+    if slot < mixed:
+        return 1, slot * (size * widths[1] // 8)
+    return 0, mixed * (size * widths[1] // 8) + (slot - mixed) * (size * widths[0] // 8)
+
+
+@jit
+def dequantize(codes: Any, lowest: Any, scale: Any, lo: Any, limit: Any, out: Any) -> None:
+    """Values of codes that are counted from ``lowest``; ``out`` may be shorter."""
+    wide_vectors()
+    number = out.dtype.type
+    low = number(lowest)
+    for i in range(out.size):
+        y = (number(np.int32(codes[i])) + low) * scale + lo
+        y = limit if y > limit else y
+        out[i] = -limit if y < -limit else y

@@ -1,0 +1,210 @@
+"""Scale and offset of buckets, in numba: see :mod:`brevitas_bp.format.stages`.
+
+Minima and maxima are taken on the sortable integer form of a float, where NaN is extreme.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from brevitas_bp.format.arithmetic import RANGE_LIMIT
+from brevitas_bp.format.stages import L2, MIN_MAX
+from brevitas_bp.kernels.cpu.codes import copy_bytes
+from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
+
+_BF16_MIN = float(torch.finfo(torch.bfloat16).min)
+_MIN_MAX, _L2 = MIN_MAX.number, L2.number
+
+
+@jit
+def extremes(bits: Any) -> Any:
+    """Smallest and largest element, in the integer form that sorts like the floats."""
+    wide_vectors()
+    integer, info = bits.dtype.type, np.iinfo(bits.dtype)
+    sign, magnitude = integer(info.bits - 1), integer(info.max)
+    lowest, highest = integer(info.max), integer(info.min)
+    for i in range(bits.size):
+        key = integer(bits[i] ^ ((bits[i] >> sign) & magnitude))
+        lowest = min(lowest, key)
+        highest = max(highest, key)
+    return lowest, highest
+
+
+@jit
+def largest_magnitude(bits: Any) -> Any:
+    """The largest magnitude, as the bits of the float."""
+    wide_vectors()
+    magnitude = bits.dtype.type(np.iinfo(bits.dtype).max)
+    peak = bits.dtype.type(0)
+    for i in range(bits.size):
+        peak = max(peak, bits.dtype.type(bits[i] & magnitude))
+    return peak
+
+
+@jit
+def tree_sum(terms: Any) -> Any:
+    """Sum of ``terms``, which are destroyed: the binary tree of ``arithmetic.l2_norm``."""
+    n = terms.size
+    while n > 1:
+        half = (n + 1) // 2
+        for i in range(n - half):
+            terms[i] += terms[half + i]
+        n = half
+    return terms[0]
+
+
+@jit
+def squares(x: Any, unit: Any, out: Any) -> None:
+    """Squares in float64; float64 data is divided by ``unit`` first."""
+    wide_vectors()
+    if np.finfo(x.dtype).bits == 64:
+        for i in range(x.size):
+            out[i] = (x[i] / unit) * (x[i] / unit)
+    else:
+        for i in range(x.size):
+            out[i] = np.float64(x[i]) * np.float64(x[i])
+
+
+@jit
+def norm_unit(peak: Any, dtype: Any) -> Any:
+    """What the elements of a norm are divided by."""
+    return np.float64(peak) if np.finfo(dtype).bits == 64 and peak > 0 else 1.0
+
+
+@jit
+def _norm(x: Any, peak: Any, scratch: Any) -> Any:
+    """See ``arithmetic.l2_norm``."""
+    unit = norm_unit(peak, x.dtype)
+    squares(x, unit, scratch)
+    return x.dtype.type(math.sqrt(tree_sum(scratch)) * unit)
+
+
+@jit
+def reciprocal(scale: Any, dtype: Any) -> Any:
+    """See ``arithmetic.reciprocal``."""
+    return dtype.type(1) / scale if scale >= dtype.type(np.finfo(dtype).tiny) else dtype.type(0)
+
+
+@jit
+def _round_down_bf16(words: Any, sign: Any) -> None:
+    """Floats as integers, each towards -inf (``sign`` 0) or +inf, see ``arithmetic.round_down``."""
+    wide_vectors()
+    integer = words.dtype.type
+    flip = integer(np.iinfo(words.dtype).min if sign else 0)
+    for i in range(words.size):
+        word = integer(words[i] ^ flip)
+        truncated = integer(word & integer(-65536))
+        further = word < integer(0) and truncated != word
+        words[i] = integer(truncated + integer(65536 if further else 0)) ^ flip
+
+
+@jit
+def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: Any) -> None:
+    """Offsets and scales of buckets with these extremes, in place; NaN where they hold NaN or Inf.
+
+    Args:
+        lowest: of each bucket, as :func:`extremes` has them; floats of the same memory afterwards.
+        highest: as ``lowest``; the scales afterwards.
+        tops: largest code of each bucket, as floats.
+        bf16: whether metadata are bfloat16.
+        integer: whether the offset is a multiple of the scale.
+    """
+    wide_vectors()
+    word, number = lowest.dtype.type, tops.dtype.type
+    info = np.iinfo(lowest.dtype)
+    sign, magnitude = word(info.bits - 1), word(info.max)
+    mantissa = 23 if info.bits == 32 else 52
+    infinite = word(info.max - ((1 << mantissa) - 1))
+    # Of no lower bits, which rounding to bfloat16 would carry.
+    nan = word(infinite | word(1 << (mantissa - 1)))
+    offsets, scales = lowest.view(tops.dtype), highest.view(tops.dtype)
+    for i in range(tops.size):
+        finite = lowest[i] > word(~infinite) and highest[i] < infinite
+        lo = word(lowest[i] ^ word((lowest[i] >> sign) & magnitude))
+        hi = word(highest[i] ^ word((highest[i] >> sign) & magnitude))
+        lowest[i] = lo if finite else nan
+        highest[i] = hi if finite else nan
+    for i in range(tops.size):
+        offsets[i] += number(0)
+        scales[i] += number(0)
+    if bf16:
+        _round_down_bf16(lowest, 0)
+        least = number(_BF16_MIN)
+        for i in range(tops.size):
+            offsets[i] = least if offsets[i] < least else offsets[i]
+    for i in range(tops.size):
+        scales[i] -= offsets[i]
+    finish_scales(scales, tops, bf16)
+    if integer:
+        for i in range(tops.size):
+            inverse = reciprocal(scales[i], tops.dtype)
+            if inverse > number(0):
+                offsets[i] = -number(np.rint(-offsets[i] * inverse)) * scales[i] + number(0)
+
+
+@jit
+def finish_scales(ranges: Any, tops: Any, bf16: Any) -> None:
+    """Scales of buckets with these ranges (NaN for none), in place."""
+    wide_vectors()
+    number = ranges.dtype.type
+    limit = number(np.finfo(ranges.dtype).max * RANGE_LIMIT)
+    for i in range(ranges.size):
+        ranges[i] = (limit if ranges[i] > limit else ranges[i]) / tops[i]
+    if bf16:
+        _round_down_bf16(ranges.view(np.int32), 1)
+        largest = number(-_BF16_MIN)
+        for i in range(ranges.size):
+            ranges[i] = largest if ranges[i] > largest else ranges[i]
+
+
+@jit
+def ranges(
+        values: Any, words: Any, i: Any, rule: Any, first: Any, second: Any, norms: Any,
+        scratch: Any) -> None:
+    """What the scale of a bucket is made of: extremes, or a norm (NaN if the bucket has none)."""
+    if rule == _MIN_MAX:
+        first[i], second[i] = extremes(words)
+        return
+    number = values.dtype.type
+    second[i] = largest_magnitude(words)
+    peak = norms[i]
+    if not np.isfinite(peak):
+        norms[i] = number(np.nan)
+    elif rule == _L2:
+        norms[i] = _norm(values, peak, scratch)
+
+
+# Metadata are stored as 16-bit words, lowest first: one word (the upper half of a float32) where they
+# are bfloat16, else two or four. So one compiled function serves both metadata dtypes.
+
+
+@jit
+def store(words: Any, begin: Any, values: Any, bf16: Any) -> None:
+    """Writes ``values`` from place ``begin`` on."""
+    for i in range(values.size):
+        # NaN has one bit pattern, whichever operation made it.
+        if np.isnan(values[i]):
+            values[i] = np.nan
+    parts = values.view(np.uint16)
+    if bf16:
+        for i in range(values.size):
+            words[begin + i] = parts[2 * i + 1]
+    else:
+        per_value = np.finfo(values.dtype).bits // 16
+        for i in range(parts.size):
+            words[begin * per_value + i] = parts[i]
+
+
+@jit
+def load(words: Any, begin: Any, bf16: Any, values: Any) -> None:
+    """Reads what :func:`store` wrote."""
+    parts = values.view(np.uint16)
+    if bf16:
+        for i in range(values.size):
+            parts[2 * i] = 0
+            parts[2 * i + 1] = words[begin + i]
+    else:
+        per_value = np.finfo(values.dtype).bits // 16
+        copy_bytes(window(words, begin * per_value, parts.size), parts)

@@ -1,0 +1,97 @@
+"""Noise and packing, in Triton: see ``random`` and ``packing`` of :mod:`brevitas_bp.format`."""
+
+# Triton's own types are not those that a checker infers from Python.
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+from brevitas_bp.format.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS, NOISE_STEP
+
+_S0, _M0 = tl.constexpr(HASH_ROUNDS[0][0]), tl.constexpr(HASH_ROUNDS[0][1])
+_S1, _M1 = tl.constexpr(HASH_ROUNDS[1][0]), tl.constexpr(HASH_ROUNDS[1][1])
+_S2, _M2 = tl.constexpr(HASH_ROUNDS[2][0]), tl.constexpr(HASH_ROUNDS[2][1])
+_S3 = tl.constexpr(HASH_LAST_SHIFT)
+_TO_NOISE = tl.constexpr(32 - NOISE_BITS)
+_STEP = tl.constexpr(NOISE_STEP)
+
+
+@triton.jit
+def noise_of(index: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
+    """See ``random.uniform_``; ``index`` is uint32."""
+    h = index + k0
+    h = (h ^ (h >> _S0)) * _M0
+    h = h ^ k1
+    h = (h ^ (h >> _S1)) * _M1
+    h = (h ^ (h >> _S2)) * _M2
+    h = h ^ (h >> _S3)
+    return (h >> _TO_NOISE).to(tl.int32).to(tl.float32) * _STEP
+
+
+@triton.jit
+def locate(
+        bucket: tl.tensor, n: tl.tensor, mixed: tl.tensor, multiplier: tl.tensor, shift: tl.tensor,
+        size: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr) -> tl.tensor:
+    """Which buckets have the second width, and where the bytes of each begin."""
+    nbytes: tl.constexpr = size * width // 8
+    if mix_width == 0:
+        is_mixed, start = bucket < 0, bucket * nbytes
+    else:
+        mix_nbytes: tl.constexpr = size * mix_width // 8
+        slot = (multiplier * bucket + shift) % n
+        is_mixed = slot < mixed
+        start = tl.where(
+            is_mixed, slot * mix_nbytes, mixed * mix_nbytes + (slot - mixed) * nbytes)
+    return is_mixed, start
+
+
+@triton.jit
+def _pack_plane(
+        codes: tl.tuple, pointer: tl.tensor, broken: tl.tensor, mask: tl.tensor, bits: tl.constexpr,
+        first: tl.constexpr, slice_size: tl.constexpr) -> None:
+    for t in tl.static_range(bits):
+        byte = (codes[t] >> first) & ((1 << bits) - 1)
+        for i in tl.static_range(1, 8 // bits):
+            byte = byte | (((codes[t + i * bits] >> first) & ((1 << bits) - 1)) << (bits * i))
+        byte = tl.where(broken, 0, byte).to(tl.uint8)
+        tl.store(pointer + (first + t) * slice_size, byte, mask)
+
+
+@triton.jit
+def pack(
+        codes: tl.tuple, pointer: tl.tensor, broken: tl.tensor, mask: tl.tensor,
+        width: tl.constexpr, slice_size: tl.constexpr) -> None:
+    """Stores the planes of all buckets; ``pointer`` is at byte ``lane`` of each."""
+    for p in tl.static_range(4):
+        if width & (8 >> p):
+            _pack_plane(
+                codes, pointer, broken, mask, 8 >> p, width & -(16 >> p), slice_size)
+
+
+@triton.jit
+def load_planes(
+        pointer: tl.tensor, mask: tl.tensor, width: tl.constexpr,
+        slice_size: tl.constexpr) -> tl.tensor:
+    """The ``width`` lines of ``slice_size`` bytes of each bucket, as integers."""
+    out = ()
+    for t in tl.static_range(width):
+        out = out + (tl.load(pointer + t * slice_size, mask, 0).to(tl.int32),)
+    return out
+
+
+@triton.jit
+def _unpack_plane(
+        lines: tl.tuple, s: tl.constexpr, bits: tl.constexpr, first: tl.constexpr) -> tl.tensor:
+    part = lines[first + s % bits] >> (bits * (s // bits))
+    return (part & ((1 << bits) - 1)) << first
+
+
+@triton.jit
+def unpack(lines: tl.tuple, s: tl.constexpr, width: tl.constexpr) -> tl.tensor:
+    """Codes of slice ``s``."""
+    code = tl.zeros_like(lines[0])
+    for p in tl.static_range(4):
+        if width & (8 >> p):
+            code = code | _unpack_plane(lines, s, 8 >> p, width & -(16 >> p))
+    return code

@@ -1,0 +1,213 @@
+"""The Triton functions of :mod:`brevitas_bp.kernels.gpu.launch`: a program handles a few buckets.
+
+Shapes: [buckets] for what a bucket has once; [buckets, lanes] for a slice of each bucket, where lanes
+are the elements of a slice padded to a power of two. Tuples hold the eight slices of each bucket, or
+the lines of bytes (as many as a slice has elements) that a width needs.
+
+Two switches of a kernel cost nothing where they are off. ``rows``: buckets end with rows of ``row``
+elements, which they do not fill. ``units``: values are normalized, with one or several statistics in a
+bucket; there are ``kinds`` of them, ``scales`` and ``shifts``.
+"""
+
+# Triton's own types are not those that a checker infers from Python.
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+
+from brevitas_bp.format.stages import MIN_MAX, STOCHASTIC
+from brevitas_bp.kernels.gpu.codes import load_planes, locate, noise_of, pack, unpack
+from brevitas_bp.kernels.gpu.constants import BF16, ONE, SEVERAL
+from brevitas_bp.kernels.gpu.floats import bits_of, load, store
+from brevitas_bp.kernels.gpu.metadata import metadata_of
+from brevitas_bp.kernels.gpu.places import (
+    fill_of,
+    first_units,
+    load_slices,
+    next_units,
+    place_of,
+    unit_of,
+)
+
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+# Added to a float of less than 2**22 it rounds to the nearest integer, ties to even, and leaves that
+# integer in the low bits. Conversion instructions run at a fraction of the rate of additions.
+_MAGIC = tl.constexpr(1.5 * 2**23)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_SLICES = tl.constexpr(8)
+_MIN_MAX = tl.constexpr(MIN_MAX.number)
+_STOCHASTIC = tl.constexpr(STOCHASTIC.number)
+_BF16 = tl.constexpr(BF16)
+_ONE = tl.constexpr(ONE)
+_SEVERAL = tl.constexpr(SEVERAL)
+# Of which a kernel is not compiled for each kind.
+_NUMBERS = ["numel", "n", "mixed", "multiplier", "shift", "row", "inner", "kinds"]
+
+
+@triton.jit(
+    do_not_specialize=[*_NUMBERS, "k0", "k1"], do_not_specialize_on_alignment=["scales", "shifts"])
+def encode_kernel(
+        x: tl.tensor, payload: tl.tensor, metadata: tl.tensor, numel: tl.int64,
+        n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, k0: tl.int32,
+        k1: tl.int32, row: tl.int64, scales: tl.tensor, shifts: tl.tensor, inner: tl.int64,
+        kinds: tl.int64, size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr,
+        levels: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, top: tl.constexpr,
+        mix_top: tl.constexpr, signed: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
+        rounding: tl.constexpr, rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr,
+        meta_form: tl.constexpr) -> None:
+    """Encodes ``buckets`` buckets; ``mix_width`` is 0 where all have one width."""
+    slice_size: tl.constexpr = size // 8
+    padded: tl.constexpr = slice_size != lanes
+    numel, n, mixed = numel.to(tl.int64), n.to(tl.int64), mixed.to(tl.int64)
+    row, inner, kinds = row.to(tl.int64), inner.to(tl.int64), kinds.to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * buckets
+    number = tl.arange(0, buckets)
+    lane = tl.arange(0, lanes)[None, :]
+    bucket = first + number
+    is_mixed, start = locate(
+        bucket, n, mixed, multiplier.to(tl.int64), shift.to(tl.int64), size, width, mix_width)
+    # Offsets within the program are 32 bits wide, its place in the tensor is 64.
+    place, distance, end = place_of(first, number, n, row, size, buckets, rows)
+    here, inside = x + place, distance + lane
+    far, kind = first_units(
+        place, inside if units == _SEVERAL else distance, inner, kinds, units)
+    whole = place + buckets * size <= numel
+    if rows:
+        whole = False
+    if whole:
+        xs = load_slices(
+            here, inside, lane, 0, 0.0, far, kind, scales, shifts, inner, kinds, form,
+            slice_size, units, padded, False)
+    else:
+        limit = end if rows else (numel - place).to(tl.int32)
+        fill = fill_of(here, place, limit, scales, shifts, inner, kinds, rule, units, form)
+        xs = load_slices(
+            here, inside, lane, limit, fill, far, kind, scales, shifts, inner, kinds, form,
+            slice_size, units, padded, True)
+
+    tops = tl.where(is_mixed, mix_top, top).to(tl.float32)
+    scale, inverse, lo, broken = metadata_of(
+        xs, lane, tops, buckets, slice_size, lanes, levels, rule, integer, meta_form == _BF16)
+    exists = bucket < n
+    store(metadata + bucket, scale, exists, meta_form)
+    if rule == _MIN_MAX:
+        store(metadata + n + bucket, lo, exists, meta_form)
+
+    high = tops[:, None]
+    low = -high if signed else high * 0.0
+    lowest = low.to(tl.int32)
+    index = (bucket * size).to(tl.uint32)[:, None] + lane.to(tl.uint32)
+    codes = ()
+    for s in tl.static_range(_SLICES):
+        u = xs[s]
+        if rule == _MIN_MAX:
+            u = u - lo[:, None]
+        # The ends are integers, so that clamping first gives the same codes as clamping last.
+        u = tl.minimum(tl.maximum(u * inverse[:, None], low), high)
+        shifted = u + _MAGIC
+        code = bits_of(shifted) - _MAGIC_BITS - lowest
+        if rounding == _STOCHASTIC:
+            nearest = shifted - _MAGIC
+            above = nearest > u
+            floor = tl.where(above, nearest - 1.0, nearest)
+            noise = noise_of(index + s * slice_size, k0.to(tl.uint32), k1.to(tl.uint32))
+            code = code - above.to(tl.int32) + (noise < u - floor).to(tl.int32)
+        codes = codes + (code,)
+
+    pointer = payload + start[:, None] + lane
+    written = exists[:, None] & (lane < slice_size)
+    if mix_width == 0:
+        pack(codes, pointer, broken[:, None], written, width, slice_size)
+    else:
+        other = is_mixed[:, None]
+        pack(codes, pointer, broken[:, None], written & (other == 0), width, slice_size)
+        pack(codes, pointer, broken[:, None], written & other, mix_width, slice_size)
+
+
+@triton.jit
+def _decode_slices(
+        out: tl.tensor, lines: tl.tuple, mix_lines: tl.tuple, lowest: tl.tensor, scale: tl.tensor,
+        lo: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, far: tl.tensor,
+        kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
+        largest: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, form: tl.constexpr,
+        slice_size: tl.constexpr, units: tl.constexpr, padded: tl.constexpr,
+        tail: tl.constexpr) -> None:
+    if units == _ONE:
+        unit, shift = unit_of(kind, scales, shifts)
+    for s in tl.static_range(_SLICES):
+        code = unpack(lines, s, width)
+        if mix_width > 0:
+            # The lines of the other width are zero.
+            code = code | unpack(mix_lines, s, mix_width)
+        y = (code + lowest).to(tl.float32) * scale + lo
+        if units == _SEVERAL:
+            if s > 0:
+                far, kind = next_units(far, kind, inner, kinds, slice_size)
+            unit, shift = unit_of(kind, scales, shifts)
+        if units > 0:
+            y = tl.clamp(y, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL) * unit
+            if shifts is not None:
+                y = y + shift
+        y = tl.clamp(y, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+        offset = inside + s * slice_size
+        if tail:
+            store(out + offset, y, (offset < limit) & (lane < slice_size), form)
+        elif padded:
+            store(out + offset, y, (lane < slice_size) & (offset >= 0), form)
+        else:
+            store(out + offset, y, None, form)
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["scales", "shifts"])
+def decode_kernel(
+        out: tl.tensor, payload: tl.tensor, metadata: tl.tensor, numel: tl.int64,
+        n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, row: tl.int64,
+        scales: tl.tensor, shifts: tl.tensor, inner: tl.int64, kinds: tl.int64, size: tl.constexpr,
+        buckets: tl.constexpr, lanes: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr,
+        lowest: tl.constexpr, mix_lowest: tl.constexpr, affine: tl.constexpr, largest: tl.constexpr,
+        rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr, meta_form: tl.constexpr) -> None:
+    """Decodes ``buckets`` buckets; ``mix_width`` is 0 where all have one width."""
+    slice_size: tl.constexpr = size // 8
+    padded: tl.constexpr = slice_size != lanes
+    numel, n, mixed = numel.to(tl.int64), n.to(tl.int64), mixed.to(tl.int64)
+    row, inner, kinds = row.to(tl.int64), inner.to(tl.int64), kinds.to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * buckets
+    number = tl.arange(0, buckets)
+    lane = tl.arange(0, lanes)[None, :]
+    bucket = first + number
+    is_mixed, start = locate(
+        bucket, n, mixed, multiplier.to(tl.int64), shift.to(tl.int64), size, width, mix_width)
+    exists = bucket < n
+    scale = load(metadata + bucket, exists, 0.0, meta_form)[:, None]
+    if affine:
+        lo = load(metadata + n + bucket, exists, 0.0, meta_form)[:, None]
+    else:
+        lo = 0.0
+    pointer = payload + start[:, None] + lane
+    mask = exists[:, None] & (lane < slice_size)
+    if mix_width == 0:
+        lines = load_planes(pointer, mask, width, slice_size)
+        mix_lines = ()
+    else:
+        other = is_mixed[:, None]
+        lines = load_planes(pointer, mask & (other == 0), width, slice_size)
+        mix_lines = load_planes(pointer, mask & other, mix_width, slice_size)
+    low = tl.where(is_mixed, mix_lowest, lowest)[:, None]
+    place, distance, end = place_of(first, number, n, row, size, buckets, rows)
+    here, inside = out + place, distance + lane
+    far, kind = first_units(
+        place, inside if units == _SEVERAL else distance, inner, kinds, units)
+    whole = place + buckets * size <= numel
+    if rows:
+        whole = False
+    if whole:
+        _decode_slices(
+            here, lines, mix_lines, low, scale, lo, inside, lane, 0, far, kind, scales,
+            shifts, inner, kinds, largest, width, mix_width, form, slice_size, units, padded, False)
+    else:
+        limit = tl.where(exists[:, None], end, 0) if rows else (numel - place).to(tl.int32)
+        _decode_slices(
+            here, lines, mix_lines, low, scale, lo, inside, lane, limit, far, kind, scales,
+            shifts, inner, kinds, largest, width, mix_width, form, slice_size, units, padded, True)

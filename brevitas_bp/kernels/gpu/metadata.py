@@ -1,0 +1,114 @@
+"""Scale and offset of buckets, in Triton: see :mod:`brevitas_bp.format.stages`."""
+
+# Triton's own types are not those that a checker infers from Python.
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+
+from brevitas_bp.format.arithmetic import RANGE_LIMIT
+from brevitas_bp.format.stages import L2, MIN_MAX
+from brevitas_bp.kernels.gpu.floats import (
+    float_of,
+    from_key,
+    key_of,
+    round_down_bf16,
+    round_half_even,
+)
+
+_LIMIT = tl.constexpr(torch.finfo(torch.float32).max * RANGE_LIMIT)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_SIGN = tl.constexpr(-(1 << 31))
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_INF_BITS = tl.constexpr(0x7F800000)
+_NAN_BITS = tl.constexpr(0x7FC00000)
+_SLICES = tl.constexpr(8)
+_MIN_MAX = tl.constexpr(MIN_MAX.number)
+_L2 = tl.constexpr(L2.number)
+
+
+@triton.jit
+def _add_upper_half(
+        total: tl.tensor, lane: tl.tensor, left: tl.constexpr, buckets: tl.constexpr,
+        lanes: tl.constexpr) -> tl.tensor:
+    """Adds the upper half of the first ``left`` columns to the lower, which is the longer."""
+    partner = lane + (left + 1) // 2
+    index = tl.broadcast_to(tl.minimum(partner, lanes - 1), [buckets, lanes])
+    return total + tl.where(partner < left, tl.gather(total, index, axis=1), 0.0)
+
+
+@triton.jit
+def _squares(xs: tl.tuple) -> tl.tuple:
+    out = ()
+    for s in tl.static_range(_SLICES):
+        x = xs[s].to(tl.float64)
+        out = out + (x * x,)
+    return out
+
+
+@triton.jit
+def _norm(
+        xs: tl.tuple, lane: tl.tensor, buckets: tl.constexpr, slice_size: tl.constexpr,
+        lanes: tl.constexpr, levels: tl.constexpr) -> tl.tensor:
+    """See ``arithmetic.l2_norm``: the same binary tree."""
+    squares = _squares(xs)
+    # The first three halvings add whole slices.
+    a0 = (squares[0] + squares[4]) + (squares[2] + squares[6])
+    a1 = (squares[1] + squares[5]) + (squares[3] + squares[7])
+    total = a0 + a1
+    if slice_size == lanes:
+        for level in tl.static_range(levels):
+            total = tl.sum(tl.reshape(total, [buckets, 2, lanes >> (level + 1)]), axis=1)
+        total = tl.reshape(total, [buckets])
+    else:
+        for level in tl.static_range(levels):
+            # ceil(slice_size / 2**level) sums are left.
+            total = _add_upper_half(
+                total, lane, (slice_size + (1 << level) - 1) >> level, buckets, lanes)
+        total = tl.sum(tl.where(lane == 0, total, 0.0), axis=1)
+    return tl.sqrt(total).to(tl.float32)
+
+
+@triton.jit
+def metadata_of(
+        xs: tl.tuple, lane: tl.tensor, top: tl.tensor, buckets: tl.constexpr,
+        slice_size: tl.constexpr, lanes: tl.constexpr, levels: tl.constexpr, rule: tl.constexpr,
+        integer: tl.constexpr, bf16: tl.constexpr) -> tl.tensor:
+    """Scale, its reciprocal, offset, and whether a bucket holds NaN or Inf, each [buckets]."""
+    if rule == _MIN_MAX:
+        low, high = xs[0], xs[0]
+        for s in tl.static_range(1, _SLICES):
+            low = tl.minimum(low, xs[s], propagate_nan=tl.PropagateNan.ALL)
+            high = tl.maximum(high, xs[s], propagate_nan=tl.PropagateNan.ALL)
+        # A NaN is in both, and lies above every number.
+        low_key = tl.min(tl.where(lane < slice_size, key_of(low), _MAGNITUDE), axis=1)
+        high_key = tl.max(tl.where(lane < slice_size, key_of(high), _SIGN), axis=1)
+        broken = (low_key <= ~_INF_BITS) | (high_key >= _INF_BITS)
+        lo = from_key(low_key) + 0.0
+        hi = from_key(high_key) + 0.0
+        if bf16:
+            lo = round_down_bf16(lo)
+        reach = hi - lo
+    else:
+        peak = tl.abs(xs[0])
+        for s in tl.static_range(1, _SLICES):
+            peak = tl.maximum(peak, tl.abs(xs[s]), propagate_nan=tl.PropagateNan.ALL)
+        peak_key = tl.max(tl.where(lane < slice_size, key_of(peak), 0), axis=1)
+        broken = peak_key >= _INF_BITS
+        lo = tl.zeros([buckets], tl.float32)
+        if rule == _L2:
+            reach = _norm(xs, lane, buckets, slice_size, lanes, levels)
+        else:
+            reach = from_key(peak_key)
+    scale = tl.div_rn(tl.minimum(reach, _LIMIT), top)
+    if bf16:
+        scale = -round_down_bf16(-scale)
+    usable = scale >= _TINY
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
+    if integer:
+        rounded = -round_half_even(-lo * inverse)
+        lo = tl.where(inverse > 0, rounded * scale + 0.0, lo)
+    nan = float_of(tl.full([buckets], _NAN_BITS, tl.int32))
+    return tl.where(broken, nan, scale), inverse, tl.where(broken, nan, lo), broken

@@ -1,0 +1,157 @@
+"""Where buckets, rows and statistics lie in a tensor, in Triton, and loads from there."""
+
+# NOTE [ Divisions ]
+# Bucket b is in row b // per_row, and element i has statistic i // inner % kinds. Such numbers are 64
+# bits wide, and their division is slow:
+# 1. A program divides once, in 64 bits, for its first bucket. All others are at most 2**16 elements
+#    away: they divide their distance from there, in 32 bits. Of a period that is longer than _LONG only
+#    the distance to its end matters, as if it were _LONG.
+# 2. Statistics are found so for the first slice; each further one is reached from the one before by
+#    additions: both numbers wrap around at most once. Where all of a bucket has one statistic (units is
+#    _ONE), nothing changes from slice to slice.
+
+# Triton's own types are not those that a checker infers from Python.
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+from brevitas_bp.format.stages import L2
+from brevitas_bp.kernels.gpu.constants import ONE, SEVERAL
+from brevitas_bp.kernels.gpu.floats import load
+
+_SLICES = tl.constexpr(8)
+_L2 = tl.constexpr(L2.number)
+_ONE = tl.constexpr(ONE)
+_SEVERAL = tl.constexpr(SEVERAL)
+_LONG = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def _short(period: tl.tensor) -> tl.tensor:
+    """A period as NOTE [ Divisions ] shortens it, int32."""
+    return tl.minimum(period, _LONG).to(tl.int32)
+
+
+@triton.jit
+def _within(far: tl.tensor, period: tl.tensor) -> tl.tensor:
+    """How far something is within a shortened period, int32."""
+    return tl.maximum(far - (period - _short(period)), 0).to(tl.int32)
+
+
+@triton.jit
+def place_of(
+        first: tl.tensor, number: tl.tensor, n: tl.tensor, row: tl.tensor, size: tl.constexpr,
+        buckets: tl.constexpr, rows: tl.constexpr) -> tl.tensor:
+    """Where the first bucket begins, int64; how far from there others begin and end, int32 [buckets, 1].
+
+    In rows, those that do not exist are taken for the last one; without, ends are left out.
+    """
+    limit = 0
+    if rows:
+        per_row = (row + (size - 1)) // size
+        of_row = first // per_row
+        inside = first - of_row * per_row
+        number = tl.minimum(number, tl.minimum(n - 1 - first, buckets).to(tl.int32))
+        further = (_within(inside, per_row) + number) // _short(per_row)
+        begin = (inside + number - further * per_row) * size
+        distance = (further * row + begin - inside * size).to(tl.int32)
+        place = of_row * row + inside * size
+        limit = (distance + tl.minimum(row - begin, size).to(tl.int32))[:, None]
+    else:
+        distance, place = number * size, first * size
+    return place, distance[:, None], limit
+
+
+@triton.jit
+def first_units(
+        place: tl.tensor, distance: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
+        units: tl.constexpr) -> tl.tensor:
+    """How far elements are within runs of one statistic, int32, and their statistics, int64.
+
+    They lie ``distance`` after ``place``.
+    """
+    far, kind = 0, 0
+    if units > 0:
+        run = place // inner
+        far = _within(place - run * inner, inner) + distance
+        runs = far // _short(inner)
+        far -= runs * _short(inner)
+        kind = run % kinds + runs % _short(kinds)
+        kind = tl.where(kind >= kinds, kind - kinds, kind)
+    return far, kind
+
+
+@triton.jit
+def next_units(
+        far: tl.tensor, kind: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
+        step: tl.constexpr) -> tl.tensor:
+    """As :func:`first_units`, of the elements that lie ``step`` further."""
+    period = _short(inner)
+    runs = step // period
+    far += step - runs * period
+    over = far >= period
+    kind += runs % _short(kinds) + over.to(tl.int32)
+    return tl.where(over, far - period, far), tl.where(kind >= kinds, kind - kinds, kind)
+
+
+@triton.jit
+def unit_of(kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor) -> tl.tensor:
+    """Scale and shift of statistics; the shift is 0 where there are none."""
+    shift = 0.0
+    if shifts is not None:
+        shift = tl.load(shifts + kind)
+    return tl.load(scales + kind), shift
+
+
+@triton.jit
+def load_slices(
+        x: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, fill: tl.tensor,
+        far: tl.tensor, kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor,
+        kinds: tl.tensor, form: tl.constexpr, slice_size: tl.constexpr, units: tl.constexpr,
+        padded: tl.constexpr, tail: tl.constexpr) -> tl.tensor:
+    """The eight slices of all buckets, normalized; ``fill`` from ``limit`` on."""
+    if units == _ONE:
+        scale, shift = unit_of(kind, scales, shifts)
+    out = ()
+    for s in tl.static_range(_SLICES):
+        offset = inside + s * slice_size
+        if tail:
+            mask = (offset < limit) & (lane < slice_size)
+        elif padded:
+            mask = (lane < slice_size) & (offset >= 0)
+        else:
+            mask = None
+        value = load(x + offset, mask, fill if tail else 0.0, form)
+        if units == _SEVERAL:
+            if s > 0:
+                far, kind = next_units(far, kind, inner, kinds, slice_size)
+            scale, shift = unit_of(kind, scales, shifts)
+        if units > 0:
+            # Less +0 is exact, also of -0.
+            value = (value - shift) * scale
+            if tail:
+                value = tl.where(mask, value, fill)
+        out = out + (value,)
+    return out
+
+
+@triton.jit
+def fill_of(
+        x: tl.tensor, place: tl.tensor, limit: tl.tensor, scales: tl.tensor, shifts: tl.tensor,
+        inner: tl.tensor, kinds: tl.tensor, rule: tl.constexpr, units: tl.constexpr,
+        form: tl.constexpr) -> tl.tensor:
+    """What buckets are padded with: zero, or their last element, normalized.
+
+    The tensor goes on with ``x`` at ``place``, and ends ``limit`` elements later.
+    """
+    value = 0.0
+    if rule != _L2:
+        last = limit - 1
+        value = load(x + last, None, 0.0, form)
+        if units > 0:
+            _, kind = first_units(place, last, inner, kinds, units)
+            scale, shift = unit_of(kind, scales, shifts)
+            value = (value - shift) * scale
+    return value

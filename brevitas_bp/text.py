@@ -1,0 +1,33 @@
+"""Tables and numbers as text, for what is printed."""
+
+from collections.abc import Sequence
+
+
+def table(lines: Sequence[tuple[str, ...]], left: int, total: bool = False) -> str:
+    """Lines of cells as aligned columns, with a rule under the first line.
+
+    Args:
+        lines: the heading, then one line for each row.
+        left: how many columns, from the left, are flush left; the others are flush right.
+        total: the last line is a total, with a rule above it.
+
+    Example:
+        >>> print(table([("what", "MiB"), ("conv", "1.5"), ("total", "1.5")], left=1, total=True))
+        what   MiB
+        ----------
+        conv   1.5
+        ----------
+        total  1.5
+    """
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(
+        cell.ljust(width) if i < left else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    rule = "-" * max(len(line) for line in text)
+    body = [*text[1:-1], rule, text[-1]] if total else text[1:]
+    return "\n".join([text[0], rule, *body])
+
+
+def mib(nbytes: int) -> str:
+    """A number of bytes in MiB, with three decimals."""
+    return f"{nbytes / 2**20:.3f}"

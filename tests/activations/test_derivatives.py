@@ -1,0 +1,41 @@
+"""Derivatives of float32 that are defined to the bit: as exact as torch's own."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from brevitas_bp.activations import derivatives
+from brevitas_bp.activations.derivatives import COMPILED, derivative
+from tests.activations.support import GRID, of_autograd, source
+from tests.support import same_bits
+
+each_function = pytest.mark.parametrize("name", COMPILED)
+
+
+@each_function
+def test_derivatives_are_as_exact_as_those_of_torch(name: str) -> None:
+    exact = of_autograd(name, GRID.double())
+    ours = (derivative(source(name, GRID), name) - exact).abs().max().item()
+    theirs = (of_autograd(name, GRID) - exact).abs().max().item()
+    # Both round x (1 - s), where s is close to 1, to multiples of |x| 2**-24.
+    assert ours <= 2.5 * theirs and ours < 2.5e-6
+    # Positive control: a table of 2**12 intervals would not pass.
+    step = 12 / 2**12
+    coarse = of_autograd(name, (GRID / step).round() * step)
+    assert (coarse - exact).abs().max() > 100 * ours
+
+
+@each_function
+@pytest.mark.parametrize("x", [math.inf, -math.inf, math.nan])
+def test_what_is_no_number_is_none_where_it_is_none_for_torch(name: str, x: float) -> None:
+    values = torch.full((3,), x)
+    expected = of_autograd(name, values)
+    assert same_bits(derivative(source(name, values), name).isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_not_supported(dtype: Any) -> None:
+    assert not derivatives.supports(torch.zeros(3, dtype=dtype))
+    assert derivatives.supports(torch.zeros(3))
