@@ -1,11 +1,11 @@
 """Brevitas quantizers for the tensors that autograd saves for backward.
 
-Compose a quantizer from injector classes (:mod:`brevitas_bp.quant`), hand it to
-:class:`QuantBackwardWrapper`, and every tensor that autograd saves is really stored in a few bits,
-while the forward pass stays bit-identical.
+Compose a quantizer from injector classes (:mod:`brevitas_bp.quant`) and hand it to
+:class:`QuantBackwardWrapper`. Every tensor that autograd saves is then really stored in a few bits.
+The forward pass stays bit-identical.
 """
 
-from brevitas_bp import probes as _probes  # noqa: F401 - first: it refuses an old torch
+from brevitas_bp import probes as _probes  # noqa: F401 - imported first: it refuses an old torch
 from brevitas_bp.allocate import check_gradients, plan_bit_widths
 from brevitas_bp.backward import OpAware, QuantBackwardWrapper, SavedTensor, register_op
 from brevitas_bp.codec import Codec, Packed, codec_from

@@ -1,10 +1,11 @@
-"""The memory allocator of a CPU process: which one it runs on, and which one it could.
+"""Memory allocators of a CPU process: which one it uses, and which ones it could use.
 
 NOTE [ Freed memory stays with the process ]
 Wrapped networks free large floats between small objects that live until backward. The allocator of glibc
-takes both from one heap: what is freed there is neither given back to the system nor fits what comes
-next, so a process may take five times what is stored. Allocators that keep sizes apart do not have that.
-They must be there before the process starts (see :mod:`brevitas_bp.run`). Measured: docs/benchmarks.md.
+takes both from one heap. It does not give the freed memory back to the system, and the freed blocks do
+not fit later allocations. So a process may take five times the memory that is stored. Allocators that
+keep sizes apart do not have this problem. They must be loaded before the process starts (see
+:mod:`brevitas_bp.run`). Measured: docs/benchmarks.md.
 """
 
 import ctypes
@@ -17,26 +18,26 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-#: Allocator -> a function that no other has; the best first.
+#: Allocator -> a function that only this allocator has; the best allocator first.
 _MARKS = {"mimalloc": "mi_malloc", "tcmalloc": "tc_malloc", "jemalloc": "mallctl"}
-#: Names of their libraries.
+#: Allocator -> names of its libraries.
 _LIBRARIES = {
     "mimalloc": ("mimalloc",), "tcmalloc": ("tcmalloc_minimal", "tcmalloc"), "jemalloc": ("jemalloc",)}
-#: All names.
+#: Names of all allocators.
 NAMES = tuple(_MARKS)
-# From how many bytes on the allocator matters, and whether that was said.
+# The number of bytes from which the allocator matters, and whether the hint was given.
 _MUCH = 256 << 20
 _hinted: list[bool] = []
-# A package on PyPI that brings one.
+# A package on PyPI that ships an allocator.
 _PACKAGE, _FILE = "cmeel-mimalloc", "libmimalloc.so"
-#: Settings of allocators, where they are not set. mimalloc waits a second before it gives memory back,
-#: which is longer than many a step.
+#: Allocator -> environment variables, which are set only if the user has not set them. By default
+#: mimalloc waits a second before it gives memory back, which is longer than many training steps.
 SETTINGS = {"mimalloc": {"MIMALLOC_PURGE_DELAY": "50"}}
 
 
 @cache
 def running() -> str:
-    """The allocator of this process: "mimalloc", "tcmalloc", "jemalloc", "glibc" or "unknown"."""
+    """Names this process's allocator: "mimalloc", "tcmalloc", "jemalloc", "glibc" or "unknown"."""
     process = ctypes.CDLL(None) if os.name == "posix" else None
     if process is None:
         return "unknown"
@@ -47,29 +48,29 @@ def running() -> str:
 
 
 def is_wasteful() -> bool:
-    """Whether the process runs on glibc's allocator, at its own settings."""
+    """Whether the process uses glibc's allocator with default settings."""
     return running() == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ)
 
 
 def hint(nbytes: int) -> None:
-    """Says once, where a step stores much on the CPU, how the process would take less.
+    """Warns once, if a step stores much on the CPU, and says how the process can take less memory.
 
     Args:
-        nbytes: that plain autograd would keep of what a forward pass has encoded.
+        nbytes: bytes that plain autograd would keep of the tensors that a forward pass encoded.
     """
     if nbytes >= _MUCH and not _hinted and is_wasteful():
         _hinted.append(True)
         warnings.warn(
-            "brevitas_bp: this process runs on the allocator of glibc, which keeps much of what a "
-            "step frees, so that it may take several times the memory that is stored; start it with "
-            "python -m brevitas_bp.run SCRIPT", stacklevel=2)
+            "brevitas_bp: this process runs on the allocator of glibc, which keeps much of the memory "
+            "that a step frees; the process may take several times the memory that is stored; start it "
+            "with python -m brevitas_bp.run SCRIPT", stacklevel=2)
 
 
 def find(name: str | None = None) -> tuple[str, str] | None:
-    """An allocator that a process can be started with, and its library.
+    """Finds an allocator that a process can be started with. Returns its name and its library.
 
     Args:
-        name: of the allocator; None: any, the best that there is.
+        name: of the allocator; None: the best allocator that is installed.
     """
     if not sys.platform.startswith("linux"):
         return None

@@ -1,8 +1,8 @@
-"""Exceptions of the package (leaf module: it imports nothing of ours).
+"""Exceptions of the package (leaf module: it imports no other module of the package).
 
-Every message says where, what was expected, what came and what to do. ``ValueError`` and
-``TypeError`` are raised as they are where a plain argument is wrong; the classes below name
-the failures that a user may want to catch.
+Every message says where the error is, what was expected, what was given and what to do. A wrong plain
+argument raises ``ValueError`` or ``TypeError`` itself. The classes below name the failures that a
+user may want to catch.
 """
 
 import difflib
@@ -22,23 +22,23 @@ class UnsupportedQuantizerError(BrevitasBpError, TypeError):
 
 
 class UnsupportedTensorError(BrevitasBpError, TypeError):
-    """A tensor of a dtype that a codec could not restore."""
+    """A tensor whose dtype a codec cannot restore."""
 
 
 class ModifiedInPlaceError(BrevitasBpError, RuntimeError):
-    """A tensor that was kept for backward has been modified by an in-place operation."""
+    """An in-place operation has modified a tensor that was kept for backward."""
 
 
 class SecondDerivativeError(BrevitasBpError, RuntimeError):
-    """A second derivative through an operation of which only the first derivative was stored."""
+    """A second derivative through an operation that stored only its first derivative."""
 
 
 class CorruptPayloadError(BrevitasBpError, RuntimeError):
-    """A packed payload whose bytes do not fit the facts stored beside them."""
+    """A packed payload whose bytes contradict the facts stored beside them."""
 
 
 class InfeasibleBudgetError(BrevitasBpError, ValueError):
-    """A budget below what the smallest choice takes."""
+    """A budget smaller than the smallest possible choice."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps for backward: measured on live tensors."""
+"""Bytes that autograd keeps for backward, measured on live tensors."""
 
 import math
 import weakref
@@ -30,12 +30,12 @@ class SavedMemoryRow:
     """Saved tensors of one module, operation and dtype.
 
     Attributes:
-        module: qualified name; empty for the root and for operations outside of it.
-        op: the torch function that saved them.
+        module: qualified name; empty for the root and for operations outside the root.
+        op: the torch function that saved the tensors.
         dtype: of the tensors.
-        tensors: how many, each counted once.
-        exact_bytes: their bytes, as plain autograd would keep them.
-        stored_bytes: bytes of what is kept instead.
+        tensors: number of tensors; each is counted once.
+        exact_bytes: bytes of the tensors as plain autograd would keep them.
+        stored_bytes: bytes that are kept instead.
     """
 
     module: str
@@ -47,7 +47,7 @@ class SavedMemoryRow:
 
     @property
     def ratio(self) -> float:
-        """Exact over stored bytes."""
+        """Exact bytes over stored bytes."""
         return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
 
 
@@ -61,7 +61,7 @@ class _Record:
 
 @dataclass
 class _GraphRecord:
-    """A tensor that a compiled graph keeps: what it was, and the live parts that stand for it."""
+    """A tensor that a compiled graph keeps: key, exact bytes, and the live tensors that store it."""
 
     key: tuple[str, str, str]
     given_bytes: int
@@ -74,11 +74,11 @@ class _GraphRecord:
 
 
 class SavedMemoryReport:
-    """What a forward pass keeps for backward. Made by :func:`track_saved_memory`.
+    """The memory that a forward pass keeps for backward. Made by :func:`track_saved_memory`.
 
-    Parameters and buffers are not counted, whoever saves them. A tensor that several operations save is
-    counted once, at the first; views of one storage never count more than the storage has. Only tensors
-    that are alive when the block ends count.
+    Parameters and buffers are never counted, whichever operation saves them. A tensor that several
+    operations save is counted once, at the first operation. Views of one storage never count more bytes
+    than the storage has. Only tensors that are alive when the block ends count.
     """
 
     def __init__(self) -> None:
@@ -105,26 +105,26 @@ class SavedMemoryReport:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that are kept."""
+        """Bytes that are really kept."""
         return sum(row.stored_bytes for row in self.rows)
 
     @property
     def ratio(self) -> float:
-        """Exact over stored bytes."""
+        """Exact bytes over stored bytes."""
         return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
 
     @property
     def unknown_operations(self) -> list[str]:
-        """Operations for which the policy has no rule, and whose tensors are exact therefore."""
+        """Operations for which the policy has no rule. Their tensors are therefore exact."""
         return unknown_operations(self._seen)
 
     @property
     def live_bytes(self) -> int:
-        """Bytes still kept now: zero once backward has run or the graph is gone."""
+        """Bytes still kept now: zero once backward has run or the graph is freed."""
         return sum(row.stored_bytes for row in self._count())
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and total as plain values, for JSON; the ratio of nothing is None."""
+        """Returns rows and total as plain values, for JSON. An undefined ratio is None."""
         total = {
             "tensors": self.tensors, "exact_bytes": self.exact_bytes,
             "stored_bytes": self.stored_bytes, "ratio": _number(self.ratio)}
@@ -156,7 +156,7 @@ class SavedMemoryReport:
                 (saved.module, op, str(x.dtype).removeprefix("torch.")), weakref.ref(packed),
                 _Extent.of(x), _weak_storage(x)))
         if not originals:
-            # Stored in place of what was told with another tensor of the same call.
+            # The first tensor that a rewrite saves has already reported the originals.
             dtype = str(saved.tensor.dtype).removeprefix("torch.")
             self._records.append(_Record(
                 (saved.module, op, dtype), weakref.ref(packed), None, None))
@@ -167,7 +167,7 @@ class SavedMemoryReport:
             key, given = ("", "input of a compiled graph", str(tensors[0].dtype)), stored
         else:
             key = (site.saved.module, site.saved.op or "", str(site.saved.tensor.dtype))
-            # A graph of symbolic sizes was made with others.
+            # A graph with symbolic sizes was made for other sizes, so scale the bytes.
             given = site.given_bytes * stored // site.stored_bytes if site.stored_bytes else 0
         self._graph_records.append(_GraphRecord(
             (key[0], key[1], key[2].removeprefix("torch.")), given,
@@ -211,16 +211,16 @@ class SavedMemoryReport:
 
 @contextmanager
 def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
-    """Measures what autograd keeps for backward, of a wrapped or unwrapped model alike.
+    """Measures what autograd keeps for backward, of a wrapped or an unwrapped model.
 
-    Gradients, outputs and random state are as without it. Operations of the block outside the model
-    (for instance the loss) are counted under the root's name.
+    Gradients, outputs and random state are the same as without it. Operations in the block but outside
+    the model (for instance the loss) are counted under the root's name.
 
     Args:
         model: the model that runs in the block; may contain wrappers.
 
     Yields:
-        The report; complete when the block ends, before backward runs.
+        The report. It is complete when the block ends, before backward runs.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -257,7 +257,7 @@ def track_saved_memory(model: nn.Module) -> Iterator[SavedMemoryReport]:
 
 @dataclass(frozen=True)
 class _Extent:
-    """What a tensor occupies of which storage."""
+    """The part of a storage that a tensor occupies."""
 
     storage: int
     storage_nbytes: int
@@ -277,9 +277,9 @@ class _Extent:
 
 
 class _Bytes:
-    """Counts extents: each view once, and never more than its storage has.
+    """Counts extents: each view once, and never more bytes than its storage has.
 
-    A view counts what it shows: a batch sliced from a data set does not count the data set.
+    A view counts only its own elements: a batch sliced from a data set does not count the data set.
     """
 
     def __init__(self) -> None:
@@ -287,7 +287,7 @@ class _Bytes:
         self._counted: defaultdict[int, int] = defaultdict(int)
 
     def add(self, extent: _Extent) -> int:
-        """Bytes that ``extent`` adds."""
+        """Counts an extent. Returns the bytes that it adds."""
         key = (extent.storage, *extent.view)
         if key in self._views:
             return 0
@@ -299,7 +299,7 @@ class _Bytes:
 
 
 def _ratio(exact: int, stored: int) -> str:
-    """Text of a ratio; what has no exact form of its own shares that of another row."""
+    """Formats a ratio. A row without exact bytes of its own shares those of another row."""
     if stored and not exact:
         return "shared"
     return f"{exact / stored:.2f}" if stored else "-"
@@ -310,7 +310,7 @@ def _number(x: float) -> float | None:
 
 
 def _weak_storage(x: Tensor) -> StorageWeakRef | None:
-    """Held weakly, a storage's address names it and nothing else."""
+    """Returns a weak reference to a storage; while it is held, no other storage reuses the address."""
     try:
         return StorageWeakRef(shard_of(x).untyped_storage())
     except (NotImplementedError, RuntimeError):

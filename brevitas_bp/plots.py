@@ -1,4 +1,4 @@
-"""Pictures of what was measured. matplotlib is imported when one is drawn."""
+"""Plots of measurements. matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 _INK, _MUTED, _LIGHT = "#22262b", "#6b7280", "#e5e7eb"
 _BLUE, _ORANGE, _GREY = "#2f6db5", "#d9772b", "#9aa3af"
 
-# Below this number every layer is named; above, groups of layers are.
+# Up to this many layers, the axis names each one; with more, it names groups of layers.
 _NAMED = 32
 
 
 def plot_gradient_error(error: GradientError, path: str | Path | None = None) -> Figure:
-    """Bias and noise of each module's gradient, from input to output, on a logarithmic axis.
+    """Plots bias and noise of each module's gradient, from input to output, on a logarithmic axis.
 
-    A bias that chance explains is drawn hollow at the bottom; modules whose gradient is zero but for
-    rounding are left out. The largest bias is named. With several batches the noise of
-    sampling is drawn too.
+    A bias that chance explains is drawn hollow at the bottom. Modules whose gradient is zero up to
+    rounding are left out. The plot names the largest bias. With several batches it also shows the
+    sampling noise.
 
     Args:
-        error: what :func:`~brevitas_bp.allocate.measure_gradient_error` returned.
-        path: file to write, its kind taken from the name; None: none.
+        error: the result of :func:`~brevitas_bp.allocate.measure_gradient_error`.
+        path: file to write; the extension chooses the format. None: write no file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -43,7 +43,7 @@ def plot_gradient_error(error: GradientError, path: str | Path | None = None) ->
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise ImportError(
-            "brevitas_bp.plots: pictures need matplotlib: pip install matplotlib") from missing
+            "brevitas_bp.plots: plots need matplotlib: pip install matplotlib") from missing
 
     figure = Figure(figsize=(min(15.0, 6 + 0.06 * len(rows)), 4.6), layout="constrained")
     axes = figure.subplots()
@@ -64,13 +64,13 @@ def plot_gradient_error(error: GradientError, path: str | Path | None = None) ->
 
 
 def _floor(values: list[float]) -> float:
-    """A decade below the smallest value that is not zero."""
+    """Returns a decade below the smallest value that is not zero."""
     positive = [value for value in values if value > 0]
     return 10.0 ** (math.floor(math.log10(min(positive))) - 1) if positive else 1e-6
 
 
 def _dots(axes: Axes, label: str, color: str, values: list[float], floor: float) -> None:
-    """One dot for each layer; zeros hollow at the bottom."""
+    """Draws one dot for each layer; zeros are hollow dots at the bottom."""
     shown = {i: value for i, value in enumerate(values) if value > 0}
     zeros = [i for i, value in enumerate(values) if value == 0]
     axes.plot(
@@ -93,7 +93,7 @@ def _name_largest(axes: Axes, rows: list[GradientErrorRow]) -> None:
 
 
 def _name_layers(axes: Axes, names: list[str]) -> None:
-    """Every layer's name, or where there are many the names of groups, with lines between them."""
+    """Labels every layer; if there are many, labels groups of layers and draws lines between them."""
     if len(names) <= _NAMED:
         axes.set_xticks(
             range(len(names)), [name or "(root)" for name in names], rotation=60, ha="right",
@@ -106,7 +106,7 @@ def _name_layers(axes: Axes, names: list[str]) -> None:
     centres: dict[float, str] = {}
     for name, start, end in zip(starts, starts.values(), ends):
         centre = (start + end - 1) / 2
-        # Names of neighbours that lie too close would be written over each other.
+        # Labels of groups that are too close would overlap.
         if not centres or centre - max(centres) >= len(names) / 60:
             centres[centre] = name
     axes.set_xticks(
@@ -114,7 +114,7 @@ def _name_layers(axes: Axes, names: list[str]) -> None:
 
 
 def _groups(names: list[str]) -> dict[str, int]:
-    """First index of each group: the longest common depth of names that gives few enough groups."""
+    """Returns the first index of each group; names are cut at the deepest level with few groups."""
     chosen: dict[str, int] = {}
     for depth in range(1, 1 + max(name.count(".") + 1 for name in names)):
         starts: dict[str, int] = {}

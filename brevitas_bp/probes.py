@@ -1,4 +1,4 @@
-"""What this release of torch does where releases differ: found out by trying, not by its number."""
+"""Tells how the installed torch behaves where releases differ: by trial, not by version number."""
 
 import re
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The oldest release of torch in which everything works.
+#: The oldest release of torch that supports all features.
 OLDEST_TORCH = (2, 10)
 
 
 def refuse_old_torch(version: str) -> None:
-    """Refuses a release that lacks what the library is built on.
+    """Refuses a release of torch that lacks what the library needs.
 
     Raises:
-        ImportError: says which is needed.
+        ImportError: the release is too old; the message names the one that is needed.
     """
     number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if number < OLDEST_TORCH:
@@ -30,12 +30,12 @@ refuse_old_torch(torch.__version__)
 
 
 def undisturbed(function: Callable[[], Any]) -> Any:
-    """The result of a function that knows nothing of the caller's modes, hooks and devices.
+    """Returns the result of a function, run without the caller's modes, hooks and default device.
 
-    Those of torch belong to a thread, so it runs in one of its own.
+    In torch these belong to a thread, so the function runs in a thread of its own.
 
     Raises:
-        Exception: what the function raises.
+        Exception: whatever the function raises.
     """
     results: list[Any] = []
     errors: list[Exception] = []
@@ -55,7 +55,7 @@ def undisturbed(function: Callable[[], Any]) -> Any:
 
 
 def slope(function: Callable[[Tensor], Tensor], at: float) -> float:
-    """The gradient that autograd gives of a function of a CPU tensor at one point."""
+    """Returns autograd's gradient of a function of a CPU tensor at one point."""
     def differentiate() -> float:
         x = torch.tensor([at], requires_grad=True)
         return float(torch.autograd.grad(function(x).sum(), x)[0])
@@ -67,7 +67,7 @@ def slope(function: Callable[[Tensor], Tensor], at: float) -> float:
 def clamp_keeps_borders() -> bool | None:
     """Whether ``clamp`` with numbers passes the gradient at a bound: up to torch 2.13 it does.
 
-    None: it passes a part of it, or not the same at every bound.
+    None: it passes only a part of the gradient, or treats the bounds differently.
     """
     slopes = {
         slope(lambda x: x.clamp(0.0, 1.0), 0.0), slope(lambda x: x.clamp(0.0, 1.0), 1.0),

@@ -14,7 +14,7 @@ _ADDED_BY_BREVITAS = frozenset({"module", "proxy_module", "act_impl", "passthrou
 
 
 class _ReadNames(dict[str, Any]):
-    """Dependencies of an injector that remember which names were asked for."""
+    """Dependencies of an injector that record which names were read."""
 
     def __init__(self, dependencies: dict[str, Any]) -> None:
         super().__init__(dependencies)
@@ -26,8 +26,8 @@ class _ReadNames(dict[str, Any]):
 
 
 def _names_read(injector: Any) -> set[str]:
-    """Names read while quantizer and activation are built, the optional ones included."""
-    # Some of Brevitas' quantizers hold the proxy that they will be part of.
+    """Returns the names read while quantizer and activation are built, including optional ones."""
+    # Some of Brevitas' quantizers hold the proxy that they will become part of.
     proxy = injector.proxy_module if "proxy_module" in injector else nn.Identity()
     probe = injector.let(proxy_module=proxy)
     dependencies = _ReadNames(probe.__dependencies__)
@@ -37,9 +37,9 @@ def _names_read(injector: Any) -> set[str]:
 
 
 def check_override_names(where: str, injector: Any, overrides: Any) -> None:
-    """Raises for an override that neither the config defines nor any component of it reads.
+    """Raises for an override that neither the config defines nor any of its components reads.
 
-    Brevitas accepts any keyword and ignores the unknown ones.
+    Brevitas accepts any keyword and ignores unknown ones.
 
     Args:
         where: the caller, for the message.
@@ -47,7 +47,7 @@ def check_override_names(where: str, injector: Any, overrides: Any) -> None:
         overrides: names to check.
 
     Raises:
-        UnknownNameError: with the nearest known name.
+        UnknownNameError: a name is unknown; the message suggests the nearest known name.
     """
     config = _config_of(injector)
     known = set(config.__dependencies__) | _ADDED_BY_BREVITAS
@@ -63,12 +63,15 @@ def check_override_names(where: str, injector: Any, overrides: Any) -> None:
 
 
 def _config_of(injector: Any) -> Any:
-    """The class that a person wrote, below the ones that ``let`` made."""
+    """Returns the class that the user wrote, below the classes that ``let`` made."""
     return next(c for c in injector.__mro__ if c.__module__ != "brevitas.inject")
 
 
 class _FusedActQuant(nn.Module):
-    """Activation, then quantizer; plain Python, so that ``tensor_quant`` keeps its methods."""
+    """Applies the activation, then the quantizer.
+
+    It is plain Python, so that ``tensor_quant`` keeps its methods.
+    """
 
     def __init__(self, activation_impl: nn.Module, tensor_quant: nn.Module) -> None:
         super().__init__()
@@ -80,10 +83,10 @@ class _FusedActQuant(nn.Module):
 
 
 class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
-    """Holds a bucket quantizer for Brevitas layers. Fills ``proxy_class``.
+    """Holds a bucket quantizer for Brevitas layers. Fills the slot ``proxy_class``.
 
     Raises:
-        UnknownNameError: a keyword override that the config does not know.
+        UnknownNameError: the config does not know a keyword override.
         ValueError: a bit width outside 1..8.
     """
 
@@ -98,14 +101,14 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
         if tensor_quant is None:
             super().init_tensor_quant()
             return
-        # Under BREVITAS_JIT=1 the stock fused proxy is a ScriptModule that would script ours.
+        # With BREVITAS_JIT=1 the stock fused proxy is a ScriptModule, which would script our quantizer.
         self.fused_activation_quant_proxy = _FusedActQuant(
             _activation(self._injector), tensor_quant)
         self.is_quant_enabled = True
 
     @property
     def bucket_size(self) -> int | None:
-        """Elements of a bucket; None is the whole tensor."""
+        """Elements of a bucket; None: the whole tensor is one bucket."""
         return self._injector.bucket_size
 
     @property
@@ -120,14 +123,14 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
 
     @property
     def requires_export_handler(self) -> bool:
-        """Bucket quantizers have no export format: export and inference modes run them as they are."""
+        """False: bucket quantizers have no export format and run unchanged in export and inference."""
         return False
 
     def compile_quant(self, compile_export: bool = False) -> None:
-        """Nothing to swap in: the quantizer compiles as part of its layer."""
+        """Does nothing: the quantizer compiles as part of its layer."""
 
     def apply_input_view(self, x: Tensor) -> Tensor:
-        """Values keep their own shape."""
+        """Returns ``x`` unchanged: values keep their own shape."""
         return x
 
     def create_quant_tensor(
@@ -143,7 +146,7 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
 
 
 class _CachedBucketwise:
-    """Metadata of the last quantized tensor, as Brevitas caches it in inference."""
+    """Metadata of the last quantized tensor. Brevitas caches it in inference."""
 
     def __init__(self, quant_tensor: BucketwiseIntQuantTensor, metadata_only: bool) -> None:
         self.shape = quant_tensor.value.shape
@@ -157,13 +160,16 @@ class _CachedBucketwise:
 
 
 def _activation(injector: Any) -> nn.Module:
-    """The layer's activation; Hardtanh too, which a range taken from the data does not replace."""
+    """Returns the layer's activation.
+
+    Hardtanh is kept too: a range taken from the data does not replace it.
+    """
     activation = injector.act_impl if "act_impl" in injector else None
     return nn.Identity() if activation is None else activation
 
 
 def _check_against_config(injector: Any) -> None:
-    """Finds misspelt keywords, and a bit width that Brevitas would only assert on."""
+    """Refuses misspelt keywords, and a bit width for which Brevitas would only fail an assertion."""
     added = set(injector.__dependencies__) - set(_config_of(injector).__dependencies__)
     check_override_names("brevitas_bp quantizer", injector, sorted(added))
     if "bit_width" in injector:

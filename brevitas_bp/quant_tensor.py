@@ -1,4 +1,4 @@
-"""What a bucket quantizer returns in the forward pass."""
+"""The quantized tensor that a bucket quantizer returns in the forward pass."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from brevitas_bp.format.reference import to_buckets
 
 
 def _plain(data: Any) -> Any:
-    """Quantized tensors in ``data`` replaced by their values."""
+    """Replaces quantized tensors in ``data`` with their values."""
     return _unpack_quant_tensor(data)
 
 
@@ -29,16 +29,16 @@ class _BucketwiseIntQuantTensorFields(NamedTuple):
 
 
 class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
-    """Dequantized value with one scale, zero point and bit width per bucket.
+    """A dequantized value with one scale, zero point and bit width per bucket.
 
-    Buckets run along the flattened tensor, so that no layer can carry them through: every operation
-    gives a plain tensor, as Brevitas' groupwise tensors do.
+    Buckets run along the flattened tensor, so no layer can propagate them. Every operation therefore
+    returns a plain tensor, as Brevitas' groupwise tensors do.
 
     Attributes:
         value: dequantized tensor, any shape.
         scale: [N, 1], one per bucket.
         zero_point: [N, 1] or 0-d, in codes.
-        bucket_size: elements of a bucket; None is the whole tensor.
+        bucket_size: elements of a bucket; None: the whole tensor is one bucket.
         bit_width: 0-d or [N, 1], bits.
         signed_t: 0-d bool.
         training_t: 0-d bool.
@@ -55,7 +55,7 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
 
     @property
     def signed(self) -> bool:
-        """Whether codes have a sign."""
+        """Whether codes are signed."""
         return bool(self.signed_t)
 
     @property
@@ -74,7 +74,10 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         return self.value.device
 
     def int(self, float_datatype: bool = False) -> Tensor:
-        """Codes, shaped as the value; recomputed from it. Use ``tensor_quant.quantize`` for speed."""
+        """Returns the codes in the shape of the value, recomputed from the value.
+
+        ``tensor_quant.quantize`` is faster.
+        """
         values = self._stored().to(self.scale.dtype)
         buckets = to_buckets(flatten(values), self.bucket_size)
         codes = torch.round(buckets * reciprocal(self.scale) + self.zero_point)
@@ -86,7 +89,7 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         return codes if float_datatype else codes.to(torch.int32)
 
     def _stored(self) -> Tensor:
-        """The values that have a code of their own: where groups are averaged, one of each."""
+        """Returns the values that have their own code: all, or one of each averaged group."""
         if self.average_size == 1:
             return self.value
         value = self.value if self.value.dim() else self.value.reshape(1)
@@ -95,31 +98,31 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
     @classmethod
     def __torch_function__(
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Not Brevitas' handlers: some of them would carry the metadata of other elements along.
+        # Do not use Brevitas' handlers: some would pass on metadata that belongs to other elements.
         return func(*_plain(args), **_plain(kwargs or {}))
 
     def view(self, *shape: Any) -> Tensor:
-        """A view of the value."""
+        """Returns a view of the value."""
         return self.value.view(*shape)
 
     def reshape(self, *shape: Any) -> Tensor:
-        """The reshaped value."""
+        """Returns the reshaped value."""
         return self.value.reshape(*shape)
 
     def flatten(self, *dims: Any, **kwargs: Any) -> Tensor:
-        """The flattened value."""
+        """Returns the flattened value."""
         return self.value.flatten(*dims, **kwargs)
 
     def contiguous(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The value in row-major order, in which its buckets no longer run."""
+        """Returns the value in row-major order, which its buckets no longer follow."""
         return self.value.contiguous()
 
     def transpose(self, *dims: Any) -> Tensor:
-        """The transposed value."""
+        """Returns the transposed value."""
         return self.value.transpose(*dims)
 
     def permute(self, *dims: Any) -> Tensor:
-        """The permuted value."""
+        """Returns the permuted value."""
         return self.value.permute(*dims)
 
     def __neg__(self) -> Tensor:

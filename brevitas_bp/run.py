@@ -4,10 +4,11 @@
     python -m brevitas_bp.run -m package.module [arguments]
     python -m brevitas_bp.run --allocator jemalloc script.py [arguments]
 
-For CPU training on Linux, where a process on the allocator of glibc may take several times the memory
-that is stored: see NOTE [ Freed memory stays with the process ] in :mod:`brevitas_bp.allocators`. Python
-is started anew, with the library of an allocator in LD_PRELOAD, which workers inherit. The library comes
-from a package (``pip install brevitas-bp[allocator]``) or from the system.
+Use it for CPU training on Linux. There a process on the allocator of glibc may take several times the
+memory that is stored: see NOTE [ Freed memory stays with the process ] in
+:mod:`brevitas_bp.allocators`. The launcher starts Python again with an allocator's library in
+LD_PRELOAD. Worker processes inherit that variable. The library comes from a package
+(``pip install brevitas-bp[allocator]``) or from the system.
 """
 
 import os
@@ -19,19 +20,19 @@ from typing import NoReturn
 from brevitas_bp.allocators import NAMES, SETTINGS, find
 
 _NONE = (
-    "brevitas_bp.run: no allocator was found, so the script runs on that of the system; "
+    "brevitas_bp.run: no allocator was found, so the script uses the system's allocator; "
     "pip install brevitas-bp[allocator], or install libtcmalloc-minimal4 or libjemalloc2")
 
 
 def command(
         arguments: Sequence[str], found: tuple[str, str] | None,
         environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """What is run in place of this process, and its environment.
+    """Returns the command that replaces this process, and its environment.
 
     Args:
-        arguments: those behind the launcher's own.
-        found: allocator and library; None: there is none.
-        environ: of this process.
+        arguments: the arguments after the launcher's own options.
+        found: allocator and library; None: no allocator was found.
+        environ: environment of this process.
     """
     options = _interpreter_options(sys.orig_argv[1:])
     environ = dict(environ)
@@ -45,7 +46,10 @@ def command(
 
 
 def _interpreter_options(arguments: Sequence[str]) -> list[str]:
-    """Those before ``-m``, which may end other options (``-Om``) or begin the module's name."""
+    """Returns the options before ``-m``.
+
+    ``-m`` may end a group of options (``-Om``) or begin the module's name.
+    """
     options: list[str] = []
     for argument in arguments:
         if argument.startswith("-m"):
@@ -57,10 +61,10 @@ def _interpreter_options(arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Replaces this process by that of the script.
+    """Replaces this process with the script's process.
 
     Raises:
-        SystemExit: there is no script, or no such allocator.
+        SystemExit: no script is given, or the allocator is unknown or not installed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     wanted = None
@@ -81,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if found is None:
         if wanted is not None:
             raise SystemExit(
-                f"brevitas_bp.run: the library of {wanted} was not found; leave out --allocator for "
-                "whichever there is")
+                f"brevitas_bp.run: the library of {wanted} was not found; leave out --allocator to take "
+                "any that is installed")
         print(_NONE, file=sys.stderr)
     argv, environ = command(given, found, dict(os.environ))
     sys.stdout.flush()

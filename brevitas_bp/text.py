@@ -1,15 +1,15 @@
-"""Tables and numbers as text, for what is printed."""
+"""Tables and numbers as text, for printing."""
 
 from collections.abc import Sequence
 
 
 def table(lines: Sequence[tuple[str, ...]], left: int, total: bool = False) -> str:
-    """Lines of cells as aligned columns, with a rule under the first line.
+    """Formats lines of cells as aligned columns, with a rule under the first line.
 
     Args:
         lines: the heading, then one line for each row.
-        left: how many columns, from the left, are flush left; the others are flush right.
-        total: the last line is a total, with a rule above it.
+        left: number of columns, from the left, that are flush left. The others are flush right.
+        total: whether the last line is a total, which gets a rule above it.
 
     Example:
         >>> print(table([("what", "MiB"), ("conv", "1.5"), ("total", "1.5")], left=1, total=True))
@@ -29,5 +29,5 @@ def table(lines: Sequence[tuple[str, ...]], left: int, total: bool = False) -> s
 
 
 def mib(nbytes: int) -> str:
-    """A number of bytes in MiB, with three decimals."""
+    """Formats a number of bytes in MiB, with three decimals."""
     return f"{nbytes / 2**20:.3f}"

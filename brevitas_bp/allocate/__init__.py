@@ -1,4 +1,4 @@
-"""Which saved tensor gets how many bits, and when, and what that costs the gradient."""
+"""Plans the bits of each saved tensor, adapts them in training, and measures the gradient's error."""
 
 from brevitas_bp.allocate.check import GradientCheck, GradientMonitor, check_gradients
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow

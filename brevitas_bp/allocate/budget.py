@@ -1,7 +1,7 @@
-"""Which option for each of many tensors: least total cost within a total size.
+"""Chooses one option for each of many tensors: least total cost within a total size.
 
-A multiple-choice knapsack. ``costs[i][j]`` and ``sizes[i][j]`` are those of option ``j`` for item ``i``;
-one option is taken for each item; sizes and the budget are in one unit (bytes or bits).
+This is a multiple-choice knapsack problem. ``costs[i][j]`` and ``sizes[i][j]`` belong to option ``j`` of
+item ``i``. Each item takes one option. Sizes and the budget have one unit (bytes or bits).
 """
 
 import importlib.util
@@ -15,11 +15,11 @@ Table = Sequence[Sequence[float]]
 
 
 def greedy(costs: Table, sizes: Table, budget: float) -> list[int]:
-    """Starts from the largest options and takes, again and again, the step down that harms least.
+    """Starts from the largest options and repeatedly takes the step down that does least harm.
 
-    A step goes to the next smaller option; its harm is the growth of cost for each unit of size that it
-    frees; of equal ones the last item's is taken. Source: Chen et al., "ActNN", 2021; Liu et al.,
-    "GACT", 2022.
+    A step goes to the next smaller option of an item. Its harm is the growth of cost for each unit of
+    size that it frees. If several steps do equal harm, the last item's step is taken. Source: Chen et
+    al., "ActNN", 2021; Liu et al., "GACT", 2022.
 
     Returns:
         An option for each item.
@@ -51,7 +51,7 @@ def greedy(costs: Table, sizes: Table, budget: float) -> list[int]:
 
 
 def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
-    """The least total cost that fits, by integer programming (HiGHS through SciPy).
+    """Finds the least total cost that fits, by integer programming (HiGHS through SciPy).
 
     Returns:
         An option for each item.
@@ -66,7 +66,7 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    # An option that costs more than all of another choice is in no better one.
+    # No better choice has an option that alone costs more than the whole greedy choice.
     rival = greedy(costs, sizes, budget)
     most = total(costs, rival)
     pairs = [(i, j) for i, row in enumerate(costs) for j, c in enumerate(row) if c <= most]
@@ -75,7 +75,7 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     one = csr_array(
         (np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))),
         shape=(len(costs), len(pairs)))
-    # In units of a near result: the solver stops at an absolute gap of 1e-6.
+    # Costs in units of the greedy total, because the solver stops at an absolute gap of 1e-6.
     found: Any = milp(
         cost / (most or 1.0), integrality=np.ones(len(pairs)), bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one, 1, 1), LinearConstraint(size[None] / budget, -np.inf, 1)],
@@ -88,16 +88,16 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     for (i, j), x in zip(pairs, found.x):
         if x > 0.5:
             taken[i] = j
-    # What the solver's tolerances leave: never worse than greedy, and never above the budget.
+    # The solver has tolerances. Make sure that the result is not worse than greedy or above the budget.
     fits = total(sizes, taken) <= budget
     return taken if fits and total(costs, taken) <= total(costs, rival) else rival
 
 
 def require_scipy() -> None:
-    """Raises where SciPy is not installed.
+    """Raises if SciPy is not installed.
 
     Raises:
-        ImportError: says what to do.
+        ImportError: the message says how to install it.
     """
     if importlib.util.find_spec("scipy") is None:
         raise ImportError(
@@ -106,9 +106,10 @@ def require_scipy() -> None:
 
 
 def lower_bound(costs: Table, sizes: Table, budget: float) -> float:
-    """A total cost that no choice within the budget can be below: fractions of options allowed.
+    """Returns a total cost that no choice within the budget can undercut.
 
-    So the distance of any choice from it bounds its distance from the best.
+    It allows fractions of options. The distance of a choice from this bound therefore bounds its
+    distance from the best choice.
     """
     check_feasible(sizes, budget)
     hulls = [_lower_hull(c, s) for c, s in zip(costs, sizes)]
@@ -125,7 +126,7 @@ def lower_bound(costs: Table, sizes: Table, budget: float) -> float:
 
 
 def total(table: Table, choice: Sequence[int]) -> float:
-    """Sum over the chosen options."""
+    """Sums the chosen options."""
     return sum(row[j] for row, j in zip(table, choice))
 
 
@@ -133,7 +134,7 @@ def check_feasible(sizes: Table, budget: float) -> None:
     """Refuses a budget below the smallest options.
 
     Raises:
-        InfeasibleBudgetError: with what is missing.
+        InfeasibleBudgetError: the message says how much is missing.
     """
     least = sum(min(row) for row in sizes)
     if least > budget:
@@ -143,14 +144,17 @@ def check_feasible(sizes: Table, budget: float) -> None:
 
 
 def _harm(costs: Sequence[float], sizes: Sequence[float], high: int, low: int) -> float:
-    """Growth of cost for each unit freed; nothing freed counts as a step for nothing."""
+    """Returns the growth of cost for each unit of size freed.
+
+    If a step frees nothing, it counts as free if it adds no cost, and as infinitely harmful otherwise.
+    """
     freed = sizes[high] - sizes[low]
     growth = costs[low] - costs[high]
     return growth / freed if freed > 0 else (float("-inf") if growth <= 0 else float("inf"))
 
 
 def _lower_hull(costs: Sequence[float], sizes: Sequence[float]) -> list[tuple[float, float]]:
-    """(size, cost) of the options that some price of size makes the best, smallest size first."""
+    """Returns (size, cost) of the options that are best at some price of size, smallest size first."""
     hull: list[tuple[float, float]] = []
     for size, cost in sorted(zip(sizes, costs)):
         if hull and cost >= hull[-1][1]:

@@ -1,4 +1,4 @@
-"""Whether a network's gradients survive their rounding: a quick check, and one while it trains."""
+"""Checks how rounding changes a network's gradients: a quick check, and a monitor for training."""
 
 import logging
 import math
@@ -26,14 +26,14 @@ from brevitas_bp.text import table
 _WHERE = "brevitas_bp.check_gradients"
 _LOG = logging.getLogger("brevitas_bp")
 
-#: Errors of one gradient, |g~ - g| / |g|, up to which it is called close, and noisy.
+#: Errors of one gradient, |g~ - g| / |g|, up to which the verdict is "close" and "noisy".
 CLOSE, NOISY = 0.5, 2.0
-#: Share of the exact gradient that must be left on average.
+#: Share of the exact gradient that must remain on average.
 _ENOUGH_SIGNAL = 0.9
-# Parts into which the rounded tensors are split to find those with most of the error.
+# The rounded tensors are split into this many parts, to find the tensors with most of the error.
 _PARTS = 4
 
-#: Reach of a rounding -> what such tensors are, and the setting that gives them more bits.
+#: Reach of a rounding -> description of such tensors, and the setting that gives them more bits.
 _KINDS = {
     "weight": ("inputs of layers", "bit_width={bits}"),
     "sum": ("values of attention, factors of sums", "bit_width={bits}"),
@@ -44,14 +44,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class RoundedKind:
-    """Tensors whose roundings reach the gradient in the same way.
+    """Tensors whose rounding errors reach the gradient in the same way.
 
     Attributes:
-        name: what they are.
-        tensors: how many saved tensors, by name.
-        bits: the most bits that one of them has; None: of a quantizer without a width to choose.
+        name: description of these tensors.
+        tensors: number of saved tensors, by name.
+        bits: the most bits of any of them; None: the quantizer has no width to choose.
         error: ``|g~ - g| / |g|`` with these tensors rounded and all others exact.
-        remedy: the setting that gives them more bits; empty where the error is small.
+        remedy: the setting that gives them more bits; empty if the error is small.
     """
 
     name: str
@@ -66,7 +66,7 @@ class RoundedSite:
     """A saved tensor with much of the error.
 
     Attributes:
-        name: module, operation, and what the tensor is to it.
+        name: module, operation, and role of the tensor in it.
         error: ``|g~ - g| / |g|`` with this tensor rounded and all others exact.
     """
 
@@ -76,14 +76,14 @@ class RoundedSite:
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """What :func:`check_gradients` has found; ``print`` it.
+    """The result of :func:`check_gradients`. ``print`` it.
 
     Attributes:
         error: ``|g~ - g| / |g|`` of one gradient of all parameters, root mean square over the draws.
-        signal: ``<mean g~, g> / |g|^2``: how much of the exact gradient is left on average.
-        draws: roundings that were drawn.
+        signal: ``<mean g~, g> / |g|^2``: the share of the exact gradient that remains on average.
+        draws: number of roundings drawn.
         kinds: the kinds of rounded tensors, the largest error first.
-        sites: tensors with most of the error, the largest first.
+        sites: the tensors with most of the error, the largest error first.
     """
 
     error: float
@@ -94,14 +94,14 @@ class GradientCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether the gradient is usable: its error at most 2, and its mean not shrunk."""
-        # With few draws the signal itself is noisy, by the error over their root.
+        """Whether the gradient is usable: its error is at most 2, and its mean is not shrunk."""
+        # With few draws the signal itself is noisy: its noise is the error over the root of the draws.
         chance = 2 * self.error / math.sqrt(self.draws)
         return self.error <= NOISY and self.signal >= _ENOUGH_SIGNAL - chance
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The verdict in one sentence."""
         if not math.isfinite(self.error):
             return "wrong: the rounded gradient is not finite"
         if not self.ok:
@@ -133,29 +133,34 @@ class GradientCheck:
 def check_gradients(
         model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor], *, draws: int = 2,
         top: int = 3, seed: int = 0) -> GradientCheck:
-    """Compares the rounded gradient of one batch with the exact one, and says what to do.
+    """Compares the rounded gradient of one batch with the exact gradient, and suggests remedies.
 
-    It takes an exact step, ``draws`` rounded ones, one for each kind of tensor (inputs of layers, inputs
-    of norms, derivatives and factors, ...) rounded alone, and some ``4 log4(tensors)`` more to find the
-    tensors with most of the error. Model, random state, ``.grad`` and the wrappers' noise are afterwards
-    as before. For bias and noise of each parameter see
-    :func:`~brevitas_bp.allocate.measure_gradient_error`.
+    The check takes these steps:
+
+    * one exact step;
+    * ``draws`` rounded steps;
+    * one step for each kind of tensor (inputs of layers, inputs of norms, derivatives and factors, ...),
+      with that kind rounded alone;
+    * about ``4 log4(tensors)`` more steps, to find the tensors with most of the error.
+
+    Afterwards model, random state, ``.grad`` and the wrappers' noise are as before. For bias and noise
+    of each parameter see :func:`~brevitas_bp.allocate.measure_gradient_error`.
 
     Args:
         model: a wrapper, or a module with wrappers inside.
-        batch: handed to ``loss``.
+        batch: passed to ``loss``.
         loss: ``(model, batch) -> scalar loss``, without backward.
-        draws: roundings of everything.
-        top: tensors with most of the error that are looked for; 0: none.
+        draws: number of steps with all tensors rounded.
+        top: number of tensors with most of the error to look for; 0: none.
         seed: of the roundings.
 
     Returns:
-        The check, whose text has verdict, error, kinds and tensors with their remedies.
+        The check. Its text has verdict, error, kinds and tensors with their remedies.
 
     Raises:
-        TypeError: no wrapper in ``model``.
-        ValueError: an argument out of range, a loss that is no scalar, or an exact gradient that is not
-            finite or zero.
+        TypeError: ``model`` has no wrapper.
+        ValueError: an argument is out of range, the loss is no scalar, or the exact gradient is zero or
+            not finite.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
@@ -186,10 +191,10 @@ def check_gradients(
 
 
 class GradientMonitor:
-    """Estimates the error of the gradient while a model trains, from one draw now and then.
+    """Estimates the gradient's error while a model trains, from one draw every few steps.
 
-    Each estimate costs two further forward and backward passes and the memory of an exact step, and is
-    logged to the logger "brevitas_bp" at level INFO, or WARNING where the error is above 2.
+    Each estimate costs two more forward and backward passes and the memory of an exact step. The
+    logger "brevitas_bp" logs it at level INFO, or at WARNING if the error is above 2.
 
     Args:
         model: a wrapper, or a module with wrappers inside.
@@ -215,7 +220,7 @@ class GradientMonitor:
         self.history: list[tuple[int, float]] = []
 
     def step(self, batch: Any) -> float | None:
-        """Counts a step; returns the error where it is one that is measured."""
+        """Counts a step. Returns the error if this step is measured, else None."""
         self.steps += 1
         if (self.steps - 1) % self.every:
             return None
@@ -237,12 +242,12 @@ class GradientMonitor:
 
 
 class _Only:
-    """A policy that keeps exact what another one rounds, but for tensors of some names.
+    """A policy that rounds only the named tensors, and keeps exact the others that ``policy`` rounds.
 
     Args:
-        policy: the other one.
+        policy: the policy that decides about each tensor.
         names: of the tensors that are rounded; None: all.
-        found: name -> what was decided, filled as tensors are seen.
+        found: name -> tensor and decision, filled as tensors are saved.
     """
 
     def __init__(
@@ -265,7 +270,7 @@ class _Only:
 
 
 class _Probe:
-    """Takes gradients with some tensors rounded and the others exact, and compares them."""
+    """Takes gradients with some tensors rounded and all others exact, and compares them."""
 
     def __init__(
             self, wrappers: list[QuantBackwardWrapper], gradients: Callable[[], Sequence[Tensor]],
@@ -282,7 +287,7 @@ class _Probe:
                 f"|g|^2 = {self.energy}; scale the loss, or check with another batch")
 
     def draw(self, draws: int) -> tuple[float, float]:
-        """Error of one gradient, and share of the exact one that is left on average."""
+        """Returns the error of one gradient, and the share of the exact one that remains on average."""
         distances, along = 0.0, 0.0
         for _ in range(draws):
             distance, dot = self._compare(None)
@@ -291,7 +296,7 @@ class _Probe:
         return math.sqrt(distances / self.energy), 1 + along / self.energy
 
     def kinds(self) -> list[RoundedKind]:
-        """What each kind of tensor does alone."""
+        """Measures each kind of tensor alone."""
         by_reach: dict[str, list[str]] = {}
         for name, (_, decision) in self.found.items():
             by_reach.setdefault(decision.reach, []).append(name)
@@ -307,7 +312,7 @@ class _Probe:
         return sorted(found, key=lambda kind: -kind.error)
 
     def worst(self, count: int) -> list[RoundedSite]:
-        """Tensors with most of the error: the worst part of the tensors is split again and again."""
+        """Finds the tensors with most of the error by splitting the worst part repeatedly."""
         done: list[RoundedSite] = []
         parts = [(self.error_of(set(p)), p) for p in _split(list(self.found))]
         while parts and len(done) < count:
@@ -319,11 +324,11 @@ class _Probe:
         return done
 
     def error_of(self, names: set[str]) -> float:
-        """``|g~ - g| / |g|`` with the tensors of these names rounded."""
+        """Returns ``|g~ - g| / |g|`` with the tensors of these names rounded."""
         return math.sqrt(self._compare(names)[0] / self.energy)
 
     def _compare(self, names: set[str] | None) -> tuple[float, float]:
-        """``|g~ - g|^2`` and ``<g~ - g, g>``."""
+        """Returns ``|g~ - g|^2`` and ``<g~ - g, g>``."""
         self.restore()
         with ExitStack() as stack:
             for wrapper in self.wrappers:
@@ -337,13 +342,13 @@ class _Probe:
 
 
 def _rounds(saved: SavedTensor, decision: Decision) -> bool:
-    """Whether a decision rounds the tensor: not where its codec says that it is exact."""
+    """Whether a decision rounds the tensor. A codec that is lossless does not."""
     codec = decision.codec
     return codec is not None and codec.lossy and saved.tensor.is_floating_point()
 
 
 def _bits_of(codec: Codec | None) -> int | None:
-    """The smallest width of a bucket quantizer."""
+    """Returns the smallest width of a bucket quantizer; None for other codecs."""
     return None if codec is None else min(codec.bit_widths, default=None)
 
 
@@ -353,6 +358,6 @@ def _split(names: list[str]) -> Iterable[list[str]]:
 
 
 def _left_last(rows: list[tuple[str, ...]]) -> str:
-    """A table whose first and last columns are flush left."""
+    """Formats a table whose first and last columns are flush left."""
     width = max(len(row[-1]) for row in rows)
     return table([(*row[:-1], row[-1].ljust(width)) for row in rows], left=1)

@@ -1,4 +1,4 @@
-"""Errors of gradients as rows: of a parameter, a module or the network; printable and for JSON."""
+"""Errors of gradients as rows: for a parameter, a module or the network. For print and for JSON."""
 
 import math
 from dataclasses import dataclass, fields
@@ -14,21 +14,21 @@ _QUANTITIES: tuple[Quantity, ...] = ("signal", "bias", "noise", "cosine", "sampl
 
 @dataclass(frozen=True)
 class GradientErrorRow:
-    """Error of one parameter's gradient, or of several taken as one vector.
+    """Error of one parameter's gradient, or of several parameters' gradients taken as one vector.
 
-    With g the exact gradient, g~ a compressed one and m the mean of those over the draws.
+    g is the exact gradient, g~ is a compressed gradient, and m is the mean of g~ over the draws.
 
     Attributes:
         name: of the parameter or module; "total" for the network.
-        elements: how many numbers.
+        elements: number of elements.
         size: ``|g|``.
         variance: total variance ``E |g~ - E g~|^2`` over the roundings of one batch.
-        offset: estimate of ``|E g~ - g|^2``: what the finite number of draws leaves by chance of
-            ``|m - g|^2`` is taken off, so it is below 0 about as often as above where there is no bias.
+        offset: estimate of ``|E g~ - g|^2``. It is ``|m - g|^2`` minus the part that a finite number of
+            draws leaves by chance. Without bias it is below 0 about as often as above.
         along: ``<m - g, g>``.
-        cosine: mean of the cosine between one g~ and g; NaN where ``negligible``.
+        cosine: mean of the cosine between one g~ and g; NaN if ``negligible``.
         sampling_variance: total variance of the exact gradient from batch to batch; None for one batch.
-        negligible: the exact gradient is zero but for rounding, so nothing is divided by its size.
+        negligible: the exact gradient is zero up to rounding, so nothing is divided by its size.
     """
 
     name: str
@@ -43,7 +43,7 @@ class GradientErrorRow:
 
     @property
     def bias(self) -> float:
-        """``|E g~ - g| / |g|``; 0 where chance explains all of it."""
+        """``|E g~ - g| / |g|``; 0 if chance explains all of it."""
         return self._relative(max(self.offset, 0.0) ** 0.5)
 
     @property
@@ -53,17 +53,17 @@ class GradientErrorRow:
 
     @property
     def signal(self) -> float:
-        """``<m, g> / |g|^2``: how much of the gradient is left; 1 where rounding is unbiased."""
+        """``<m, g> / |g|^2``: the share of the gradient that remains; 1 if rounding is unbiased."""
         return 1 + self._relative(self._relative(self.along))
 
     @property
     def sampling_noise(self) -> float:
-        """Deviation from batch to batch over ``|g|``; NaN for one batch."""
+        """Standard deviation from batch to batch over ``|g|``; NaN for one batch."""
         variance = math.nan if self.sampling_variance is None else self.sampling_variance
         return self._relative(variance**0.5)
 
     def to_dict(self) -> dict[str, Any]:
-        """Attributes and relative quantities for JSON; what is undefined is None."""
+        """Returns attributes and relative quantities for JSON; undefined numbers are None."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {quantity: getattr(self, quantity) for quantity in _QUANTITIES}
         return {
@@ -76,13 +76,13 @@ class GradientErrorRow:
 
 @dataclass(frozen=True)
 class GradientError:
-    """What :func:`measure_gradient_error` found; ``print`` it for a table over the modules.
+    """The result of :func:`measure_gradient_error`. ``print`` it for a table over the modules.
 
     Attributes:
         draws: compressed gradients for each batch.
         batches: number of batches.
         parameters: one row for each parameter that has a gradient, in the order of the model.
-        modules: one row for each module that holds such parameters itself, as one vector.
+        modules: one row for each module that directly holds such parameters, taken as one vector.
         total: all parameters as one vector.
     """
 
@@ -93,15 +93,15 @@ class GradientError:
     total: GradientErrorRow
 
     def median(self, quantity: Quantity) -> float:
-        """Median over the parameters that are not negligible."""
+        """Returns the median over the parameters that are not negligible."""
         return median([getattr(row, quantity) for row in self._compared()] or [math.nan])
 
     def largest(self, quantity: Quantity) -> float:
-        """Largest over the parameters that are not negligible."""
+        """Returns the maximum over the parameters that are not negligible."""
         return max((getattr(row, quantity) for row in self._compared()), default=math.nan)
 
     def table(self, by: Literal["module", "parameter"] = "module") -> str:
-        """Text with one line for each module or parameter; ``-`` where the gradient is negligible."""
+        """Returns text with one line per module or parameter; ``-`` if the gradient is negligible."""
         if by not in ("module", "parameter"):
             raise UnknownNameError(
                 f"brevitas_bp.allocate: by must be 'module' or 'parameter', got {by!r}"
@@ -117,7 +117,7 @@ class GradientError:
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return {
             "draws": self.draws, "batches": self.batches,
             "parameters": [row.to_dict() for row in self.parameters],

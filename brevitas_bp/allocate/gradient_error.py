@@ -1,4 +1,4 @@
-"""Bias and noise of the compressed gradient against the exact one: measured over many draws."""
+"""Bias and noise of the compressed gradient against the exact gradient, measured over many draws."""
 
 import math
 from collections import defaultdict
@@ -18,7 +18,7 @@ from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 
 _WHERE = "brevitas_bp.allocate.measure_gradient_error"
 
-#: Share of the largest gradient below which one is zero but for float32 rounding (a bias before a norm).
+#: A gradient below this share of the largest is zero up to float32 rounding (a bias before a norm).
 NEGLIGIBLE = 1e-6
 
 
@@ -30,36 +30,36 @@ def measure_gradient_error(
         seed: int = 0,
         batches: Iterable[Any] | None = None,
         progress: bool = False) -> GradientError:
-    """Compares compressed gradients with the exact one, for each parameter, module and the network.
+    """Compares compressed gradients with the exact one, for each parameter, each module and the network.
 
-    Every gradient is taken at the same point: torch's random state, buffers and training mode are
-    those at the call, so dropout masks agree. Afterwards they are as they were (also after an
-    exception), as are ``.grad``, the noise of the wrappers and their quantizers.
+    Every gradient is taken at the same point. torch's random state, buffers and training mode are those
+    at the call, so dropout masks agree. Afterwards they are restored, also after an exception. So are
+    ``.grad``, the wrappers' noise and their quantizers.
 
-    With ``batches`` this is the procedure of Chen et al., "ActNN", 2021: the bias is that of the
-    gradient averaged over the batches, the variance that of one batch, and the variance of the exact
-    gradient from batch to batch stands beside it.
+    With ``batches`` this is the procedure of Chen et al., "ActNN", 2021. The bias is that of the
+    gradient averaged over the batches, and the variance is that of one batch. The variance of the exact
+    gradient from batch to batch is reported too.
 
-    The bias is what is left of ``|m - g|`` for the mean m of the draws when the part is taken off that
-    is there by chance. Far below ``noise / sqrt(draws)`` nothing is left to be seen of it.
+    The bias is ``|m - g|``, for the mean m of the draws, after subtracting the part that is there by
+    chance. A bias far below ``noise / sqrt(draws)`` cannot be seen.
 
-    Cost: ``draws + 1`` forward and backward passes for each batch (codes are made in forward, so that no
-    forward serves two draws), and memory for two float64 copies of the gradients, four with ``batches``.
+    Cost: ``draws + 1`` forward and backward passes for each batch. Codes are made in the forward pass,
+    so each draw needs its own. Memory: two float64 copies of the gradients, four with ``batches``.
 
     Args:
-        model: a wrapper, or a module with wrappers inside. The exact gradient is that with every
+        model: a wrapper, or a module with wrappers inside. The exact gradient is the gradient with every
             wrapper's policy set to "exact".
-        run: ``run(model)``, with ``batches`` ``run(model, batch)``: runs the module and returns the
-            loss, without backward. The loss must be the same at every call; random augmentation of other
-            generators than torch's belongs outside.
+        run: ``run(model)``, or with ``batches`` ``run(model, batch)``. It runs the module and returns
+            the loss, without backward. The loss must be the same at every call. Random augmentation
+            with other generators than torch's belongs outside of ``run``.
         draws: compressed gradients for each batch, at least 2.
         seed: of the roundings; the wrappers' own seeds are not used.
-        batches: what ``run`` gets as second argument, at least 2 of them.
-        progress: show a bar (needs ``rich``).
+        batches: second arguments of ``run``, at least 2 of them.
+        progress: show a progress bar (needs ``rich``).
 
     Raises:
-        TypeError: no wrapper in ``model``, or ``DistributedDataParallel`` around it: gradients come from
-            ``torch.autograd.grad``, so that no ``.grad`` and no hook on it sees them.
+        TypeError: ``model`` has no wrapper, or ``DistributedDataParallel`` is around it. Gradients
+            come from ``torch.autograd.grad``, so neither ``.grad`` nor a hook on it sees them.
         ValueError: too few draws or batches; a loss that is no scalar, has no gradient, changes from
             call to call or has parts checkpointed with ``use_reentrant=True``; an exact gradient that
             is not finite.
@@ -75,7 +75,7 @@ def measure_gradient_error(
     wrappers = wrappers_of(_WHERE, model)
     if draws < 2:
         raise ValueError(
-            f"{_WHERE}: draws must be at least 2, or there is no variance to take off, got {draws}")
+            f"{_WHERE}: draws must be at least 2, or there is no variance to subtract, got {draws}")
     named = named_parameters(_WHERE, model)
 
     def checked(model: nn.Module, *arguments: Any) -> Tensor:
@@ -101,7 +101,7 @@ def measure_gradient_error(
                 of_one.finish()
     if batches is not None and moments[0].exact.count < 2:
         raise ValueError(
-            f"{_WHERE}: batches must yield at least 2, or there is no variance of sampling, got "
+            f"{_WHERE}: batches must yield at least 2, or there is no sampling variance, got "
             f"{moments[0].exact.count}; leave batches out for one")
     return _summarize(list(named), [m.facts() for m in moments], cosines, draws)
 
@@ -117,7 +117,7 @@ def _summarize(
         chosen = [facts[i] for i in parameters]
         size, variance = sum(f.size for f in chosen) ** 0.5, sum(f.variance for f in chosen)
         negligible = size <= threshold
-        # Of the squared distance of the mean, the variance of a mean of all draws is chance.
+        # The squared distance of a mean is too large by the variance of that mean: this part is chance.
         chance = variance / (draws * batches)
         return GradientErrorRow(
             name, sum(f.elements for f in chosen), size, variance,
@@ -133,10 +133,10 @@ def _summarize(
 
 
 def wrappers_of(where: str, model: nn.Module) -> list[QuantBackwardWrapper]:
-    """The wrappers in a model whose gradients are to be compared.
+    """Returns the wrappers in a model whose gradients are to be compared.
 
     Raises:
-        TypeError: there are none, or ``DistributedDataParallel`` is around.
+        TypeError: the model has no wrapper, or contains ``DistributedDataParallel``.
     """
     wrappers = [wrapper for _, wrapper in wrappers_in(model)]
     if not wrappers:
@@ -145,16 +145,16 @@ def wrappers_of(where: str, model: nn.Module) -> list[QuantBackwardWrapper]:
             f"{type(model).__name__}; without a wrapper every gradient is exact")
     if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise TypeError(
-            f"{where}: model must not be inside of DistributedDataParallel, which averages what "
-            "backward leaves in .grad, and nothing is left there; pass the module that it wraps")
+            f"{where}: model must not be inside of DistributedDataParallel, which averages .grad, but "
+            "this function leaves nothing in .grad; pass the module that it wraps")
     return wrappers
 
 
 def named_parameters(where: str, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name.
+    """Returns trainable parameters by name.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no parameter requires a gradient.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
@@ -165,7 +165,7 @@ def named_parameters(where: str, model: nn.Module) -> dict[str, nn.Parameter]:
 def gradients_of(
         run: Callable[..., Tensor], model: nn.Module, named: dict[str, nn.Parameter],
         arguments: tuple[Any, ...] = ()) -> tuple[Sequence[Tensor], Tensor]:
-    """Gradients of the parameters, zeros for those without any, and the loss."""
+    """Returns the parameters' gradients and the loss; zeros for parameters without a gradient."""
     loss = run(model, *arguments)
     gradients = torch.autograd.grad(
         loss, list(named.values()), torch.ones_like(loss), allow_unused=True, materialize_grads=True)
@@ -181,7 +181,7 @@ def _check_finite(gradients: Sequence[Tensor], named: dict[str, nn.Parameter]) -
 
 
 def _check_same_loss(expected: Tensor, got: Tensor) -> None:
-    # The forward pass is bit-identical, but on a GPU its sums may be taken in another order.
+    # The forward pass is bit-identical, but a GPU may sum in another order.
     tolerance = 64 * torch.finfo(expected.dtype).eps
     if not math.isclose(expected, got, rel_tol=tolerance):
         raise ValueError(

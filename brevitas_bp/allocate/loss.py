@@ -1,4 +1,4 @@
-"""What a user's function must return for its gradient to be compared."""
+"""Checks that a user's function returns a loss whose gradient can be compared."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def checked_loss(where: str, loss: Any) -> Tensor:
-    """``loss``, a tensor of one element whose gradient reaches every parameter through its graph.
+    """Returns ``loss``, a tensor of one element whose graph leads gradients to every parameter.
 
     Raises:
-        ValueError: it is none, or parts are checkpointed with ``use_reentrant=True``.
+        ValueError: it is no such tensor, or parts are checkpointed with ``use_reentrant=True``.
     """
     if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -25,7 +25,7 @@ def checked_loss(where: str, loss: Any) -> Tensor:
 
 
 def _has_reentrant_parts(loss: Tensor) -> bool:
-    """Whether the graph of a loss has a part that calls backward on a graph of its own."""
+    """Whether the graph of a loss has a part that calls backward on its own graph."""
     seen, left = set(), [loss.grad_fn]
     while left:
         node = left.pop()

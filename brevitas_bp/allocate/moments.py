@@ -1,4 +1,4 @@
-"""Streaming moments of gradients: no list of them is kept."""
+"""Streaming moments of gradients: no list of gradients is kept."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Running:
-    """Mean of tensors, and the sum of their squared distances from it (Welford, 1962)."""
+    """Mean of tensors, and the sum of their squared distances from the mean (Welford, 1962)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -25,7 +25,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Facts:
-    """Sums over the elements of a parameter, which add up over parameters."""
+    """Sums over the elements of a parameter. They add up over parameters."""
 
     elements: int
     batches: int
@@ -45,13 +45,16 @@ class Moments:
         self.drift: Tensor | float = 0.0
 
     def start(self, exact: Tensor) -> None:
-        """The exact gradient of the next batch."""
+        """Starts the next batch, given its exact gradient."""
         self.now = real(exact)
         self.exact.add(self.now)
         self.differences = Running()
 
     def add(self, gradient: Tensor) -> tuple[float, float, float]:
-        """A compressed gradient g~ of this batch: ``|g|^2``, ``<g~ - g, g>`` and ``|g~ - g|^2``."""
+        """Adds a compressed gradient g~ of this batch.
+
+        Returns ``|g|^2``, ``<g~ - g, g>`` and ``|g~ - g|^2``.
+        """
         difference = real(gradient) - self.now
         self.differences.add(difference)
         products = (self.now * self.now, difference * self.now, difference * difference)
@@ -59,7 +62,7 @@ class Moments:
         return size, along, distance
 
     def finish(self) -> None:
-        """The batch is done."""
+        """Ends the batch."""
         self.variance += self.differences.spread / (self.differences.count - 1)
         self.drift = self.drift + self.differences.mean
 
@@ -89,6 +92,6 @@ class Cosines:
 
 
 def real(gradient: Tensor) -> Tensor:
-    """A gradient as dense real numbers in float64."""
+    """Returns a gradient as dense real numbers in float64."""
     dense = gradient if gradient.layout is torch.strided else gradient.to_dense()
     return (torch.view_as_real(dense) if dense.is_complex() else dense).detach().double()

@@ -1,4 +1,4 @@
-"""A width for every saved tensor: printed, edited, kept, and fitted to another budget."""
+"""Bit plans: a width for every saved tensor. Print them, edit them, save them, fit them to a budget."""
 
 import fnmatch
 import json
@@ -17,7 +17,7 @@ from brevitas_bp.text import mib, table
 Method = Literal["optimal", "greedy"]
 
 _WHERE = "brevitas_bp.plan_bit_widths"
-# Of the gradient's energy; sums of errors were measured to hold below.
+# Errors were measured to add up below this share of the gradient's energy.
 _COMPOUNDS = 0.5
 _METHODS = {"optimal": optimal, "greedy": greedy}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -25,15 +25,15 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """Tensors that get one width.
+    """Tensors that share one width.
 
     Attributes:
-        sites: their names: "module:operation:what it is to the operation".
-        elements: that are stored.
-        exact_bytes: of the tensors as they are.
-        reach: how far a rounding goes: "weight", "sum", "norm" or "all".
+        sites: their names: "module:operation:role of the tensor in the operation".
+        elements: number of stored elements.
+        exact_bytes: bytes of the tensors uncompressed.
+        reach: how far a rounding error travels: "weight", "sum", "norm" or "all".
         options: candidate -> (bytes, expected squared error of the gradient).
-        chosen: the candidate.
+        chosen: the chosen candidate.
     """
 
     sites: tuple[str, ...]
@@ -45,12 +45,12 @@ class PlannedTensor:
 
     @property
     def stored_bytes(self) -> float:
-        """Bytes as chosen."""
+        """Bytes with the chosen candidate."""
         return self.options[self.chosen][0]
 
     @property
     def error(self) -> float:
-        """Expected squared error of the gradient, as chosen."""
+        """Expected squared error of the gradient with the chosen candidate."""
         return self.options[self.chosen][1]
 
 
@@ -59,14 +59,14 @@ class BitPlan:
     """Widths for the saved tensors of a network. ``print`` it, edit it, save it, wrap with it.
 
     Attributes:
-        tensors: what has a width, in the order of the forward pass.
-        fixed_bytes: what is saved beside: exact tensors, masks, indices.
-        exact_bytes: what plain autograd saves.
+        tensors: the tensors that have a width, in the order of the forward pass.
+        fixed_bytes: bytes saved besides these tensors: exact tensors, masks, indices.
+        exact_bytes: bytes that plain autograd saves.
         gradient_energy: ``|g|^2`` of the exact gradient, the unit of errors.
-        sensitivity: the estimator.
+        sensitivity: name of the estimator.
         method: the solver, or "edited".
-        passes: backward passes that planning took.
-        seconds: that it took.
+        passes: number of backward passes that planning took.
+        seconds: time that planning took.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -80,17 +80,17 @@ class BitPlan:
 
     @property
     def choices(self) -> dict[str, str]:
-        """Name of a saved tensor -> candidate: what the wrapper reads."""
+        """Name of a saved tensor -> candidate. The wrapper reads these."""
         return {site: t.chosen for t in self.tensors for site in t.sites}
 
     @property
     def stored_bytes(self) -> float:
-        """All bytes that a forward pass keeps for backward, as planned."""
+        """All bytes that a forward pass keeps for backward under this plan."""
         return self.fixed_bytes + sum(t.stored_bytes for t in self.tensors)
 
     @property
     def average_bits(self) -> float:
-        """Stored bits for each element that has a width, metadata and padding counted."""
+        """Stored bits for each element that has a width, including metadata and padding."""
         return 8 * sum(t.stored_bytes for t in self.tensors) / sum(t.elements for t in self.tensors)
 
     @property
@@ -101,11 +101,11 @@ class BitPlan:
     def within(
             self, *, budget: int | str | None = None, average_bits: float | None = None,
             method: Method = "optimal") -> "BitPlan":
-        """The best plan for another budget, from the same measurements.
+        """Returns the best plan for another budget, from the same measurements.
 
         Raises:
-            InfeasibleBudgetError: the smallest widths take more; says by how much.
-            ValueError: not exactly one of ``budget`` and ``average_bits``.
+            InfeasibleBudgetError: the smallest widths take more; the message says how much.
+            ValueError: not exactly one of ``budget`` and ``average_bits`` is given.
         """
         check_budget(budget, average_bits)
         check_method(method)
@@ -120,9 +120,10 @@ class BitPlan:
                 replace(t, chosen=row[j]) for t, row, j in zip(self.tensors, names, chosen)))
 
     def gap(self) -> float:
-        """How much lower the error might be within the same bytes, at most; 0 is proven best.
+        """Returns an upper bound on how much lower the error could be within the same bytes.
 
-        As a share of the error, from the bound that allows fractions of options.
+        The bound is a share of the error. It comes from a relaxation that allows fractions of options. A
+        bound of 0 proves that the plan is the best.
         """
         sizes = [[o[0] for o in t.options.values()] for t in self.tensors]
         costs = [[o[1] for o in t.options.values()] for t in self.tensors]
@@ -132,11 +133,11 @@ class BitPlan:
         return max(0.0, cost - bound) / cost if cost > 0 else 0.0
 
     def with_bits(self, pattern: str, candidate: Candidate | float | str) -> "BitPlan":
-        """The plan with another candidate for every tensor of which a name matches the glob.
+        """Returns the plan with another candidate for every tensor with a name that matches the glob.
 
         Raises:
             UnknownNameError: the glob matches nothing.
-            ValueError: a candidate that was not measured.
+            ValueError: the candidate was not measured.
         """
         name = str(Candidate.parse(candidate))
         matching = [
@@ -155,10 +156,12 @@ class BitPlan:
             replace(t, chosen=name) if t in matching else t for t in self.tensors))
 
     def only(self, candidates: Sequence[Candidate | float | str]) -> "BitPlan":
-        """The plan with fewer candidates to choose from; tensors take the smallest until :meth:`within`.
+        """Returns the plan with fewer candidates to choose from.
+
+        Each tensor takes its smallest candidate until :meth:`within` chooses again.
 
         Raises:
-            ValueError: a tensor has none of them.
+            ValueError: a tensor has none of the candidates.
         """
         kept = {str(Candidate.parse(c)) for c in candidates}
         tensors = []
@@ -172,11 +175,12 @@ class BitPlan:
         return replace(self, method="edited", tensors=tuple(tensors))
 
     def overrides(self) -> dict[str, str]:
-        """Module name -> candidate, as ``overrides`` of a wrapper; the widest of several in a module.
+        """Returns module name -> candidate, as ``overrides`` of a wrapper.
 
-        Inner modules come before those around them, and "*" last for what the root itself saves.
-        Overrides leave it to the policy which tensors get more bits than configured: where those of
-        the plan are to hold, pass ``policy=OpAware(multiplier_bits=1)``.
+        A module with several candidates gets the widest. Inner modules come before the modules around
+        them. "*" comes last and serves tensors that the root itself saves. With overrides, the policy
+        still decides which tensors get more bits than configured. To apply the plan's widths, pass
+        ``policy=OpAware(multiplier_bits=1)``.
         """
         found: dict[str, Candidate] = {}
         for site, chosen in self.choices.items():
@@ -187,21 +191,21 @@ class BitPlan:
         return {module or "*": str(found[module]) for module in deepest}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return {"format": 1, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BitPlan":
-        """The plan of :meth:`to_dict`, perhaps edited: ``chosen`` of each tensor.
+        """Returns the plan of :meth:`to_dict`. ``chosen`` of each tensor may have been edited.
 
         Raises:
-            ValueError: these are no values of a plan, or a tensor has a candidate without a measurement.
+            ValueError: the values are no plan, or a tensor has a candidate that was not measured.
         """
         try:
             values = dict(values)
             if values.pop("format") != 1:
                 raise ValueError("format is not 1")
-            # Before 2026-12 a plan said "reaches".
+            # Before 2026-12 a plan called this key "reaches".
             listed = [
                 {"reach" if key == "reaches" else key: value for key, value in t.items()}
                 for t in values.pop("tensors")]
@@ -230,7 +234,7 @@ class BitPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> "BitPlan":
-        """Reads what :meth:`save` wrote.
+        """Reads a plan that :meth:`save` wrote.
 
         Raises:
             ValueError: the file is no plan; see :meth:`from_dict`.
@@ -262,10 +266,10 @@ class BitPlan:
 
 
 def check_budget(budget: int | str | None, average_bits: float | None) -> None:
-    """Refuses anything but one of the two, or text that is no size.
+    """Checks that exactly one of the two is given, and that text is a size.
 
     Raises:
-        ValueError: says what is expected.
+        ValueError: it is not; the message says what is expected.
     """
     if (budget is None) == (average_bits is None):
         raise ValueError(
@@ -276,11 +280,11 @@ def check_budget(budget: int | str | None, average_bits: float | None) -> None:
 
 
 def check_method(method: str) -> None:
-    """Refuses an unknown solver, and one that is not installed.
+    """Refuses a solver that is unknown or not installed.
 
     Raises:
-        UnknownNameError: there is none of that name.
-        ImportError: it needs SciPy.
+        UnknownNameError: no solver has that name.
+        ImportError: the solver needs SciPy.
     """
     if method not in _METHODS:
         raise UnknownNameError(
@@ -291,7 +295,7 @@ def check_method(method: str) -> None:
 
 
 def _worth_having(options: dict[str, tuple[float, float]]) -> list[str]:
-    """The candidates that no other beats in both bytes and error."""
+    """Returns the candidates that no other candidate beats in both bytes and error."""
     kept: list[str] = []
     for name in sorted(options, key=lambda name: options[name]):
         if not kept or options[name][1] < options[kept[-1]][1]:
@@ -300,7 +304,7 @@ def _worth_having(options: dict[str, tuple[float, float]]) -> list[str]:
 
 
 def _limit(plan: BitPlan, budget: int | str | None, average_bits: float | None) -> float:
-    """Bytes for the tensors that have a width."""
+    """Returns the bytes that the budget leaves for the tensors that have a width."""
     if budget is not None:
         return parse_bytes(budget, plan.exact_bytes) - plan.fixed_bytes
     assert average_bits is not None
@@ -313,7 +317,7 @@ def _check_feasible(
     if least <= limit:
         return
     beside = (
-        f"; {plan.fixed_bytes:,} bytes beside them are kept exact or as masks (explain() of the wrapped "
+        f"; {plan.fixed_bytes:,} further bytes are kept exact or as masks (explain() of the wrapped "
         "model shows where, after a forward pass)") if in_bytes else ""
     raise InfeasibleBudgetError(
         f"{_WHERE}: the smallest widths take {least:,.0f} bytes, {least - limit:,.0f} bytes more "
@@ -322,10 +326,10 @@ def _check_feasible(
 
 
 def parse_bytes(given: int | str, whole: int = 0) -> int:
-    """A number of bytes, or text such as "400MB", "1.5 GiB", "5%" of ``whole``.
+    """Returns a number of bytes, from a number or text such as "400MB", "1.5 GiB", "5%" of ``whole``.
 
     Raises:
-        ValueError: neither.
+        ValueError: it is neither.
 
     >>> parse_bytes("400MB"), parse_bytes("1.5 GiB"), parse_bytes("5%", 2000)
     (400000000, 1610612736, 100)

@@ -1,4 +1,4 @@
-"""The one call: measures, and chooses a width for every saved tensor within a budget of bytes."""
+"""Measures sensitivities and chooses a width for every saved tensor within a budget, in one call."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8, "exact")
 
 _WHERE = "brevitas_bp.plan_bit_widths"
-# Of the gradient's energy, for each unit of squared distance: less than any error that is measured.
+# Share of the gradient's energy per unit of squared distance, below any error that is measured.
 _UNSEEN = 1e-12
 
 
@@ -38,37 +38,37 @@ def plan_bit_widths(
         **wrapper_options: Any) -> BitPlan:
     """Chooses a width for every saved tensor: least error of the gradient within a budget of bytes.
 
-    Forward runs once, backward as often as the estimator needs; buffers, random states and ``.grad`` are
-    afterwards as before. Memory is that of plain autograd twice, so a small batch will do: widths
-    carry over, bytes grow with the batch.
+    The forward pass runs once. The backward pass runs as often as the estimator needs. Afterwards
+    buffers, random states and ``.grad`` are as before. Memory is twice that of plain autograd. A small
+    batch is enough: the widths suit larger batches too, and bytes grow with the batch.
 
     Args:
-        model: a network, or one that is wrapped: then its own settings count.
-        batch: handed to ``loss_fn``.
+        model: a network, or a wrapped network. If it is wrapped, the wrapper's own settings count.
+        batch: passed to ``loss_fn``.
         loss_fn: ``(model, batch) -> scalar loss``.
-        budget: all bytes that forward may keep for backward of this batch, such as 400_000_000, "400MB",
-            "381MiB", or "5%" of what plain autograd keeps; what is kept exact counts.
-        average_bits: instead, bits for each element that has a width, metadata counted.
+        budget: all bytes that the forward pass may keep for backward of this batch, such as 400_000_000,
+            "400MB", "381MiB", or "5%" of what plain autograd keeps. Tensors that are kept exact count.
+        average_bits: used instead of ``budget``: bits for each element that has a width, including
+            metadata.
         candidates: widths in 1..8, "exact", width and bucket size such as "2@64", or 2-bit means of
-            neighbours: 0.5, 0.25, "2avg2" (Average Quantization; only where its bias stays in the
-            gradient of one weight).
-        sensitivity: "empirical" (one or two backward passes for each tensor that reaches further
-        than its own
-            weight), "closed_form" (one in all), "gradient_norms", or a
+            neighbours: 0.5, 0.25, "2avg2" (Average Quantization; only if its bias stays in the gradient
+            of one weight).
+        sensitivity: "empirical" (one or two backward passes for each tensor that reaches further than
+            its own weight), "closed_form" (one backward pass in all), "gradient_norms", or a
             :class:`~brevitas_bp.allocate.sensitivity.Sensitivity`.
         method: "optimal" (integer programming; needs SciPy) or "greedy".
-        act_quant: quantizer of which the candidates are variants: its rounding, scale rule, bucket size
-            and metadata stay.
+        act_quant: the quantizer. The candidates are variants of it, with its rounding, scale rule,
+            bucket size and metadata.
         seed: of the roundings.
-        progress: True shows a bar on stderr (with rich, if installed); a function is told in words what
-            it costs, beforehand, and then how far it is.
+        progress: True shows a bar on stderr (with rich, if installed). A function is called with a text:
+            first with the expected cost, then with the progress.
         **wrapper_options: further arguments of :class:`QuantBackwardWrapper`, for a network that is not
             wrapped: ``policy``, ``overrides``, ``bucket_size``, ...
 
     Raises:
-        InfeasibleBudgetError: the smallest widths take more than the budget; says by how much.
-        ValueError: an argument out of range, a loss that is no scalar, or a candidate that the quantizer
-            cannot have, such as one bit of signed codes.
+        InfeasibleBudgetError: the smallest widths take more than the budget; the message says how much.
+        ValueError: an argument is out of range, the loss is no scalar, or the quantizer cannot have a
+            candidate, such as one bit of signed codes.
 
     Example:
         >>> import torch
@@ -87,7 +87,7 @@ def plan_bit_widths(
     profile = Profile(wrapped, batch, loss_fn, seed)
     _check_variants(profile, chosen)
     passes, before = estimate.passes(profile, chosen), time.perf_counter()
-    profile.exact  # noqa: B018  (timed: it tells what is to come)
+    profile.exact  # noqa: B018  (timed, to predict the cost)
     cost = (
         f"{len(profile.groups)} tensors, {passes} backward passes of about "
         f"{time.perf_counter() - before:.2g} s")
@@ -132,14 +132,14 @@ def _check_variants(profile: Profile, candidates: Sequence[Candidate]) -> None:
 def _planned(
         profile: Profile, index: int, candidates: list[Candidate],
         errors: Sequence[float]) -> PlannedTensor:
-    """All candidates that a group may have; the smallest is chosen for now."""
+    """Returns a group with all candidates that it may have; for now it chooses the smallest."""
     group = profile.groups[index]
     if not any(errors):
-        # No gradient has come here yet (a last layer that starts at zero): what the budget leaves over.
+        # No gradient reaches this group yet (a last layer that starts at zero): it gets spare bytes.
         errors = [
             _UNSEEN * profile.energy * sum(profile.distance(t, c) for t in group.tensors)
             for c in candidates]
-    # The bias of averages must not reach other gradients than that of the tensor's own weight.
+    # The bias of averages must reach no gradient but that of the tensor's own weight.
     options = {
         str(c): (float(profile.stored_bytes(group, c)), error) for c, error in zip(candidates, errors)
         if c.average_size == 1 or group.parameters is not None}
@@ -151,7 +151,7 @@ def _planned(
 @contextmanager
 def _progress(
         shown: bool | Callable[[str], None], cost: str, passes: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each backward pass."""
+    """Yields a function to call after each backward pass."""
     if callable(shown):
         yield from _told(shown, cost, passes)
         return

@@ -1,4 +1,4 @@
-"""Notes every tensor that a policy quantizes, and what saves it."""
+"""Records every tensor that a policy quantizes, and the operations that save it."""
 
 import itertools
 import weakref
@@ -23,18 +23,18 @@ from brevitas_bp.codec.rows import Rows
 
 @dataclass(eq=False)
 class Probed:
-    """A tensor that the policy quantizes, kept exact, and what saved it.
+    """A tensor that the policy quantizes, kept exact, and the operations that save it.
 
     Attributes:
         flat: an exact copy, in memory order.
         layout: of the tensor.
-        configured: the module's own codec, of which candidates are variants.
-        sites: names of what saves it.
-        calls: number of each call that saves it -> indices of the parameters beside it in the call;
-            None where there is another trained tensor, or no call to be seen.
-        reach: as the policy says; see :class:`~brevitas_bp.backward.saved.Decision`.
+        configured: the module's own codec; candidates are variants of it.
+        sites: names of the sites that save the tensor.
+        calls: number of each call that saves the tensor -> indices of the other parameters in the call.
+            None if the call has another trained tensor, or if no call is visible.
+        reach: as the policy reports it; see :class:`~brevitas_bp.backward.saved.Decision`.
         rows: elements of a row and of the last dimension, if buckets are to end with rows.
-        spared: bytes that are kept besides where the tensor is exact: the mean of a norm.
+        spared: further bytes that are kept if the tensor is exact: the mean of a norm.
     """
 
     flat: Tensor
@@ -48,45 +48,45 @@ class Probed:
 
     @property
     def numel(self) -> int:
-        """Elements that are stored."""
+        """Number of stored elements."""
         return self.layout.numel
 
     @property
     def exact(self) -> Tensor:
-        """The tensor."""
+        """The exact tensor."""
         return self.layout.restore_flat(self.flat)
 
 
 @dataclass(eq=False)
 class Group:
-    """Tensors that get one width: of one name, or one tensor under several names."""
+    """Tensors that get one width: tensors with one name, or one tensor with several names."""
 
     tensors: list[Probed]
 
     @property
     def sites(self) -> list[str]:
-        """Names of all that saves them."""
+        """Names of all sites that save the tensors."""
         return sorted(set().union(*(t.sites for t in self.tensors)))
 
     @property
     def numel(self) -> int:
-        """Elements that are stored."""
+        """Number of stored elements."""
         return sum(t.numel for t in self.tensors)
 
     @property
     def exact_bytes(self) -> int:
-        """Bytes of the tensors as they are."""
+        """Bytes of the tensors uncompressed."""
         return sum(t.layout.nbytes for t in self.tensors)
 
     @property
     def reach(self) -> str:
-        """The farthest that any of them reaches."""
+        """The farthest reach of any of the tensors."""
         far = set().union(*(t.reach for t in self.tensors))
         return next(reach for reach in ("all", "sum", "norm", "weight") if reach in far)
 
     @property
     def parameters(self) -> set[int] | None:
-        """Parameters whose gradients alone the rounding is in; None where it goes further."""
+        """Parameters whose gradients alone have the error; None if the error travels further."""
         found: set[int] = set()
         for tensor in self.tensors:
             for own in tensor.calls.values():
@@ -97,7 +97,7 @@ class Group:
 
 
 def grouped(tensors: list[Probed]) -> list[Group]:
-    """Tensors that have a name in common, directly or through others, in the order of the forward."""
+    """Groups tensors that share a name, directly or through others, in the order of the forward."""
     groups: list[Group] = []
     for tensor in tensors:
         joined = [g for g in groups if any(t.sites & tensor.sites for t in g.tensors)]
@@ -116,9 +116,9 @@ class _Place:
     """The facts of a probe's payload.
 
     Attributes:
-        codec: the codec in whose place the probe stands.
+        codec: the codec that the probe replaces.
         rows: of the tensor.
-        probed: the tensor, once it is known what saves it.
+        probed: the tensor, once the operation that saves it is known.
     """
 
     codec: Codec
@@ -127,11 +127,11 @@ class _Place:
 
 
 class ProbeCodec(Codec):
-    """Keeps an exact copy, and lets another say what is decoded.
+    """Keeps an exact copy, and lets ``decode`` choose the decoded values.
 
     Args:
-        decode: says so; held weakly, for the graph holds this codec.
-        probed: the codec in whose place it stands.
+        decode: returns the decoded tensor. Held weakly, because the graph holds this codec.
+        probed: the codec that this codec replaces.
         rows: of the tensors.
     """
 
@@ -160,24 +160,24 @@ class ProbeCodec(Codec):
 
 
 class Probing:
-    """A policy that stores exactly what another one quantizes, and notes what saves it.
+    """A policy that stores exactly the tensors that another policy quantizes, and notes their sites.
 
     Args:
-        policy: the other one.
-        decode: says what backward gets to see of a tensor.
+        policy: the other policy.
+        decode: returns the tensor that backward gets.
         parameters: the trained parameters.
     """
 
     def __init__(
             self, policy: ExplainedPolicy, decode: Decode, parameters: Sequence[Tensor]) -> None:
         self.policy = policy
-        #: Number of a call -> squared norm of the gradient of what it returned.
+        #: Number of a call -> squared norm of the gradient of the call's output.
         self.energy: defaultdict[int, float] = defaultdict(float)
         self.observing = True
-        # Weakly: the graph holds the pass, and with it this.
+        # Held weakly: the graph holds the pass, and the pass holds this object.
         self._decode = weakref.WeakMethod(decode)
-        # Tensors share an encoding by the identity of its codec: so do their probes. A probe holds the
-        # codec, so that no other gets its address.
+        # Tensors share an encoding if they have the same codec object, so they share a probe too. A
+        # probe holds its codec, so that no other codec gets its address.
         self._probes: dict[int, ProbeCodec] = {}
         self._parameters = {id(p): i for i, p in enumerate(parameters)}
         self._saving: set[int] = set()
@@ -185,11 +185,11 @@ class Probing:
 
     @property
     def tensors(self) -> list[Probed]:
-        """Those that the graph still holds."""
+        """The probed tensors that the graph still holds."""
         return [packed.facts.probed for ref in self._packed if (packed := ref()) is not None]
 
     def decide(self, saved: SavedTensor) -> Decision:
-        """The other's decision, with a probe for its codec."""
+        """Returns the other policy's decision, with a probe for its codec."""
         decision = self.policy.decide(saved)
         codec = decision.codec
         if codec is None or not is_quantized(saved, decision):
@@ -200,11 +200,11 @@ class Probing:
         return decision._replace(codec=self._probes[id(codec)])
 
     def rewrite(self, function: Any) -> Rewrite | None:
-        """As the other does."""
+        """Returns the other policy's rewrite."""
         return self.policy.rewrite(function)
 
     def observe(self, call: Call, output: Any) -> None:
-        """Notes the gradient of what an operation returned that saved something."""
+        """Records the gradient of the output of an operation that saved something."""
         if isinstance(self.policy, ObservingPolicy):
             self.policy.observe(call, output)
         if call.number in self._saving:
@@ -215,8 +215,8 @@ class Probing:
     def note(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
-        """Listener: one more name for a tensor."""
-        # In the order and the units in which the tensor is stored.
+        """Adds a site to a tensor. Registered as a listener."""
+        # The innermost payload has the order and the units in which the tensor is stored.
         spared, packed = spared_nbytes(packed), packed.innermost
         place = packed.facts
         if not isinstance(place, _Place):
@@ -231,7 +231,7 @@ class Probing:
         tensor.reach.add(decision.reach)
 
     def _own_parameters(self, saved: SavedTensor) -> set[int] | None:
-        """The parameters beside the tensor in the call; None if there is another trained tensor."""
+        """Returns the other parameters in the call; None if the call has another trained tensor."""
         if saved.call is NO_CALL:
             return None
         found, position = set(), saved.made_of

@@ -1,4 +1,4 @@
-"""One exact step of a network, of which any saved tensor can be rounded afterwards."""
+"""One exact step of a network; afterwards any of its saved tensors can be rounded."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,22 +33,22 @@ _WHERE = "brevitas_bp.plan_bit_widths"
 
 
 class Profile:
-    """A forward pass whose backward may run again and again, each time with other tensors rounded.
+    """A forward pass whose backward may run repeatedly, each time with other tensors rounded.
 
-    Forward runs once: so random numbers are drawn once, and dropout masks are the same in every
-    backward. Buffers, generators, ``.grad`` and the wrapper are afterwards as they were before. A plan
-    that the wrapper obeys does not count.
+    The forward pass runs once. So random numbers are drawn once, and every backward pass has the same
+    dropout masks. Afterwards buffers, generators, ``.grad`` and the wrapper are as before. The wrapper's
+    current plan is ignored.
 
     Args:
         model: the wrapped network, with the configuration to plan for.
-        batch: handed to ``loss_fn``.
+        batch: passed to ``loss_fn``.
         loss_fn: ``(model, batch) -> scalar``; calls the model once or several times.
         seed: of all roundings.
 
     Raises:
-        ValueError: the loss is no scalar that requires a gradient, no gradient reaches a parameter, one
-            is not finite, or nothing that is saved is quantized.
-        TypeError: a network that cannot be planned for as it is; says what to do.
+        ValueError: the loss is no scalar that requires a gradient, no gradient reaches a parameter, a
+            gradient is not finite, or no saved tensor is quantized.
+        TypeError: the network cannot be planned for as it is; the message says what to do.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Profile:
             with (using_policy(model, self.probing), listening(model, self.probing.note),
                   track_saved_memory(model) as report):
                 self.loss = checked_loss(f"{_WHERE}: loss_fn", loss_fn(model, batch))
-            # Only now: what the graph does not hold any more needs no width.
+            # Read the tensors only now: a tensor that the graph no longer holds needs no width.
             self.tensors = self.probing.tensors
         if not self.tensors:
             raise ValueError(
@@ -74,7 +74,7 @@ class Profile:
         self.groups = grouped(self.tensors)
         self._group_of = {id(t): i for i, g in enumerate(self.groups) for t in g.tensors}
         self.exact_bytes = report.exact_bytes
-        # What is saved beside the tensors whose width can be chosen.
+        # Bytes saved besides the tensors whose width can be chosen.
         self.fixed_bytes = report.stored_bytes - sum(t.layout.nbytes for t in self.tensors)
 
     @cached_property
@@ -92,15 +92,15 @@ class Profile:
 
     def gradients(
             self, rounded: Mapping[int, Candidate], draw: int = 0) -> list[Tensor | None]:
-        """Gradients of the parameters with groups rounded; None for parameters without any.
+        """Returns the parameters' gradients with groups rounded; None for parameters without a gradient.
 
         Args:
             rounded: index of a group -> how its tensors are stored.
-            draw: another one draws other noise.
+            draw: number of the draw; each draws its own noise.
         """
         self.rounded, self.draw = rounded, draw
         try:
-            # Checkpointed parts run again, and their norms would count the batch again.
+            # Checkpointed parts run again, so their norms would update their statistics again.
             with _back(self.module):
                 return list(torch.autograd.grad(
                     self.loss, self.parameters, retain_graph=True, allow_unused=True))
@@ -108,7 +108,7 @@ class Profile:
             self.rounded = {}
 
     def stored(self, tensor: Probed, candidate: Candidate, draw: int = 0) -> Packed | None:
-        """A tensor as a candidate stores it; None if that is the tensor as it is."""
+        """Returns a tensor as a candidate stores it; None if the candidate keeps it exact."""
         codec = candidate.codec(tensor.configured)
         if codec is None:
             return None
@@ -119,19 +119,19 @@ class Profile:
         return packed if packed.is_smaller else None
 
     def stored_bytes(self, group: Group, candidate: Candidate) -> int:
-        """Bytes of a group as a candidate stores it."""
+        """Returns the bytes of a group as a candidate stores it."""
         packed = [(t, self.stored(t, candidate)) for t in group.tensors]
         return sum(t.layout.nbytes + t.spared if p is None else p.nbytes for t, p in packed)
 
     def distance(self, tensor: Probed, candidate: Candidate, draw: int = 0) -> float:
-        """Sum of squared differences between a tensor and what is decoded."""
+        """Returns the sum of squared differences between a tensor and its decoded values."""
         if candidate.bits is None:
             return 0.0
         decoded = self._decoded(tensor, candidate, draw)
         return float((decoded.double() - tensor.exact.double()).square().sum())
 
     def decode(self, tensor: Probed) -> Tensor:
-        """What backward gets to see."""
+        """Returns the tensor that backward gets."""
         candidate = self.rounded.get(self._group_of.get(id(tensor), -1))
         return tensor.exact if candidate is None else self._decoded(tensor, candidate, self.draw)
 
@@ -142,7 +142,7 @@ class Profile:
 
 @contextmanager
 def _back(module: nn.Module) -> Iterator[None]:
-    """Generators, modes and buffers are afterwards as before."""
+    """Restores generators, modes and buffers when the block ends."""
     restore = point(module)
     try:
         yield
@@ -161,11 +161,11 @@ def _check_model(model: QuantBackwardWrapper) -> None:
             "plan with 'save_quantized'")
     if any(is_dtensor(p) for p in model.module.parameters()):
         raise TypeError(
-            f"{_WHERE}: parameters are DTensors, whose gradients are not all here; plan in one process "
-            "before the network is parallelized, since names of tensors stay the same")
+            f"{_WHERE}: parameters are DTensors, so this process has only a part of their gradients; "
+            "plan in one process before the network is parallelized; the names of tensors stay the same")
     if not any(p.requires_grad for p in model.module.parameters()):
         raise ValueError(
-            f"{_WHERE}: no parameter requires a gradient, so there is no gradient to keep right")
+            f"{_WHERE}: no parameter requires a gradient, so there is no gradient to preserve")
 
 
 def _check_gradients(gradients: list[Tensor | None]) -> None:

@@ -1,4 +1,4 @@
-"""Plans again while a network trains."""
+"""Updates the bit plan while a network trains."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +12,16 @@ _WHERE = "brevitas_bp.allocate.Replanner"
 
 
 class Replanner:
-    """Plans widths at the first step and again every so many steps, from the gradients of that time.
+    """Plans widths at the first step and then every few steps, from the gradients at that time.
 
     Args:
-        model: the wrapper that obeys the plans.
+        model: the wrapper that follows the plans.
         loss_fn: ``(model, batch) -> scalar loss``.
         every: steps from one plan to the next.
         **options: of :func:`plan_bit_widths`: ``budget`` or ``average_bits``, ``candidates``, ...
 
-    Call :meth:`step` before each forward pass. A plan costs what :func:`plan_bit_widths` costs; a part
-    of the batch will do.
+    Call :meth:`step` before each forward pass. A plan costs as much as :func:`plan_bit_widths`; a part
+    of the batch is enough.
 
     Raises:
         TypeError: the model is no wrapper.
@@ -53,7 +53,7 @@ class Replanner:
         self.plan: BitPlan | None = None
 
     def step(self, batch: Any) -> BitPlan | None:
-        """Counts a step; plans with ``batch`` if it is time, and returns the plan then."""
+        """Counts a step. If a plan is due, makes it with ``batch`` and returns it, else returns None."""
         due = self.steps % self.every == 0
         if due:
             self.plan = plan_bit_widths(self.model, batch, self.loss_fn, **self.options)
@@ -62,7 +62,7 @@ class Replanner:
         return self.plan if due else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps and the plan in force, as plain values."""
+        """Returns the steps taken and the current plan, as plain values."""
         return {"steps": self.steps, "plan": None if self.plan is None else self.plan.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -16,25 +16,27 @@ _WHERE = "brevitas_bp.allocate.QuantizerSchedule"
 class QuantizerSchedule:
     """Changes bit width, bucket size, mix probability, or any other setting, while a model trains.
 
-    Applies to ``act_quant`` of every :class:`QuantBackwardWrapper` that a module is or contains, nested
-    ones included; quantizers in ``overrides`` and those of the policy keep their settings. A tensor that
-    is stored already decodes as it was encoded. Schedules of ``mix_prob`` (``linear``, ``cosine``, ...)
-    are in :mod:`brevitas_bp.core.bit_width`; with a :class:`MixProbScheduler` beside this one, step it
-    last: a change of another setting returns to the configured probability.
+    The schedule applies to ``act_quant`` of every :class:`QuantBackwardWrapper` that a module is or
+    contains, including nested ones. Quantizers in ``overrides`` and those of the policy keep their
+    settings. A tensor that is already stored decodes as it was encoded.
+
+    Schedules of ``mix_prob`` (``linear``, ``cosine``, ...) are in :mod:`brevitas_bp.core.bit_width`.
+    If you also use a :class:`MixProbScheduler`, step it last: a change of another setting restores the
+    configured probability.
 
     Args:
-        root: a wrapper, or a model that contains some.
-        schedule: either step -> settings, in force from that step on, each stage adding to those before
-            it; or a function of the step that returns all settings in force. What is not named is as
-            configured.
+        root: a wrapper, or a model that contains wrappers.
+        schedule: one of two forms. A mapping step -> settings: the settings hold from that step on, and
+            each stage adds to the earlier ones. Or a function of the step that returns all current
+            settings. A setting that is not named has its configured value.
 
     Call :meth:`step` once per training step.
 
     Raises:
-        ValueError: nothing would change: no wrapper that quantizes, an empty schedule, or a stage like
+        ValueError: nothing would change: no wrapper quantizes, the schedule is empty, or a stage equals
             the one before it.
-        TypeError: a wrapper whose quantizer was built before it was handed over.
-        UnknownNameError: a setting that a quantizer does not know. All stages of a table are tried now.
+        TypeError: a wrapper got a quantizer that was already built.
+        UnknownNameError: a quantizer does not know a setting. All stages of a mapping are tried now.
 
     >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Uint2
     >>> model = QuantBackwardWrapper(nn.Tanh(), Uint2)
@@ -58,16 +60,16 @@ class QuantizerSchedule:
         self._apply()
 
     def step(self) -> Settings:
-        """Advances by one and returns the settings now in force."""
+        """Advances by one step and returns the current settings."""
         self.steps += 1
         return self._apply()
 
     def state_dict(self) -> dict[str, int]:
-        """The number of steps taken."""
+        """Returns the number of steps taken."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues where :meth:`state_dict` was taken."""
+        """Continues from :meth:`state_dict`."""
         self.steps = int(state["steps"])
         self._apply()
 
@@ -82,7 +84,7 @@ class QuantizerSchedule:
             act_quant_of(wrapper).built(dict(settings))
 
     def _wrappers(self) -> list[QuantBackwardWrapper]:
-        """Found anew each time: models are wrapped, copied and rebuilt."""
+        """Finds the wrappers anew each time, because models are wrapped, copied and rebuilt."""
         found = [w for _, w in wrappers_in(self.root) if not act_quant_of(w).is_exact]
         if not found:
             raise ValueError(
@@ -92,7 +94,7 @@ class QuantizerSchedule:
 
 
 class _Table:
-    """The settings in force at a step, from a table of changes."""
+    """Returns the settings at a step, from a table of changes."""
 
     def __init__(self, changes: Stages) -> None:
         self.stages: dict[int, Settings] = {}

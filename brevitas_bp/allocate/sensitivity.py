@@ -1,13 +1,13 @@
-"""How much the gradient suffers when one saved tensor is rounded.
+"""How much the gradient's error grows when one saved tensor is rounded.
 
-An estimator fills a table: for each group of tensors and each candidate the expected ``|g~ -
-g|^2``, with g all gradients of the parameters and g~ those with this one group rounded. Roundings
-of different groups are independent, so errors of unbiased ones add up.
+An estimator fills a table with the expected ``|g~ - g|^2`` for each group of tensors and each candidate.
+g holds all gradients of the parameters, and g~ those with only this group rounded. Roundings of
+different groups are independent, so the errors of unbiased roundings add up.
 
-What is measured costs backward passes; forward ran once
-(:class:`~brevitas_bp.allocate.profile.Profile`). The error of a width that was not measured follows
-from how far its rounding moves the tensor: error and squared distance are proportional, for plain
-widths both go as ``1 / (2^b - 1)^2``.
+Measurements cost backward passes; the forward pass ran once
+(:class:`~brevitas_bp.allocate.profile.Profile`). The error of a width that was not measured follows from
+how far its rounding moves the tensor. Error and squared distance are proportional: for plain widths both
+go as ``1 / (2^b - 1)^2``.
 """
 
 from abc import ABC, abstractmethod
@@ -32,31 +32,36 @@ Tick = Callable[[], None]
 class Sensitivity(ABC):
     """Estimates the error of the gradient for each group and candidate."""
 
-    #: Chosen by this name.
+    #: The name that chooses the estimator.
     name: str
 
     @abstractmethod
     def passes(self, profile: Profile, candidates: Sequence[Candidate]) -> int:
-        """Backward passes that :meth:`errors` takes, the exact one included."""
+        """Returns the number of backward passes that :meth:`errors` takes, including the exact one."""
 
     @abstractmethod
     def errors(
             self, profile: Profile, candidates: Sequence[Candidate],
             tick: Tick = lambda: None) -> list[list[float]]:
-        """Expected ``|g~ - g|^2`` [groups][candidates]; ``tick`` is called after each backward pass."""
+        """Returns the expected ``|g~ - g|^2`` [groups][candidates].
+
+        ``tick`` is called after each backward pass.
+        """
 
 
 class ClosedForm(Sensitivity):
-    """From the exact backward alone: ``|x~ - x|^2`` times the energy of the gradient that it multiplies.
+    """From the exact backward alone: ``|x~ - x|^2`` times the energy of the gradient that x multiplies.
 
-    For the input of a layer with weight W [out, ...]: ``v |d|^2 W.numel() / out``, with v the mean
-    squared distance of an element and d the gradient of the layer's output: the variance of the
-    weight's gradient, but for the correlation of both over samples. For any other tensor ``v
-    |d|^2``: the variance of the gradient it is multiplied with, and nothing of what flows further
-    up from there. One backward pass.
+    This estimator takes one backward pass. Below, v is the mean squared distance of an element.
 
-    Source: Chen et al., "ActNN", 2021, whose ``R^2 G / 6 (2^b - 1)^2`` is the ``|x~ - x|^2`` of a
-    bucket of evenly spread values.
+    * For the input of a layer with weight W [out, ...]: ``v |d|^2 W.numel() / out``, with d the
+      gradient of the layer's output. This is the variance of the weight's gradient, apart from the
+      correlation of both over samples.
+    * For any other tensor: ``v |d|^2``. This is the variance of the gradient that the tensor is
+      multiplied with. It contains no error that travels further up from there.
+
+    Source: Chen et al., "ActNN", 2021. Its ``R^2 G / 6 (2^b - 1)^2`` is the ``|x~ - x|^2`` of a bucket
+    of evenly spread values.
     """
 
     name = "closed_form"
@@ -76,19 +81,21 @@ class ClosedForm(Sensitivity):
 
 @dataclass(frozen=True)
 class Empirical(Sensitivity):
-    """Measures the gradient with groups rounded, against the exact one.
+    """Measures the gradient with groups rounded, against the exact gradient.
 
-    Groups whose rounding is in the gradient of their own weights only are rounded all at once, for each
-    candidate by itself: what differs in a weight's gradient is theirs. Each other group is rounded
-    alone, with the reference candidate. So biased candidates are measured where that is cheap, and
-    what flows further up is in it everywhere.
+    * Groups whose error reaches only the gradient of their own weights are rounded all at once, once
+      for each candidate. The difference in a weight's gradient is then the error of its group.
+    * Each other group is rounded alone, with the reference candidate.
+
+    So biased candidates are measured where that is cheap. All measurements include the error that
+    travels further up.
 
     Args:
         draws: roundings averaged for each measurement.
-        reference: candidate with which groups are rounded that go further up.
+        reference: the candidate for rounding groups whose error travels further up.
 
-    Source: Liu et al., "GACT", 2022, who take the difference of two 1-bit draws and run forward
-    each time.
+    Source: Liu et al., "GACT", 2022. They take the difference of two 1-bit draws and run forward each
+    time.
     """
 
     draws: int = 2
@@ -128,7 +135,7 @@ class Empirical(Sensitivity):
     def _measured(
             self, profile: Profile, rounded: dict[int, Candidate],
             tick: Tick) -> list[list[float]]:
-        """Error of each parameter's gradient, for each draw."""
+        """Returns the error of each parameter's gradient, for each draw."""
         found = []
         for draw in range(self.draws):
             gradients = profile.gradients(rounded, draw)
@@ -145,11 +152,11 @@ class Empirical(Sensitivity):
 
 @dataclass(frozen=True)
 class GradientNorms(Empirical):
-    """As :class:`Empirical`, but compares only the norm of each parameter's gradient.
+    """Like :class:`Empirical`, but compares only the norm of each parameter's gradient.
 
-    An error across the gradient hardly changes its norm, so values are smaller and noisier. Of a
-    step that cannot hold a second set of gradients only the norms are kept: as many numbers as
-    parameters are tensors.
+    An error orthogonal to the gradient hardly changes its norm, so values are smaller and noisier. A
+    step that cannot hold a second set of gradients needs to keep only the norms: one number for each
+    parameter tensor.
 
     Source: "Average Quantization" (the light sensitivity of ALAM), 2024.
     """
@@ -167,10 +174,10 @@ ESTIMATORS: dict[str, Sensitivity] = {
 
 
 def estimator(given: str | Sensitivity) -> Sensitivity:
-    """An estimator by its name.
+    """Returns an estimator by its name.
 
     Raises:
-        UnknownNameError: there is none of that name.
+        UnknownNameError: no estimator has that name.
     """
     if isinstance(given, Sensitivity):
         return given
@@ -182,7 +189,7 @@ def estimator(given: str | Sensitivity) -> Sensitivity:
 
 
 def _local_and_far(profile: Profile) -> tuple[list[int], list[int]]:
-    """Groups whose error can be told apart by the weights it is in, and the others."""
+    """Returns the groups whose errors can be told apart by the weights they reach, and the others."""
     owners = Counter(p for g in profile.groups for p in g.parameters or ())
     local = [
         i for i, g in enumerate(profile.groups)
@@ -191,7 +198,7 @@ def _local_and_far(profile: Profile) -> tuple[list[int], list[int]]:
 
 
 def _amplified(profile: Profile, tensor: Probed) -> float:
-    """Expected squared error of a gradient for each unit of squared distance of the tensor."""
+    """Returns the gradient's expected squared error per unit of squared distance of the tensor."""
     energy = profile.probing.energy
     for call in tensor.calls:
         if call not in energy:
@@ -204,7 +211,7 @@ def _amplified(profile: Profile, tensor: Probed) -> float:
 
 
 def _fan_in(profile: Profile, tensor: Probed, own: set[int] | None) -> float:
-    """Elements of the weight for each channel that a layer returns; 1 for what is no layer."""
+    """Returns the elements of a layer's weight per output channel; 1 if the operation is no layer."""
     weights = [w for w in (profile.parameters[p] for p in own or ()) if w.dim() > 1]
     if not weights or tensor.reach != {"weight"}:
         return 1.0

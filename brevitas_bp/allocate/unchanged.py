@@ -1,4 +1,4 @@
-"""Measuring on a user's model: taking every gradient at one point, and leaving no trace."""
+"""Measures on a user's model: takes every gradient at one point, and restores the model afterwards."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from brevitas_bp.format.random import derive
 def unchanged(
         model: nn.Module, wrappers: list[QuantBackwardWrapper], seed: int
         ) -> Iterator[Callable[[], None]]:
-    """Leaves model and generators as they are; yields what goes back to that point meanwhile."""
+    """Leaves model and generators unchanged; yields a function that returns to the current state."""
     restore = point(model)
     try:
         with ExitStack() as stack:
@@ -30,7 +30,7 @@ def unchanged(
 
 
 def point(model: nn.Module) -> Callable[[], None]:
-    """What brings torch's generators, modes and buffers back to what they are now."""
+    """Returns a function that restores torch's generators, modes and buffers to their current state."""
     generators = _generators()
     modes = [(module, module.training) for module in all_modules(model)]
     buffers = [
@@ -44,7 +44,7 @@ def point(model: nn.Module) -> Callable[[], None]:
         for module, name, buffer, value in buffers:
             if getattr(module, name) is not buffer:
                 setattr(module, name, buffer)
-            # Through .data: graphs that hold the buffer saw this very value.
+            # Write through .data, because graphs that hold the buffer saved this very value.
             buffer.data.copy_(value)
 
     return restore
@@ -52,7 +52,7 @@ def point(model: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def exact_policy(wrappers: list[QuantBackwardWrapper]) -> Iterator[None]:
-    """Within the block, wrappers keep everything."""
+    """Makes wrappers keep everything within the block."""
     with ExitStack() as stack:
         for wrapper in wrappers:
             stack.enter_context(using_policy(wrapper, keep_all))
@@ -60,9 +60,9 @@ def exact_policy(wrappers: list[QuantBackwardWrapper]) -> Iterator[None]:
 
 
 def apart(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields ``items``, which may be drawn at random: what goes on between two of them is not seen.
+    """Yields ``items``, which may be drawn at random, with a separate state of torch's generators.
 
-    Batches drawn after the generators went back to one point would all be the same.
+    Without it, batches drawn after the generators went back to one point would all be the same.
     """
     iterator, inside = iter(items), _generators()
     while True:
@@ -79,7 +79,7 @@ def apart(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _generators() -> tuple[Tensor, list[Tensor]]:
-    """States of torch's generators: that of the CPU, and those of the GPUs if any was used."""
+    """Returns the states of torch's generators: the CPU's, and the GPUs' if any GPU was used."""
     used = torch.cuda.is_initialized()
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if used else []
 

@@ -11,6 +11,10 @@ from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import NARROW, SIGN_MAGNITUDE, UNSIGNED
+
+#: Code ranges of all backends, which take their ends as numbers.
+CODE_RANGES = frozenset({UNSIGNED, NARROW, SIGN_MAGNITUDE})
 
 
 class Launcher(Protocol):

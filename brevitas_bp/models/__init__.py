@@ -1,4 +1,4 @@
-"""Networks for the examples, benchmarks and tests; nothing else in the package needs them."""
+"""Networks for the examples, benchmarks and tests. Nothing else in the package needs them."""
 
 from brevitas_bp.models.blocks import StageConfig
 from brevitas_bp.models.efficientnet_v2 import (

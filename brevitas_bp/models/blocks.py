@@ -1,4 +1,4 @@
-"""Blocks of EfficientNetV2: what a stage is made of.
+"""Building blocks of the stages of EfficientNetV2.
 
 Letters in shapes: `N` batch, `C` channels, `H` and `W` height and width in pixels.
 """
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 NormLayer = Callable[[int], nn.Module]
-"""Takes a number of channels, returns a module that keeps the shape `(N, C, H, W)`."""
+"""Takes a number of channels. Returns a module that keeps the shape `(N, C, H, W)`."""
 
 _WHERE = "brevitas_bp.models.efficientnet_v2"
 _SQUEEZE_FACTOR = 4
 
 
 def require(ok: bool, name: str, expected: str, got: object) -> None:
-    """Raises a `ValueError` that says what an argument must be, unless it is `ok`."""
+    """Raises a `ValueError` that says what an argument must be, unless `ok` is true."""
     if not ok:
         raise ValueError(f"{_WHERE}: {name} must be {expected}, got {got!r}")
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage: `layers` residual blocks, of which only the first may change the shape.
+    """One stage: `layers` residual blocks. Only the first block may change the shape.
 
     Attributes:
         kind: `"fused"` for one full convolution, then a pointwise one; `"mbconv"` for pointwise,
@@ -66,7 +66,7 @@ class StageConfig:
             require(value >= 1, f"StageConfig.{name}", "at least 1", value)
 
     def blocks(self) -> Iterator[StageConfig]:
-        """The stage as `layers` stages of one block each."""
+        """Yields the stage as `layers` stages of one block each."""
         yield replace(self, layers=1)
         for _ in range(1, self.layers):
             yield replace(self, layers=1, stride=1, in_channels=self.out_channels)
@@ -75,8 +75,9 @@ class StageConfig:
 class StochasticDepth(nn.Module):
     """Drops whole samples of a residual branch: `y[n] = x[n] * b[n] / (1 - p)`.
 
-    `b[n]` is 1 with probability `1 - p` and else 0, drawn once per sample from torch's global
-    generator, so `E[y] = x`. The identity in `eval()` and for `p = 0`. Shape `(N, C, H, W)`, kept.
+    `b[n]` is 1 with probability `1 - p` and otherwise 0. It is drawn once per sample from torch's global
+    generator, so `E[y] = x`. In `eval()` and for `p = 0` the module is the identity. It keeps the shape
+    `(N, C, H, W)`.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
 
@@ -89,24 +90,24 @@ class StochasticDepth(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, C, H, W)` to the same shape."""
+        """Maps `(N, C, H, W)` to the same shape."""
         if not self.training or self.p == 0:
             return x
         survival = 1.0 - self.p
-        # New rather than drawn from x: the mask must not carry x's graph, and its draw order is
-        # what keeps the random stream equal to torchvision's.
+        # A new tensor, not one made from x: the mask must not carry x's graph. The order of the draws
+        # keeps the random stream equal to torchvision's.
         mask = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
         return x * mask.bernoulli_(survival).div_(survival)
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Returns the text that `print(model)` shows."""
         return f"p={self.p}"
 
 
 class SqueezeExcitation(nn.Module):
     """Scales each channel by a gate computed from the channel means.
 
-    `y = x * sigmoid(fc2(silu(fc1(mean_HW(x)))))`. Shape `(N, C, H, W)`, kept.
+    `y = x * sigmoid(fc2(silu(fc1(mean_HW(x)))))`. It keeps the shape `(N, C, H, W)`.
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", 2018.
 
@@ -124,7 +125,7 @@ class SqueezeExcitation(nn.Module):
         self.scale_activation = nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, C, H, W)` to the same shape."""
+        """Maps `(N, C, H, W)` to the same shape."""
         squeezed = self.activation(self.fc1(self.avgpool(x)))
         return self.scale_activation(self.fc2(squeezed)) * x
 
@@ -139,7 +140,7 @@ def conv_norm(
     groups: int = 1,
     activation: bool = True,
 ) -> nn.Sequential:
-    """Convolution without bias, padded to keep `H / stride`; then norm and, if wanted, SiLU."""
+    """Builds a convolution without bias, padded to keep `H / stride`; then norm and optionally SiLU."""
     padding = kernel // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
     parts = [conv, norm(out_channels)]
@@ -147,7 +148,10 @@ def conv_norm(
 
 
 def _fused_branch(cfg: StageConfig, norm: NormLayer) -> nn.Sequential:
-    """Full convolution to the inner width, then pointwise; one convolution if there is no inner."""
+    """Builds a full convolution to the inner width, then a pointwise one.
+
+    If the expand ratio is 1, it builds only one convolution.
+    """
     spatial = partial(conv_norm, norm=norm, kernel=cfg.kernel, stride=cfg.stride)
     if cfg.expand_ratio == 1:
         return nn.Sequential(spatial(cfg.in_channels, cfg.out_channels))
@@ -157,13 +161,13 @@ def _fused_branch(cfg: StageConfig, norm: NormLayer) -> nn.Sequential:
 
 
 def _mbconv_branch(cfg: StageConfig, norm: NormLayer) -> nn.Sequential:
-    """Pointwise to the inner width, depthwise, squeeze-and-excitation, pointwise to the outer."""
+    """Builds pointwise to the inner width, depthwise, squeeze-and-excitation, pointwise to the outer."""
     width = cfg.in_channels * cfg.expand_ratio
     parts: list[nn.Module] = []
     if cfg.expand_ratio != 1:
         parts.append(conv_norm(cfg.in_channels, width, norm))
     parts.append(conv_norm(width, width, norm, kernel=cfg.kernel, stride=cfg.stride, groups=width))
-    # The gate is squeezed relative to the block's input, not to the inner width.
+    # The squeezed width is relative to the block's input, not to the inner width.
     parts.append(SqueezeExcitation(width, max(1, cfg.in_channels // _SQUEEZE_FACTOR)))
     parts.append(conv_norm(width, cfg.out_channels, norm, activation=False))
     return nn.Sequential(*parts)
@@ -173,7 +177,7 @@ _BRANCHES = {"fused": _fused_branch, "mbconv": _mbconv_branch}
 
 
 class ResidualBlock(nn.Module):
-    """`y = x + stochastic_depth(block(x))` where shapes allow the sum, else `y = block(x)`.
+    """`y = x + stochastic_depth(block(x))` if the shapes allow the sum, otherwise `y = block(x)`.
 
     Args:
         cfg: A stage of one layer.
@@ -188,6 +192,6 @@ class ResidualBlock(nn.Module):
         self.stochastic_depth = StochasticDepth(drop_prob)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, in_channels, H, W)` to `(N, out_channels, ceil(H / stride), ceil(W / stride))`."""
+        """Maps `(N, in_channels, H, W)` to `(N, out_channels, ceil(H / stride), ceil(W / stride))`."""
         y = self.block(x)
         return self.stochastic_depth(y) + x if self.is_residual else y

@@ -2,11 +2,12 @@
 
 Source: Tan and Le, "EfficientNetV2: Smaller Models and Faster Training", 2021.
 
-`efficientnet_v2_s`, `_m` and `_l` carry the parameter and buffer names and shapes of torchvision's
-models of the same name, so that published weights load with `strict=True`. They draw their initial
-weights and their training noise in the same order too: under one seed on the CPU, both give the
-same numbers. `_nano` and `_tiny` are narrow enough to train on a CPU, and `thesis_efficientnet_v2`
-has the stage outputs of a published memory table.
+* `efficientnet_v2_s`, `_m` and `_l` have the parameter and buffer names and shapes of torchvision's
+  models of the same name. So published weights load with `strict=True`. The models also draw initial
+  weights and training noise in torchvision's order: under one seed on the CPU, both give the same
+  numbers.
+* `_nano` and `_tiny` are narrow enough to train on a CPU.
+* `thesis_efficientnet_v2` has the stage outputs of a published memory table.
 
 Letters in shapes: `N` batch, `C` channels, `H` and `W` height and width in pixels.
 """
@@ -29,7 +30,7 @@ _BATCH_NORM: NormLayer = partial(nn.BatchNorm2d, eps=1e-3)
 
 
 class EfficientNetV2Options(TypedDict, total=False):
-    """Keywords that every constructor of this file hands on to `EfficientNetV2`."""
+    """Keywords that every constructor function of this file passes on to `EfficientNetV2`."""
 
     num_classes: int
     dropout: float
@@ -42,18 +43,18 @@ class EfficientNetV2Options(TypedDict, total=False):
 class EfficientNetV2(nn.Module):
     """Stem, stages, head, mean over pixels, linear classifier.
 
-    Any image of `H, W >= 1` is accepted; every stride 2 halves them, rounding up.
+    It accepts any image with `H, W >= 1`. Every stride 2 halves `H` and `W`, rounding up.
 
-    Weights start as torchvision's do: convolutions Kaiming-normal over the fan-out, the classifier
+    Weights start like torchvision's: convolutions Kaiming-normal over the fan-out, the classifier
     uniform in `+-1 / sqrt(num_classes)`, biases zero.
 
     Args:
-        stages: The stages in order; each takes the channels that the one before it gives.
+        stages: The stages in order. Each takes as many channels as the stage before it returns.
         head_channels: Channels of the last, pointwise convolution: the classifier's features.
         num_classes: Length of the output.
         dropout: Probability of zeroing a feature before the classifier, in `[0, 1)`.
-        stochastic_depth_prob: Drop probability that grows linearly over the blocks, from 0 at
-            the first towards this value, in `[0, 1)`.
+        stochastic_depth_prob: Drop probability, in `[0, 1)`. It grows linearly over the blocks, from
+            0 at the first block towards this value.
         in_channels: Channels of the input image.
         stem_stride: 2, or 1 (the "CIFAR stem") to keep small images at full size.
         norm_layer: Called with a channel count; `None` means batch norm with `eps = 1e-3`.
@@ -105,11 +106,11 @@ class EfficientNetV2(nn.Module):
             _init_weights(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, in_channels, H, W)` to `(N, num_classes)`."""
+        """Maps `(N, in_channels, H, W)` to `(N, num_classes)`."""
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
     def named_stages(self) -> dict[str, nn.Module]:
-        """The modules whose outputs nominal accounting counts, from `stem` to `pool`."""
+        """Returns the modules whose outputs nominal accounting counts, from `stem` to `pool`."""
         stem, *body, head = self.features
         named = {f"stage{i}": stage for i, stage in enumerate(body, start=1)}
         return {"stem": stem, **named, "head": head, "pool": self.avgpool}
@@ -188,8 +189,8 @@ _TINY = (
     StageConfig("mbconv", 4, 3, 2, 48, 80, 2),
     StageConfig("mbconv", 4, 3, 1, 80, 96, 2),
 )
-# The table gives the shape of each stage's output and nothing else: kinds, expand ratios and
-# depths are those of S.
+# The table gives only the shape of each stage's output. Kinds, expand ratios and depths are those
+# of S.
 _THESIS = (
     StageConfig("fused", 1, 3, 1, 24, 24, 2),
     StageConfig("fused", 4, 3, 2, 24, 48, 4),
@@ -255,10 +256,10 @@ def efficientnet_v2_tiny(**options: Unpack[EfficientNetV2Options]) -> EfficientN
 def thesis_efficientnet_v2(**options: Unpack[EfficientNetV2Options]) -> EfficientNetV2:
     """The network of the thesis' memory table (Table 4.1), 45.4 M parameters.
 
-    By default 10 classes and `stem_stride=1`. The table counts one output per stage: for 128
-    images of 32x32 pixels 12,976,128 elements, 49.50 MB in float32. What autograd saves is many
-    times more, as most operations inside a block save a tensor too: report the two side by side,
-    never one for the other.
+    By default 10 classes and `stem_stride=1`. The table counts one output per stage: for 128 images of
+    32x32 pixels 12,976,128 elements, 49.50 MB in float32. Autograd saves many times more, because most
+    operations inside a block save a tensor too. Report the two numbers side by side, never one for the
+    other.
 
     Example:
         >>> import torch

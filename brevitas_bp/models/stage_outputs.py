@@ -1,4 +1,4 @@
-"""What the stages of a network give: shapes, elements, and the megabytes of nominal accounting."""
+"""Outputs of a network's stages: shapes, elements, and the megabytes of nominal accounting."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _BYTES_PER_MEGABYTE = 2**20
 def stage_output_shapes(
     model: EfficientNetV2, input_shape: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """Shape of each stage's output, read by forward hooks while the model runs on `meta` tensors.
+    """Returns the shape of each stage's output, read by forward hooks in a run on `meta` tensors.
 
-    Nothing is computed and nothing of the model changes: weights, statistics, modes, hooks and
-    random state are the same afterwards.
+    It computes nothing and changes nothing of the model: weights, statistics, modes, hooks and random
+    state are the same afterwards.
 
     Args:
         model: On any device, in any mode.
@@ -32,7 +32,7 @@ def stage_output_shapes(
         `stem`, `stage1`, ..., `head`, `pool`, in the order of the forward pass.
 
     Raises:
-        ValueError: `input_shape` has not four positive entries.
+        ValueError: `input_shape` does not have four positive entries.
     """
     valid = len(input_shape) == 4 and all(size >= 1 for size in input_shape)
     require(valid, "input_shape", "(N, C, H, W), all positive", tuple(input_shape))
@@ -62,16 +62,19 @@ def stage_output_shapes(
 
 
 def stage_output_elements(model: EfficientNetV2, input_shape: Sequence[int]) -> dict[str, int]:
-    """Number of elements of each stage's output; arguments and keys of `stage_output_shapes`."""
+    """Returns the number of elements of each stage's output.
+
+    Arguments and keys are those of `stage_output_shapes`.
+    """
     return {name: prod(shape) for name, shape in stage_output_shapes(model, input_shape).items()}
 
 
 def nominal_megabytes(elements: int, bits: float) -> float:
-    """`elements * bits / 8` bytes in megabytes of 2**20 bytes; scales and padding not counted.
+    """Returns `elements * bits / 8` bytes in megabytes of 2**20 bytes, without scales and padding.
 
     Args:
         elements: Number of elements, at least 0.
-        bits: Bits per element, positive; a fraction is a mean over mixed widths.
+        bits: Bits per element, positive. A fraction is a mean over mixed widths.
 
     Raises:
         ValueError: An argument is out of range.

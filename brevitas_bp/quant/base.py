@@ -4,7 +4,7 @@
         bit_width = 2
         bucket_size = 512
 
-Brevitas merges bases from right to left, so a fragment wins over everything to its right; one
+Brevitas merges bases from right to left, so a fragment overrides everything to its right. A fragment
 placed right of the solver would be ignored. Fragments hold no logic.
 """
 
@@ -35,17 +35,17 @@ from brevitas_bp.quant.solver import (
 
 
 class StochasticRounding(SolveFloatToIntImpl):
-    """Rounds stochastically; works on Brevitas' own quantizers too.
+    """Rounds stochastically. Works on Brevitas' own quantizers too.
 
     ``class Mine(StochasticRounding, Int8ActPerTensorFloat)`` is a stock quantizer with noise that
-    ``torch.manual_seed`` governs.
+    ``torch.manual_seed`` controls.
     """
 
     float_to_int_impl_type = FloatToIntImplType.STOCHASTIC_ROUND
 
 
 class BucketQuant(SolveFloatToIntImpl, SolveBucketTensorQuant):
-    """What all bucket quantizers share: rounding to nearest, 8 bits, buckets of 256."""
+    """The settings that all bucket quantizers share: rounding to nearest, 8 bits, buckets of 256."""
 
     quant_type = QuantType.INT
     int_quant = BucketIntQuant
@@ -66,7 +66,7 @@ class BucketQuant(SolveFloatToIntImpl, SolveBucketTensorQuant):
 
 
 class PerBucketMinMax(BucketQuant):
-    """Affine: the range of each bucket, with a float zero point. Unbiased, never clips."""
+    """Affine: takes the range of each bucket, with a float zero point. Unbiased, never clips."""
 
     scaling_stats_impl = BucketMinMaxRange
     zero_point_impl = RuntimeDynamicBucketZeroPoint
@@ -77,7 +77,7 @@ class PerBucketMinMax(BucketQuant):
 
 
 class PerBucketMax(BucketQuant):
-    """Symmetric: the largest magnitude of each bucket, narrow signed codes. Never clips."""
+    """Symmetric: scales by each bucket's largest magnitude, with narrow signed codes. Never clips."""
 
     scaling_stats_impl = BucketAbsMax
     zero_point_impl = ZeroZeroPoint
@@ -86,26 +86,26 @@ class PerBucketMax(BucketQuant):
 
 
 class PerBucketL2(PerBucketMax):
-    """Symmetric: the Euclidean norm of each bucket. Much coarser than the maximum."""
+    """Symmetric: scales by the Euclidean norm of each bucket. Much coarser than the maximum."""
 
     scaling_stats_impl = BucketL2Norm
     bucket_pad_zero = True
 
 
 class PerTensorMinMax(PerBucketMinMax):
-    """Affine, the whole tensor as one bucket."""
+    """Affine, with the whole tensor as one bucket."""
 
     bucket_size = None
 
 
 class PerTensorMax(PerBucketMax):
-    """Symmetric, the whole tensor as one bucket."""
+    """Symmetric, with the whole tensor as one bucket."""
 
     bucket_size = None
 
 
 class PerTensorL2(PerBucketL2):
-    """Norm of the whole tensor as one bucket."""
+    """Symmetric with a norm scale, with the whole tensor as one bucket."""
 
     bucket_size = None
 
@@ -113,14 +113,14 @@ class PerTensorL2(PerBucketL2):
 class SignMagnitude(PerBucketMax):
     """The codes of Listing 5.1 of Li, 2025: sign times ``L = 2**(bit_width - 2)`` levels.
 
-    That listing calls ``L = 4`` "2 bits"; it has 9 values and needs ``bit_width = 4``.
+    That listing calls ``L = 4`` "2 bits". The code has 9 values and needs ``bit_width = 4``.
     """
 
     int_scaling_impl = SignMagnitudeIntScaling
 
 
 class TwoBitWidth(ExtendedInjector):
-    """Each bucket takes ``mix_bit_width`` with probability ``mix_prob``, else ``bit_width``."""
+    """Each bucket takes ``mix_bit_width`` with probability ``mix_prob``, otherwise ``bit_width``."""
 
     bit_width_impl = TwoBitWidthSelector
     mix_bit_width = 4
@@ -129,21 +129,21 @@ class TwoBitWidth(ExtendedInjector):
 
 
 class RunningRange(SolveRunningRange):
-    """Encodes in the moving average of the ranges of earlier steps. For configs per tensor.
+    """Encodes in the moving average of the ranges of earlier steps. For per-tensor configs.
 
-    Values outside are clipped: **biased**, unlike the configs it is put before, see
-    :class:`~brevitas_bp.core.running.RunningStatistic`. In a wrapper every saved tensor has an average
-    of its own, which is no part of a checkpoint; in a Brevitas layer it is a buffer of the layer.
+    Values outside are clipped. So it is **biased**, unlike the configs that it is put before, see
+    :class:`~brevitas_bp.core.running.RunningStatistic`. In a wrapper every saved tensor has its own
+    average, which is not part of a checkpoint. In a Brevitas layer the average is a buffer of the layer.
     """
 
     range_momentum = 0.1
 
 
 class GroupAverage(ExtendedInjector):
-    """Quantizes the mean of ``average_size`` neighbours along the last dimension: less than one bit.
+    """Quantizes the mean of ``average_size`` neighbours along the last dimension: under one bit each.
 
-    An element takes ``bit_width / average_size`` bits: 1, 0.5 and 0.25 for 2, 4 and 8 at 2 bits. Biased
-    for elements and for gradients of weights, see :class:`~brevitas_bp.core.average.AverageQuant`.
+    An element takes ``bit_width / average_size`` bits: 1, 0.5 and 0.25 for 2, 4 and 8 at 2 bits.
+    Elements and gradients of weights are biased, see :class:`~brevitas_bp.core.average.AverageQuant`.
     """
 
     average_size = 4

@@ -1,4 +1,4 @@
-"""Enum values -> components, where Brevitas' own solver would choose another."""
+"""Maps enum values to components, if Brevitas' own solver would choose another component."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from brevitas_bp.core.running import RunningStatistic
 from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 
-# Stock quantizers have no such setting.
+# Stand-in for ``bucket_size`` of stock quantizers, which have no such setting.
 _NO_BUCKETS = "no such setting"
 
 
 class _ConfigType(type(ExtendedInjector)):
-    """Configs that Python's own tools can look at: what is not there is an ``AttributeError``."""
+    """Lets Python's own tools inspect configs: reading a missing name is an ``AttributeError``."""
 
     def __getattr__(cls, name: str) -> Any:
         try:
@@ -32,13 +32,13 @@ class _ConfigType(type(ExtendedInjector)):
 
 
 class _MissingError(DependencyError, AttributeError):
-    """A setting that a config does not have."""
+    """A config does not have this setting."""
 
 
 class SolveFloatToIntImpl(ExtendedInjector, metaclass=_ConfigType):
-    """``STOCHASTIC_ROUND`` means :class:`~brevitas_bp.core.rounding.StochasticRound`.
+    """Maps ``STOCHASTIC_ROUND`` to :class:`~brevitas_bp.core.rounding.StochasticRound`.
 
-    Brevitas' own choice draws the same numbers in every layer, on every checkpoint recompute and in
+    Brevitas' own component draws the same numbers in every layer, on every checkpoint recompute and in
     every process.
     """
 
@@ -56,16 +56,16 @@ class SolveFloatToIntImpl(ExtendedInjector, metaclass=_ConfigType):
 
 
 class SolveBucketTensorQuant(ExtendedInjector):
-    """``INT`` means :class:`~brevitas_bp.core.int_quant.BucketRescalingIntQuant`, ``FP`` nothing.
+    """Maps ``INT`` to :class:`~brevitas_bp.core.int_quant.BucketRescalingIntQuant`, ``FP`` to None.
 
-    With an ``average_size`` above 1 it is put into an :class:`~brevitas_bp.core.average.AverageQuant`.
+    An ``average_size`` above 1 wraps it in an :class:`~brevitas_bp.core.average.AverageQuant`.
     """
 
     bucket_quant = BucketRescalingIntQuant
 
     @value
     def tensor_quant(quant_type: Any, average_size: Any = 1) -> Any:  # noqa: N805
-        # Optional, so that the fragment that sets it may stand left or right of the others.
+        # Optional, so that the fragment that sets it may be left or right of the others.
         if quant_type == QuantType.FP:
             return None
         if quant_type == QuantType.INT:
@@ -77,7 +77,7 @@ class SolveBucketTensorQuant(ExtendedInjector):
 
 
 class SolveRunningRange(ExtendedInjector):
-    """The statistics of a per-tensor config, as moving averages."""
+    """Replaces the statistics of a per-tensor config by their moving averages."""
 
     @value
     def scaling_impl(
@@ -88,7 +88,7 @@ class SolveRunningRange(ExtendedInjector):
             raise ValueError(
                 "brevitas_bp.quant.RunningRange: a running range belongs to a tensor, so it needs one "
                 f"bucket per tensor, got bucket_size={bucket_size!r}; use bucket_size=None or a "
-                "DynamicActPerTensor config (Brevitas' own quantizers keep statistics by themselves)")
+                "DynamicActPerTensor config (Brevitas' own quantizers keep their own statistics)")
         return RuntimeDynamicBucketScaling(
             RunningStatistic(scaling_stats_impl, range_momentum), input_view_impl,
             restrict_scaling_impl)

@@ -179,12 +179,13 @@ def test_gradients_of_a_wrapped_network_are_unbiased(config: Any) -> None:
     expected = plain[0].weight.grad
     assert isinstance(expected, Tensor)
     total, draws = torch.zeros_like(expected), 60
-    model = QuantBackwardWrapper(network(), config, seed=1)
+    own = network()
+    model = QuantBackwardWrapper(own, config, seed=1)
     singles = []
     for _ in range(draws):
         model.zero_grad()
         model(x).square().sum().backward()
-        grad = model[0].weight.grad
+        grad = own[0].weight.grad
         assert isinstance(grad, Tensor)
         total += grad
         singles.append(float((grad - expected).norm() / expected.norm()))
@@ -226,7 +227,8 @@ def test_a_compiled_graph_says_why_it_does_not_store_with_modules() -> None:
 
 def test_a_codec_of_the_users_own_runs_through_all_of_it() -> None:
     x, codec = torch.randn(512, 64), ByteSwap()
-    model = QuantBackwardWrapper(network(), Dithered2, policy=lambda saved: codec)
+    own = network()
+    model = QuantBackwardWrapper(own, Dithered2, policy=lambda saved: codec)
     with track_saved_memory(model) as report:
         loss = model(x).square().sum()
     # It saves nothing: what it would store is kept.
@@ -234,6 +236,6 @@ def test_a_codec_of_the_users_own_runs_through_all_of_it() -> None:
     loss.backward()
     plain = network()
     plain(x).square().sum().backward()
-    assert torch.equal(model[0].weight.grad, plain[0].weight.grad)  # pyright: ignore
+    assert torch.equal(own[0].weight.grad, plain[0].weight.grad)  # pyright: ignore
     assert codec.at_least(4) is codec and codec.variant(4) is None and codec.bit_widths == ()
     assert torch.equal(codec.encode(x, seed=0).decode(), x)

@@ -29,7 +29,8 @@ from brevitas_bp.kernels import dispatch, use
 from tests.support import stage_name
 
 TABLES: list[type[Stage]] = [Transform, ScaleRule, CodeRange, Rounding]
-ROWS = [row for table in TABLES for row in table.rows.values()]
+# Rows that ship. Tests add others with larger numbers.
+ROWS = [row for table in TABLES for row in table.rows.values() if row.number < 1000]
 CPU = torch.device("cpu")
 
 
@@ -80,7 +81,7 @@ def test_names_and_numbers_of_a_table_differ(table: type[Stage]) -> None:
 def test_a_second_row_of_a_name_or_number_is_refused(name: str, number: int) -> None:
     with pytest.raises(ValueError, match="names and numbers must differ"):
         Rounding(name, number, lambda u, noise: u)
-    assert list(Rounding.rows) == ["nearest", "stochastic"]
+    assert Rounding.rows["nearest"] is NEAREST and "another" not in Rounding.rows
 
 
 @pytest.mark.parametrize("row", ROWS, ids=stage_name)

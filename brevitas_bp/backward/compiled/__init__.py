@@ -1,1 +1,1 @@
-"""What is known of the graphs of ``torch.compile``, and the hooks that are inlined into them."""
+"""Analysis of the graphs of ``torch.compile``, and the hooks that are inlined into them."""

@@ -1,11 +1,11 @@
-"""What our own functions are to Dynamo, the part of ``torch.compile`` that runs Python.
+"""Controls how Dynamo, the part of ``torch.compile`` that runs Python, treats our own functions.
 
 NOTE [ A compiled wrapper ]
-1. Under ``torch.compile(wrapper)`` the wrapper breaks the graph once, where it sets its hooks: it
-   runs in Python, with Dynamo switched off, as do the hooks.
-2. Around the wrapped module Dynamo is on again, in a frame of its own, so that the module is compiled as
-   in ``QuantBackwardWrapper(torch.compile(module))``, with the hooks inlined.
-3. Without gradients nothing is stored: the wrapper is traced as its module, without a break.
+1. Under ``torch.compile(wrapper)`` the wrapper breaks the graph once, where it sets its hooks. The
+   wrapper and the hooks run in Python, with Dynamo switched off.
+2. Around the wrapped module Dynamo is on again, in a separate frame. So the module is compiled as in
+   ``QuantBackwardWrapper(torch.compile(module))``, with the hooks inlined.
+3. Without gradients nothing is stored. The wrapper is then traced like its module, without a break.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ from weakref import WeakKeyDictionary
 
 from brevitas_bp.private import set_callback, skip_frames, wrap_inline
 
-# Class of wrapped modules -> the frame in which Dynamo compiles them.
+# Class of wrapped modules -> code of the frame in which Dynamo compiles them.
 _frames: WeakKeyDictionary[type, CodeType] = WeakKeyDictionary()
 
 
 def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which Dynamo leaves to Python; what it calls may be compiled.
+    """Makes Dynamo leave ``function`` to Python. Functions that it calls may still be compiled.
 
-    ``torch.compiler.disable`` is that and a check of its own that fails while a graph is exported.
+    ``torch.compiler.disable`` does that too, but its own check fails while a graph is exported.
     """
     function._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
     no_graph_of_its_own(function)
@@ -30,18 +30,18 @@ def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_graph_of_its_own(*functions: Any) -> None:
-    """Tells Dynamo to make no graph that begins at one of these functions.
+    """Tells Dynamo never to start a graph at one of these functions.
 
-    Where it leaves a frame to Python it tries those that are called from there, and for what runs around
-    every operation it would do so again and again, for each function and shape. As part of another graph
-    it may still trace them.
+    When Dynamo leaves a frame to Python, it tries to compile the functions that the frame calls. The
+    hooks run around every operation, so Dynamo would try again for each function and shape. It may
+    still trace these functions as part of another graph.
     """
     for function in functions:
         skip_frames(function.__code__)
 
 
 def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for autograd to call: Dynamo is off while it runs, and what it calls too.
+    """Wraps ``function`` for autograd to call. Dynamo is off in the function and in all that it calls.
 
     After a graph break, operations of a compiled region run one by one. Dynamo would make graphs of the
     hooks that they call.
@@ -59,12 +59,12 @@ def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call_with(callback: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Calls a function while Dynamo does what ``callback``, from ``set_callback``, says."""
+    """Calls a function with Dynamo's callback set to ``callback``, a result of ``set_callback``."""
     if not callable(callback):
         return function(*args, **kwargs)
-    # In a frame that Dynamo does not skip, as it does those of torch's own modules.
+    # Dynamo skips frames of torch's own modules, but not this wrapped frame.
     compiled = wrap_inline(function)
-    # One for each class: Dynamo makes a limited number of graphs that begin at one frame.
+    # One code object for each class, because Dynamo makes a limited number of graphs per code object.
     compiled.__code__ = _frames.setdefault(type(function), compiled.__code__.replace())
     previous = set_callback(callback)
     try:
@@ -74,10 +74,10 @@ def call_with(callback: Any, function: Callable[..., Any], args: Any, kwargs: An
 
 
 def frames_of(kind: type) -> Iterator[CodeType]:
-    """The code at which graphs of a class of modules begin."""
+    """Yields the code objects at which graphs of a class of modules start."""
     if kind in _frames:
         yield _frames[kind]
-    # Dynamo skips the forward of torch's own modules, and takes a frame around it.
+    # Dynamo skips ``forward`` of torch's own modules and compiles a frame around it instead.
     own = kind.__module__.startswith("torch.nn.")
     compiled: Any = wrap_inline(kind) if own else getattr(kind, "forward", None)
     if hasattr(compiled, "__code__"):

@@ -1,15 +1,17 @@
 """Hooks that ``torch.compile`` inlines into the graphs of compiled modules.
 
 NOTE [ Hooks as graph modules ]
-1. Dynamo inlines a pair of hooks if both are graph modules: each holds a call of one Python function,
-   which runs again for every saved tensor while the graphs are made, and again, as it is, for tensors
-   that are saved outside of compiled graphs. So one pair serves both.
-2. The graphs are guarded by the identity of the pair: wrappers with equal settings have one pair, see
-   :mod:`brevitas_bp.backward.shared`, and a wrapper takes another when its settings change.
-3. Inputs of a graph come here too: what one compiled block gives to the next would be kept otherwise.
-   Parameters and buffers do not.
-4. What a graph stores is decided when it is made: which part of the network saves a tensor, and what the
-   backward graph does with it (:mod:`~brevitas_bp.backward.compiled.linearity`), the graphs show.
+1. Dynamo inlines a pair of hooks if both are graph modules. Each graph module holds a call of one
+   Python function. That function runs for every saved tensor while the graphs are made. For tensors
+   saved outside compiled graphs it runs unchanged. So one pair serves both cases.
+2. Dynamo guards the graphs by the identity of the pair. Wrappers with equal settings therefore share
+   a pair, see :mod:`brevitas_bp.backward.compiled.shared`. A wrapper takes another pair when its
+   settings change.
+3. The hooks also get the inputs of a graph. Otherwise a tensor that one compiled block passes to the
+   next would be kept exact. Parameters and buffers do not reach the hooks.
+4. How a tensor is stored is decided when the graph is made. The graphs show which part of the
+   network saves a tensor, and what the backward graph does with it
+   (:mod:`~brevitas_bp.backward.compiled.linearity`).
 """
 
 import inspect
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from brevitas_bp.backward.compiled import operators  # noqa: F401  (registers them)
+from brevitas_bp.backward.compiled import operators  # noqa: F401  (registers the operators)
 from brevitas_bp.backward.compiled.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.compiled.linearity import reach_of
 from brevitas_bp.backward.compiled.nodes import inputs_of, is_rectified, is_tangent
@@ -46,7 +48,7 @@ from brevitas_bp.private import (
 )
 
 _META = "brevitas_bp"
-# Two calls with equal arguments would be merged, so each has a number.
+# A graph merges two calls with equal arguments, so each call gets a number.
 _calls = itertools.count()
 
 
@@ -55,11 +57,11 @@ class CompiledSite:
     """A tensor that a compiled graph saves.
 
     Attributes:
-        saved: the tensor, a fake one, and where.
-        decision: how it is stored.
-        form: stores it; None where it is kept.
-        given_bytes: its bytes.
-        stored_bytes: bytes of what is kept, for the sizes that the graph was made with.
+        saved: the tensor, as a fake tensor, and its site.
+        decision: how the tensor is stored.
+        form: the graph form that stores the tensor; None: the tensor is kept.
+        given_bytes: bytes of the tensor.
+        stored_bytes: bytes that are kept, for the sizes that the graph was made with.
     """
 
     saved: SavedTensor
@@ -69,7 +71,10 @@ class CompiledSite:
     stored_bytes: int
 
     def under(self, prefix: str) -> "CompiledSite":
-        """The site of a wrapped module that has this qualified name; another may have made the graph."""
+        """Returns the site below the qualified name ``prefix`` of the wrapped module.
+
+        A wrapper with another name may have made the graph.
+        """
         module = _joined(prefix, self.saved.path)
         if module == self.saved.module:
             return self
@@ -84,19 +89,22 @@ class GraphHooks:
     """The pair of hooks of wrappers with equal settings. See NOTE [ Hooks as graph modules ].
 
     Args:
-        unpack: what undoes the hook of the running pass, for tensors saved outside of graphs.
+        unpack: the unpack hook of the running pass, for tensors saved outside graphs.
     """
 
     def __init__(self, unpack: Callable[[Any], Tensor]) -> None:
         self._unpack_eager = in_python(unpack)
         self.pack, self.unpack = _as_graph(self._pack), _as_graph(self._unpack)
-        # Number of a graph -> what it saves, in order; None for what comes to no hook.
+        # Number of a graph -> the tensors that it saves, in order; None if a tensor reached no hook.
         self.graphs: dict[int, dict[str, CompiledSite | None]] = {}
         # Number of a graph -> whether it draws noise.
         self._draws: dict[int, bool] = {}
 
     def explain(self, explanation: Explanation) -> None:
-        """Notes what was decided for the graphs that ran, when they were made; once per explanation."""
+        """Adds the decisions of the graphs that ran to an explanation, once per explanation.
+
+        The decisions were made when the graphs were made.
+        """
         if explanation.compiled:
             return
         explanation.compiled = True
@@ -110,9 +118,9 @@ class GraphHooks:
                         site.given_bytes, site.stored_bytes)
 
     def note_silent(self, output: Any, inputs: Any, ran: set[int]) -> None:
-        """Adds graphs between ``inputs`` and ``output`` to those that ``ran``, if some do not do so.
+        """Adds to ``ran`` the graphs between ``inputs`` and ``output`` that do not add themselves.
 
-        Those without a quantizer: they draw no noise, and another wrapper may have made them.
+        These graphs have no quantizer and so draw no noise. Another wrapper may have made them.
         """
         if len(self._draws) != len(self.graphs):
             self._draws = {
@@ -122,7 +130,7 @@ class GraphHooks:
             ran.update(node._forward_cls._aot_id for node in compiled_nodes(output, inputs))
 
     def live(self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
-        """What compiled graphs between ``inputs`` and ``output`` keep: site and live tensors."""
+        """Yields sites and live tensors that compiled graphs keep between ``inputs`` and ``output``."""
         for node in compiled_nodes(output, inputs):
             tensors = iter(node.saved_tensors)
             for site in self.graphs.get(node._forward_cls._aot_id, {}).values():
@@ -154,7 +162,7 @@ class GraphHooks:
 
 
 def hooks_for_inputs() -> Any:
-    """While it is active, graphs that are made call their hooks for all but parameters and buffers."""
+    """Context in which new graphs call their hooks for all tensors but parameters and buffers."""
     return functorch_config.patch(saved_tensors_hooks_filtering_mode="no_static")
 
 
@@ -198,7 +206,7 @@ def _decide(
         rectified = False
         if saved.reach == "nonlinear" and is_rectified(node):
             reach = reach_of(backward, node.name, parameters, rectified=True)
-            # Policies that do not ask for the reach treat all tensors alike.
+            # Policies that ignore the reach treat all tensors alike.
             rectified = reach != "nonlinear" and not isinstance(running.policy, PlainPolicy)
             saved.reach = reach if rectified else saved.reach
         grouping = Grouping() if isinstance(running.policy, PlainPolicy) else grouping_of(
@@ -222,9 +230,9 @@ def _decide(
 
 
 def _runs_channels_last(forward: Graph, x: Tensor) -> bool:
-    """Whether Inductor will lay images out as channels_last: on a CPU, wherever there is a convolution.
+    """Whether Inductor will use channels_last for images: on a CPU, if the graph has a convolution.
 
-    Encoded in the order in which they were traced, each would be transposed there and back.
+    If tensors were encoded in the order in which they were traced, each would be transposed twice.
     """
     return x.device.type == "cpu" and torch.backends.mkldnn.enabled and any(
         node.target is torch.ops.aten.convolution.default for node in forward.nodes)
@@ -237,10 +245,10 @@ _PARAMETER = Decision(None, "computed from parameters and buffers alone")
 
 
 def _codec_of(path: str, running: Any) -> Codec | None:
-    """The codec of a module; where compiled modules may share the graph, one that suits them all.
+    """Returns the codec of a module, or one that suits all compiled modules that may share its graph.
 
-    Dynamo has one graph for modules of one class with equal sizes, whatever their names. If one is to be
-    exact, all are.
+    Dynamo makes one graph for modules of one class with equal sizes, whatever their names. If one of
+    these modules is to be exact, all are.
     """
     parts: dict[str, type] = running.location.compiled_parts
     codec = running.codec_of(path)
@@ -253,9 +261,9 @@ def _codec_of(path: str, running: Any) -> Codec | None:
 
 
 def _module_of(node: Node, backward: Graph, running: Any) -> str:
-    """Name of the innermost module whose backward reads a node, relative to the root.
+    """Names the innermost module whose backward reads a node, relative to the root.
 
-    Of several it is one that is to be kept exact, if there is one.
+    If there are several, it takes one that is to be kept exact, if any.
     """
     readers = [n for n in backward.nodes if any(s.name == node.name for s in n.all_input_nodes)]
     found = [_innermost(reader, running.location) for reader in (*readers, node)]
@@ -265,10 +273,10 @@ def _module_of(node: Node, backward: Graph, running: Any) -> str:
 
 
 def _innermost(node: Node, location: Location) -> str | None:
-    """Name of the innermost module that a node, or the one that it is the backward of, belongs to."""
+    """Names the innermost module of a node, or of the forward node whose backward the node is."""
     for stack in ("fwd_nn_module_stack", "nn_module_stack"):
         for key in reversed(node.meta.get(stack) or {}):
-            # Dynamo's keys are identities, perhaps with the number of a call behind.
+            # Dynamo's keys are identities; the number of a call may follow.
             identity = str(key).partition("@")[0]
             if identity.isdecimal() and int(identity) in location.names:
                 return location.names[int(identity)]
@@ -276,7 +284,7 @@ def _innermost(node: Node, location: Location) -> str | None:
 
 
 def _parameters_among(inputs: list[Node], parameters: ParameterSet) -> list[int]:
-    """Positions of parameters and buffers, and of what shows them, among the inputs of a graph."""
+    """Returns the positions, among a graph's inputs, of parameters, buffers and their views."""
     key = f"{_META} parameters"
     if key not in inputs[0].meta:
         storages = _storages_of(parameters)
@@ -287,8 +295,8 @@ def _parameters_among(inputs: list[Node], parameters: ParameterSet) -> list[int]
 
 
 def _static_inputs() -> list[int]:
-    """Positions of what Dynamo knows to be parameters and buffers."""
-    # Nothing that a hook is given says so, nor does a context: it is a variable of what calls the hook.
+    """Returns the positions of the inputs that Dynamo knows to be parameters and buffers."""
+    # Neither the hook's arguments nor a context has these positions: they are a variable of its caller.
     frame, inlining = inspect.currentframe(), inlining_code()
     while frame is not None and frame.f_code is not inlining:
         frame = frame.f_back
@@ -296,7 +304,7 @@ def _static_inputs() -> list[int]:
 
 
 def _storages_of(parameters: ParameterSet) -> set[int]:
-    """Storages of fake tensors that stand for parameters, or for views and casts made outside."""
+    """Returns storages of fake tensors for parameters, or for views and casts made outside the graph."""
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
         return set()
@@ -311,25 +319,25 @@ def _storage(value: Any) -> int:
 
 
 def _graph_number() -> int:
-    """The number that AOTAutograd gave the graph being made; its node in autograd's graph has it too."""
+    """Returns AOTAutograd's number of the graph being made; the graph's autograd node has it too."""
     names, _, _ = aot_compilation_context()
     return int(names[0].partition("_")[0]) if names else -1
 
 
 def _saved_by(backward: Graph) -> dict[str, CompiledSite | None]:
-    """Names of the tensors that a backward graph takes from the forward graph, in order."""
+    """Returns the names of the tensors that a backward graph takes from the forward graph, in order."""
     return {
         node.name: None for node in backward.find_nodes(op="placeholder")
         if isinstance(node.meta.get("val"), Tensor) and not is_tangent(node)}
 
 
 def _hint(number: Any) -> int:
-    """A size; a symbolic one as it is now."""
+    """Returns a size; for a symbolic size, its current value."""
     return number if isinstance(number, int) else int(number.node.hint)
 
 
 def compiled_nodes(output: Any, inputs: Any) -> Iterator[Any]:
-    """Nodes of autograd's graph that compiled graphs put between ``inputs`` and ``output``."""
+    """Yields the autograd nodes of compiled graphs between ``inputs`` and ``output``."""
     seen: set[Any] = {None, *(t.grad_fn for t in tensors_of(inputs))}
     waiting: list[Any] = [t.grad_fn for t in tensors_of(output)]
     while waiting:
@@ -343,5 +351,5 @@ def compiled_nodes(output: Any, inputs: Any) -> Iterator[Any]:
 
 
 def tensors_of(values: Any) -> list[Tensor]:
-    """The tensors in a structure of containers."""
+    """Returns the tensors in a structure of containers."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,23 +1,24 @@
-"""What a compiled backward graph does with a saved tensor: is the gradient linear in it?
+"""How a compiled backward graph uses a saved tensor: is the gradient linear in it?
 
-A compiled graph has no operations of the user any more, and its backward runs parts of the forward
-again. But it can be read: a rounding without bias leaves a gradient without bias where all that backward
-computes of the tensor is linear in it. The rules below follow the tensor through the graph.
+A compiled graph no longer has the user's operations, and its backward recomputes parts of the forward
+pass. But the graph can be read. An unbiased rounding gives an unbiased gradient if every value that
+backward computes from the tensor is linear in it. The rules below follow the tensor through the graph.
 
 NOTE [ Reading a backward graph ]
-1. Each value has a :class:`Trace` for the saved tensor: how it depends on it. Values that do not are
-   constants, whatever they are.
-2. Linear maps (views, sums, casts, products with constants) keep the trace. Anything unknown makes it
-   nonlinear: a missing rule costs bytes, never a bias.
-3. A product of two values that both depend is nonlinear, but for norms: there one of the factors is a
-   mean over so many elements that the rounding of any one hardly shows (Chen et al., "ActNN", 2021).
-4. Once the gradient that comes in is a factor, another matrix product or convolution carries the
-   rounding into gradients further up; so does what leaves the graph as the gradient of its input.
-5. What aten calls a backward is linear in the gradients that it takes, whatever it is the backward of.
-6. Given the attention weights, which follow from query, key and log-sum-exp, backward of attention is
-   linear in the value and in the output, and in both together.
-7. The output of a ReLU is compared with 0 in its own backward, and is the input of a layer besides.
-   Where its sign is kept exactly, these comparisons are constants.
+1. Each value has a :class:`Trace` for the saved tensor, which tells how the value depends on it. Values
+   that do not depend on the tensor are constants, whatever they are.
+2. Linear maps (views, sums, casts, products with constants) keep the trace. An unknown operation makes
+   the value nonlinear: a missing rule costs bytes, never a bias.
+3. A product of two values that both depend on the tensor is nonlinear. Norms are the exception: there
+   one factor is a mean over so many elements that rounding one element hardly changes it (Chen et
+   al., "ActNN", 2021).
+4. Once the incoming gradient is a factor, another matrix product or convolution carries the rounding
+   into gradients further up. So does a value that leaves the graph as the gradient of its input.
+5. Every backward operator of aten is linear in the gradients that it takes, whatever its forward is.
+6. The attention weights follow from query, key and log-sum-exp. Given them, the backward of attention
+   is linear in the value, in the output, and in both together.
+7. The backward of a ReLU compares the ReLU's output with 0. The output is also the input of a layer.
+   If its sign is kept exactly, these comparisons are constants.
 """
 
 import operator
@@ -40,7 +41,7 @@ from brevitas_bp.backward.compiled.nodes import (
 from brevitas_bp.backward.saved import Reach
 from brevitas_bp.backward.views import CASTS, PIECES, WHOLE
 
-# Elements of a sum from which a product with one of them is taken for that of independent factors.
+# From this many elements on, a sum and one of its elements count as independent factors.
 _MANY = 32
 
 
@@ -49,11 +50,11 @@ class Trace:
     """How a value of the graph depends on one saved tensor.
 
     Attributes:
-        linear: the value is linear in it.
-        norm: or nearly so, by the backward of a norm.
-        summed: over many elements.
-        carries: the gradient that comes in is already a factor.
-        passes: the rounding goes on to gradients further up.
+        linear: the value is linear in the tensor.
+        norm: the value is nearly linear in the tensor, by the backward of a norm.
+        summed: the value is a sum over many elements.
+        carries: the incoming gradient is already a factor.
+        passes: the rounding reaches gradients further up.
     """
 
     linear: bool = True
@@ -75,7 +76,7 @@ _NONLINEAR = Trace(linear=False)
 
 
 def _join(first: Trace | None, second: Trace | None) -> Trace | None:
-    """The trace of a sum, or of a tensor that has elements of both."""
+    """Returns the trace of a sum, or of a tensor that has elements of both values."""
     if first is None or second is None:
         return first or second
     return Trace(
@@ -88,9 +89,9 @@ class _Reader:
 
     Args:
         graph: the backward graph.
-        tangential: nodes that depend on the gradients that come in.
-        last: positions among what the graph returns from which nothing goes on further up.
-        rectified: the tensor is not negative, and it is kept exactly where it is zero.
+        tangential: nodes that depend on the incoming gradients.
+        last: positions of those returned gradients that no further gradient depends on.
+        rectified: the tensor is not negative, and its zeros are kept exactly.
     """
 
     def __init__(
@@ -100,14 +101,14 @@ class _Reader:
         self.tangential = tangential
         self.last = last
         self.rectified = rectified
-        # Nodes that are the tensor itself, seen in any shape.
+        # Nodes that are the tensor itself, in any shape.
         self.same: set[Node] = set()
         self.traces: dict[Node, Trace] = {}
-        # Of operations with several outputs: output -> trace.
+        # Node with several outputs -> output -> trace.
         self.outputs: dict[Node, Mapping[int, Trace]] = {}
 
     def reach(self, saved: Node) -> Reach:
-        """The farthest reach of ``saved`` over all that the graph returns."""
+        """Returns the farthest reach of ``saved`` over all gradients that the graph returns."""
         self.traces[saved] = Trace()
         self.same = {saved}
         result: Trace | None = None
@@ -161,7 +162,7 @@ class _Reader:
         self.traces[node] = trace
 
     def trace(self, argument: Any) -> Trace | None:
-        """How an argument depends on the tensor; None: not at all."""
+        """Tells how an argument depends on the tensor; None: not at all."""
         if isinstance(argument, (list, tuple)):
             result: Trace | None = None
             for part in argument:
@@ -170,7 +171,10 @@ class _Reader:
         return self.traces.get(argument) if isinstance(argument, Node) else None
 
     def multiplied(self, node: Node, a: Any, b: Any, *, heavy: bool) -> Trace | None:
-        """The trace of a product of two arguments; ``heavy``: a matrix product or a convolution."""
+        """Returns the trace of a product of two arguments.
+
+        ``heavy`` means a matrix product or a convolution.
+        """
         first, second = self.trace(a), self.trace(b)
         if first is not None and second is not None:
             # NOTE [ Reading a backward graph ], rule 3.
@@ -188,17 +192,20 @@ class _Reader:
         return replace(trace, carries=trace.carries or other in self.tangential)
 
     def _compares_with_zero(self, node: Node, tensor: int, bound: int) -> bool:
-        """Whether a node looks only at the sign of the tensor, and that is exact."""
+        """Whether a node reads only the sign of the tensor, and that sign is exact."""
         return self.rectified and node.args[tensor] in self.same and is_zero(node.args[bound])
 
     def _trace_in_norm(self, node: Node) -> Trace | None:
-        """The trace of a norm's input, where nothing else of its backward depends on the tensor."""
+        """Returns the trace of a norm's input; None if other arguments of the norm have a trace."""
         gradient, x, *others = node.args
         others = [gradient, *others, *node.kwargs.values()]
         return self.trace(x) if self.trace(others) is None else None
 
     def _attention_backward(self, node: Node) -> dict[int, Trace]:
-        """NOTE [ Reading a backward graph ], rule 6; of the gradients of query, key, value and mask."""
+        """Returns the traces of the gradients of query, key, value and mask.
+
+        See NOTE [ Reading a backward graph ], rule 6.
+        """
         target: Any = node.target
         given = dict(zip((argument.name for argument in target._schema.arguments), node.args))
         gradient = self.trace([v for k, v in given.items() if k.startswith("grad_out")])
@@ -209,7 +216,7 @@ class _Reader:
         if others is not None or (gradient is not None and factor is not None):
             return dict.fromkeys(range(4), _NONLINEAR)
         if factor is not None:
-            # The gradient of the value knows neither. Products that follow carry the rounding on.
+            # The gradient of the value depends on neither. Products that follow carry the rounding on.
             return dict.fromkeys((0, 1, 3), replace(factor, carries=True))
         return {} if gradient is None else dict.fromkeys(range(4), gradient)
 
@@ -222,12 +229,12 @@ class _Reader:
 
 
 def _norm_backward(trace: Trace) -> dict[int, Trace]:
-    """Gradients of a norm's input and weight, of how its input depends on the tensor."""
+    """Returns the traces of the gradients of a norm's input and weight, given the trace of its input."""
     weight = replace(trace, carries=True)
     return {0: replace(weight, norm=True), 1: weight}
 
 
-#: What they return depends on the shape of their arguments alone.
+#: Operators whose result depends only on the shape of their arguments.
 _CONSTANT = frozenset({
     "sym_size", "sym_numel", "sym_stride", "zeros_like", "ones_like", "full_like", "empty_like",
     "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"})
@@ -268,7 +275,7 @@ def _linear_in_all(reader: _Reader, node: Node) -> Trace:
 @_rule(
     "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate", "scatter_add", "index_add")
 def _written(reader: _Reader, node: Node) -> Trace:
-    # The others have one argument more before what is written: a mask, or a dimension.
+    # The other operators have one more argument before the written values: a mask or a dimension.
     count = 3 if name_of(node) in ("index_put", "_unsafe_index_put") else 4
     target, *where, source = node.args[:count]
     trace = reader.trace([target, source])
@@ -276,7 +283,7 @@ def _written(reader: _Reader, node: Node) -> Trace:
 
 
 def _gradient(reader: _Reader, node: Node) -> Trace:
-    """NOTE [ Reading a backward graph ], rule 5."""
+    """Follows NOTE [ Reading a backward graph ], rule 5."""
     gradients = gradients_of(node)
     trace = reader.trace([node.args[i] for i in gradients])
     others = [value for i, value in enumerate(node.args) if i not in gradients]
@@ -324,13 +331,13 @@ def _added_product(reader: _Reader, node: Node) -> Trace:
 def reach_of(
         graph: Graph, name: str, last: Collection[int] | None = None, *,
         rectified: bool = False) -> Reach:
-    """How far a rounding of the saved tensor ``name`` goes in a backward graph of ``torch.compile``.
+    """Returns how far a rounding of the saved tensor ``name`` travels in a compiled backward graph.
 
     Args:
-        graph: the backward graph, in operators of aten.
-        name: of one of its placeholders.
-        last: positions, in what the graph returns, of gradients of parameters; None: of them all.
-        rectified: the tensor is not negative, and it is kept exactly where it is zero.
+        graph: the backward graph of ``torch.compile``, in operators of aten.
+        name: of the tensor's placeholder in the graph.
+        last: positions of the returned gradients that belong to parameters; None: all of them do.
+        rectified: the tensor is not negative, and its zeros are kept exactly.
     """
     saved = next(n for n in graph.nodes if n.op == "placeholder" and n.name == name)
     return _Reader(graph, tangential_nodes(graph), last, rectified).reach(saved)

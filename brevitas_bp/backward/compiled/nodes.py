@@ -1,4 +1,4 @@
-"""What a node of a compiled graph is: facts about operators of aten, read from the node alone."""
+"""Facts about nodes of a compiled graph: operators of aten, read from the node alone."""
 
 import operator
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from brevitas_bp.backward.views import WHOLE
 
 
 def name_of(node: Node) -> str:
-    """``aten.mul.Tensor`` -> "mul"; "" for what is no operator of aten or prims."""
+    """``aten.mul.Tensor`` -> "mul"; "" for a node that is no operator of aten or prims."""
     if node.target is operator.getitem:
         return "getitem"
     namespace = getattr(node.target, "namespace", "")
@@ -19,7 +19,7 @@ def name_of(node: Node) -> str:
 
 
 def gradients_of(node: Node) -> list[int]:
-    """Positions of the arguments of aten's backward operators that are gradients."""
+    """Returns the positions of the arguments of aten's backward operators that are gradients."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or "_backward" not in name_of(node):
         return []
@@ -29,7 +29,10 @@ def gradients_of(node: Node) -> list[int]:
 
 
 def is_real(node: Node) -> bool:
-    """Whether a node's value can be linear in anything: no integer, no bits read as another dtype."""
+    """Whether a node's value can be linear in a tensor.
+
+    Integers cannot, nor can bits viewed as another dtype.
+    """
     value = node.meta.get("val")
     if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
         return False
@@ -37,17 +40,20 @@ def is_real(node: Node) -> bool:
 
 
 def _is_reinterpreted(node: Node) -> bool:
-    """Whether a node shows the bits of its argument as those of another dtype."""
+    """Whether a node views the bits of its argument as another dtype."""
     return getattr(node.target, "_overloadname", "") == "dtype"
 
 
 def belongs_to_norm(node: Node) -> bool:
-    """Whether a node comes from a norm or its backward, which the graph has taken apart."""
+    """Whether a node comes from a norm or its backward, which the graph has decomposed."""
     return "norm" in str(node.meta.get("original_aten", ""))
 
 
 def elements_of(node: Node) -> float:
-    """Elements of a node's value; a symbolic size counts as it was when the graph was made."""
+    """Returns the number of elements of a node's value.
+
+    A symbolic size counts with its value when the graph was made.
+    """
     value = node.meta.get("val")
     numel = getattr(value, "numel", None)
     if numel is None:
@@ -57,12 +63,12 @@ def elements_of(node: Node) -> float:
 
 
 def is_tangent(placeholder: Node) -> bool:
-    """Whether an input of a backward graph is a gradient that comes in."""
+    """Whether an input of a backward graph is an incoming gradient."""
     return placeholder.name.startswith("tangents")
 
 
 def tangential_nodes(graph: Graph) -> set[Node]:
-    """Nodes that depend on the gradients that come into a backward graph."""
+    """Returns the nodes that depend on the incoming gradients of a backward graph."""
     found: set[Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -82,7 +88,7 @@ def is_rectified(node: Node) -> bool:
 
 
 def is_reshape(node: Node) -> bool:
-    """Whether a node is all of its argument, in another shape or memory."""
+    """Whether a node has all elements of its argument, in another shape or memory."""
     return name_of(node) in WHOLE and not _is_reinterpreted(node)
 
 
@@ -92,7 +98,7 @@ def is_zero(number: Any) -> bool:
 
 
 def inputs_of(node: Node) -> Iterator[Node]:
-    """The placeholders that a node is computed from."""
+    """Yields the placeholders that a node is computed from."""
     seen, waiting = {node}, [node]
     while waiting:
         current = waiting.pop()

@@ -1,4 +1,4 @@
-"""Operators by which a compiled graph encodes a tensor, with a seed of the pass that runs it."""
+"""Operators with which a compiled graph encodes a tensor, with a seed of the pass that runs it."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 _DRAWS = FLEXIBLE + tuple(
     getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
     if hasattr(torch.Tag, name))
-# See NOTE [ Graphs call the kernels ]. The number of the call, ``site``, keeps two calls with equal
+# See NOTE [ Graphs call the kernels ]. ``site`` is the number of the call. It keeps two calls with equal
 # arguments from being merged.
 _library.define(
     "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
@@ -28,7 +28,7 @@ _library.define(
 
 
 def _seed_in(graph: int) -> int:
-    """The seed of the next encode of this thread's forward pass, which notes that the graph ran."""
+    """Returns the next seed of this thread's forward pass, and notes that the graph ran."""
     location = current_location()
     assert location is not None and location.next_seed is not None, "graph outside of its wrapper"
     location.graphs.add(graph)
@@ -38,9 +38,10 @@ def _seed_in(graph: int) -> int:
 def _encode_channels(
         x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
         mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_encode`, of a tensor in units of its channels; and their means and deviations [2, K].
+    """Encodes like :func:`_encode`, in units of channels; adds means and deviations [2, K].
 
-    ``variance`` and ``mean`` are those of the norm that reads ``x``. Without them its own are computed.
+    ``variance`` and ``mean`` come from the norm that reads ``x``. Without them, this operator computes
+    them from ``x``.
     """
     seed = _seed_in(graph)
     flat = x.reshape(-1).resolve_neg().contiguous()
@@ -57,7 +58,7 @@ def _encode_channels(
 
 
 def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
-    """Payload and metadata of a tensor that a graph saves in the forward pass of this thread."""
+    """Returns payload and metadata of a tensor that a graph saves in this thread's forward pass."""
     seed = _seed_in(graph)
     plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
     return plan.encode(x.reshape(-1).resolve_neg().contiguous(), seed)

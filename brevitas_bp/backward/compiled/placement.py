@@ -1,12 +1,13 @@
-"""Where in a compiled graph a tensor is encoded and decoded.
+"""Places encoders and decoders in a compiled graph.
 
 NOTE [ Encoders rise, decoders sink ]
-1. AOTAutograd puts what the hooks do at the end of the forward graph and at the beginning of the
-   backward graph, and Inductor keeps calls in the order of the graph. So all that is saved would be
-   alive at once, uncompressed, twice in a step: nothing would be saved where it counts, at the peak.
-2. So an encoder is moved up to what made its tensor, and a decoder down to what first reads its values.
-3. The hooks see the graphs while they are changed, but not what is made of their own call. So each call
-   moves the operations of the calls before it; those of the last one stay where they are.
+1. AOTAutograd puts the hooks' operations at the end of the forward graph and at the beginning of the
+   backward graph, and Inductor keeps calls in graph order. So all saved tensors would be alive at once,
+   uncompressed, twice in a step. Nothing would be saved at the peak, where it counts.
+2. So an encoder moves up to the operation that makes its tensor. A decoder moves down to the first
+   operation that reads its values.
+3. The hooks see the graphs while they are built, but not the nodes that their own call adds. So each
+   call moves the operations of earlier calls. Operations of the last call stay where they are.
 """
 
 import torch
@@ -21,21 +22,21 @@ _DECODERS = frozenset({"decode", "decode_channels", "decode_rectified", "unpack_
 
 
 def raise_encoders(forward: Graph) -> None:
-    """Moves each encoder, and the views it reads through, up to where its tensor is made."""
+    """Moves each encoder, and the views that it reads, up to the node that makes its tensor."""
     for encoder in _new(forward, _ENCODERS):
         chain = [encoder]
-        # Two encoders of one tensor read one view of it.
+        # Two encoders of one tensor share one view of it.
         while isinstance(source := chain[0].args[0], Node) and _name(source) in VIEWS and all(
                 user is chain[0] or _is_encoder(user) for user in source.users):
             chain.insert(0, source)
         made = chain[0].args[0]
-        # Inputs of the graph are there from the beginning; an encoder may stand behind the last of them.
+        # The graph's inputs exist from the beginning; an encoder may stand behind the last of them.
         inputs = forward.find_nodes(op="placeholder")
         assert isinstance(made, Node)
         place = inputs[-1] if made in inputs else made
         if encoder.target is torch.ops.brevitas_bp.encode_channels.default and (
                 statistics := statistics_of(made)) is not None:
-            # The norm has computed them; it runs right after what made its input.
+            # The norm has computed the statistics; it runs right after the node that makes its input.
             encoder.args = (*encoder.args[:5], *statistics)
             place = max(place, *statistics, key=list(forward.nodes).index)
         while _name(place.next) == "getitem":
@@ -45,7 +46,7 @@ def raise_encoders(forward: Graph) -> None:
 
 
 def sink_decoders(backward: Graph) -> None:
-    """Moves each decoder, and the views of its values, down to where they are first read."""
+    """Moves each decoder, and the views of its values, down to the first node that reads them."""
     decoders = _new(backward, _DECODERS)
     order = {node: i for i, node in enumerate(backward.nodes)} if decoders else {}
     for decoder in decoders:
@@ -63,7 +64,7 @@ def _is_encoder(node: Node) -> bool:
 
 
 def _new(graph: Graph, names: frozenset[str]) -> list[Node]:
-    """Operations of ours that were not moved yet."""
+    """Returns our operations that have not been moved yet, and marks them as moved."""
     found = []
     for node in graph.nodes:
         if _name(node) in names and "brevitas_bp" in str(node.target) and _MOVED not in node.meta:
@@ -73,7 +74,7 @@ def _new(graph: Graph, names: frozenset[str]) -> list[Node]:
 
 
 def _name(node: Node) -> str:
-    """``aten.view.default`` -> "view"; of functions their name."""
+    """``aten.view.default`` -> "view"; for a Python function, its name."""
     if node.op != "call_function":
         return ""
     return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")

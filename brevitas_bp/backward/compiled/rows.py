@@ -1,7 +1,7 @@
 """Rows and channels of a tensor that a compiled graph saves, read from its graphs.
 
-See NOTE [ Rows ] in :mod:`brevitas_bp.codec.rows`, and :mod:`brevitas_bp.backward.rows` for what is done
-where operations are seen.
+See NOTE [ Rows ] in :mod:`brevitas_bp.codec.rows`. :mod:`brevitas_bp.backward.rows` finds rows and
+channels of operations that run outside compiled graphs.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from brevitas_bp.backward.views import CASTS
 
 @dataclass(frozen=True)
 class Grouping:
-    """How buckets follow what backward does with a tensor [N, C, ...].
+    """How buckets follow the use that backward makes of a tensor [N, C, ...].
 
     Attributes:
         row: elements of a row, consecutive in the order of dimensions; None: no rows.
-        in_memory: rows are whole samples, in whatever order their dimensions lie.
-        channels: whether what is stored is in units of its channel, dimension 1.
+        in_memory: rows are whole samples, whatever the memory order of their dimensions.
+        channels: values are stored in units of their channel, dimension 1.
     """
 
     row: int | None = None
@@ -33,12 +33,12 @@ class Grouping:
 
 
 def grouping_of(node: Node, backward: Graph, x: Tensor) -> Grouping:
-    """How the buckets of a saved tensor lie.
+    """Returns how the buckets of a saved tensor follow its rows and channels.
 
     Args:
-        node: of the forward graph, that made it.
+        node: the node of the forward graph that made the tensor.
         backward: the backward graph.
-        x: a fake tensor like it.
+        x: a fake tensor like the saved one.
     """
     if x.dim() < 2:
         return Grouping()
@@ -61,7 +61,7 @@ def grouping_of(node: Node, backward: Graph, x: Tensor) -> Grouping:
 
 
 def statistics_of(node: Node) -> tuple[Node, Node] | None:
-    """Variance and mean of a node that a norm in its graph computes, if there is one."""
+    """Returns variance and mean of a node that a norm in its graph computes, if there is such a norm."""
     for _, user in _users(node):
         if name_of(user) == "var_mean":
             parts = {n.args[1]: n for n in user.users if name_of(n) == "getitem"}
@@ -71,7 +71,7 @@ def statistics_of(node: Node) -> tuple[Node, Node] | None:
 
 
 def _of_statistic(x: Tensor, seen: Node, user: Node) -> Grouping:
-    """Of a norm, by the dimensions that its statistics are taken over."""
+    """Returns the grouping for a norm, by the dimensions over which it takes its statistics."""
     value: Any = seen.meta.get("val")
     dims: Any = user.args[1] if len(user.args) > 1 else None
     if not isinstance(value, Tensor) or not isinstance(dims, (list, tuple)):
@@ -83,7 +83,7 @@ def _of_statistic(x: Tensor, seen: Node, user: Node) -> Grouping:
 
 
 def _of_norm(x: Tensor, user: Node) -> Grouping:
-    """Of a norm that was not taken apart, by its name and arguments."""
+    """Returns the grouping for a norm that was not decomposed, by its name and arguments."""
     if "layer_norm" in name_of(user):
         shape: Any = user.args[1]
         return Grouping(_static(x.shape[-len(shape):]))
@@ -101,7 +101,7 @@ def _of_convolution(x: Tensor, groups: int) -> Grouping:
 
 
 def _users(node: Node) -> Iterator[tuple[Node, Node]]:
-    """What reads a node, directly or through views and casts: (what is read, who reads it)."""
+    """Yields (node that is read, its reader) for a node, directly or through views and casts."""
     waiting = [node]
     while waiting:
         current = waiting.pop()
@@ -116,7 +116,7 @@ def _named(graph: Graph, name: str) -> list[Node]:
 
 
 def _static(sizes: Any) -> int | None:
-    """The product of sizes that are numbers; None where one is a symbol."""
+    """Returns the product of sizes that are numbers; None if one is symbolic or zero."""
     return prod(sizes) if all(isinstance(size, int) for size in sizes) and 0 not in sizes else None
 
 

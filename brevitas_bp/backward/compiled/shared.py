@@ -2,15 +2,15 @@
 
 NOTE [ Equal settings share graphs ]
 1. Dynamo guards a graph by the identity of its hooks. It makes eight graphs of one function
-   (``torch._dynamo.config.recompile_limit``) and runs the function without compilation from then on. So
-   wrappers around blocks of one class must not have a pair each.
-2. A pair is found by all that decides what a graph stores: codecs, overrides, plan, policy, and names
-   and classes of the modules. What belongs to one wrapper is looked up when a graph or hook runs: its
-   noise, its parameters and who listens are those of the forward pass of the thread.
-3. Codecs and policies of this library are compared by value, those of the user by identity. A policy of
-   the user's may ask for qualified names: it shares only where these are equal, too.
-4. The table holds pairs weakly, and keys hold classes and what is the user's weakly: they could hold the
-   pair in turn, and nothing would be freed. Dynamo keeps a pair as long as it keeps a graph of it.
+   (``torch._dynamo.config.recompile_limit``). After that it runs the function without compilation. So
+   wrappers around blocks of one class must not each have their own pair.
+2. The key of a pair holds everything that decides what a graph stores: codecs, overrides, plan, policy,
+   and the modules' names and classes. Things that belong to one wrapper are looked up when a graph or
+   hook runs: noise, parameters and listeners come from the thread's current forward pass.
+3. The library's codecs and policies are compared by value, the user's by identity. A user's policy may
+   read qualified names, so it shares a pair only if these names are equal too.
+4. The table holds pairs weakly. Keys hold classes and the user's objects weakly: such objects could hold
+   the pair, and then nothing would be freed. Dynamo keeps a pair as long as it keeps a graph of it.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -28,12 +28,12 @@ from brevitas_bp.codec import Codec
 from brevitas_bp.private import graphs_of, recompile_limit
 
 _pairs: WeakValueDictionary[Hashable, GraphHooks] = WeakValueDictionary()
-# Classes that crowded_out has told of.
+# Classes that crowded_out has already reported.
 _crowded: WeakSet[type] = WeakSet()
 
 
 class _Same:
-    """Is equal for one and the same object, while that lives."""
+    """A key that is equal only for the same object, while that object lives."""
 
     __slots__ = ("_hash", "_ref")
 
@@ -41,7 +41,7 @@ class _Same:
         self._hash = id(thing)
         try:
             self._ref: Callable[[], Any] = ref(thing)
-        except TypeError:  # It has no weak references: it equals nothing.
+        except TypeError:  # Without weak references, the key equals nothing.
             self._ref = _nothing
 
     def __hash__(self) -> int:
@@ -59,7 +59,7 @@ def _nothing() -> None:
 def hooks_of(
         codec: Codec | None, overrides: Iterable[tuple[str, Codec | None]], policy: Any,
         location: Location, unpack: Callable[[Any], Tensor]) -> GraphHooks:
-    """The hooks of all wrappers with these settings around modules of this structure."""
+    """Returns the hooks of all wrappers with these settings around modules of this structure."""
     key = (
         _of_codec(codec), tuple((pattern, _of_codec(other)) for pattern, other in overrides),
         _of_policy(policy, location.prefix), location.root_compiled, tuple(location.compiled_parts),
@@ -86,7 +86,7 @@ def _of_policy(policy: Any, prefix: str) -> Hashable:
 
 
 def crowded_out(kinds: Iterable[type]) -> str | None:
-    """Name of a class of compiled modules of which Dynamo makes no more graphs; of each class once."""
+    """Names a class of compiled modules for which Dynamo makes no more graphs; each class only once."""
     limit = recompile_limit()
     for kind in dict.fromkeys(kinds):
         if kind not in _crowded and any(graphs_of(code) >= limit for code in frames_of(kind)):

@@ -11,42 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from brevitas_bp.format.stages import (
-    L2,
-    MAX,
-    MIN_MAX,
-    NARROW,
-    NEAREST,
-    NO_TRANSFORM,
-    SIGN_MAGNITUDE,
-    STOCHASTIC,
-    UNSIGNED,
-)
+from brevitas_bp.format.stages import NO_TRANSFORM
 from brevitas_bp.kernels.cpu.codes import (
+    ROUNDINGS,
     copy_bytes,
     dequantize,
     locate,
     pack,
-    round_nearest,
-    round_stochastic,
+    round_codes,
     unpack,
 )
 from brevitas_bp.kernels.cpu.compiling import jit, prefetch, window
 from brevitas_bp.kernels.cpu.derivatives import differentiate
 from brevitas_bp.kernels.cpu.metadata import (
-    affine_metadata,
-    finish_scales,
+    RULES,
     load,
     ranges,
     reciprocal,
+    scales_of_ranges,
+    scratch_size,
     store,
 )
 from brevitas_bp.kernels.cpu.units import denormalize, normalize, place
+from brevitas_bp.kernels.launchers import CODE_RANGES
 
 #: The stages that these kernels implement.
-COVERED = frozenset({
-    NO_TRANSFORM, MIN_MAX, MAX, L2, UNSIGNED, NARROW, SIGN_MAGNITUDE, NEAREST, STOCHASTIC})
-_MIN_MAX, _L2, _STOCHASTIC = MIN_MAX.number, L2.number, STOCHASTIC.number
+COVERED = ROUNDINGS | RULES | CODE_RANGES | {NO_TRANSFORM}
 _U = np.uint32
 # Elements of a group of buckets: half of a first cache.
 _GROUP = 1 << 12
@@ -60,7 +50,7 @@ def encode(
         multiplier: Any, shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any,
         integer: Any, rounding: Any, k0: Any, k1: Any, payload: Any, metadata: Any,
         function: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
-        inner: Any, largest: Any, divides: Any) -> None:
+        inner: Any, largest: Any, divides: Any, pads_with_zero: Any, affine: Any) -> None:
     """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
 
     Where ``function`` is not 0, its derivative at ``x`` is encoded, or with :data:`NORMALIZED` what
@@ -74,7 +64,7 @@ def encode(
     number = x.dtype.type
     group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
     buffer = np.empty(group * size, np.uint8)
-    scratch = np.empty(size if rule == _L2 else 1, np.float64)
+    scratch = np.empty(scratch_size(rule, size), np.float64)
     # Of what is computed or padded. Without rows only the last bucket of all is padded.
     apart = function != 0 or row != 0
     copy_bits = np.empty(group * size if apart else size, bits.dtype)
@@ -100,18 +90,14 @@ def encode(
                     differentiate(function, source, target)
                 else:
                     copy_bytes(source, target)
-                fill = number(0) if rule == _L2 else values[valid - 1]
+                fill = number(0) if pads_with_zero else values[valid - 1]
                 for j in range(valid, size):
                     values[j] = fill
             else:
                 values, words = window(x, start, size), window(bits, start, size)
             ranges(values, words, i, rule, low, high, norms, scratch)
         scales, offsets = high.view(x.dtype), low.view(x.dtype)
-        if rule == _MIN_MAX:
-            affine_metadata(low, high, top, bf16, integer)
-        else:
-            finish_scales(scales, top, bf16)
-            offsets[:] = number(0)
+        scales_of_ranges(rule, low, high, top, bf16, integer)
         for i in range(count):
             bucket = begin + i
             start, most = place(bucket, first, size, row, per_row)
@@ -128,19 +114,17 @@ def encode(
             inverse = reciprocal(scale, x.dtype)
             if np.isnan(scale):
                 codes[:] = 0
-            elif rounding == _STOCHASTIC:
-                round_stochastic(
-                    values, codes, lo, inverse, lowests[kind], tops[kind],
-                    _U((bucket * size) & 0xFFFFFFFF), k0, k1)
             else:
-                round_nearest(values, codes, lo, inverse, lowests[kind], tops[kind])
+                round_codes(
+                    rounding, values, codes, lo, inverse, lowests[kind], tops[kind],
+                    _U((bucket * size) & 0xFFFFFFFF), k0, k1)
         # Not right after rounding, whose last codes are on their way to the cache.
         for i in range(count):
             kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
             width = widths[kind]
             pack(window(buffer, i * size, size), width, window(payload, position, size * width // 8))
         store(metadata, begin, scales, bf16)
-        if rule == _MIN_MAX:
+        if affine:
             store(metadata, n + begin, offsets, bf16)
         begin += count
 

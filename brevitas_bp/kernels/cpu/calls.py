@@ -36,6 +36,7 @@ from brevitas_bp.kernels.cpu.numbers import (
     MULTIPLIER,
     NBYTES,
     NUMEL,
+    PADS_WITH_ZERO,
     PAYLOAD,
     PER_ROW,
     ROUNDING,
@@ -90,7 +91,8 @@ def encoder(computed: torch.dtype) -> Kernel:
                 a[MULTIPLIER], a[SHIFT], (a[WIDTH], a[MIX_WIDTH]), (a[TOP], a[MIX_TOP]),
                 (a[LOWEST], a[MIX_LOWEST]), a[RULE], a[BF16] != 0, a[INTEGER_ZERO_POINT] != 0,
                 a[ROUNDING], k0, k1, payload, metadata, a[FUNCTION], a[ROW], a[PER_ROW], a[INDEX],
-                shifts, scales, a[INNER], largest, a[DIVIDES] != 0)
+                shifts, scales, a[INNER], largest, a[DIVIDES] != 0, a[PADS_WITH_ZERO] != 0,
+                a[AFFINE] != 0)
 
     return Kernel(encode)
 

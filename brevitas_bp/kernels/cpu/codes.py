@@ -14,7 +14,12 @@ from brevitas_bp.format.random import (
     ROUNDING,
     SPLITMIX,
 )
+from brevitas_bp.format.stages import NEAREST, STOCHASTIC
 from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
+
+#: The roundings that :func:`round_codes` implements.
+ROUNDINGS = frozenset({NEAREST, STOCHASTIC})
+_STOCHASTIC = STOCHASTIC.number
 
 _U = np.uint32
 _L = np.uint64
@@ -83,6 +88,17 @@ def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: A
         q = high if q > high else q
         # Of floats: numba would subtract integers of 64 bits.
         codes[i] = np.uint8(np.int32(q - low))
+
+
+@jit
+def round_codes(
+        rounding: Any, x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any, index: Any,
+        k0: Any, k1: Any) -> None:
+    """Codes of ``x`` by the rounding of this number; arguments as of :func:`round_stochastic`."""
+    if rounding == _STOCHASTIC:
+        round_stochastic(x, codes, lo, inverse, lowest, top, index, k0, k1)
+    else:
+        round_nearest(x, codes, lo, inverse, lowest, top)
 
 
 @jit

@@ -19,15 +19,14 @@ from brevitas_bp.format.pieces import segments_of
 from brevitas_bp.format.random import noise_keys
 from brevitas_bp.format.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.format.stages import L2, STOCHASTIC
-from brevitas_bp.kernels.cpu.buckets import COVERED
+from brevitas_bp.format.stages import L2, MAX, MIN_MAX, NO_TRANSFORM
 from brevitas_bp.kernels.cpu.codes import (
+    ROUNDINGS,
     copy_bytes,
     dequantize,
     locate,
     pack,
-    round_nearest,
-    round_stochastic,
+    round_codes,
     unpack,
 )
 from brevitas_bp.kernels.cpu.compiling import jit
@@ -41,7 +40,7 @@ from brevitas_bp.kernels.cpu.metadata import (
     store,
 )
 from brevitas_bp.kernels.cpu.threads import run_in_pool
-from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
+from brevitas_bp.kernels.launchers import CODE_RANGES, Launcher, StepwiseLauncher
 
 # Columns of a piece: the codes of eight segments are 8 KiB.
 _PIECE = 1024
@@ -49,8 +48,10 @@ _PIECE = 1024
 _RANGE_PIECE = 1 << 14
 _CHUNK = 1 << 20
 
-_U, _STOCHASTIC = np.uint32, STOCHASTIC.number
+_U = np.uint32
 _NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
+#: The stages that these kernels implement.
+COVERED = ROUNDINGS | CODE_RANGES | {NO_TRANSFORM, MIN_MAX, MAX, L2}
 _INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
 
 
@@ -122,12 +123,10 @@ def _encode_pieces(
                 values = padded[:length]
             if np.isnan(scale):
                 part[:] = 0
-            elif rounding == _STOCHASTIC:
-                round_stochastic(
-                    values, part, lo, inverse, lowest, top, _U((index + element) & 0xFFFFFFFF), k0,
-                    k1)
             else:
-                round_nearest(values, part, lo, inverse, lowest, top)
+                round_codes(
+                    rounding, values, part, lo, inverse, lowest, top,
+                    _U((index + element) & 0xFFFFFFFF), k0, k1)
         nbytes = segments * length * width // 8
         pack(codes[:segments * length], width, packed[:nbytes])
         _copy_runs(packed, payload, width, period, segments, column, length, True)

@@ -72,6 +72,7 @@ class Launcher:
         common[numbers.LOWEST:numbers.MIX_LOWEST + 1] = array("q", static.lowests)
         common[numbers.RULE], common[numbers.ROUNDING] = spec.scale_rule.number, spec.rounding.number
         common[numbers.AFFINE], common[numbers.BF16] = spec.affine, static.bf16
+        common[numbers.PADS_WITH_ZERO] = spec.pads_with_zero
         common[numbers.INTEGER_ZERO_POINT] = spec.integer_zero_point
         common[numbers.NBYTES] = self._payload
         common[numbers.WORDS] = self._metadata * (static.stored.itemsize // 2)

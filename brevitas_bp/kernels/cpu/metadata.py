@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from brevitas_bp.format.arithmetic import RANGE_LIMIT
-from brevitas_bp.format.stages import L2, MIN_MAX
+from brevitas_bp.format.stages import L2, MAX, MIN_MAX
 from brevitas_bp.kernels.cpu.codes import copy_bytes
 from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
 
 _BF16_MIN = float(torch.finfo(torch.bfloat16).min)
+#: The scale rules that :func:`ranges` and :func:`scales_of_ranges` implement.
+RULES = frozenset({MIN_MAX, MAX, L2})
 _MIN_MAX, _L2 = MIN_MAX.number, L2.number
 
 
@@ -157,6 +159,23 @@ def finish_scales(ranges: Any, tops: Any, bf16: Any) -> None:
         largest = number(-_BF16_MIN)
         for i in range(ranges.size):
             ranges[i] = largest if ranges[i] > largest else ranges[i]
+
+
+@jit
+def scratch_size(rule: Any, size: Any) -> Any:
+    """Float64 numbers that :func:`ranges` needs for a bucket of ``size`` elements."""
+    return size if rule == _L2 else 1
+
+
+@jit
+def scales_of_ranges(
+        rule: Any, first: Any, second: Any, tops: Any, bf16: Any, integer: Any) -> None:
+    """Turns what :func:`ranges` found into offsets (``first``) and scales (``second``), in place."""
+    if rule == _MIN_MAX:
+        affine_metadata(first, second, tops, bf16, integer)
+    else:
+        finish_scales(second.view(tops.dtype), tops, bf16)
+        first.view(tops.dtype)[:] = tops.dtype.type(0)
 
 
 @jit

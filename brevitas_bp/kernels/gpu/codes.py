@@ -8,11 +8,20 @@ import triton
 import triton.language as tl
 
 from brevitas_bp.format.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS, NOISE_STEP
+from brevitas_bp.format.stages import NEAREST, STOCHASTIC
+from brevitas_bp.kernels.gpu.floats import bits_of
 
 _S0, _M0 = tl.constexpr(HASH_ROUNDS[0][0]), tl.constexpr(HASH_ROUNDS[0][1])
 _S1, _M1 = tl.constexpr(HASH_ROUNDS[1][0]), tl.constexpr(HASH_ROUNDS[1][1])
 _S2, _M2 = tl.constexpr(HASH_ROUNDS[2][0]), tl.constexpr(HASH_ROUNDS[2][1])
 _S3 = tl.constexpr(HASH_LAST_SHIFT)
+#: The roundings that :func:`round_codes` implements.
+ROUNDINGS = frozenset({NEAREST, STOCHASTIC})
+_STOCHASTIC = tl.constexpr(STOCHASTIC.number)
+# Added to a float of less than 2**22 it rounds to the nearest integer, ties to even, and leaves that
+# integer in the low bits. Conversion instructions run at a fraction of the rate of additions.
+_MAGIC = tl.constexpr(1.5 * 2**23)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
 _TO_NOISE = tl.constexpr(32 - NOISE_BITS)
 _STEP = tl.constexpr(NOISE_STEP)
 
@@ -27,6 +36,25 @@ def noise_of(index: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
     h = (h ^ (h >> _S2)) * _M2
     h = h ^ (h >> _S3)
     return (h >> _TO_NOISE).to(tl.int32).to(tl.float32) * _STEP
+
+
+@triton.jit
+def round_codes(
+        u: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor,
+        rounding: tl.constexpr) -> tl.tensor:
+    """Integers of ``u``, whose magnitude is below 2**22, by the rounding of this number, int32.
+
+    ``index`` holds the flat indices of the elements, uint32.
+    """
+    shifted = u + _MAGIC
+    code = bits_of(shifted) - _MAGIC_BITS
+    if rounding == _STOCHASTIC:
+        nearest = shifted - _MAGIC
+        above = nearest > u
+        floor = tl.where(above, nearest - 1.0, nearest)
+        noise = noise_of(index, k0.to(tl.uint32), k1.to(tl.uint32))
+        code = code - above.to(tl.int32) + (noise < u - floor).to(tl.int32)
+    return code
 
 
 @triton.jit

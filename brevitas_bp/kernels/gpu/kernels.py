@@ -17,10 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from brevitas_bp.format.stages import MIN_MAX, STOCHASTIC
-from brevitas_bp.kernels.gpu.codes import load_planes, locate, noise_of, pack, unpack
+from brevitas_bp.kernels.gpu.codes import load_planes, locate, pack, round_codes, unpack
 from brevitas_bp.kernels.gpu.constants import BF16, ONE, SEVERAL
-from brevitas_bp.kernels.gpu.floats import bits_of, load, store
+from brevitas_bp.kernels.gpu.floats import load, store
 from brevitas_bp.kernels.gpu.metadata import metadata_of
 from brevitas_bp.kernels.gpu.places import (
     fill_of,
@@ -32,13 +31,7 @@ from brevitas_bp.kernels.gpu.places import (
 )
 
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
-# Added to a float of less than 2**22 it rounds to the nearest integer, ties to even, and leaves that
-# integer in the low bits. Conversion instructions run at a fraction of the rate of additions.
-_MAGIC = tl.constexpr(1.5 * 2**23)
-_MAGIC_BITS = tl.constexpr(0x4B400000)
 _SLICES = tl.constexpr(8)
-_MIN_MAX = tl.constexpr(MIN_MAX.number)
-_STOCHASTIC = tl.constexpr(STOCHASTIC.number)
 _BF16 = tl.constexpr(BF16)
 _ONE = tl.constexpr(ONE)
 _SEVERAL = tl.constexpr(SEVERAL)
@@ -54,7 +47,8 @@ def encode_kernel(
         k1: tl.int32, row: tl.int64, scales: tl.tensor, shifts: tl.tensor, inner: tl.int64,
         kinds: tl.int64, size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr,
         levels: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, top: tl.constexpr,
-        mix_top: tl.constexpr, signed: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
+        mix_top: tl.constexpr, signed: tl.constexpr, affine: tl.constexpr,
+        pads_with_zero: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
         rounding: tl.constexpr, rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr,
         meta_form: tl.constexpr) -> None:
     """Encodes ``buckets`` buckets; ``mix_width`` is 0 where all have one width."""
@@ -82,7 +76,7 @@ def encode_kernel(
             slice_size, units, padded, False)
     else:
         limit = end if rows else (numel - place).to(tl.int32)
-        fill = fill_of(here, place, limit, scales, shifts, inner, kinds, rule, units, form)
+        fill = fill_of(here, place, limit, scales, shifts, inner, kinds, pads_with_zero, units, form)
         xs = load_slices(
             here, inside, lane, limit, fill, far, kind, scales, shifts, inner, kinds, form,
             slice_size, units, padded, True)
@@ -92,7 +86,7 @@ def encode_kernel(
         xs, lane, tops, buckets, slice_size, lanes, levels, rule, integer, meta_form == _BF16)
     exists = bucket < n
     store(metadata + bucket, scale, exists, meta_form)
-    if rule == _MIN_MAX:
+    if affine:
         store(metadata + n + bucket, lo, exists, meta_form)
 
     high = tops[:, None]
@@ -102,18 +96,11 @@ def encode_kernel(
     codes = ()
     for s in tl.static_range(_SLICES):
         u = xs[s]
-        if rule == _MIN_MAX:
+        if affine:
             u = u - lo[:, None]
         # The ends are integers, so that clamping first gives the same codes as clamping last.
         u = tl.minimum(tl.maximum(u * inverse[:, None], low), high)
-        shifted = u + _MAGIC
-        code = bits_of(shifted) - _MAGIC_BITS - lowest
-        if rounding == _STOCHASTIC:
-            nearest = shifted - _MAGIC
-            above = nearest > u
-            floor = tl.where(above, nearest - 1.0, nearest)
-            noise = noise_of(index + s * slice_size, k0.to(tl.uint32), k1.to(tl.uint32))
-            code = code - above.to(tl.int32) + (noise < u - floor).to(tl.int32)
+        code = round_codes(u, index + s * slice_size, k0, k1, rounding) - lowest
         codes = codes + (code,)
 
     pointer = payload + start[:, None] + lane

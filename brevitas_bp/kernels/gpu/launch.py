@@ -28,27 +28,19 @@ from brevitas_bp.format.reference import (
     payload_nbytes,
 )
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.format.stages import (
-    L2,
-    MAX,
-    MIN_MAX,
-    NARROW,
-    NEAREST,
-    NO_TRANSFORM,
-    SIGN_MAGNITUDE,
-    STOCHASTIC,
-    UNSIGNED,
-)
+from brevitas_bp.format.stages import NO_TRANSFORM
 from brevitas_bp.kernels.gpu import kernels
+from brevitas_bp.kernels.gpu.codes import ROUNDINGS
 from brevitas_bp.kernels.gpu.constants import BF16, F16, F32, ONE, SEVERAL
+from brevitas_bp.kernels.gpu.metadata import RULES
+from brevitas_bp.kernels.launchers import CODE_RANGES
 
 LARGEST_BUCKET = 1 << 16
 # Elements of each slice that a thread holds: 16 bytes of float32.
 _PER_THREAD = 4
 _FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 #: The stages that these kernels implement.
-COVERED = frozenset({
-    NO_TRANSFORM, MIN_MAX, MAX, L2, UNSIGNED, NARROW, SIGN_MAGNITUDE, NEAREST, STOCHASTIC})
+COVERED = ROUNDINGS | RULES | CODE_RANGES | {NO_TRANSFORM}
 # The hash of the noise wraps around: that is no error, also where kernels are debugged.
 _LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
 
@@ -198,7 +190,8 @@ def _encode_options(
     (width, mix_width), codes = widths, spec.code_range
     return {
         "width": width, "mix_width": mix_width, "top": codes.top(width),
-        "mix_top": codes.top(mix_width or width), "signed": codes.signed,
+        "mix_top": codes.top(mix_width or width), "signed": codes.signed, "affine": spec.affine,
+        "pads_with_zero": spec.pads_with_zero,
         "rule": spec.scale_rule.number, "integer": spec.integer_zero_point,
         "rounding": spec.rounding.number, "form": _FORMATS[dtype],
         "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}

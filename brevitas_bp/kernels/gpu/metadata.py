@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from brevitas_bp.format.arithmetic import RANGE_LIMIT
-from brevitas_bp.format.stages import L2, MIN_MAX
+from brevitas_bp.format.stages import L2, MAX, MIN_MAX
 from brevitas_bp.kernels.gpu.floats import (
     float_of,
     from_key,
@@ -25,6 +25,8 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _INF_BITS = tl.constexpr(0x7F800000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 _SLICES = tl.constexpr(8)
+#: The scale rules that :func:`metadata_of` implements.
+RULES = frozenset({MIN_MAX, MAX, L2})
 _MIN_MAX = tl.constexpr(MIN_MAX.number)
 _L2 = tl.constexpr(L2.number)
 

@@ -17,12 +17,10 @@
 import triton
 import triton.language as tl
 
-from brevitas_bp.format.stages import L2
 from brevitas_bp.kernels.gpu.constants import ONE, SEVERAL
 from brevitas_bp.kernels.gpu.floats import load
 
 _SLICES = tl.constexpr(8)
-_L2 = tl.constexpr(L2.number)
 _ONE = tl.constexpr(ONE)
 _SEVERAL = tl.constexpr(SEVERAL)
 _LONG = tl.constexpr(1 << 30)
@@ -140,14 +138,14 @@ def load_slices(
 @triton.jit
 def fill_of(
         x: tl.tensor, place: tl.tensor, limit: tl.tensor, scales: tl.tensor, shifts: tl.tensor,
-        inner: tl.tensor, kinds: tl.tensor, rule: tl.constexpr, units: tl.constexpr,
+        inner: tl.tensor, kinds: tl.tensor, pads_with_zero: tl.constexpr, units: tl.constexpr,
         form: tl.constexpr) -> tl.tensor:
     """What buckets are padded with: zero, or their last element, normalized.
 
     The tensor goes on with ``x`` at ``place``, and ends ``limit`` elements later.
     """
     value = 0.0
-    if rule != _L2:
+    if not pads_with_zero:
         last = limit - 1
         value = load(x + last, None, 0.0, form)
         if units > 0:

@@ -1,8 +1,11 @@
 """Ready-made quantizers, named in Brevitas' grammar.
 
-``[Shifted](U)int{bits}[Mix{bits}|Avg{size}]DynamicActPer{Tensor|Bucket}Float[L2][Stochastic]``:
-"Shifted" has a zero point, "Dynamic" takes its range from the tensor at hand, "Mix" chooses between two
-widths, "Avg" quantizes the mean of so many neighbours, which then take ``bits / size`` bits each.
+``[Shifted](U)int{bits}[Mix{bits}|Avg{size}]DynamicActPer{Tensor|Bucket}Float[L2][Stochastic]``
+
+* "Shifted": it has a zero point.
+* "Dynamic": it takes its range from the current tensor.
+* "Mix": it chooses between two widths.
+* "Avg": it quantizes the mean of ``size`` neighbours, which then take ``bits / size`` bits each.
 """
 
 from brevitas_bp.quant.act import affine, averaged, mixed, symmetric, thesis

@@ -1,4 +1,4 @@
-"""Ready-made affine quantizers: the range of each bucket, or of the tensor, with a float zero point."""
+"""Ready-made affine quantizers: the range of each bucket or of the tensor, with a float zero point."""
 
 from brevitas.quant.solver.act import ActQuantSolver
 

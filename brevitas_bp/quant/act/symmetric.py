@@ -1,4 +1,4 @@
-"""Ready-made symmetric quantizers: signed codes in the largest magnitude or the norm of a bucket."""
+"""Ready-made symmetric quantizers: signed codes, scaled by a bucket's largest magnitude or its norm."""
 
 from brevitas.quant.solver.act import ActQuantSolver
 

@@ -1,4 +1,4 @@
-"""The quantizers of Li, 2025, as they are computed there, to compare with."""
+"""The quantizers of Li, 2025, as computed there, for comparison."""
 
 # pyright: reportAssignmentType=false
 
@@ -42,9 +42,9 @@ class ThesisLevels4DynamicActPerTensorFloatStochastic(
 class ThesisInt2DynamicActPerTensorFloat(IntQuant, ActQuantSolver):
     """The deterministic baseline of chapter 4 of Li, 2025, made of stock Brevitas parts.
 
-    What a freshly built ``QuantIdentity(bit_width=2)`` computes: scale ``percentile(|x|) / 2**(b-1)``,
-    signed codes that are not narrow, to nearest. At 2 bits everything above a quarter of the maximum
-    collapses onto half of it.
+    It is the quantizer of a freshly built ``QuantIdentity(bit_width=2)``: scale
+    ``percentile(|x|) / 2**(b-1)``, signed codes that are not narrow, rounding to nearest. At 2 bits all
+    values above a quarter of the maximum collapse onto half of the maximum.
     """
 
     scaling_impl = RuntimeDynamicGroupStatsScaling
