@@ -349,9 +349,7 @@ def _rounds(saved: SavedTensor, decision: Decision) -> bool:
 
 def _bits_of(codec: Codec | None) -> int | None:
     """Returns the smallest width of a bucket quantizer; None for other codecs."""
-    quantizer = getattr(codec, "quantizer", None)
-    widths = getattr(quantizer, "bit_widths", None)
-    return None if not widths else min(widths)
+    return None if codec is None else min(codec.bit_widths, default=None)
 
 
 def _split(names: list[str]) -> Iterable[list[str]]:

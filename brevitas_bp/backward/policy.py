@@ -4,7 +4,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from brevitas_bp.activations.few_bit import few_bit_table
 from brevitas_bp.backward import torch_rules  # noqa: F401  (fills the registry)
+from brevitas_bp.backward.attention import ReplayAttention
 from brevitas_bp.backward.fixed_policies import keep_all, quantize_all, quantize_all_but_relu
 from brevitas_bp.backward.operations import (
     FEW_IN_STATISTIC,
@@ -19,7 +20,7 @@ from brevitas_bp.backward.operations import (
     norm_bits,
     rule_of,
 )
-from brevitas_bp.backward.rewrites import ReplayAttention, Rewrite, RunningPass, SaveDerivative
+from brevitas_bp.backward.rewrites import Rewrite, RunningPass, SaveDerivative, SaveInput
 from brevitas_bp.backward.rows import RowsOf, last_dimension, of_elements
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
@@ -337,7 +338,7 @@ def _with_table(rule: OpRule, bits: int, running: RunningPass, call: Call) -> An
     rewrite = rule.rewrite
     assert isinstance(rewrite, SaveDerivative)
     if _few_bit_codec(rule, call, bits) is not None:
-        rewrite = replace(rewrite, from_input=True)
+        rewrite = SaveInput(**vars(rewrite))
     return rewrite(running, call)
 
 

@@ -11,33 +11,29 @@ NOTE [ Rewritten operations ]
 5. Nothing that outlives the call holds a tensor, but through ``save_for_backward``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from brevitas_bp.activations import derivatives
 from brevitas_bp.backward.location import Location, seen_through
 from brevitas_bp.backward.rows import RowsOf, of_elements
 from brevitas_bp.backward.saved import (
-    ATTENTION_INPUT,
-    ATTENTION_VALUE,
     DERIVATIVE,
     FEW_BIT_INPUT,
-    REPLAYED,
     Call,
     storage_id,
     tensors_in,
     without_class,
 )
-from brevitas_bp.codec.base import Packed, is_plain
+from brevitas_bp.codec.base import Packed
 from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
@@ -46,7 +42,6 @@ from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, is_legacy_b
 
 # Elements below which a derivative is not worth its overhead.
 SMALLEST = 256
-_ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
 
 class RunningPass(Protocol):
@@ -127,7 +122,6 @@ class SaveDerivative:
             function.
         of_output: ``formula`` reads only ``y``.
         halves: ``call -> dim`` where the function halves a dimension and ``dy/dx`` holds both halves.
-        from_input: the input is handed to the codec, which decodes it to a derivative.
         named: call -> the derivative's name in :mod:`~brevitas_bp.activations.derivatives`, which serves
             the tensors that it supports, in place of ``formula``.
         rows: rows of the derivative with which buckets end; None: it is of order 1 at most, whatever the
@@ -138,10 +132,12 @@ class SaveDerivative:
     formula: Callable[[Tensor, Tensor, Call], Tensor] | None = None
     of_output: bool = False
     halves: Callable[[Call], int] | None = None
-    from_input: bool = False
     named: Callable[[Call], str] | None = None
     rows: RowsOf | None = of_elements
     inplace_at: int | None = None
+
+    #: Of what is saved.
+    role: ClassVar[str] = DERIVATIVE
 
     def __call__(self, running: RunningPass, call: Call) -> Any:
         x = call.argument(0, "input")
@@ -160,8 +156,7 @@ class SaveDerivative:
         if any(t.requires_grad for t in tensors_in(others)) or (
                 inplace and (x.is_leaf or x._is_view())):
             return NotImplemented
-        role = FEW_BIT_INPUT if self.from_input else DERIVATIVE
-        with running.saving(role) as substitution:
+        with running.saving(self.role) as substitution:
             return _SaveDerivative.apply(x, call, self, inplace, substitution)
 
     def differentiate(
@@ -171,15 +166,32 @@ class SaveDerivative:
 
         Autograd runs where it must, or where a report asks.
         """
-        if (self.formula is not None or self.from_input) and not substitution.recorded:
-            before = x.clone() if inplace and (self.from_input or not self.of_output) else x
-            y = call.function(*call.args, **call.kwargs)
-            source = y if self.of_output else before
-            if self.named is not None and type(source) is Tensor and derivatives.supports(source) and (
-                    not self.from_input):
-                substitution.derivative = self.named(call)
-                return y, source.detach()
-            return y, self._derivative(before, y, call)
+        if substitution.recorded or self._needs_autograd:
+            return self._by_autograd(x, call, inplace, substitution)
+        before = x.clone() if inplace and self._reads_input else x
+        y = call.function(*call.args, **call.kwargs)
+        return y, self._saved_for(before, y, call, substitution)
+
+    @property
+    def _needs_autograd(self) -> bool:
+        return self.formula is None
+
+    @property
+    def _reads_input(self) -> bool:
+        return not self.of_output
+
+    def _saved_for(self, x: Tensor, y: Tensor, call: Call, substitution: Substitution) -> Tensor:
+        """The derivative; or its input, where a codec computes it while it encodes."""
+        source = y if self.of_output else x
+        if self.named is not None and type(source) is Tensor and derivatives.supports(source):
+            substitution.derivative = self.named(call)
+            return source.detach()
+        return self._derivative(x, y, call)
+
+    def _by_autograd(
+            self, x: Tensor, call: Call, inplace: bool,
+            substitution: Substitution) -> tuple[Tensor, Tensor]:
+        """The same, where autograd differentiates, or says what it would have saved."""
         with torch.enable_grad(), saved_tensors_hooks(substitution.note, lambda saved: saved):
             leaf = (x.clone() if inplace else x.detach()).requires_grad_()
             # An in-place function may not write to a leaf.
@@ -191,15 +203,13 @@ class SaveDerivative:
             y = result.detach()
             if inplace:
                 substitution.replace(result, x)
-            if self.formula is None and not self.from_input:
+            if self._needs_autograd:
                 (derivative,) = torch.autograd.grad(result, leaf, torch.ones_like(result))
             else:
                 derivative = self._derivative(leaf.detach(), y, call)
         return x.copy_(y) if inplace else y, derivative
 
     def _derivative(self, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        if self.from_input:
-            return x.detach()
         # In float32 where they are shorter: the derivative is rounded once, by the codec.
         dtype = torch.promote_types(y.dtype, torch.float32)
         return on_shards(lambda x, y: self._at(x.to(dtype), y.to(dtype), call), x, y)
@@ -210,6 +220,26 @@ class SaveDerivative:
         if self.named is not None and derivatives.supports(source):
             return derivative_at(source, self.named(call))
         return self.formula(x, y, call)
+
+
+class SaveInput(SaveDerivative):
+    """Saves the input, and leaves the derivative to a codec that decodes the input to one."""
+
+    role = FEW_BIT_INPUT
+
+    @property
+    def _needs_autograd(self) -> bool:
+        return False
+
+    @property
+    def _reads_input(self) -> bool:
+        return True
+
+    def _saved_for(self, x: Tensor, y: Tensor, call: Call, substitution: Substitution) -> Tensor:
+        return x.detach()
+
+    def _derivative(self, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        return x.detach()
 
 
 class _SaveDerivative(torch.autograd.Function):
@@ -228,7 +258,7 @@ class _SaveDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        _refuse_second_derivative(ctx.function)
+        refuse_second_derivative(ctx.function)
         (derivative,), grad = ctx.saved_tensors, grads[0]
         if ctx.dim is not None:
             grad = torch.cat((grad, grad), ctx.dim)
@@ -258,130 +288,14 @@ def is_inplace(call: Call, position: int | None) -> bool:
     return bool(call.argument(position, "inplace"))
 
 
-@dataclass(frozen=True)
-class ReplayAttention:
-    """Rewrites scaled dot-product attention: backward runs it again, from query, key and value.
+def refuse_second_derivative(name: str) -> None:
+    """To be called in backward of a rewritten operation.
 
-    Given the attention weights the gradient is linear in the value, and the weights follow from query
-    and key. So these two are kept as they are and the value is quantized, and neither the output nor its
-    log-sum-exp nor the weights are kept. Random numbers, autocast and the choice of kernels are those
-    of the forward pass.
+    Raises:
+        SecondDerivativeError: a graph of backward is being made.
     """
-
-    def __call__(self, running: RunningPass, call: Call) -> Any:
-        given = [call.argument(i, name) for i, name in enumerate(_ATTENTION_TENSORS)]
-        tensors = [t for t in given if t is not None]
-        if not torch.is_grad_enabled() or in_forward_ad() or not (
-                all(is_plain(without_class(t)) for t in tensors)
-                and any(t.requires_grad for t in tensors)):
-            return NotImplemented
-        given = [None if t is None else _autocast(t) for t in given]
-        roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, REPLAYED][:len(tensors)]
-        with running.saving(*roles, REPLAYED) as substitution:
-            return _ReplayAttention.apply(_Replay(call), substitution, *given)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """What autocast will make of it anyway, so that this is kept and not the longer original."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
-class _Replay:
-    """Runs attention, and again later under the same circumstances."""
-
-    def __init__(self, call: Call) -> None:
-        self.function = call.function
-        self.rest = call.args[len(_ATTENTION_TENSORS):]
-        self.options = {k: v for k, v in call.kwargs.items() if k not in _ATTENTION_TENSORS}
-        self.device: str = call.argument(0, "query").device.type
-        self.autocast = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
-        self.backends = _attention_backends()
-
-    def run(self, given: Sequence[Tensor | None]) -> Tensor:
-        return self.function(*given, *self.rest, **self.options)
-
-    def generator_state(self) -> Tensor | None:
-        """State of the generator that dropout draws from, if there is dropout."""
-        dropout = self.rest[0] if self.rest else self.options.get("dropout_p", 0.0)
-        return _generator(self.device).get_rng_state() if dropout > 0 else None
-
-    def again(self, given: Sequence[Tensor | None], generator_state: Tensor | None) -> Tensor:
-        dtype, enabled = self.autocast
-        with torch.autocast(self.device, dtype=dtype, enabled=enabled), _only(
-                self.backends), _drawing_from(_generator(self.device), generator_state):
-            return self.run(given)
-
-
-class _ReplayAttention(torch.autograd.Function):
-
-    @staticmethod
-    def forward(
-            ctx: Any, replay: _Replay, substitution: Substitution,
-            *given: Tensor | None) -> Tensor:
-        ctx.replay = replay
-        ctx.save_for_backward(*given, replay.generator_state())
-        if not substitution.recorded:
-            return replay.run(given)
-        with torch.enable_grad(), saved_tensors_hooks(substitution.note, lambda saved: saved):
-            return replay.run(_leaves(given, ctx.needs_input_grad[2:])).detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        _refuse_second_derivative("scaled_dot_product_attention")
-        *saved, generator_state = ctx.saved_tensors
-        given = _leaves(saved, ctx.needs_input_grad[2:])
-        with torch.enable_grad():
-            output = ctx.replay.again(given, generator_state)
-        wanted = [t for t in given if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(output, wanted, grads[0]))
-        return None, None, *(
-            next(found) if t is not None and t.requires_grad else None for t in given)
-
-
-def _leaves(given: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        None if t is None else t.detach().requires_grad_(need) for t, need in zip(given, needed)]
-
-
-def _refuse_second_derivative(name: str) -> None:
     if torch.is_grad_enabled():
         raise SecondDerivativeError(
             f"brevitas_bp: backward of {name} was asked for with create_graph=True, but what was saved "
             "for it gives first derivatives only; wrap with policy='exact', or give the modules that "
             "are differentiated twice an override of None")
-
-
-def _attention_backends() -> list[SDPBackend]:
-    """The kernels that attention may choose from now."""
-    cuda = torch.backends.cuda
-    enabled = {
-        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.MATH: cuda.math_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled()}
-    return [backend for backend, on in enabled.items() if on]
-
-
-def _only(backends: list[SDPBackend]) -> AbstractContextManager[Any]:
-    return nullcontext() if backends == _attention_backends() else sdpa_kernel(backends)
-
-
-def _generator(device: str) -> Any:
-    return torch if device == "cpu" else torch.get_device_module(device)
-
-
-@contextmanager
-def _drawing_from(generator: Any, state: Tensor | None) -> Iterator[None]:
-    """Draws from ``state`` within the block; afterwards the generator is where it was."""
-    if state is None:
-        yield
-        return
-    before = generator.get_rng_state()
-    try:
-        generator.set_rng_state(state)
-        yield
-    finally:
-        generator.set_rng_state(before)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.activations.functions import ACTIVATIONS, Activation
+from brevitas_bp.backward.attention import ReplayAttention
 from brevitas_bp.backward.operations import (
     OpRule,
     composite,
@@ -19,7 +20,7 @@ from brevitas_bp.backward.operations import (
     stands_alone,
     weighted,
 )
-from brevitas_bp.backward.rewrites import ReplayAttention, RunningPass, SaveDerivative
+from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative
 from brevitas_bp.backward.rows import convolved, of_elements, of_halves, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec

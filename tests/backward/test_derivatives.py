@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.backward import OpAware, register_op
 from brevitas_bp.backward.operations import elementwise
-from brevitas_bp.backward.rewrites import derivative_at
 from brevitas_bp.backward.saved import DERIVATIVE, Decision, SavedTensor
+from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.kernels import use
 from brevitas_bp.quant import ShiftedUint8DynamicActPerBucketFloatStochastic as Stochastic8
 from tests.backward.support import Apply

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from brevitas_bp import Codec, Packed, SavedTensor
-from brevitas_bp.backward import hooks, rewrites
+from brevitas_bp.backward import rewrites
+from brevitas_bp.backward.encoding import Encodings
 from brevitas_bp.backward.policy import ExplainedPolicy
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision
@@ -27,13 +28,15 @@ from brevitas_bp.codec.signed import SignExact
 def encoding_forced() -> Iterator[None]:
     """Within the block, size is no reason to keep a tensor or not to rewrite an operation."""
     def encode(
-            self: hooks.ForwardPass, saved: SavedTensor, codec: Codec,
-            in_units: Callable[[Codec], Codec] | None = None) -> Packed:
+            self: Encodings, saved: SavedTensor, codec: Codec,
+            in_units: Callable[[Codec], Codec] | None) -> Packed:
         codec = codec if in_units is None else in_units(codec)
-        seed = self.next_seed() if codec.compresses else 0
-        return codec.encode(saved.tensor, seed=seed, where=saved.op or "")
+        seed, where = self._next_seed() if codec.compresses else 0, saved.op or ""
+        if saved.derivative is not None:
+            return codec.encode_derivative(saved.tensor, saved.derivative, seed=seed, where=where)
+        return codec.encode(saved.tensor, seed=seed, where=where)
 
-    with patch.object(hooks.ForwardPass, "_encode", encode), patch.object(
+    with patch.object(Encodings, "_encode", encode), patch.object(
             rewrites, "SMALLEST", 0):
         yield
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from brevitas_bp import Codec, CorruptPayloadError, Packed, QuantBackwardWrapper, codec_from
-from brevitas_bp.backward import hooks
+from brevitas_bp.backward.kept import unpack
 from brevitas_bp.codec.checksum import checksum
 from brevitas_bp.codec.regions import hardtanh_region
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat as Nearest2
@@ -248,7 +248,7 @@ def test_unpack_itself_refuses() -> None:
     # What autograd calls is what was tested above.
     packed = payload("relu")
     with pytest.raises(CorruptPayloadError):
-        hooks.unpack(with_tensor(packed, 0, packed.tensors[0][1:]))
-    with saved_tensors_hooks(lambda x: packed, hooks.unpack):
+        unpack(with_tensor(packed, 0, packed.tensors[0][1:]))
+    with saved_tensors_hooks(lambda x: packed, unpack):
         y = torch.randn(packed.layout.shape, requires_grad=True).relu()
     y.sum().backward()

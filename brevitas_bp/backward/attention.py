@@ -1,0 +1,148 @@
+"""Scaled dot-product attention, run again in backward from query, key and value.
+
+See NOTE [ Rewritten operations ] in :mod:`brevitas_bp.backward.rewrites`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from brevitas_bp.backward.rewrites import RunningPass, Substitution, refuse_second_derivative
+from brevitas_bp.backward.saved import (
+    ATTENTION_INPUT,
+    ATTENTION_VALUE,
+    REPLAYED,
+    Call,
+    without_class,
+)
+from brevitas_bp.codec.base import is_plain
+from brevitas_bp.private import in_forward_ad
+
+_ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
+
+
+@dataclass(frozen=True)
+class ReplayAttention:
+    """Rewrites scaled dot-product attention: backward runs it again, from query, key and value.
+
+    Given the attention weights the gradient is linear in the value, and the weights follow from query
+    and key. So these two are kept as they are and the value is quantized, and neither the output nor its
+    log-sum-exp nor the weights are kept. Random numbers, autocast and the choice of kernels are those
+    of the forward pass.
+    """
+
+    def __call__(self, running: RunningPass, call: Call) -> Any:
+        given = [call.argument(i, name) for i, name in enumerate(_ATTENTION_TENSORS)]
+        tensors = [t for t in given if t is not None]
+        if not torch.is_grad_enabled() or in_forward_ad() or not (
+                all(is_plain(without_class(t)) for t in tensors)
+                and any(t.requires_grad for t in tensors)):
+            return NotImplemented
+        given = [None if t is None else _autocast(t) for t in given]
+        roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, REPLAYED][:len(tensors)]
+        with running.saving(*roles, REPLAYED) as substitution:
+            return _ReplayAttention.apply(_Replay(call), substitution, *given)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast will make of it anyway, so that this is kept and not the longer original."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+class _Replay:
+    """Runs attention, and again later under the same circumstances."""
+
+    def __init__(self, call: Call) -> None:
+        self.function = call.function
+        self.rest = call.args[len(_ATTENTION_TENSORS):]
+        self.options = {k: v for k, v in call.kwargs.items() if k not in _ATTENTION_TENSORS}
+        self.device: str = call.argument(0, "query").device.type
+        self.autocast = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
+        self.backends = _attention_backends()
+
+    def run(self, given: Sequence[Tensor | None]) -> Tensor:
+        return self.function(*given, *self.rest, **self.options)
+
+    def generator_state(self) -> Tensor | None:
+        """State of the generator that dropout draws from, if there is dropout."""
+        dropout = self.rest[0] if self.rest else self.options.get("dropout_p", 0.0)
+        return _generator(self.device).get_rng_state() if dropout > 0 else None
+
+    def again(self, given: Sequence[Tensor | None], generator_state: Tensor | None) -> Tensor:
+        dtype, enabled = self.autocast
+        with torch.autocast(self.device, dtype=dtype, enabled=enabled), _only(
+                self.backends), _drawing_from(_generator(self.device), generator_state):
+            return self.run(given)
+
+
+class _ReplayAttention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(
+            ctx: Any, replay: _Replay, substitution: Substitution,
+            *given: Tensor | None) -> Tensor:
+        ctx.replay = replay
+        ctx.save_for_backward(*given, replay.generator_state())
+        if not substitution.recorded:
+            return replay.run(given)
+        with torch.enable_grad(), saved_tensors_hooks(substitution.note, lambda saved: saved):
+            return replay.run(_leaves(given, ctx.needs_input_grad[2:])).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        refuse_second_derivative("scaled_dot_product_attention")
+        *saved, generator_state = ctx.saved_tensors
+        given = _leaves(saved, ctx.needs_input_grad[2:])
+        with torch.enable_grad():
+            output = ctx.replay.again(given, generator_state)
+        wanted = [t for t in given if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(output, wanted, grads[0]))
+        return None, None, *(
+            next(found) if t is not None and t.requires_grad else None for t in given)
+
+
+def _leaves(given: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        None if t is None else t.detach().requires_grad_(need) for t, need in zip(given, needed)]
+
+
+def _attention_backends() -> list[SDPBackend]:
+    """The kernels that attention may choose from now."""
+    cuda = torch.backends.cuda
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled()}
+    return [backend for backend, on in enabled.items() if on]
+
+
+def _only(backends: list[SDPBackend]) -> AbstractContextManager[Any]:
+    return nullcontext() if backends == _attention_backends() else sdpa_kernel(backends)
+
+
+def _generator(device: str) -> Any:
+    return torch if device == "cpu" else torch.get_device_module(device)
+
+
+@contextmanager
+def _drawing_from(generator: Any, state: Tensor | None) -> Iterator[None]:
+    """Draws from ``state`` within the block; afterwards the generator is where it was."""
+    if state is None:
+        yield
+        return
+    before = generator.get_rng_state()
+    try:
+        generator.set_rng_state(state)
+        yield
+    finally:
+        generator.set_rng_state(before)
