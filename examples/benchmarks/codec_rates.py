@@ -1,4 +1,4 @@
-"""Rates of codecs as the hooks use them: other dtypes, averages, few bits. Every output is new memory."""
+"""Rates of codecs as the hooks use them: more dtypes, averages, few bits. Every output is new memory."""
 
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,8 @@
     python examples/benchmarks/few_bit_errors.py [--seeds 64]
 
 Prints the two tables of docs/few_bit.md. The second table is about GELU's derivative at standard normal
-inputs. It gives root mean square errors, relative to the derivative's own root mean square, for one draw and
-for the mean over seeds.
+inputs. It gives root mean square errors, relative to the derivative's own root mean square, for one draw
+and for the mean over seeds.
 """
 
 import argparse

@@ -4,7 +4,8 @@
     python examples/benchmarks/kernels.py --threads 1 --only libraries --out runs/bench/one_thread.json
     python examples/benchmarks/kernels.py --device cuda [--mib 1024] [--dtype bfloat16]
 
-Compare ratios of one run, not times. "x memcpy" divides by copying the same tensor into an existing buffer.
+Compare ratios of one run, not times. "x memcpy" divides by copying the same tensor into an existing
+buffer.
 
 Tables:
 
@@ -13,8 +14,8 @@ Tables:
 - "libraries": bitsandbytes and torchao, if they are installed.
 - "small": tensors of 4 KiB.
 
-On a CUDA device, events measure the times. The rate of a kernel is the bytes that it reads and writes per
-second. The table divides it by the rate of a device copy that moves as many bytes.
+On a CUDA device, events measure the times. The rate of a kernel is the bytes that it reads and writes
+per second. The table divides it by the rate of a device copy that moves as many bytes.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Times encode and decode of other libraries beside this library, at equal bits, on one tensor.
 
-Libraries that are not installed are skipped. Each library allocates its result, as its API does. The other
-libraries round to nearest; this library is measured with both roundings. All use torch's number of threads:
-bitsandbytes uses the same OpenMP runtime, and torchao is made of torch operations.
+Libraries that are not installed are skipped. Each library allocates its result, as its API does. The
+other libraries round to nearest; this library is measured with both roundings. All use torch's number of
+threads: bitsandbytes uses the same OpenMP runtime, and torchao is made of torch operations.
 """
 
 import sys
@@ -128,8 +128,8 @@ def rivals() -> list[Rival]:
 def compare(x: Tensor, others: list[Rival], rounds: int) -> list[dict[str, Any]]:
     """Returns one row per rival, and rows of this library at the same bits.
 
-    "x faster" compares with this library at stochastic rounding. "to nearest" compares with this library's
-    encoding when it rounds to nearest, as the rivals do.
+    "x faster" compares with this library at stochastic rounding. "to nearest" compares with this
+    library's encoding when it rounds to nearest, as the rivals do.
     """
     rows = []
     for bits in BITS:

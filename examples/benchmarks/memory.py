@@ -2,8 +2,8 @@
 
     python examples/benchmarks/memory.py [--model efficientnet_v2_s] [--batch 64] [--limit 256]
 
-Each measurement runs in its own process, once under ``python -m brevitas_bp.run`` and once with the system
-allocator ("default: ...").
+Each measurement runs in its own process, once under ``python -m brevitas_bp.run`` and once with the
+system allocator ("default: ...").
 
 - "saved": bytes saved for backward.
 - "forward": growth of the resident set from before a forward pass to its end, with the output alive; the

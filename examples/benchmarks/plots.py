@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 
 
 def bars(axes: Axes, names: Sequence[str], series: dict[str, tuple[str, Sequence[Any]]]) -> None:
-    """Draws horizontal bars, one group per name, the first on top; a cell without number shows its text."""
+    """Draws horizontal bars, one group per name, the first on top; other cells show their text."""
     height = 0.8 / len(series)
     for i, (label, (color, values)) in enumerate(series.items()):
         places = [row - 0.4 + (i + 0.5) * height for row in range(len(names))]

@@ -3,8 +3,8 @@
     python examples/benchmarks/step_parts.py [--model efficientnet_v2_s] [--bits 2] [--rounds 10]
 
 The time of a call excludes the measured calls inside it. A clock costs about half a microsecond itself.
-The figure of a part is the median over the rounds. A rewritten call includes the operation itself, which a
-plain step runs as well.
+The figure of a part is the median over the rounds. A rewritten call includes the operation itself, which
+a plain step runs as well.
 """
 
 import argparse

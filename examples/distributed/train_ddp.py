@@ -4,12 +4,12 @@
     torchrun --nproc-per-node 2 examples/distributed/train_ddp.py --strategy fsdp
     torchrun --nproc-per-node 1 examples/distributed/train_ddp.py --resume --epochs 8
 
-The last line resumes from the checkpoint of either run above. The number of processes and the strategy may
-differ. With the same number of processes, the run continues bit for bit. The data are scikit-learn's digits.
-Processes communicate by gloo on the CPU and share each batch.
+The last line resumes from the checkpoint of either run above. The number of processes and the strategy
+may differ. With the same number of processes, the run continues bit for bit. The data are scikit-learn's
+digits. Processes communicate by gloo on the CPU and share each batch.
 
-Expect with the defaults on two CPU cores: 93 to 95 % after six epochs (`--bits 0`: as much), in 20 seconds,
-and on each of the two processes 1.11 MiB stored in 0.10 MiB (10.8x less).
+Expect with the defaults on two CPU cores: 93 to 95 % after six epochs (`--bits 0`: as much), in 20
+seconds, and on each of the two processes 1.11 MiB stored in 0.10 MiB (10.8x less).
 """
 
 from __future__ import annotations
