@@ -1,4 +1,4 @@
-"""Averages in a backward pass: which tensors they store, which they skip, and their effect on a weight."""
+"""Averages in a backward pass: the tensors they store or skip, and their effect on a weight."""
 
 from collections.abc import Callable
 from typing import Any

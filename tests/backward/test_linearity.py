@@ -45,7 +45,7 @@ def masked_put(target: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 
 
 def attention_backward(gradient: Tensor, **given: Tensor) -> Any:
-    """Returns gradients of query, key and value [1, 1, 64, 64] from the given tensors, else from ones."""
+    """Returns gradients of query, key and value [1, 1, 64, 64] from given tensors, else from ones."""
     ones = torch.ones(1, 1, 64, 64)
     q, k, v, out = (
         given[name].view(1, 1, 64, 64) if name in given else ones

@@ -235,7 +235,7 @@ def test_products_and_layers_are_unbiased(name: str) -> None:
     a, b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     module = Apply(function)
     exact = run(module, a, b).grads
-    # The gradient of one tensor is linear in the other. Squared factors in the formula give its variance.
+    # One tensor's gradient is linear in the other. Squared factors in the formula give its variance.
     layer = name == "linear" or name.startswith("conv")
     squared = [bilinear_variance(x, name.startswith("conv")).requires_grad_() for x in (a, b)]
     output = function(squared[0], squared[1])

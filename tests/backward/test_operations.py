@@ -1,4 +1,4 @@
-"""The registry, rewriting among other hooks, ``explain``, and operations that stay exact. H3, H16 to H18."""
+"""The registry, rewriting among other hooks, ``explain``, and exact operations. H3, H16 to H18."""
 
 import gc
 import warnings

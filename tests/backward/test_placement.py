@@ -57,7 +57,7 @@ def test_both_encoders_of_a_relus_output_stand_behind_it() -> None:
     torch._dynamo.reset()
     kinds = ("encode", "pack_positive")
     assert len(places(found[0], "pack_positive")) == DEPTH
-    # One tensor takes two operations, and the input two more. The last tensors to be decided stay in place.
+    # Two operations for one tensor, two for the input. The last tensors to be decided stay in place.
     assert alive_at_once(found[0], kinds, "convolution") <= 4
 
 

@@ -169,7 +169,7 @@ M, CHANNELS, COPIES = 4, 32, 4000
 
 
 def batch_norm_gradients() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns exact input gradient, mean over draws, predicted bias, and a bound on the mean's deviation.
+    """Returns exact input gradient, mean over draws, predicted bias, and a bound on that mean.
 
     Copies of the channels lie side by side, and each copy is a bucket in every row. So one backward
     draws all copies.

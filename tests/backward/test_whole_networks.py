@@ -16,8 +16,8 @@ from brevitas_bp import QuantBackwardWrapper
 from tests.backward.support import Apply, cotangent
 
 SEEDS = 500
-# |mean - exact|^2, in units of its expectation, most probably exceeds a bound if all variance lies in one
-# direction: P(chi^2_1 > 40) = 3e-10, for each of some twenty parameters.
+# |mean - exact|^2, in units of its expectation, most probably exceeds a bound if all variance lies in
+# one direction: P(chi^2_1 > 40) = 3e-10, for each of some twenty parameters.
 LIMIT = 40
 
 
