@@ -386,8 +386,8 @@ def test_efficientnet_v2_s_at_two_bits(policy: str, least: float) -> None:
     assert_same(dict(model.module.named_buffers()), dict(module.named_buffers()))
     # 1024 / (64 + 4) = 15.06 for whole buckets. Small tensors take a padded bucket or stay exact. The
     # default policy takes 4 bits for factors of the gradient: derivatives of SiLU, and gated tensors. It
-    # takes more than 2 bits for inputs of norms with fewer than 256 elements to a channel. Small rows take
-    # a bucket each. The gates are broadcast, and kept.
+    # takes more than 2 bits for inputs of norms with fewer than 256 elements to a channel. Small rows
+    # take a bucket each. The gates are broadcast, and kept.
     assert least <= report.ratio <= 1024 / 68
     output.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,6 +1,6 @@
 """Shuffled, augmented batches whose state can be saved in the middle of an epoch.
 
-A generator of their own decides order and augmentation, so every quantizer sees the same batches at one
+A separate generator decides order and augmentation, so every quantizer sees the same batches at one
 seed.
 """
 

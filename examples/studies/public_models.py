@@ -170,11 +170,11 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--only", default="", help="regular expression, searched for in source/name")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model after this")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model later")
     parser.add_argument("--seconds", type=float, default=Knobs.seconds, help="time limit of a model")
     parser.add_argument("--seed", type=int, default=Knobs.seed)
     parser.add_argument("--out", type=Path, default=Path("runs/public_models.jsonl"))
-    parser.add_argument("--compare", type=Path, metavar="OTHER.jsonl", help="only compare two files")
+    parser.add_argument("--compare", type=Path, metavar="OTHER.jsonl", help="only compare with it")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args(words)
     if options.compare is not None:

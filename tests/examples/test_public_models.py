@@ -151,7 +151,7 @@ def test_failure_of_the_wrapper_is_not_that_of_the_model(
     assert (row.status, row.detail) == ("FAILS WRAPPED", "RuntimeError: no wrapper")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # about forks beside threads
 def test_child_that_dies_or_hangs_has_a_row(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "measure_model", lambda model, knobs: os._exit(3))
     row = study.measure_apart("own/x", study.Knobs())
@@ -161,7 +161,7 @@ def test_child_that_dies_or_hangs_has_a_row(study: ModuleType, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.filterwarnings("ignore")  # of the models' own libraries
+@pytest.mark.filterwarnings("ignore")  # from the models' own libraries
 def test_public_models(study: ModuleType, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "models.jsonl"
@@ -188,7 +188,7 @@ def test_smallest_of_a_family(study: ModuleType) -> None:
 
 
 @pytest.mark.usefixtures("study")
-@pytest.mark.filterwarnings("ignore")  # of the models' own libraries
+@pytest.mark.filterwarnings("ignore")  # from the models' own libraries
 def test_configurations_shrink() -> None:
     pytest.importorskip("transformers")
     tiny = importlib.import_module("public_models_transformers")

@@ -88,7 +88,7 @@ def test_per_tensor_all_buckets_share_one_draw() -> None:
 
 def test_mixed_buckets_are_spread_over_the_tensor() -> None:
     # The multiplier is near n times the golden section. So gaps have three lengths: two neighbouring
-    # Fibonacci numbers and their sum. The longest is at most 2.62 times (the squared ratio) the shortest.
+    # Fibonacci numbers and their sum. The longest is at most 2.62 (the ratio squared) shortest gaps.
     for n in (100, 1000, 4097):
         layout = WidthLayout.draw(n, 0.25, "bucket", seed=n)
         gaps = torch.diff(layout.is_mixed().nonzero().flatten())

@@ -44,7 +44,7 @@ def test_positive_elements_are_those_of_the_listing() -> None:
 
 
 def test_negative_elements_have_the_distribution_of_the_listing() -> None:
-    # The listing rounds -t to -floor(t) or -ceil(t), this library to floor(-t) or ceil(-t): a mirror law.
+    # The listing rounds -t to -floor(t) or -ceil(t), this library to floor(-t) or ceil(-t): mirrored.
     x = torch.full((1 << 16,), -0.3)
     x[::512] = 1.0
     decoded = codec_from(LEVELS).encode(x, seed=0).decode()
