@@ -2,10 +2,10 @@
 
     python examples/trainers/lora.py [--batch 8] [--tokens 128] [--markdown]
 
-Trains a Llama of 4 layers of width 256 with random weights, with PEFT's LoRA of rank 8. Needs `pip
-install brevitas-bp[trainers]` and no download. Expect 86.1 MiB of saved tensors stored in 19.2 MiB for
-full fine-tuning, 75.9 MiB in 17.4 MiB for adapters of all linear layers, and 123.7 MiB in 19.2 MiB for
-these adapters with dropout.
+Measures a Llama of 4 layers of width 256 with random weights, with PEFT's LoRA of rank 8. Needs
+`pip install brevitas-bp[trainers]` and no download. Expect 86.1 MiB of saved tensors stored in 19.2 MiB
+for full fine-tuning, 75.9 MiB in 17.4 MiB for adapters of all linear layers, and 123.7 MiB in 19.2 MiB
+for these adapters with dropout.
 
 A frozen layer saves no input: its weight needs no gradient. With adapters, autograd still saves factors
 of the gradient that passes through (derivatives, factors, attention) and the inputs of the adapters.

@@ -3,9 +3,9 @@
     python examples/trainers/transformers_memory.py [--only bert] [--batch 8] [--tokens 128] [--markdown]
 
 Models have random weights; nothing is downloaded. The body is wrapped at the default policy (2 bits,
-bucket 256, bfloat16 metadata). Bytes are those of the whole model with its loss. The last column lists
-the operations that keep most. Needs `pip install brevitas-bp[trainers]`, and enough memory for a GPT-2.
-Expect the table of docs/trainers.md.
+bucket 256, bfloat16 metadata). Bytes are those of the whole model with its loss. The column "most of
+what is stored" names the operations that keep most. Needs `pip install brevitas-bp[trainers]`, and
+enough memory for a GPT-2. Expect the table of docs/trainers.md.
 """
 
 import argparse
