@@ -1,9 +1,9 @@
-"""Train a small EfficientNetV2 on digits while autograd's saved tensors are stored in 2 bits.
+"""Trains a small EfficientNetV2 on digits while autograd's saved tensors are stored in 2 bits.
 
     python examples/minimal.py
 
-Expect 24.6 MiB of saved tensors in 2.4 MiB, a gradient with an error of 0.6 to 0.7, and 93 to 95 % after
-five epochs, in 20 seconds.
+Expect 24.6 MiB of saved tensors stored in 2.4 MiB, a gradient with an error of 0.6 to 0.7, and 93 to 95
+% after five epochs, in 20 seconds.
 """
 
 import torch

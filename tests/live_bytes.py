@@ -1,4 +1,4 @@
-"""How much memory a call takes besides what was there before."""
+"""Measures how much memory a call takes, besides the memory in use before."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts storages that operations made, while they live. Not what a kernel makes within."""
+    """Counts storages made by operations, while they live; not the memory inside a kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes that tensors made by ``function`` take at a time, its result among them."""
+    """Returns the largest bytes of tensors that ``function`` holds at a time, its result included."""
     with _LiveBytes() as mode:
         function()
     return mode.peak

@@ -1,7 +1,7 @@
 """Tolerances of statistical tests, each from a bound that holds for every n.
 
-All are for a false-alarm probability ``ALPHA`` of the whole test: with fixed seeds a failure is a bug,
-and a limit can be compared with the size of the defect that the test must see.
+Each has the false-alarm probability ``ALPHA`` for the whole test. With fixed seeds a failure is a bug. A
+limit can be compared with the size of the defect that the test must see.
 """
 
 import math
@@ -13,7 +13,7 @@ ALPHA = 1e-9
 
 
 def hoeffding(n: int, tests: int = 1) -> float:
-    """Deviation of the mean of ``n`` independent draws from an interval of length 1.
+    """Returns a bound on the deviation of the mean of ``n`` independent draws from a unit interval.
 
     Hoeffding, 1963: ``P(|mean - mu| >= t) <= 2 exp(-2 n t**2)``, for each of ``tests`` means.
     """
@@ -21,10 +21,10 @@ def hoeffding(n: int, tests: int = 1) -> float:
 
 
 def bernstein(variance: Tensor | float, n: int, tests: int = 1) -> Tensor:
-    """Deviation of the mean of ``n`` independent draws that lie within 1 of their mean.
+    """Returns a bound on the mean's deviation for ``n`` independent draws within 1 of their mean.
 
     Bernstein, 1924: ``P(|mean - mu| >= t) <= 2 exp(-n t**2 / 2 / (variance + t / 3))``. Unlike
-    Hoeffding's it shrinks with the (theoretical) variance, and unlike the normal limit it holds for
+    Hoeffding's bound, it shrinks with the (theoretical) variance. Unlike the normal limit, it holds for
     draws that are almost constant.
     """
     log = math.log(2 * tests / ALPHA)
@@ -33,12 +33,12 @@ def bernstein(variance: Tensor | float, n: int, tests: int = 1) -> Tensor:
 
 
 def normal(tests: int = 1) -> float:
-    """Limit of |z| for ``tests`` standard normal variables: ``P(|z| >= t) <= 2 exp(-t**2 / 2)``."""
+    """Returns the limit of |z| for ``tests`` standard normals: ``P(|z| >= t) <= 2 exp(-t**2 / 2)``."""
     return math.sqrt(2 * math.log(2 * tests / ALPHA))
 
 
 def chi_square(degrees: int) -> float:
-    """Limit of a chi-square variable.
+    """Returns the limit of a chi-square variable.
 
     Laurent and Massart, 2000: ``P(X - k >= 2 sqrt(k t) + 2 t) <= exp(-t)``.
     """
@@ -47,6 +47,6 @@ def chi_square(degrees: int) -> float:
 
 
 def rounding_variance(position: Tensor) -> Tensor:
-    """Variance of stochastic rounding, ``a (1 - a)`` for the fraction ``a`` of ``position``."""
+    """Returns the variance of stochastic rounding: ``a (1 - a)``, ``a`` the fraction of ``position``."""
     fraction = position - position.floor()
     return fraction * (1 - fraction)

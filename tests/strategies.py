@@ -41,7 +41,7 @@ def _with(bad: float) -> Callable[[Tensor, torch.dtype], Tensor]:
     return values
 
 
-# float64 normals -> values of a kind, for a dtype.
+# name -> function of float64 normals and a dtype that returns values of that kind.
 FINITE: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
     "normal": lambda x, dtype: x,
     "shifted": lambda x, dtype: x + 100,
@@ -53,7 +53,7 @@ FINITE: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
     "tiny": lambda x, dtype: x * torch.finfo(dtype).tiny * 1000,
     "huge": lambda x, dtype: _limited(x * torch.finfo(dtype).max, dtype),
     "outlier": lambda x, dtype: x.where(x < 2, x * 1000)}
-# Without the values near the largest float, whose range is limited so that nothing overflows.
+# All kinds but "huge": values near the largest float have a limited range, so that nothing overflows.
 MODERATE = tuple(name for name in FINITE if name != "huge")
 NON_FINITE: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
     "nan": _with(float("nan")),
@@ -87,7 +87,7 @@ def _odd_unit_stride(x: Tensor) -> Tensor:
     return x.as_strided((1, *x.shape), (12345, *x.stride()))
 
 
-# Same shape (but for the last) and, but for "expanded", the same values, elsewhere in memory.
+# The same shape (except for the last) and values (except for "expanded"), in other memory layouts.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "transposed": _transposed,
@@ -99,14 +99,14 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def normals(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Standard normal float64 tensor from a generator of its own."""
+    """Returns a standard normal float64 tensor from its own generator."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 @cache
 def awkward_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
-    """One tensor per layout and per kind of values, with sizes that no bucket divides; shared."""
+    """Returns one tensor per layout and kind of values, with sizes that no bucket divides; shared."""
     normal = normals((2, 5, 9, 11)).to(dtype)
     tensors = {name: layout(normal) for name, layout in LAYOUTS.items()}
     for name, values in VALUES.items():
@@ -123,7 +123,7 @@ def float_tensors(
         draw: st.DrawFn,
         dtypes: tuple[torch.dtype, ...] = DTYPES,
         values: tuple[str, ...] = tuple(FINITE)) -> Tensor:
-    """Tensors of any rank up to 4, layout, dtype and kind of values."""
+    """Draws tensors of any rank up to 4, layout, dtype and kind of values."""
     shape = tuple(draw(st.lists(st.integers(1, 13), max_size=4)))
     dtype = draw(st.sampled_from(dtypes))
     kind = draw(st.sampled_from(values))
@@ -140,7 +140,7 @@ ROUNDINGS = (NEAREST, STOCHASTIC)
 
 @st.composite
 def specs(draw: st.DrawFn) -> BucketQuantSpec:
-    """Any bucket quantizer, two widths and whole tensors included."""
+    """Draws any bucket quantizer, including two widths and whole tensors."""
     scale_rule, code_range = draw(st.sampled_from(RULES))
     widths = st.integers(code_range.least_width, 8)
     integer = scale_rule is MIN_MAX and draw(st.booleans())

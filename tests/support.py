@@ -1,4 +1,4 @@
-"""Help that several test files share."""
+"""Helpers shared by several test files."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ __all__ = ["import_torchvision", "same_bits"]
 
 
 def stage_name(stage: object) -> str:
-    """Name of a row of ``format.stages``, for test ids."""
+    """Returns the name of a row of ``format.stages``, for test ids."""
     return getattr(stage, "name", str(stage))
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have one shape, dtype and bit pattern; NaNs are all the same."""
+    """Whether two tensors have one shape, dtype and bit pattern; all NaNs count as equal."""
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     plain = [torch.where(x.isnan(), 0, x).reshape(-1).view(torch.uint8) for x in (first, second)]

@@ -1,4 +1,4 @@
-"""Imports run downhill, importing is cheap, and the public face stays small: read from the source."""
+"""Imports run downhill, importing is cheap, and the public API stays small: checked on the source."""
 
 import ast
 import re
@@ -15,21 +15,21 @@ import brevitas_bp
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "brevitas_bp"
 
-#: Each room may import from its own level and from those before it.
+#: Each room may import from its own level and from earlier levels.
 LEVELS: list[set[str]] = [
     {"errors", "probes", "allocators", "private", "text"},
     {"activations"}, {"format"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"},
     {"quant"}, {"backward"}, {"allocate", "memory"}, {"plots", "models", "run"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
-#: Heavy or optional: loaded when first used, by those who use it.
+#: Heavy or optional modules: loaded at first use, by the rooms that use them.
 LAZY = {
     "torchvision", "matplotlib", "sklearn", "numba", "triton", "rich", "pytest", "hypothesis",
     "lightning", "accelerate", "transformers", "peft", "timm"}
 
 
 def imports(source: str) -> Iterator[tuple[int, str]]:
-    """(relative level, module) of every import, those inside functions included."""
+    """Yields (relative level, module) of every import, including imports inside functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
@@ -38,7 +38,7 @@ def imports(source: str) -> Iterator[tuple[int, str]]:
 
 
 def complaints(room: str, source: str) -> list[str]:
-    """What is wrong with the imports of a file in ``room``; an empty room is the package itself."""
+    """Returns what is wrong with a file's imports in ``room``; an empty room is the package itself."""
     found = []
     for relative, module in imports(source):
         top, _, rest = module.partition(".")
@@ -85,7 +85,7 @@ def test_imports_run_downhill(path: Path) -> None:
     assert complaints(room_of(path), path.read_text()) == []
 
 
-#: What may know the wrapper, and not the other way round.
+#: Modules of backward/ that may import the wrapper. The wrapper may not import them.
 AROUND_THE_WRAPPER = {"__init__", "seam"}
 
 
@@ -97,13 +97,13 @@ def test_within_backward_the_wrapper_is_on_top(path: Path) -> None:
 
 
 def private_of_the_wrapper() -> set[str]:
-    """Attributes of a wrapper that begin with an underscore and that no other module has."""
+    """Returns private attributes of a wrapper that no other module has."""
     wrapper = brevitas_bp.QuantBackwardWrapper(nn.Identity())
     return {name for name in dir(wrapper) if name.startswith("_")} - set(dir(nn.Identity()))
 
 
 def borrowed(source: str, names: set[str]) -> list[str]:
-    """Attributes of these names that a file reads or writes of another object than ``self``."""
+    """Returns attributes with these names that a file reads or writes on objects other than ``self``."""
     return [
         f"line {node.lineno}: {node.attr}" for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and node.attr in names
@@ -135,7 +135,7 @@ def test_public_names_are_few_and_exist() -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules in a fresh interpreter after ``statement``."""
+    """Returns the top-level modules in a fresh interpreter after ``statement``."""
     code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -143,7 +143,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    # What torch and Brevitas load by themselves is not ours to change.
+    # The project cannot change what torch and Brevitas load themselves.
     theirs = loaded_by("import torch, brevitas.nn, brevitas.quant, brevitas.quant.solver.act")
     ours = loaded_by("import brevitas_bp, brevitas_bp.quant, brevitas_bp.models")
     assert "brevitas_bp" in ours
@@ -151,14 +151,14 @@ def test_importing_loads_nothing_heavy() -> None:
     assert not ours & {"torchvision", "matplotlib", "sklearn", "numba", "lightning", "transformers"}
 
 
-#: Where a file of one machine would be named; split, so that this file passes its own test.
+#: Beginnings of one machine's paths; split, so that this file passes its own test.
 MACHINE_PATHS = ["/" + name for name in ("work/", "home/", "Users/", "root/", "mnt/")]
 TEXT = {".py", ".md", ".toml", ".txt", ".cfg", ".yml", ".yaml", ".json", ".csv", ".svg", ""}
 SKIPPED = {"runs", "build", "dist", "data"}
 
 
 def shipped_files() -> Iterator[Path]:
-    """Text files of the project; hidden folders are tools' own, but CI belongs to it."""
+    """Yields text files of the project; hidden folders belong to tools, except CI's."""
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
         hidden = any(part.startswith(".") for part in parts) and parts[0] not in (".ci", ".gitignore")

@@ -31,7 +31,7 @@ def images(**options: Any) -> Tensor:
 
 
 def track(model: nn.Module, *inputs: Tensor) -> SavedMemoryReport:
-    """The report of one forward, whose graph is gone afterwards."""
+    """Returns the report of one forward pass, whose graph is freed afterwards."""
     with track_saved_memory(model) as report:
         output = model(*inputs)
     del output
@@ -39,7 +39,7 @@ def track(model: nn.Module, *inputs: Tensor) -> SavedMemoryReport:
 
 
 def uint2_bytes(elements: int, bucket: int = 256, metadata: int = 4) -> int:
-    """Bytes of 2-bit codes and of a scale and an offset for each bucket."""
+    """Returns the bytes of 2-bit codes, plus a scale and an offset per bucket."""
     return -(-elements // bucket) * (bucket // 4 + 2 * metadata)
 
 
@@ -57,9 +57,9 @@ def test_bytes_of_a_small_net_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("policy", "statistics", "relu"), [
-    # 64 bytes of statistics would take 72 in a bucket of 256: kept.
+    # 64 bytes of statistics would take 72 bytes in a bucket of 256, so they are kept.
     ("all", 2, uint2_bytes(CHANNELS * PIXELS)),
-    # The input is stored as its deviation from the mean, which is not kept.
+    # The input is stored as its deviation from the mean, and the mean is not kept.
     ("op_aware", 1, CHANNELS * PIXELS // 8)])
 def test_stored_bytes_of_a_small_net_counted_by_hand(
         policy: str, statistics: int, relu: int) -> None:
@@ -72,7 +72,7 @@ def test_stored_bytes_of_a_small_net_counted_by_hand(
 
 
 def live_storages() -> dict[int, int]:
-    """Storage -> bytes, of all tensors that Python knows."""
+    """Returns storage -> bytes, for all tensors that Python knows."""
     return {
         x.untyped_storage()._cdata: x.untyped_storage().nbytes()
         for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)}
@@ -88,7 +88,7 @@ def test_statistics_of_a_norm_are_in_memory_once(norm: nn.Module, dtype: torch.d
     before = live_storages()
     output = model(x)
     after = live_storages()
-    # The inverse deviation is what autograd keeps, and the mean is not kept.
+    # Autograd keeps the inverse deviation; the mean is not kept.
     assert sum(after[key] for key in after.keys() - before.keys()) == stored + output.nbytes
     assert stored < x.nbytes
 
@@ -98,7 +98,7 @@ def test_statistics_of_a_norm_are_in_memory_once(norm: nn.Module, dtype: torch.d
 @pytest.mark.parametrize("name", NETS)
 def test_exact_bytes_are_those_of_the_unwrapped_model(name: str, options: dict[str, Any]) -> None:
     module, inputs = net(name)
-    # Each model gets its own copy: batch-norm counters move, dropout masks do not matter here.
+    # Each model gets its own copy, since batch-norm counters change. Dropout masks do not matter here.
     plain = track(copy.deepcopy(module), *inputs)
     wrapped = track(QuantBackwardWrapper(copy.deepcopy(module), **options), *inputs)
     assert wrapped.exact_bytes == plain.exact_bytes == plain.stored_bytes > 0
@@ -164,7 +164,7 @@ def test_bfloat16_metadata_is_counted_as_it_is(policy: str) -> None:
     assert report.ratio == 1024 / 68
 
 
-# What is alive.
+# Live bytes.
 
 
 @pytest.mark.parametrize("policy", QUANTIZING)
@@ -178,7 +178,7 @@ def test_live_bytes_fall_to_zero_with_backward(policy: str) -> None:
     assert report.live_bytes == before == report.stored_bytes
     loss.backward()
     assert report.live_bytes == 0
-    assert report.stored_bytes == before  # what was measured stays
+    assert report.stored_bytes == before  # measured bytes stay in the report
 
 
 def test_report_keeps_nothing_alive() -> None:
@@ -216,7 +216,7 @@ def test_nothing_is_counted_without_grad() -> None:
 
 
 class Twice(torch.autograd.Function):
-    """A user's own operation."""
+    """A custom operation of a user."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -246,8 +246,9 @@ def test_names_are_qualified_and_skip_the_wrapper(
     assert places == [
         ("0", "tanh"), ("1.0", "tanh"), ("1.1", "sigmoid"), ("2", "custom function"), ("", "square")]
     bits = {row.module: row.stored_bytes * 8 / (32 * 64) for row in report.rows}
-    # The nested wrapper has 4 bits, its surroundings 2 or none, or 4 of a derivative and all of what
-    # an unknown operation saves; 64 bytes of metadata make 0.25 bits.
+    # The nested wrapper has 4 bits. Without a policy, tensors around it are exact; "all" takes 2 bits.
+    # The op-aware policy takes 4 bits for a derivative, and keeps tensors of an unknown operation. 64
+    # bytes of metadata make 0.25 bits.
     assert bits == {"0": tanh, "1.0": 4.25, "1.1": 4.25, "2": custom, "": 32}
     assert loss.requires_grad
 
@@ -269,7 +270,7 @@ def test_calls_of_a_shared_module_add_up() -> None:
     assert (row.module, row.tensors, row.exact_bytes) == ("0", 2, 2 * 4 * 32 * 64)
 
 
-# The report as such.
+# The report's own methods.
 
 
 def test_totals_are_sums_of_rows() -> None:
@@ -371,7 +372,7 @@ def test_something_else_than_a_module_is_refused(model: Any) -> None:
 def test_efficientnet_v2_s_at_two_bits(policy: str, least: float) -> None:
     torch.manual_seed(0)
     module = efficientnet_v2_s(num_classes=10, stem_stride=1)
-    # Large enough that the exact statistics of the batch norms weigh little.
+    # Large enough that the exact statistics of the batch norms take few of the bytes.
     x = torch.randn(24, 3, 32, 32)
     model = QuantBackwardWrapper(
         copy.deepcopy(module), Uint2, policy=policy, bucket_size=256,
@@ -383,10 +384,10 @@ def test_efficientnet_v2_s_at_two_bits(policy: str, least: float) -> None:
         output = model(x)
     assert torch.equal(output, expected)
     assert_same(dict(model.module.named_buffers()), dict(module.named_buffers()))
-    # 1024 / (64 + 4) = 15.06 for whole buckets; small tensors take a padded bucket or stay exact. The
-    # default policy takes 4 bits for what multiplies the gradient: derivatives of SiLU, and what is
-    # gated, and more than 2 for inputs of norms with fewer than 256 elements to a channel; small rows
-    # take a bucket each; the gates are broadcast, and kept.
+    # 1024 / (64 + 4) = 15.06 for whole buckets. Small tensors take a padded bucket or stay exact. The
+    # default policy takes 4 bits for factors of the gradient: derivatives of SiLU, and gated tensors. It
+    # takes more than 2 bits for inputs of norms with fewer than 256 elements to a channel. Small rows
+    # take a bucket each. The gates are broadcast, and kept.
     assert least <= report.ratio <= 1024 / 68
     output.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Settings that would do nothing are refused, and messages name what to do."""
+"""Settings that would have no effect are refused, and messages say what to do."""
 
 import re
 import sys
@@ -102,7 +102,7 @@ def test_configs_are_classes_for_other_tools_too(config: Any) -> None:
     assert getattr(config, "nothing", 3) == 3
 
 
-#: A setting of docs/quantizers.md -> a value that changes something, and what it changes.
+#: A setting of docs/quantizers.md -> a value that has an effect, and what it changes.
 SETTINGS: dict[str, Any] = {
     "bit_width": 4, "bucket_size": 64, "metadata_dtype": torch.bfloat16,
     "float_to_int_impl_type": "round", "quantize_zero_point": True, "average_size": 2}
@@ -266,7 +266,7 @@ def test_a_forward_that_is_a_generator() -> None:
 
 
 class Inner(nn.Module):
-    """Takes a gradient in its forward, as test-time training does."""
+    """Computes a gradient in its forward, as test-time training does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Plots show the numbers that they are given."""
+"""Plots show the numbers that they get."""
 
 import itertools
 from pathlib import Path
@@ -13,7 +13,7 @@ from brevitas_bp.plots import plot_gradient_error
 
 
 def row(name: str, *, bias: float, noise: float, **options: Any) -> GradientErrorRow:
-    """A gradient of size 2."""
+    """Returns a row for a gradient of size 2."""
     values = {"cosine": 0.9, "sampling_variance": None, "negligible": False, **options}
     return GradientErrorRow(name, 10, 2.0, (2 * noise) ** 2, 4 * bias * abs(bias), 0.0, **values)
 
@@ -23,7 +23,7 @@ def error_of(modules: list[GradientErrorRow], batches: int = 1) -> GradientError
 
 
 def series(figure: Figure) -> dict[str, tuple[Any, Any]]:
-    """Label -> where its dots are."""
+    """Returns label -> positions of its dots."""
     return {
         str(line.get_label()): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
         for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")}
@@ -39,7 +39,7 @@ def test_dots_are_the_rows_of_the_modules() -> None:
     assert drawn["noise"][1] == pytest.approx([0.5, 0.25])
     assert drawn["bias"][0].tolist() == [0, 2]
     assert drawn["bias"][1] == pytest.approx([0.02, 0.3])
-    # Where chance explains the bias, and where nothing is rounded: below everything, not left out.
+    # If chance explains the bias, or nothing is rounded, the dot is below everything, not left out.
     for label, place in (("bias: none found", 1), ("noise: none found", 2)):
         assert drawn[label][0].tolist() == [place]
         assert drawn[label][1] < 0.02
@@ -61,7 +61,7 @@ def test_many_layers_are_named_by_groups() -> None:
     figure = plot_gradient_error(error_of([row(n, bias=0.1, noise=1.0) for n in names]))
     assert len(series(figure)["noise"][0]) == len(names) == 162
     labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
-    # Stages have 20 blocks: with stem and head few enough for a name each.
+    # Stages have 20 blocks. With stem and head, they are few enough to be named one by one.
     assert labels == ["stem.conv", *(f"stage{i}.{j}" for i in range(4) for j in range(5)), "head"]
     figure.canvas.draw()
     boxes = [tick.get_window_extent() for tick in figure.axes[0].get_xticklabels()]

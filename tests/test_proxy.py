@@ -28,7 +28,7 @@ from brevitas_bp.quant_tensor import BucketwiseIntQuantTensor
 from tests.strategies import normals
 
 with warnings.catch_warnings():
-    # Of its own deprecated modules and of packages that it could use.
+    # Warnings about Brevitas' own deprecated modules, and about packages that it could use.
     warnings.simplefilter("ignore")
     from brevitas.graph.calibrate import calibration_mode, quantization_status_manager
     from brevitas.graph.quantize import layerwise_quantize
@@ -38,7 +38,7 @@ MIXED = ShiftedUint2Mix4DynamicActPerBucketFloatStochastic
 
 
 def quantized(x: Tensor, config: Any = STOCHASTIC, **overrides: Any) -> Tensor:
-    """The value of the quantizer alone."""
+    """Returns the value of the quantizer alone."""
     with seeded(1):
         return config.let(**overrides).tensor_quant(x)[0]
 
@@ -61,7 +61,7 @@ def test_quant_identity_is_the_quantizer(x: Tensor) -> None:
 ACTIVATIONS: dict[str, tuple[Callable[..., nn.Module], Callable[[Tensor], Tensor], dict[str, Any]]] = {
     "relu": (QuantReLU, torch.relu, {}),
     "sigmoid": (QuantSigmoid, torch.sigmoid, {}),
-    # Brevitas drops Hardtanh, because its own quantizers clip; a dynamic range does not.
+    # Brevitas drops Hardtanh, because its own quantizers clip. A dynamic range does not clip.
     "hardtanh": (
         QuantHardTanh, lambda x: x.clamp(-0.5, 0.5), {"min_val": -0.5, "max_val": 0.5})}
 
@@ -108,7 +108,7 @@ def test_the_gradient_of_a_layer_is_almost_the_identity(config: Any, x: Tensor) 
     x.requires_grad_()
     run(QuantIdentity(config, return_quant_tensor=False), x).sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
-    # But for the two ends of the range of each of six buckets.
+    # Except at the two ends of the range of each of six buckets.
     assert ((x.grad - 1).abs() > 1e-5).sum() <= 2 * 6
 
 
@@ -189,7 +189,7 @@ def test_layerwise_quantize_wraps_layers(x: Tensor) -> None:
     for network in (model, plain):
         network(x).square().sum().backward()
         gradients.append([p.grad for p in network.parameters()])
-    # Saved inputs are quantized, so weights differ; biases do not use them.
+    # Saved inputs are quantized, so weight gradients differ. Bias gradients do not use them.
     assert not torch.equal(gradients[0][0], gradients[1][0])
     assert torch.equal(gradients[0][1], gradients[1][1])
 

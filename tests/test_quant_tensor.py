@@ -1,4 +1,4 @@
-"""What a bucket quantizer returns in the forward pass."""
+"""The tensors that a bucket quantizer returns in the forward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +81,7 @@ OPERATIONS: dict[str, Callable[[Any], Tensor]] = {
 def test_an_operation_gives_the_plain_tensor_of_its_value(
         operation: Callable[[Any], Tensor], y: BucketwiseIntQuantTensor) -> None:
     result = operation(y)
-    # Its metadata would describe other elements.
+    # Metadata of the quant tensor would describe other elements.
     assert type(result) is Tensor and torch.equal(result, operation(y.value))
 
 

@@ -13,12 +13,12 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def python_blocks(markdown: str) -> list[str]:
-    """Contents of all ```python blocks."""
+    """Returns the contents of all ```python blocks."""
     return BLOCK.findall(markdown)
 
 
 def run(blocks: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the blocks in one namespace, in an interpreter of their own; warnings are errors."""
+    """Runs the blocks in one namespace, in a separate interpreter; warnings are errors."""
     imports = ["from tests.support import import_torchvision", "import_torchvision()"]
     lines = imports if any("torchvision" in block for block in blocks) else []
     script = folder / "readme.py"

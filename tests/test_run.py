@@ -1,4 +1,4 @@
-"""The launcher, and what it says of the allocator of a process."""
+"""The script launcher, and its report on the allocator of a process."""
 
 import json
 import os

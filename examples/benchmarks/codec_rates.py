@@ -1,4 +1,4 @@
-"""Codecs as the hooks use them: other dtypes, averages, few bits. Every output is new memory."""
+"""Rates of codecs as the hooks use them: more dtypes, averages, few bits. Every output is new memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ TWO_BITS = configs.ShiftedUint2DynamicActPerBucketFloatStochastic
 
 
 def cases() -> list[tuple[str, Codec, torch.dtype]]:
-    """Name, codec and dtype of what it stores."""
+    """Returns name, codec and dtype of the stored tensor, for each case."""
     halves = (torch.float32, torch.float16, torch.bfloat16)
     averages = configs.ShiftedUint2Avg4DynamicActPerBucketFloatStochastic
     return [
@@ -29,7 +29,7 @@ def cases() -> list[tuple[str, Codec, torch.dtype]]:
 
 
 def rates(numel: int, seconds: float) -> list[dict[str, Any]]:
-    """One row for each codec; "x memcpy" divides by a copy of the same into an existing buffer."""
+    """Returns one row per codec; "x memcpy" divides by copying the tensor into an existing buffer."""
     values = torch.randn(numel)
     tensors: dict[torch.dtype, Tensor] = {}
     copies: dict[torch.dtype, float] = {}

@@ -2,8 +2,9 @@
 
     python examples/benchmarks/few_bit_errors.py [--seeds 64]
 
-Prints the tables of docs/few_bit.md. The second: GELU's derivative at standard normal inputs; root mean
-square errors relative to the derivative's own, of one draw and of the mean over seeds.
+Prints the two tables of docs/few_bit.md. The second table is about GELU's derivative at standard normal
+inputs. It gives root mean square errors, relative to the derivative's own root mean square, for one draw
+and for the mean over seeds.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 
 def print_errors() -> None:
-    """Squared error on [-10, 10], uniform weight, of every function and width."""
+    """Prints the squared error on [-10, 10], with uniform weight, for every function and width."""
     print("| derivative of | 1 bit | 2 bits | 3 bits | 4 bits |\n| --- | --- | --- | --- | --- |")
     rows = [(name, False) for name in named_functions()]
     rows += [(name, True) for name in named_functions() if ACTIVATIONS[name].even]
@@ -29,7 +30,7 @@ def print_errors() -> None:
 
 
 def print_bias(seeds: int, numel: int = 1 << 18) -> None:
-    """One draw against the mean over seeds."""
+    """Prints the error of one draw beside the error of the mean over seeds."""
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
     exact = ACTIVATIONS["gelu"].at(x.double()).float()
     print("| codec | bits per element | one draw | mean of seeds |\n| --- | --- | --- | --- |")
@@ -54,7 +55,7 @@ def print_bias(seeds: int, numel: int = 1 << 18) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=64, help="draws of the stochastic codecs")
+    parser.add_argument("--seeds", type=int, default=64, help="number of draws of the stochastic codecs")
     arguments = parser.parse_args()
     print_errors()
     print()

@@ -4,11 +4,18 @@
     python examples/benchmarks/kernels.py --threads 1 --only libraries --out runs/bench/one_thread.json
     python examples/benchmarks/kernels.py --device cuda [--mib 1024] [--dtype bfloat16]
 
-Ratios of one run are what counts: "x memcpy" divides by a copy of the same tensor into an existing
-buffer. Tables: "widths" (kernels), "codecs" (dtypes, averages, masks), "libraries" (bitsandbytes and
-torchao, where they are installed), "small" (tensors of 4 KiB). On a CUDA device times come from events,
-and the rate (bytes read and written by the second) of each kernel is held against that of a copy on the
-device that moves as many bytes.
+Compare ratios of one run, not times. "x memcpy" divides by copying the same tensor into an existing
+buffer.
+
+Tables:
+
+- "widths": kernels.
+- "codecs": dtypes, averages, masks.
+- "libraries": bitsandbytes and torchao, if they are installed.
+- "small": tensors of 4 KiB.
+
+On a CUDA device, events measure the times. The rate of a kernel is the bytes that it reads and writes
+per second. The table divides it by the rate of a device copy that moves as many bytes.
 """
 
 import argparse
@@ -41,13 +48,13 @@ SPECS = {
     "4-bit symmetric, bucket 256": BucketQuantSpec(4, 256, MAX, NARROW),
     "2-bit stochastic, whole tensor": BucketQuantSpec(2, None),
 }
-#: The one that the reference is measured with.
+#: The quantizer that the torch reference is measured with.
 USUAL = "2-bit stochastic, bucket 256"
 TABLES = ("widths", "codecs", "libraries", "small")
 
 
 def thesis_listing(x: Tensor, levels: int = 4, bucket: int = 512) -> Tensor:
-    """The semantics of Listing 5.1 of Li, 2025: quantize and dequantize, floats to floats."""
+    """Quantizes and dequantizes, floats to floats, with the semantics of Listing 5.1 of Li, 2025."""
     buckets = reference.to_buckets(x, bucket, pad_with_zero=True)
     scale = buckets.abs().amax(1, keepdim=True).clamp(min=1e-8)
     u = buckets.abs() / scale * levels
@@ -57,7 +64,7 @@ def thesis_listing(x: Tensor, levels: int = 4, bucket: int = 512) -> Tensor:
 
 
 def widths(x: Tensor, seconds: float) -> list[dict[str, Any]]:
-    """Kernels of every width: encoding allocates its output, decoding is into an existing buffer."""
+    """Measures kernels of every width: encode allocates its output, decode fills an existing buffer."""
     buffer = torch.empty_like(x)
     copy = best_of(lambda: buffer.copy_(x), seconds)
     rows = []
@@ -84,7 +91,7 @@ def widths(x: Tensor, seconds: float) -> list[dict[str, Any]]:
 
 
 def on_cuda(numel: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Rates of the kernels that serve CUDA tensors, and of the reference."""
+    """Returns rates of the kernels for CUDA tensors, and of the reference."""
     x = torch.randn(numel, device="cuda").to(dtype)
     decoded = torch.empty_like(x)
     rows = []
@@ -108,14 +115,14 @@ def on_cuda(numel: int, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def _decoding(form: Any, encoded: Any, spec: BucketQuantSpec, buffer: Tensor) -> Callable[[], Any]:
-    """Decodes into ``buffer`` where the kernels can, else into new memory."""
+    """Returns a call that decodes into ``buffer`` if the kernels can, else into new memory."""
     if hasattr(form, "decode_into"):
         return lambda: form.decode_into(buffer, encoded, spec, 1)
     return lambda: form.decode(encoded, spec, 1, buffer.numel(), buffer.dtype)
 
 
 def on_cpu(options: argparse.Namespace) -> list[Measured]:
-    """The tables that were asked for."""
+    """Returns the requested tables."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     mib, seconds = options.mib or 64, options.seconds
@@ -141,11 +148,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
-                        help="of the tensor on a CUDA device")
+                        help="dtype of the tensor on a CUDA device")
     parser.add_argument("--mib", type=int, help="size of the tensor; 64, or 1024 on a CUDA device")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables (CPU)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each figure (CPU)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time to spend on each figure (CPU)")
     add_output_options(parser, "runs/bench/kernels.json")
     options = parser.parse_args(arguments)
     if options.device == "cpu":

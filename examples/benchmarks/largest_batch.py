@@ -1,4 +1,4 @@
-"""The largest batch that fits a limit of memory, found in few probes."""
+"""Finds the largest batch that fits a memory limit, in few probes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Largest:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        fits: the largest batch that was seen to fit; 0: none.
-        too_large: the smallest that was seen not to; None: none was.
-        probes: measurements that were made.
+        fits: the largest batch known to fit; 0 if none is known.
+        too_large: the smallest batch known not to fit; None if none is known.
+        probes: number of measurements made.
     """
 
     fits: int
@@ -19,7 +19,7 @@ class Largest:
     probes: int
 
     def __str__(self) -> str:
-        """How exact it is: ``48 (51 does not)``."""
+        """Shows how exact the result is: ``48 (51 does not)``."""
         above = "larger not tried" if self.too_large is None else f"{self.too_large} does not"
         return f"{self.fits} ({above})"
 
@@ -27,19 +27,21 @@ class Largest:
 def largest_batch(
         peak: Callable[[int], float], limit: float, known: dict[int, float], *, part: int = 16,
         most: int = 8, highest: int = 8192) -> Largest:
-    """Looks between what fits and what does not until they are less than a ``part``-th apart.
+    """Searches until the largest batch that fits and the smallest that does not are close.
 
-    Peaks grow nearly linearly with the batch, so each probe is at the batch that the line through the
-    nearest peaks says, or a little to the side of it that is still open: two or three probes instead
-    of a doubling and a bisection.
+    Close means that they differ by less than a ``part``-th.
+
+    Peaks grow nearly linearly with the batch. So each probe is where the line through the two nearest
+    peaks meets the limit, or slightly beyond it on the side that is still open. This takes two or three
+    probes, where doubling and bisection take more.
 
     Args:
-        peak: bytes of a step at a batch. Larger batches are taken to need no less.
+        peak: returns the peak bytes of a step at a batch. Assumed not to shrink as the batch grows.
         limit: bytes that a step may take.
-        known: peaks measured already; at least one.
-        part: precision.
-        most: probes.
-        highest: batch.
+        known: peaks measured already, by batch; at least one.
+        part: precision: the search stops at a gap of less than 1/``part``.
+        most: largest number of probes.
+        highest: largest batch to try.
     """
     peaks, probes = dict(known), 0
     while True:
@@ -51,7 +53,7 @@ def largest_batch(
             return Largest(fits, too_large, probes)
         batch = _next_probe(peaks, limit, fits, too_large, part)
         if probes % 3 == 2:
-            # Not linear, or the measurement is noisy: halve what is open.
+            # Peaks are not linear, or the measurement is noisy: bisect the open interval.
             batch = fits + fits // 4 + 1 if too_large is None else (fits + too_large) // 2
         batch = min(max(batch, fits + 1), highest if too_large is None else too_large - 1)
         peaks[batch] = peak(batch)
@@ -60,13 +62,13 @@ def largest_batch(
 
 def _next_probe(
         peaks: dict[int, float], limit: float, fits: int, too_large: int | None, part: int) -> int:
-    """About the batch at which a line through the two nearest peaks meets the limit."""
+    """Returns about the batch at which a line through the two nearest peaks meets the limit."""
     nearest, *others = sorted(peaks, key=lambda b: abs(peaks[b] - limit))
-    # Through the origin where only one peak is known.
+    # With one known peak, the line goes through the origin.
     other, base = (others[0], peaks[others[0]]) if others else (0, 0.0)
     slope = (peaks[nearest] - base) / (nearest - other)
     guess = int(other + (limit - base) / slope) if slope > 0 else 2 * nearest
-    # Just beyond an end the answer is likely the same: one step further decides.
+    # If the guess is just beyond an end, the answer is probably that end: one step further decides.
     step = max(1, fits // part)
     if fits:
         guess = max(guess, fits + step)

@@ -1,8 +1,8 @@
-"""Encode and decode of other libraries next to ours, at equal bits, on one tensor.
+"""Times encode and decode of other libraries beside this library, at equal bits, on one tensor.
 
-Measured where they are installed. Each allocates what it returns, as its API does. They round to
-nearest; ours is measured both ways. The number of threads is torch's for all: bitsandbytes uses the same
-OpenMP runtime, torchao is made of torch operations.
+Libraries that are not installed are skipped. Each library allocates its result, as its API does. The
+other libraries round to nearest; this library is measured with both roundings. All use torch's number of
+threads: bitsandbytes uses the same OpenMP runtime, and torchao is made of torch operations.
 """
 
 import sys
@@ -29,14 +29,14 @@ INSTALL = "pip install 'brevitas-bp[bench]' for a comparison with {}"
 
 @dataclass(frozen=True)
 class Rival:
-    """A way to store a tensor.
+    """One way to store a tensor.
 
     Attributes:
-        name: of library and method.
-        bits: of a code.
-        encode: a tensor -> all that is stored.
-        decode: what is stored -> a tensor.
-        stored: the tensors in it.
+        name: library and method.
+        bits: bits of a code.
+        encode: a tensor -> everything that is stored.
+        decode: the stored object -> a tensor.
+        stored: the stored object -> the tensors in it.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Rival:
 
 
 def ours(bits: int, stochastic: bool, numel: int) -> Rival:
-    """This library's kernels."""
+    """Returns this library's kernels."""
     spec = BucketQuantSpec(bits, BUCKET, rounding=STOCHASTIC if stochastic else NEAREST)
 
     def decode(encoded: Encoded) -> Tensor:
@@ -60,7 +60,7 @@ def ours(bits: int, stochastic: bool, numel: int) -> Rival:
 
 @contextmanager
 def scripts_hidden() -> Iterator[None]:
-    """Takes this folder from the path: bitsandbytes looks for a package named ``kernels``."""
+    """Takes this folder off the import path: bitsandbytes looks for a package named ``kernels``."""
     before = list(sys.path)
     sys.path[:] = [entry for entry in before if Path(entry).resolve() != Path(__file__).parent]
     try:
@@ -70,7 +70,7 @@ def scripts_hidden() -> Iterator[None]:
 
 
 def bitsandbytes() -> list[Rival]:
-    """Its 8-bit dynamic type and NF4."""
+    """Returns bitsandbytes' 8-bit dynamic type and NF4."""
     with scripts_hidden():
         import bitsandbytes.functional as bnb
 
@@ -88,7 +88,7 @@ def bitsandbytes() -> list[Rival]:
 
 
 def torchao() -> list[Rival]:
-    """Its affine primitives; a code takes a byte, whatever its bits."""
+    """Returns torchao's affine primitives; a code takes a byte, whatever its bits."""
     from torchao.quantization.quant_primitives import (
         MappingType,
         choose_qparams_affine,
@@ -115,7 +115,7 @@ def torchao() -> list[Rival]:
 
 
 def rivals() -> list[Rival]:
-    """Those that are installed; one line for each that is not."""
+    """Returns the installed rivals; prints one line for each library that is missing."""
     found = []
     for library in (bitsandbytes, torchao):
         try:
@@ -126,10 +126,10 @@ def rivals() -> list[Rival]:
 
 
 def compare(x: Tensor, others: list[Rival], rounds: int) -> list[dict[str, Any]]:
-    """One row for each, beside ours at the same bits.
+    """Returns one row per rival, and rows of this library at the same bits.
 
-    "x faster" is over ours with stochastic rounding; "to nearest" over our encoding that rounds as they
-    do.
+    "x faster" compares with this library at stochastic rounding. "to nearest" compares with this
+    library's encoding when it rounds to nearest, as the rivals do.
     """
     rows = []
     for bits in BITS:

@@ -2,12 +2,16 @@
 
     python examples/benchmarks/memory.py [--model efficientnet_v2_s] [--batch 64] [--limit 256]
 
-Each measurement runs in a process of its own, once under ``python -m brevitas_bp.run`` and once on the
-allocator of the system ("default"). "forward" is the growth of the resident set from before a forward
-pass to its end, with the output alive, the largest of all steps; "step" that of its peak (on CUDA the
-allocator's); "ms" the middle one of the times of a step. "fits" is the largest batch whose steps peak
-below the limit, and the smallest that was seen not to: they are less than a 16th apart. ``--limit 0``
-does not look for it.
+Each measurement runs in its own process, once under ``python -m brevitas_bp.run`` and once with the
+system allocator ("default: ...").
+
+- "saved": bytes saved for backward.
+- "forward": growth of the resident set from before a forward pass to its end, with the output alive; the
+  largest of all steps.
+- "step": growth of the peak of the resident set; on CUDA, the peak of the allocator.
+- "ms": median time of a step.
+- "fits": largest batch whose steps peak below the limit. "does not": smallest batch known to exceed it.
+  The two differ by less than a 16th. ``--limit 0`` skips this search.
 """
 
 import argparse
@@ -27,12 +31,12 @@ from networks import MORE_TASKS, step
 from output import Measured, add_output_options, publish
 from variants import EAGER, saved_bytes
 
-#: What save_on_cpu keeps takes the same memory here.
+#: On the CPU, save_on_cpu keeps saved tensors in the same memory, so it is measured on CUDA only.
 VARIANTS = [key for key in EAGER if key != "save_on_cpu" or torch.cuda.is_available()]
 
 
 def resident() -> int:
-    """Bytes of the process in memory now."""
+    """Returns the bytes of the process that are in memory now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE")
 
@@ -44,7 +48,7 @@ def worker(
     torch.manual_seed(0)
     task = MORE_TASKS[name][0](batch, size)
     model, inputs = EAGER[variant](task).to(device), task.inputs.to(device)
-    # Compiled kernels, gradients and scratch memory are there before anything is measured.
+    # Compile kernels and allocate gradients and scratch memory before measuring.
     step(model, inputs[:2])
     before = resident()
     growth, seconds = 0, []
@@ -67,7 +71,7 @@ def worker(
 def run(
         name: str, variant: str, batch: int, size: int, *, steps: int = 1, count: bool = False,
         launched: bool = True) -> dict[str, float]:
-    """:func:`worker` in a process of its own, under an allocator that gives memory back or not."""
+    """Runs :func:`worker` in its own process, with ``brevitas_bp.run`` or the default allocator."""
     print(f"{variant}, batch {batch}{'' if launched else ', default allocator'}", file=sys.stderr)
     launcher = ["-m", "brevitas_bp.run"] if launched else ["-W", "ignore::UserWarning"]
     done = subprocess.run(
@@ -78,7 +82,7 @@ def run(
 
 
 def row(options: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """What one variant takes, and the largest batch it allows."""
+    """Measures the memory of one variant, and the largest batch it allows."""
     name, size = options.model, options.size
     found, default = (
         run(name, variant, options.batch, size, steps=options.steps, count=launched, launched=launched)
@@ -108,9 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="efficientnet_v2_s", choices=MORE_TASKS)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=32, help="pixels")
-    parser.add_argument("--steps", type=int, default=20, help="of each measurement")
-    parser.add_argument("--limit", type=int, default=256, help="MiB, for the largest batch; 0: none")
-    parser.add_argument("--probes", type=int, default=8, help="most, for the largest batch")
+    parser.add_argument("--steps", type=int, default=20, help="number of steps of each measurement")
+    parser.add_argument("--limit", type=int, default=256, help="MiB, for the largest batch; 0 skips it")
+    parser.add_argument("--probes", type=int, default=8, help="most probes for the largest batch")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants")
     add_output_options(parser, "runs/bench/memory.json")
     options = parser.parse_args(arguments)

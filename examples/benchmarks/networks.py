@@ -60,7 +60,7 @@ def small_resnet(batch: int, size: int) -> Task:
 
 
 def vit(batch: int, size: int) -> Task:
-    """torchvision's ViT of four blocks."""
+    """torchvision's ViT with four blocks."""
     import_torchvision()
     transformer = import_torchvision("torchvision.models.vision_transformer").VisionTransformer(
         size, 4, 4, 8, 256, 1024)
@@ -68,7 +68,7 @@ def vit(batch: int, size: int) -> Task:
 
 
 def gpt(batch: int, size: int) -> Task:
-    """A GPT of four blocks; ``size`` times eight tokens."""
+    """A GPT with four blocks; the sequence is ``size`` times eight tokens."""
     model = SmallGPT(context=8 * size, width=256, heads=8)
     return Task(model, torch.randint(256, (batch, 8 * size)), list(model.blocks))
 
@@ -77,17 +77,17 @@ def gpt(batch: int, size: int) -> Task:
 TASKS: dict[str, tuple[Callable[[int, int], Task], int]] = {
     "efficientnet_v2_s": (efficientnet, 32), "resnet50": (resnet, 32), "vit": (vit, 64),
     "gpt": (gpt, 16)}
-#: Those whose memory is measured, too.
+#: The tasks whose memory is measured too.
 MORE_TASKS = {**TASKS, "small_resnet": (small_resnet, 1000)}
 
 
 def step(model: Callable[[Tensor], Tensor], inputs: Tensor) -> None:
-    """Forward, loss, backward."""
+    """Runs forward, loss and backward."""
     model(inputs).logsumexp(-1).mean().backward()
 
 
 class Checkpointed(nn.Module):
-    """Recomputes each part of a network in backward."""
+    """Recomputes each part of a network in backward (checkpointing)."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()

@@ -18,12 +18,12 @@ from tables import show_table
 
 @dataclass(frozen=True)
 class Measured:
-    """A table.
+    """One table of measurements.
 
     Attributes:
         key: its name in the JSON file.
-        title: says size, threads and units.
-        rows: column -> cell; numbers, or text where there is none. All rows have the same columns.
+        title: names size, threads and units.
+        rows: column -> cell, a number or a text. All rows have the same columns.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Measured:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describes the machine that the figures were measured on."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def add_output_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """``--out`` and ``--markdown``."""
+    """Adds ``--out`` and ``--markdown``."""
     parser.add_argument("--out", type=Path, default=Path(out), help="JSON file")
     parser.add_argument("--markdown", action="store_true", help="print tables as in docs/benchmarks.md")
 
@@ -62,12 +62,12 @@ def publish(tables: list[Measured], options: argparse.Namespace) -> None:
 
 
 def on_threads(count: int) -> str:
-    """For titles."""
+    """Returns the number of threads as text, for titles."""
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _text(value: Any) -> str:
-    """A cell: three digits, more where they are before the point.
+    """Formats a cell: three significant digits, or all digits before the decimal point.
 
     >>> _text(0.01234), _text(1234.5), _text(12), _text("")
     ('0.0123', '1234', '12', '')

@@ -1,8 +1,9 @@
-"""Pictures of what kernels.py, step_time.py and memory.py measured.
+"""Plots the measurements of kernels.py, step_time.py and memory.py.
 
     python examples/benchmarks/plots.py [--runs runs/bench] [--figures docs/figures]
 
-Draws what it finds: kernels.png, libraries.png, step_time.png, step_time_compiled.png, memory.png.
+Draws each picture whose measurements it finds: kernels.png, libraries.png, step_time.png,
+step_time_compiled.png, memory.png.
 """
 
 import argparse
@@ -18,20 +19,20 @@ from matplotlib.transforms import Bbox
 
 INK, MUTED, LIGHT = "#22262b", "#6b7280", "#e5e7eb"
 BLUE, ORANGE, GREY = "#2f6db5", "#d9772b", "#9aa3af"
-#: Labels are placed in pixels, so pictures are saved as they were laid out.
+#: Labels are placed in pixels, so pictures are saved at the resolution they were laid out with.
 DPI = 130
 Rows = list[dict[str, Any]]
 
 
 def bars(axes: Axes, names: Sequence[str], series: dict[str, tuple[str, Sequence[Any]]]) -> None:
-    """Horizontal bars, one group for each name, the first on top; text where there is no number."""
+    """Draws horizontal bars, one group per name, the first on top; other cells show their text."""
     height = 0.8 / len(series)
     for i, (label, (color, values)) in enumerate(series.items()):
         places = [row - 0.4 + (i + 0.5) * height for row in range(len(names))]
         numbers = [v if isinstance(v, (int, float)) else 0 for v in values]
         drawn = axes.barh(places, numbers, height * 0.9, color=color, label=label)
         texts = [_short(v) if isinstance(v, (int, float)) else "" for v in values]
-        # Nothing shows through a label.
+        # Give labels an opaque background.
         axes.bar_label(
             drawn, texts, padding=3, fontsize=7, color=MUTED,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
@@ -43,7 +44,7 @@ def bars(axes: Axes, names: Sequence[str], series: dict[str, tuple[str, Sequence
 
 
 def kernels(tables: dict[str, Any]) -> Figure:
-    """Times of encode and decode over that of memcpy, on a logarithmic axis."""
+    """Plots encode and decode times, divided by memcpy's, on a logarithmic axis."""
     rows: Rows = tables["widths"]["rows"][1:]
     figure = Figure(figsize=(8, 0.8 + 0.38 * len(rows)), layout="constrained", dpi=DPI)
     axes = figure.subplots()
@@ -60,7 +61,7 @@ def kernels(tables: dict[str, Any]) -> Figure:
 
 
 def libraries(tables: dict[str, Any]) -> Figure:
-    """Nanoseconds an element of each library, a panel for each width."""
+    """Plots nanoseconds per element for each library, one panel per width."""
     rows: Rows = tables["libraries"]["rows"]
     widths = sorted({row["bits"] for row in rows}, reverse=True)
     figure = Figure(figsize=(8, 1 + 0.42 * len(rows)), layout="constrained", dpi=DPI)
@@ -78,7 +79,7 @@ def libraries(tables: dict[str, Any]) -> Figure:
 
 
 def memory(tables: dict[str, Any]) -> Figure:
-    """What each variant takes, and the largest batch that fits."""
+    """Plots the memory of each variant, and the largest batch that fits."""
     rows: Rows = tables["memory"]["rows"]
     names = [row["variant"] for row in rows]
     fits = next((key for key in rows[0] if key.startswith("fits ")), None)
@@ -101,7 +102,7 @@ def memory(tables: dict[str, Any]) -> Figure:
 
 
 def step_time(tables: dict[str, Any]) -> Figure:
-    """Time against saved bytes, a panel for each network; what raised is left out."""
+    """Plots time against saved bytes, one panel per network, without the variants that raised."""
     rows: Rows = [row for row in tables["step_time"]["rows"] if row["x plain"] != ""]
     networks = list(dict.fromkeys(row["model"] for row in rows))
     lines = -(-len(networks) // 2)
@@ -117,7 +118,7 @@ def step_time(tables: dict[str, Any]) -> Figure:
     figure.suptitle(tables["step_time"]["title"], fontsize=10, x=0.01, ha="left", color=INK)
     figure.supxlabel("saved for backward, MiB", fontsize=9, color=INK)
     figure.supylabel("time of a step over plain", fontsize=9, color=INK)
-    # The layout is what labels are placed in, so it has to be final.
+    # Labels are placed within the final layout, so compute it first.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
@@ -158,12 +159,12 @@ def place_labels(axes: Axes) -> None:
 
 
 def extent(label: Annotation) -> Bbox:
-    """Where the text of a label is, in pixels, without its line."""
+    """Returns the box of a label's text, in pixels, without its line."""
     return Text.get_window_extent(label)
 
 
 def _offsets() -> list[tuple[float, float, str]]:
-    """Places around a point, in points, the nearest first."""
+    """Returns places around a point, in points, the nearest first."""
     rises = sorted(range(-90, 91, 6), key=lambda rise: (abs(rise), rise))
     return [(way * (7 + abs(rise) / 4), rise, side)
             for rise in rises for way, side in ((1, "left"), (-1, "right"))]
@@ -183,7 +184,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _log(axes: Axes) -> None:
-    """A logarithmic axis of plain numbers."""
+    """Makes the axis logarithmic, with plain numbers."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter("")
@@ -193,7 +194,7 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2g}"
 
 
-#: Picture -> how it is drawn, the file it is drawn from, and the table in there.
+#: Picture -> function that draws it, JSON file that it reads, and table in that file.
 FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure], str, str]] = {
     "kernels": (kernels, "kernels", "widths"), "libraries": (libraries, "one_thread", "libraries"),
     "step_time": (step_time, "step_time", "step_time"),
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         source = options.runs / f"{file}.json"
         tables = json.loads(source.read_text())["tables"] if source.is_file() else {}
         if needed not in tables:
-            print(f"{source}: has no {needed}, so there is no {name}.png")
+            print(f"{source}: has no {needed}; {name}.png is not drawn")
             continue
         target = options.figures / f"{name}.png"
         draw(tables).savefig(target)

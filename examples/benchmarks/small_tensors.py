@@ -1,4 +1,4 @@
-"""What storing one tensor of 4 KiB costs: the codec alone, and in the hooks of a wrapped module."""
+"""Time to store one tensor of 4 KiB: by the codec alone, and by the hooks of a wrapped module."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from brevitas_bp.codec.regions import relu_region
 
 
 class Products(nn.Module):
-    """Multiplies by one tensor after another: each product saves one of them and nothing else."""
+    """Multiplies by one tensor after another; each product saves one tensor and nothing else."""
 
     def forward(self, x: Tensor, factors: list[Tensor]) -> Tensor:
         for factor in factors:
@@ -22,10 +22,10 @@ class Products(nn.Module):
 
 
 def overheads(numel: int = 1024, products: int = 200, rounds: int = 30) -> list[dict[str, Any]]:
-    """Microseconds for each saved tensor.
+    """Measures microseconds per saved tensor.
 
-    Rows of hooks are differences to plain autograd, of forward and backward, divided by the number
-    of products.
+    A row of hooks is the time added to plain autograd in forward and backward, divided by the number of
+    products.
     """
     x = torch.randn(numel)
     rows = []
@@ -43,7 +43,7 @@ def _in_hooks(numel: int, products: int, rounds: int) -> list[dict[str, Any]]:
     start = torch.ones(numel, requires_grad=True)
     models = {
         "plain": chain, "exact policy": QuantBackwardWrapper(chain, policy="exact"),
-        # Which stores factors with two more bits than it was told.
+        # This policy stores factors with two bits more than the quantizer says.
         "op-aware policy": QuantBackwardWrapper(chain, TWO_BITS),
         "policy all": QuantBackwardWrapper(chain, TWO_BITS, policy="all")}
     for key in ("op-aware policy", "policy all"):
@@ -67,7 +67,7 @@ def _in_hooks(numel: int, products: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def _check_all_stored(model: nn.Module, start: Tensor, factors: list[Tensor]) -> None:
-    """Whether what is timed is what is meant: each factor encoded once, and nothing else."""
+    """Raises RuntimeError unless each factor is encoded once and nothing else is encoded."""
     with track_saved_memory(model) as report:
         held = model(start, factors)
     del held

@@ -1,10 +1,10 @@
-"""Where the time of a wrapped training step goes: clocks around the calls of the library within a step.
+"""Measures where the time of a wrapped training step goes, with clocks around calls of the library.
 
     python examples/benchmarks/step_parts.py [--model efficientnet_v2_s] [--bits 2] [--rounds 10]
 
-The time of a call is its own: that of other measured calls inside of it is theirs. Clocks cost time too,
-about half a microsecond each. Of each part the median of the rounds counts. A rewritten call runs the
-operation itself, which a plain step runs as well.
+The time of a call excludes the measured calls inside it. A clock costs about half a microsecond itself.
+The figure of a part is the median over the rounds. A rewritten call includes the operation itself, which
+a plain step runs as well.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from brevitas_bp.kernels.cpu import threads
 
 
 class Clocks:
-    """Calls and seconds of functions, by the name of a part."""
+    """Calls and seconds of functions, for each named part."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -42,7 +42,7 @@ class Clocks:
 
     def around(
             self, function: Callable[..., Any], part: str | Callable[[Any], str]) -> Callable[..., Any]:
-        """``function``, timed; the part may follow from what it returns."""
+        """Returns ``function`` with a clock; ``part`` is a name, or computes one from the result."""
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             self._inside.append(0.0)
@@ -66,7 +66,7 @@ def _packed(result: Any) -> str:
 
 @contextmanager
 def clocked() -> Iterator[Clocks]:
-    """Within the block the calls of the library are timed."""
+    """Times the calls of the library within the block."""
     clocks = Clocks()
     targets: list[tuple[Any, str, str | Callable[[Any], str]]] = [
         (hooks.ForwardPass, "pack", _packed), (Packed, "decode", "decoding, beside kernels"),
@@ -83,7 +83,7 @@ def clocked() -> Iterator[Clocks]:
 
 
 def parts(model: nn.Module, task: Task, rounds: int) -> list[dict[str, Any]]:
-    """Calls and milliseconds of each part of a step, forward and backward."""
+    """Returns calls and milliseconds of each part of a step, forward and backward."""
     taken: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     calls: dict[tuple[str, str], int] = {}
     with clocked() as clocks:
@@ -106,7 +106,7 @@ def parts(model: nn.Module, task: Task, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(name: str, bits: int, batch: int | None, size: int, rounds: int) -> list[dict[str, Any]]:
-    """Steps: plain, with hooks that keep everything, and ours; then the parts of ours."""
+    """Measures steps that are plain, keep everything in hooks, and quantize; then parts of the last."""
     torch.manual_seed(0)
     build, usual = TASKS[name]
     task = build(batch or usual, size)
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=list(TASKS), default="efficientnet_v2_s")
     parser.add_argument("--bits", type=int, default=2, choices=(2, 4, 8))
-    parser.add_argument("--batch", type=int, help="the model's own by default")
+    parser.add_argument("--batch", type=int, help="batch size, the model's own by default")
     parser.add_argument("--size", type=int, default=32, help="pixels")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

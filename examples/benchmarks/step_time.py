@@ -1,13 +1,16 @@
-"""A training step: plain, wrapped, checkpointed, offloaded; in turns, in one run.
+"""Times a training step: plain, wrapped, checkpointed, offloaded; in turns, in one run.
 
     python examples/benchmarks/step_time.py [--model efficientnet_v2_s gpt] [--batch 32] [--rounds 5]
     python examples/benchmarks/step_time.py --compiled --out runs/bench/step_time_compiled.json
 
-Every variant runs the same step (forward, loss, backward) on the same batch. "x plain" is the ratio of
-the smallest times; saved bytes are those of live tensors. Models: efficientnet_v2_s (CIFAR stem),
-resnet50, vit (four blocks of width 256), gpt (four blocks of width 256), or "every". ``--only`` names
-variants, for instance ``--only plain "ours, 2 bits"``. ``--compiled`` measures the network compiled with
-torch.compile, alone and in wrappers; compiling takes minutes. A variant that raises has no figures.
+Every variant runs one step (forward, loss, backward) on the same batch. "x plain" is the ratio of the
+smallest times. Saved bytes are those of live tensors. A variant that raises has no figures.
+
+- Models: efficientnet_v2_s (CIFAR stem), resnet50, vit (four blocks of width 256), gpt (four blocks of
+  width 256), or "every".
+- ``--only`` names variants, for instance ``--only plain "ours, 2 bits"``.
+- ``--compiled`` measures the network compiled with torch.compile, alone and in wrappers. Compiling takes
+  minutes.
 """
 
 import argparse
@@ -23,12 +26,12 @@ from output import Measured, add_output_options, on_threads, publish
 from timing import interleaved
 from torch import Tensor, nn
 
-#: A wrapper around the same compiled module is a reason to compile again.
+#: torch.compile compiles a module again for each wrapper around it.
 _RECOMPILATIONS = 64
 
 
 def first_step(name: str, model: nn.Module, inputs: Tensor) -> str:
-    """Runs one step, which compiles; what it raised, in a word, or nothing."""
+    """Runs one step, which compiles; returns a word for the error it raised, or an empty string."""
     start = time.perf_counter()
     try:
         step(model, inputs)
@@ -43,7 +46,7 @@ def first_step(name: str, model: nn.Module, inputs: Tensor) -> str:
 def measure(
         name: str, chosen: dict[str, variants.Variant], batch: int | None, size: int,
         rounds: int) -> list[dict[str, Any]]:
-    """One row for each way to keep saved tensors; the first is what the others are compared with."""
+    """Returns one row per way to keep saved tensors; the others are compared with the first."""
     torch.manual_seed(0)
     build, usual = TASKS[name]
     task = build(batch or usual, size)
@@ -71,7 +74,7 @@ def measure(
 def select(
         available: dict[str, variants.Variant],
         only: list[str] | None) -> dict[str, variants.Variant]:
-    """The named variants and "plain", in their own order."""
+    """Returns the named variants and "plain", in the order of ``available``."""
     unknown = set(only or ()) - set(available)
     if unknown:
         raise SystemExit(f"--only: expected some of {list(available)}, got {sorted(unknown)}")
@@ -82,8 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", nargs="+", default=["efficientnet_v2_s"],
                         choices=[*TASKS, "every"])
-    parser.add_argument("--only", nargs="+", help="variants, beside plain")
-    parser.add_argument("--batch", type=int, help="the model's own by default")
+    parser.add_argument("--only", nargs="+", help="variants to measure, besides plain")
+    parser.add_argument("--batch", type=int, help="batch size, the model's own by default")
     parser.add_argument("--size", type=int, default=32, help="pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

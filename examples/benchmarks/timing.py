@@ -1,4 +1,4 @@
-"""Timing that the benchmarks share: smallest times, since others on the machine only ever add."""
+"""Timing shared by the benchmarks. It takes smallest times: other processes can only add time."""
 
 import time
 from collections.abc import Callable
@@ -8,13 +8,13 @@ import torch
 
 
 def best_of(function: Callable[[], Any], seconds: float = 0.5, least: int = 3, calls: int = 1) -> float:
-    """Smallest time of a call in seconds.
+    """Returns the smallest time of a call, in seconds.
 
     Args:
-        function: is called once before, which does not count.
-        seconds: to spend, at least.
-        least: measurements, at least.
-        calls: of each measurement; several where one takes microseconds.
+        function: the call to time. One uncounted call comes first.
+        seconds: least time to spend.
+        least: least number of measurements.
+        calls: calls in each measurement; use several if one takes microseconds.
     """
     function()
     best, spent, measured = float("inf"), 0.0, 0
@@ -30,9 +30,9 @@ def best_of(function: Callable[[], Any], seconds: float = 0.5, least: int = 3, c
 
 
 def best_on_device(function: Callable[[], Any], rounds: int = 20, calls: int = 5) -> float:
-    """Smallest time of a call in seconds between two events on the current CUDA stream.
+    """Returns the smallest time of a call, in seconds between two events on the current CUDA stream.
 
-    Several calls lie between the events, so that the device does not wait for Python.
+    Several calls run between the events, so that the device does not wait for Python.
     """
     for _ in range(calls):
         function()
@@ -49,7 +49,7 @@ def best_on_device(function: Callable[[], Any], rounds: int = 20, calls: int = 5
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Smallest time of each function, taken in turns, so that a slow phase hits all of them."""
+    """Returns the smallest time of each function; they take turns, so a slow phase hits all of them."""
     best = dict.fromkeys(functions, float("inf"))
     for function in functions.values():
         function()

@@ -1,4 +1,4 @@
-"""Ways to keep what a training step saves for backward; each makes a module of a task."""
+"""Ways to keep the saved tensors of a training step; each makes a module from a task."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ Variant = Callable[[Task], nn.Module]
 
 
 def quantizer(bits: int) -> Any:
-    """Affine, stochastic, with metadata of half the size."""
+    """Returns the affine, stochastic quantizer of a width, with bfloat16 metadata."""
     config = getattr(configs, f"ShiftedUint{bits}DynamicActPerBucketFloatStochastic")
     return config.let(metadata_dtype=torch.bfloat16)
 
@@ -46,7 +46,7 @@ def offloaded(task: Task) -> nn.Module:
 
 
 def rounded_inputs(task: Task) -> nn.Module:
-    """Recomputes each part from an input of 2 bits; what the rest saves takes 2 bits too."""
+    """Recomputes each part from an input stored in 2 bits; other saved tensors take 2 bits too."""
     return QuantBackwardWrapper(
         Checkpointed(task), quantizer(2), policy=OpAware(checkpoint_quant=quantizer(2)))
 
@@ -71,7 +71,7 @@ EAGER: dict[str, Variant] = {
 
 
 def compiled_variants(backend: str) -> dict[str, Variant]:
-    """The plain compiled network first, then the same inside of wrappers."""
+    """Returns the plain compiled network first, then the compiled network inside wrappers."""
     inside = partial(ours_compiled, backend=backend)
     return {
         "plain": partial(compiled, backend=backend),
@@ -80,7 +80,7 @@ def compiled_variants(backend: str) -> dict[str, Variant]:
 
 
 def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
-    """What a forward pass of a variant keeps for backward, wherever it is kept."""
+    """Returns the bytes that a variant's forward pass keeps for backward, on any device."""
     if isinstance(model, Offloaded):
         model = model.module
     if isinstance(model, torch._dynamo.OptimizedModule):

@@ -1,14 +1,14 @@
-"""Train on several processes, each of which stores what autograd saves in 2 bits.
+"""Trains on several processes; each stores autograd's saved tensors in 2 bits.
 
     torchrun --nproc-per-node 2 examples/distributed/train_ddp.py --strategy ddp
     torchrun --nproc-per-node 2 examples/distributed/train_ddp.py --strategy fsdp
     torchrun --nproc-per-node 1 examples/distributed/train_ddp.py --resume --epochs 8
 
-The last line goes on with the checkpoint of one of the others, in another number of processes and, if
-asked for, with the other strategy; in the same number it continues bit for bit. The data are
-scikit-learn's digits, processes talk with gloo on the CPU, and a batch is split between them.
+The last line resumes from the checkpoint of either run above. The number of processes and the strategy
+may differ. With the same number of processes, the run continues bit for bit. The data are scikit-learn's
+digits. Processes communicate by gloo on the CPU and share each batch.
 
-Expect with the defaults on two CPU cores: 93 to 95 % after six epochs (`--bits 0`: the same), in 20
+Expect with the defaults on two CPU cores: 93 to 95 % after six epochs (`--bits 0`: as much), in 20
 seconds, and on each of the two processes 1.11 MiB stored in 0.10 MiB (10.8x less).
 """
 
@@ -49,11 +49,11 @@ from tables import show_table
 
 @dataclass(frozen=True)
 class Knobs:
-    """Everything that can be set. A run may be resumed with another strategy or number of processes."""
+    """All settings. A run may be resumed with another strategy or number of processes."""
 
     strategy: Literal["ddp", "fsdp"] = knob(
         "ddp", "replicate the parameters, or shard them", identity=False)
-    bits: int = knob(2, "width of what is stored, 0 for plain autograd")
+    bits: int = knob(2, "bits per stored value, 0 for plain autograd")
     epochs: int = knob(6, "epochs", identity=False)
     batch_size: int = knob(60, "images in a step, of all processes together")
     lr: float = knob(2e-3, "learning rate of AdamW")
@@ -64,17 +64,17 @@ class Knobs:
 
     @property
     def checkpoint(self) -> Path:
-        """Written after each epoch."""
+        """The checkpoint file, written after each epoch."""
         return Path(self.out) / "checkpoint.pt"
 
 
 @dataclass
 class Job:
-    """What this process trains.
+    """The training state of this process.
 
     Attributes:
-        net: the network itself: its keys name neither wrapper nor strategy.
-        model: what runs.
+        net: the network itself; its keys name neither wrapper nor strategy.
+        model: the parallelized module that runs.
         wrapper: stores the saved tensors; None for plain autograd.
     """
 
@@ -85,14 +85,14 @@ class Job:
     epoch: int = 0
 
     def state(self) -> dict[str, Any]:
-        """All that a job of any size needs to go on, whole on every process."""
+        """Returns all that a job of any size needs to resume, whole on every process."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         net, optimizer = get_state_dict(self.net, self.optimizer, options=options)
         noise = None if self.wrapper is None else self.wrapper.noise_state()
         return {"net": net, "optimizer": optimizer, "noise": noise, "epoch": self.epoch}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from what :meth:`state` returned, whoever wrote it."""
+        """Restores what :meth:`state` returned in a job of any size."""
         set_state_dict(
             self.net, self.optimizer, model_state_dict=state["net"],
             optim_state_dict=state["optimizer"], options=StateDictOptions(full_state_dict=True))
@@ -102,10 +102,10 @@ class Job:
 
 
 def build(knobs: Knobs) -> Job:
-    """The network, wrapped and parallelized."""
+    """Builds the network, wrapped and parallelized."""
     torch.manual_seed(knobs.seed)
     net = network(knobs.dropout)
-    # The seed is given: all processes keep the same state of the noise, and draw different noise.
+    # With a given seed, all processes keep the same noise state, and draw different noise.
     wrapper = None
     if knobs.strategy == "ddp":
         wrapper = wrap(net, knobs)
@@ -120,14 +120,14 @@ def build(knobs: Knobs) -> Job:
 
 
 def wrap(net: nn.Module, knobs: Knobs) -> QuantBackwardWrapper | None:
-    """The wrapper, if one is asked for."""
+    """Returns the wrapper, or None for plain autograd."""
     if knobs.bits == 0:
         return None
     return QuantBackwardWrapper(net, seed=knobs.seed, bit_width=knobs.bits)
 
 
 def network(dropout: float) -> nn.Sequential:
-    """Two convolutions and two linear layers for images of 8 x 8."""
+    """Builds two convolutions and two linear layers for images of 8 x 8."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(),
         nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.SiLU(), nn.Flatten(),
@@ -135,7 +135,7 @@ def network(dropout: float) -> nn.Sequential:
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1500 images to train on and 297 to test."""
+    """Returns 1500 training images and 297 test images."""
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = pixels.float().reshape(-1, 1, 8, 8) / 16
     return tuple(TensorDataset(images[part], labels[part])  # type: ignore[return-value]
@@ -143,7 +143,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def batches(data: TensorDataset, epoch: int, knobs: Knobs) -> Iterator[Sequence[Tensor]]:
-    """This process's share of each batch."""
+    """Yields this process's share of each batch."""
     sampler = DistributedSampler(data, seed=knobs.seed)
     sampler.set_epoch(epoch)
     share = knobs.batch_size // dist.get_world_size()
@@ -151,8 +151,8 @@ def batches(data: TensorDataset, epoch: int, knobs: Knobs) -> Iterator[Sequence[
 
 
 def train_epoch(job: Job, data: TensorDataset, knobs: Knobs) -> float:
-    """One pass over the data; the mean loss over all processes."""
-    # Dropout masks follow from epoch and rank, so that no state of a generator needs saving.
+    """Trains for one epoch; returns the mean loss over all processes."""
+    # Epoch and rank determine the dropout masks, so no generator state needs saving.
     torch.manual_seed((knobs.seed * 1009 + job.epoch) * 1013 + dist.get_rank())
     job.model.train()
     losses = []
@@ -167,7 +167,7 @@ def train_epoch(job: Job, data: TensorDataset, knobs: Knobs) -> float:
 
 
 def accuracy(job: Job, data: TensorDataset) -> float:
-    """Percent; each process tests its share."""
+    """Returns percent correct; each process tests its share."""
     images, labels = (x[dist.get_rank()::dist.get_world_size()] for x in data.tensors)
     job.model.eval()
     with torch.no_grad():
@@ -176,14 +176,14 @@ def accuracy(job: Job, data: TensorDataset) -> float:
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Returns the sum over all processes."""
     x = x.clone()
     dist.all_reduce(x)
     return x
 
 
 def saved_bytes(job: Job, data: TensorDataset, knobs: Knobs) -> list[tuple[int, int]]:
-    """For each process: bytes that plain autograd keeps for one step, and bytes kept."""
+    """Returns, for each process, the bytes plain autograd keeps for one step, and the bytes kept."""
     noise = None if job.wrapper is None else job.wrapper.noise_state()
     images, labels = next(batches(data, 0, knobs))
     with track_saved_memory(job.model) as report:
@@ -223,7 +223,7 @@ def run(knobs: Knobs) -> None:
 
 
 def print_tables(knobs: Knobs, memory: list[tuple[int, int]], rows: list[list[str]]) -> None:
-    """What each process keeps, and what each epoch reached."""
+    """Prints the bytes that each process keeps, and the result of each epoch."""
     print(f"{knobs.strategy} on {len(memory)} processes, {knobs.bits or 'no'} bits")
     show_table(["rank", "exact MiB", "stored MiB", "ratio"], [
         [str(rank), f"{exact / 2**20:.2f}", f"{stored / 2**20:.2f}", f"{exact / stored:.1f}"]
@@ -232,13 +232,13 @@ def print_tables(knobs: Knobs, memory: list[tuple[int, int]], rows: list[list[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line, in each process."""
+    """Runs the command line, in each process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_knobs(parser, Knobs)
     knobs = from_arguments(Knobs, parser.parse_args(arguments))
     words = ["torchrun", "--nproc-per-node", os.environ.get("WORLD_SIZE", "2"), *sys.argv]
     if "RANK" not in os.environ:
-        print(f"launch it with: {' '.join(words)}", file=sys.stderr)
+        print(f"launch with: {' '.join(words)}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

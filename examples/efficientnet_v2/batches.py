@@ -1,7 +1,7 @@
 """Shuffled, augmented batches whose state can be saved in the middle of an epoch.
 
-Order and augmentation come from one generator of their own, so they are the same for every
-quantizer at the same seed.
+A separate generator decides order and augmentation, so every quantizer sees the same batches at one
+seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Augmentation:
     flip: bool
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augmented copies of `images`, uint8 `(N, C, H, W)`."""
+        """Return augmented copies of `images`, uint8 `(N, C, H, W)`."""
         if self.padding:
             images = random_crop(images, self.padding, generator)
         if self.flip:
@@ -40,7 +40,7 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     columns = (shifts[1] + torch.arange(width))[:, None, :]
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
     picked = padded[torch.arange(count)[:, None, None], rows, columns]
-    # Copied, since .contiguous() keeps channels-last strides where there is a single channel.
+    # Copy, since .contiguous() keeps channels-last strides if the images have a single channel.
     return torch.empty_like(images).copy_(picked.permute(0, 3, 1, 2))
 
 
@@ -48,8 +48,8 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
 class Batches:
     """Training batches in shuffled order; an incomplete last batch is dropped.
 
-    The state (order, position, generator) is small and complete: a copy restored from
-    `state_dict()` in the middle of an epoch gives the same remaining batches, bit for bit.
+    The state (order, position, generator) is small and complete. A copy that restores `state_dict()` in
+    the middle of an epoch gives the remaining batches bit for bit.
     """
 
     split: Split
@@ -60,7 +60,7 @@ class Batches:
     position: int = 0
 
     def __len__(self) -> int:
-        """Batches in one epoch."""
+        """Return the number of batches in one epoch."""
         return len(self.split) // self.batch_size
 
     def start_epoch(self) -> None:
@@ -69,14 +69,14 @@ class Batches:
         self.position = 0
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """The next images, uint8 `(batch_size, C, H, W)`, and labels."""
+        """Return the next images, uint8 `(batch_size, C, H, W)`, and labels."""
         start = self.position * self.batch_size
         batch = self.split.subset(self.order[start : start + self.batch_size])
         self.position += 1
         return self.augmentation(batch.images, self.generator), batch.labels
 
     def state_dict(self) -> dict[str, Any]:
-        """Order, position and generator."""
+        """Return order, position and generator."""
         return {
             "order": self.order,
             "position": self.position,
@@ -84,6 +84,6 @@ class Batches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue from where `state` was saved."""
         self.order, self.position = state["order"], state["position"]
         self.generator.set_state(state["generator"])

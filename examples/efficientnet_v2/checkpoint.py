@@ -18,16 +18,16 @@ def save_checkpoint(path: Path, config: dict[str, Any], state: dict[str, Any]) -
     """Replace `path` by a checkpoint of `state`, in one atomic step.
 
     Args:
-        path: The file; the old one stays whole until the new one is on disk.
+        path: The file. The old file stays whole until the new file is on disk.
         config: Identity knobs, compared when the checkpoint is resumed.
-        state: Tensors and plain values (it is read back with `weights_only=True`).
+        state: Tensors and plain values only, since loading uses `weights_only=True`.
     """
     content = {"format": FORMAT, "config": config, "state": state}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The state saved at `path`, on the CPU.
+    """Return the state saved at `path`, on the CPU.
 
     Raises:
         InputError: The file is missing or damaged, or was saved with other identity knobs.
@@ -45,7 +45,7 @@ def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_config(where: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raise an `InputError` that lists every knob in which the two differ."""
+    """Raise an `InputError` that lists every knob with different values in `saved` and `config`."""
     different = [
         f"  {name}: saved {saved.get(name)!r}, now {config.get(name)!r}"
         for name in sorted(saved.keys() | config.keys())
@@ -60,7 +60,7 @@ def refuse_other_config(where: Path, saved: dict[str, Any], config: dict[str, An
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of torch's global generators."""
+    """Return the state of torch's global generators."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

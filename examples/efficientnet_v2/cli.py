@@ -1,4 +1,4 @@
-"""Command line from a frozen dataclass: one field, one option, one place to read about it."""
+"""Builds a command line from a frozen dataclass: each field is one option, documented in one place."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def knob(default: Any, help: str, *, identity: bool = True) -> Any:
     """A dataclass field with a help text.
 
     Args:
-        default: Value without the option.
+        default: Value if the option is not given.
         help: One line for `--help`.
-        identity: Whether the value shapes the trained numbers. A checkpoint can only be resumed
-            with equal identity knobs; folders, threads and progress bars are free to change.
+        identity: Whether the value changes the trained numbers. A checkpoint can only be resumed
+            with equal identity knobs; folders, threads and progress bars may change freely.
     """
     return dataclasses.field(default=default, metadata={"help": help, "identity": identity})
 
 
 def identity(knobs: Any) -> dict[str, Any]:
-    """The knobs that decide the trained numbers, as plain JSON values."""
+    """Return the knobs that change the trained numbers, as plain JSON values."""
     fields = [f for f in dataclasses.fields(knobs) if f.metadata["identity"]]
     values = {field.name: getattr(knobs, field.name) for field in fields}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
@@ -48,7 +48,7 @@ def add_knobs(
 
 
 def from_arguments(knobs_class: type[T], arguments: argparse.Namespace, **fixed: Any) -> T:
-    """Build `knobs_class` from parsed options; `fixed` wins over what was parsed."""
+    """Build `knobs_class` from parsed options; `fixed` values override parsed ones."""
     names = [field.name for field in dataclasses.fields(knobs_class)]  # type: ignore[arg-type]
     values = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -56,7 +56,7 @@ def from_arguments(knobs_class: type[T], arguments: argparse.Namespace, **fixed:
 
 
 def _argument(kind: Any, text: str, default: Any) -> dict[str, Any]:
-    """Keywords of `add_argument` for a field of type `kind`."""
+    """Return the keywords of `add_argument` for a field of type `kind`."""
     shown = text if default in ("", (), False, None) else f"{text} [default: {default}]"
     if kind is bool:
         action = argparse.BooleanOptionalAction if default else "store_true"

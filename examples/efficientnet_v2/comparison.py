@@ -38,17 +38,17 @@ class Entry:
     runs: list[Finished] = field(default_factory=list)
 
     def mean(self, key: str) -> float:
-        """Mean over the seeds of a final figure; NaN where a run was too short to be timed."""
+        """Return the mean of a final figure over the seeds; NaN if a run was too short to be timed."""
         values = [run.result[key] for run in self.runs]
         return float("nan") if None in values else statistics.fmean(values)
 
     def spread(self, key: str) -> float:
-        """Sample standard deviation over the seeds, 0 for a single one."""
+        """Return the sample standard deviation over the seeds, 0 for a single seed."""
         values = [run.result[key] for run in self.runs]
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Means, the spread of the accuracy, and the figures of every seed."""
+        """Return means, the spread of the accuracy, and the figures of every seed."""
         keys = (
             "accuracy",
             "best_accuracy",
@@ -66,7 +66,7 @@ class Entry:
 
 
 def print_table(entries: Sequence[Entry], title: str) -> None:
-    """Final accuracy, bytes, ratio and time of every quantizer."""
+    """Print final accuracy, bytes, ratio and time of every quantizer."""
     table = plain_table(title)
     table.add_column("saved tensors")
     for name in ("accuracy", "exact", "stored", "ratio", "s/step"):
@@ -85,12 +85,12 @@ def print_table(entries: Sequence[Entry], title: str) -> None:
 
 
 def write_results(path: Path, entries: Sequence[Entry], settings: dict[str, Any]) -> None:
-    """Everything the table and the figure show, as JSON."""
+    """Write everything that the table and the figure show, as JSON."""
     write_json(path, {"settings": settings, "summary": [entry.summary() for entry in entries]})
 
 
 def plot_comparison(entries: Sequence[Entry], title: str, subtitle: str) -> Figure:
-    """Accuracy over the epochs on the left, bytes saved for backward on the right."""
+    """Plot accuracy over the epochs on the left, bytes saved for backward on the right."""
     figure = Figure(figsize=(11, 4.4))
     _plot_curves(figure.add_axes((0.05, 0.12, 0.42, 0.66)), entries)
     _plot_bars(figure.add_axes((0.71, 0.06, 0.265, 0.72)), entries)
@@ -123,7 +123,7 @@ def _plot_curves(axes: Axes, entries: Sequence[Entry]) -> None:
 
 
 def _label_ends(axes: Axes, entries: Sequence[Entry], ends: list[float], epoch: int) -> None:
-    """Name each curve at its right end, moved apart where labels would overlap."""
+    """Name each curve at its right end; move labels apart if they would overlap."""
     low, high = axes.get_ylim()
     places = spread_apart(ends, gap=0.062 * (high - low), top=high)
     for entry, end, place in zip(entries, ends, places, strict=True):
@@ -149,7 +149,7 @@ def _label_ends(axes: Axes, entries: Sequence[Entry], ends: list[float], epoch: 
 
 
 def spread_apart(values: Sequence[float], gap: float, top: float) -> list[float]:
-    """Positions close to `values`, in the same order, at least `gap` apart and below `top`.
+    """Return positions close to `values`, in the same order, at least `gap` apart and below `top`.
 
     Example:
         >>> spread_apart([1.0, 9.0, 9.0], gap=2.0, top=10.0)

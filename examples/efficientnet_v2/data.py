@@ -1,4 +1,4 @@
-"""Data sets by name: looked for, read, checked, and kept in memory as uint8."""
+"""Finds data sets by name, reads and checks them, and keeps them in memory as uint8."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits and the statistics that normalise them.
+    """Two splits, and the statistics that normalise them.
 
     Attributes:
         mean: Mean of each channel of the training images, `(C, 1, 1)`, in 0..255.
@@ -61,7 +61,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """Where to look for a data set, and how many images of it to keep (0: all)."""
+    """Where to look for a data set, and how many of its images to keep (0: all)."""
 
     folder: Path
     download: bool = False
@@ -70,12 +70,12 @@ class Source:
     limit_test: int = 0
 
     def limits(self) -> tuple[int, int]:
-        """How many training and test images to keep."""
+        """Return how many training and test images to keep."""
         return self.limit_train, self.limit_test
 
 
 def load_dataset(name: str, source: Source) -> Dataset:
-    """The data set called `name`, or the image folder at the path `name`."""
+    """Return the data set called `name`, or the image folder at the path `name`."""
     if name in _LOADERS:
         train, test, classes, flip = _LOADERS[name](source)
     elif Path(name).is_dir():
@@ -93,7 +93,7 @@ def load_dataset(name: str, source: Source) -> Dataset:
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, `(C, 1, 1)`, from exact integer counts."""
+    """Return mean and standard deviation of each channel, `(C, 1, 1)`, from exact integer counts."""
     value = torch.arange(256, dtype=torch.float64)
     counts = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])]
     table = torch.stack(counts).double() / counts[0].sum()
@@ -106,8 +106,8 @@ Loaded = tuple[Split, Split, int, bool]
 
 
 def _digits(source: Source) -> Loaded:
-    """The 1797 digits of scikit-learn, scaled from 8x8 to 16x16, a fixed fifth of them for test."""
-    from sklearn.datasets import load_digits  # heavy, and only this data set needs it
+    """Return scikit-learn's 1797 digits, scaled from 8x8 to 16x16; a fixed fifth of them is for test."""
+    from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
 
     pixels, labels = load_digits(return_X_y=True)
     small = torch.from_numpy(np.asarray(pixels, dtype=np.float32)).reshape(-1, 1, 8, 8) * (255 / 16)
@@ -149,7 +149,7 @@ class _Cifar:
         return None
 
     def _pickle(self, root: Path, *, download: bool) -> tuple[Split, Split] | None:
-        """The python version, read (and fetched) by torchvision, which checks its MD5 sums."""
+        """Read the Python version with torchvision, which fetches it and checks its MD5 sums."""
         batches = root / _PYTHON_FOLDERS[self.torchvision_class]
         if not download and not batches.is_dir():
             return None
@@ -170,7 +170,7 @@ _PYTHON_FOLDERS = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-pyth
 
 
 def _torchvision(make: Any, root: Path, where: Path, download: bool, **options: Any) -> Any:
-    """A torchvision data set; its failures become an `InputError` that names the folder."""
+    """Make a torchvision data set; turn its failures into an `InputError` that names the folder."""
     try:
         return make(str(root), download=download, **options)
     except (OSError, RuntimeError, EOFError) as error:
@@ -187,7 +187,7 @@ _IDX = (
 
 
 def _idx_files(root: Path) -> list[Path] | None:
-    """The four idx files in one of their usual folders, plain or compressed."""
+    """Return the four idx files from one of their usual folders, plain or compressed."""
     for folder in (root / "FashionMNIST" / "raw", root / "fashion-mnist", root):
         for suffix in ("", ".gz"):
             files = [folder / (name + suffix) for name in _IDX]
@@ -223,10 +223,10 @@ def _tiny_imagenet(source: Source) -> Loaded:
 
 
 def _image_folder(folder: Path, source: Source) -> Loaded:
-    """`folder/train/<class>/**` and `folder/val` (or `test`) with the same classes.
+    """Read `folder/train/<class>/**` and `folder/val` (or `test`) with the same classes.
 
     The official Tiny ImageNet keeps all validation images in one folder and their classes in
-    `val_annotations.txt`; that is read too.
+    `val_annotations.txt`. This function reads that layout too.
     """
     classes = class_folders(folder / "train")
     held_out = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), folder / "val")
@@ -247,7 +247,7 @@ def _image_folder(folder: Path, source: Source) -> Loaded:
 
 
 def _annotated(annotations: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """`(file, label)` from lines `name<TAB>class<TAB>...`."""
+    """Return `(file, label)` for each line `name<TAB>class<TAB>...`."""
     numbers = {name: number for number, name in enumerate(classes)}
     items = []
     for line in annotations.read_text(encoding="utf-8").splitlines():

@@ -1,14 +1,14 @@
-"""The same network, seed and data order with six ways to keep saved tensors.
+"""Trains one network, with one seed and data order, with six ways to keep saved tensors.
 
     python examples/efficientnet_v2/demo.py                                  # digits, make demo
     python examples/efficientnet_v2/demo.py --dataset cifar10 --model efficientnet_v2_tiny \
         --epochs 5 --batch-size 128 --only fp32,stochastic-2bit --seeds 0 --out runs/cifar10
 
-Prints one table and writes `comparison.png` and `results.json`. Ctrl-C leaves resumable runs: the
-same command goes on where it stopped, and never repeats a run that is finished.
+Prints one table and writes `comparison.png` and `results.json`. Ctrl-C leaves runs that can be resumed:
+the same command continues where it stopped, and never repeats a finished run.
 
-Expect on two CPU cores, in about a minute and a half (accuracies move by a point or two between
-machines and seeds; the per-tensor baseline by ten):
+Expect on two CPU cores, in about a minute and a half (accuracies vary by a point or two between
+machines and seeds; the accuracy of the per-tensor baseline varies by ten):
 
     saved tensors         accuracy     exact    stored  ratio
     FP32                    96.7 %  26.22 MiB  26.22 MiB   1.0x
@@ -52,8 +52,8 @@ class Variant:
 
 VARIANTS: Mapping[str, Variant] = {
     "fp32": Variant("FP32", "none", "#3f4650"),
-    # The deterministic baseline of the thesis: one symmetric scale for the whole tensor, and every
-    # tensor rounded alike.
+    # The deterministic baseline of the thesis: one symmetric scale for the whole tensor, and the same
+    # rounding for every tensor.
     "thesis-2bit": Variant(
         "2-bit per tensor, all", "ThesisInt2DynamicActPerTensorFloat", "#b4413c", "all"
     ),
@@ -73,7 +73,7 @@ VARIANTS: Mapping[str, Variant] = {
         "2/4-bit mix", "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic", "#2a8f7b"
     ),
 }
-#: Compared by name only: `--only`.
+#: Runs that only `--only` can select.
 MORE_VARIANTS: Mapping[str, Variant] = {
     "average-0.5bit": Variant(
         "0.5-bit averages", "ShiftedUint2Avg4DynamicActPerBucketFloatStochastic", "#c05299"
@@ -106,22 +106,22 @@ class Plan:
     overwrite: bool
 
     def knobs_of(self, name: str, seed: int) -> Knobs:
-        """The knobs of one run."""
+        """Return the knobs of one run."""
         variant, out = ALL[name], str(self.out / f"{name}-seed{seed}")
         knobs = replace(self.knobs, quant=variant.quant, seed=seed, out=out)
         if variant.policy is not None:
             knobs = replace(knobs, policy=variant.policy)
         if variant.budget:
             knobs = replace(knobs, budget=variant.budget)
-        if variant.quant == "none":  # these knobs belong to a quantizer
+        if variant.quant == "none":  # these knobs require a quantizer
             knobs = replace(knobs, policy="op_aware", storage="save_quantized")
         return knobs
 
 
 def compare(plan: Plan) -> list[Entry]:
-    """Do, or finish, every run of the plan."""
+    """Run every run of the plan, or the unfinished part of it."""
     todo = [(name, plan.knobs_of(name, seed)) for name in plan.only for seed in plan.seeds]
-    for _, knobs in todo:  # all mistakes come out before the first run
+    for _, knobs in todo:  # report every mistake before the first run starts
         find_quantizer(knobs.quant)
         if not plan.overwrite:
             _finished(knobs)
@@ -133,7 +133,7 @@ def compare(plan: Plan) -> list[Entry]:
 
 
 def _finished(knobs: Knobs) -> Finished | None:
-    """The run if it is finished; an `InputError` if it was made with other knobs."""
+    """Return the run if it is finished; raise an `InputError` if it was made with other knobs."""
     folder = RunFolder(knobs.folder(), identity(knobs))
     result = folder.result()
     if result is None:
@@ -181,7 +181,7 @@ def _plan(parsed: argparse.Namespace) -> Plan:
 
 
 def _write(plan: Plan, entries: list[Entry]) -> None:
-    """The table, the figure and the JSON file."""
+    """Write the table, the figure and the JSON file."""
     knobs = plan.knobs
     title = f"{knobs.model} on {Path(knobs.dataset).name}"
     seeds = (
@@ -199,7 +199,7 @@ def _write(plan: Plan, entries: list[Entry]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser, words = _parser(), sys.argv[1:] if arguments is None else list(arguments)
     parsed = parser.parse_args(words)
 

@@ -1,4 +1,4 @@
-"""How a script stops: the user's mistakes, Ctrl-C, and the exit status of both."""
+"""How a script stops: by the user's mistakes or by Ctrl-C, and with which exit status."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from types import FrameType
 
 
 class InputError(Exception):
-    """A mistake in what the user passed: shown without a traceback, exit status 2."""
+    """A mistake in the user's input, shown without a traceback; exit status 2."""
 
 
 class Interrupted(Exception):  # noqa: N818
-    """Training stopped on request after it saved a checkpoint: exit status 130."""
+    """Training stopped on request, after saving a checkpoint; exit status 130."""
 
 
 class StopRequest:
-    """True once Ctrl-C or SIGTERM arrived; the loop asks between steps, so no step is torn."""
+    """True after Ctrl-C or SIGTERM. The loop checks it between steps, so every step completes."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -28,7 +28,7 @@ class StopRequest:
         return self.requested
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: the first signal asks, a second one stops at once."""
+        """Handle a signal: the first one makes a request, the second one stops at once."""
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -48,11 +48,11 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 def exit_status(body: Callable[[], object], program: str, words: Sequence[str]) -> int:
-    """Run a command line's `body` and say plainly what stopped it.
+    """Run a command line's `body`, print what stopped it, and return the exit status.
 
     Args:
         body: Does the work.
-        program: Name shown before an error.
+        program: Name to print before an error.
         words: The whole command that continues an interrupted run.
     """
     try:

@@ -13,9 +13,9 @@ from faults import InputError
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file, flush it to disk, then rename it over `path`.
+    """Let `write` fill a temporary file, flush it to disk, then rename it to `path`.
 
-    A reader, or a run killed at any moment, sees the old file or the new one, never a half.
+    A reader, or a run killed at any moment, sees the whole old file or the whole new file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with every NaN and infinity replaced by `None`, which JSON can hold."""
+    """Return `value` with every NaN and infinity replaced by `None`: JSON has no NaN or infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -47,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; `InputError` if it is damaged."""
+    """Parse a JSON file; raise an `InputError` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -55,7 +55,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; `InputError` if one is damaged."""
+    """Return the rows of a JSON-lines file; raise an `InputError` if a row is damaged."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:

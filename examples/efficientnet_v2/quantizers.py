@@ -16,14 +16,14 @@ _BARE_NAMES_IN = ("brevitas_bp.quant", "brevitas.quant")
 
 
 def find_quantizer(name: str) -> type | None:
-    """The injector class called `name`; `None` for `"none"`.
+    """Return the injector class called `name`, or `None` for `"none"`.
 
     Args:
-        name: A bare name, looked up in `brevitas_bp.quant`, then in `brevitas.quant`, or a dotted
+        name: A bare name, looked up in `brevitas_bp.quant`, then in `brevitas.quant`; or a dotted
             path such as `my_project.quantizers.Mine`.
 
     Raises:
-        InputError: Nothing of that name, or not a class.
+        InputError: The name does not exist, or it is not a class.
     """
     if name == "none":
         return None
@@ -47,7 +47,7 @@ def _import(module: str) -> Any:
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
-    """`["bit_width=2", "metadata_dtype=torch.bfloat16"]` as keyword arguments.
+    """Return `["bit_width=2", "metadata_dtype=torch.bfloat16"]` as keyword arguments.
 
     Example:
         >>> parse_overrides(["bucket_size=256", "quantize_zero_point=True", "mix_per=tensor"])
@@ -65,7 +65,7 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
-    """A Python literal, `true`/`false`/`none` in any case, a torch dtype, or the text itself."""
+    """Parse a literal, `true`/`false`/`none` in any case, or a torch dtype; else return the text."""
     dtype = getattr(torch, text.removeprefix("torch."), None)
     if isinstance(dtype, torch.dtype):
         return dtype

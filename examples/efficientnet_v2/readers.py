@@ -1,7 +1,7 @@
-"""Readers of the official file layouts: files in, checked uint8 tensors out.
+"""Readers of the official file layouts: they turn files into checked uint8 tensors.
 
-Every reader checks sizes, magic numbers and labels while it reads, so that a damaged file stops
-the program before any training starts, with the file's name in the message.
+Every reader checks sizes, magic numbers and labels. So a damaged file stops the program before training
+starts, with the file's name in the message.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Split:
         return self.images.shape[0]
 
     def subset(self, indices: Tensor) -> Split:
-        """The images at `indices`, in that order."""
+        """Return the images at `indices`, in that order."""
         return Split(self.images[indices], self.labels[indices])
 
 
 def checked(images: Tensor, labels: Tensor, classes: int, where: Path | str) -> Split:
-    """A `Split`, after comparing the counts and the range of the labels with `classes`."""
+    """Return a `Split` after checking the counts, and the range of the labels against `classes`."""
     labels = labels.to(torch.int64)
     if len(images) != len(labels):
         raise InputError(f"{where}: {len(images)} images but {len(labels)} labels; fetch it again")
@@ -55,17 +55,17 @@ def checked(images: Tensor, labels: Tensor, classes: int, where: Path | str) -> 
 
 
 def spread(count: int, limit: int) -> Tensor:
-    """`limit` indices below `count`, spread over all classes by a fixed shuffle; 0 keeps all."""
+    """Return `limit` indices below `count`, spread over all classes by a fixed shuffle; 0 keeps all."""
     if limit == 0 or limit >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 def read_cifar_file(path: Path, classes: int, label_bytes: int, records: int) -> Split:
-    """One file of the CIFAR binary version.
+    """Read one file of the CIFAR binary version.
 
-    A record is `label_bytes` label bytes (the last one is the class) and 3072 pixel bytes,
-    channel first. `records` is how many the official file holds.
+    A record holds `label_bytes` label bytes (the last one is the class) and 3072 pixel bytes, channel
+    first. `records` is the number of records in the official file.
     """
     data = np.fromfile(path, dtype=np.uint8)
     size = label_bytes + 3 * 32 * 32
@@ -82,7 +82,7 @@ def read_cifar_file(path: Path, classes: int, label_bytes: int, records: int) ->
 def read_cifar(
     folder: Path, names: list[str], classes: int, label_bytes: int, records: int
 ) -> Split:
-    """The listed files of a CIFAR binary folder, one after another."""
+    """Read the listed files of a CIFAR binary folder, one after another."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: expected the files {', '.join(names)}, missing {missing}")
@@ -91,7 +91,7 @@ def read_cifar(
 
 
 def read_idx(path: Path) -> Tensor:
-    """An idx file of unsigned bytes, plain or gzip-compressed, of any number of dimensions.
+    """Read an idx file of unsigned bytes, plain or gzip-compressed, with any number of dimensions.
 
     The header is two zero bytes, the type (8: unsigned byte), the number of dimensions, and one
     big-endian 32-bit integer for each dimension.
@@ -114,7 +114,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def read_idx_pair(images: Path, labels: Path, classes: int) -> Split:
-    """Grey images `(N, H, W)` and labels `(N,)` from two idx files."""
+    """Read grey images `(N, H, W)` and labels `(N,)` from two idx files."""
     pixels, targets = read_idx(images), read_idx(labels)
     for path, tensor, dimensions in ((images, pixels, 3), (labels, targets, 1)):
         if tensor.dim() != dimensions:
@@ -123,7 +123,7 @@ def read_idx_pair(images: Path, labels: Path, classes: int) -> Split:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The class names of an image folder: its subfolders, sorted."""
+    """Return the class names of an image folder: the sorted names of its subfolders."""
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder with one subfolder for each class, got none")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -133,7 +133,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """`(file, label)` of every image below `folder/<class>`, sorted."""
+    """Return `(file, label)` of every image below `folder/<class>`, sorted."""
     unknown = set(class_folders(folder)) - set(classes)
     if unknown:
         raise InputError(
@@ -149,7 +149,7 @@ def list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 
 
 def decode_image(path: Path, size: int) -> Tensor:
-    """One RGB image, shorter side scaled to `size`, centre `size` x `size` cut out."""
+    """Decode an RGB image, scale its shorter side to `size`, and crop the centre `size` x `size`."""
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
@@ -165,7 +165,7 @@ def decode_image(path: Path, size: int) -> Tensor:
 
 
 def read_images(items: list[tuple[Path, int]], classes: int, size: int, where: Path) -> Split:
-    """Decode listed images with a thread for each core."""
+    """Decode the listed images, with one thread per core."""
     if not items:
         raise InputError(
             f"{where}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none"

@@ -14,7 +14,7 @@ Schedule = Literal["cosine", "onecycle", "step", "constant"]
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """AdamW with decoupled weight decay on weights only: norms and biases (1-d) do not decay."""
+    """Return AdamW with decoupled weight decay; norms and biases (1-d) do not decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -25,16 +25,13 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Factor on the base learning rate as a pure function of the step, so resuming is exact.
+    """Factor on the base learning rate. It depends on the step only, so a resumed run is exact.
 
-    `cosine`, `step` and `constant` start with `warmup` linear steps. `onecycle` rises along a
-    cosine from 1/25 over `warmup` steps (30 % of the run where that is 0), then falls along a
-    cosine to 1/250000; it moves the learning rate only, not the betas.
-
-    Attributes:
-        total: Steps of the whole run.
-        warmup: Steps of the warm-up.
-        gamma: Factor of the `step` schedule, applied after one half and three quarters.
+    `cosine`, `step` and `constant` start with `warmup` linear steps. `onecycle` rises along a cosine
+    from 1/25 over `warmup` steps (over 30 % of the run if `warmup` is 0), then falls along a cosine to
+    1/250000. It changes the learning rate only, not the betas. Attributes: total: Steps of the whole
+    run. warmup: Steps of the warm-up. gamma: Factor of the `step` schedule, applied after one half and
+    three quarters.
     """
 
     kind: Schedule
@@ -43,7 +40,7 @@ class LearningRate:
     gamma: float = 0.1
 
     def __call__(self, step: int) -> float:
-        """The factor at `step`, counted from 0."""
+        """Return the factor at `step`, counted from 0."""
         if self.kind == "onecycle":
             return self._onecycle(step)
         if step < self.warmup:
@@ -65,10 +62,10 @@ class LearningRate:
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
-    """From `start` to `end` along half a cosine."""
+    """Interpolate from `start` to `end` along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 def make_schedule(optimizer: AdamW, learning_rate: LearningRate) -> LambdaLR:
-    """Apply `learning_rate` once a step."""
+    """Return a schedule that applies `learning_rate` once per step."""
     return LambdaLR(optimizer, learning_rate)

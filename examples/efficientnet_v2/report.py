@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, a final table, and two plots."""
+"""Output of a run: a progress bar, a final table, and two plots."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LIGHT = "#c3cad3"
 
 
 def mebibytes(count: float) -> str:
-    """Bytes as a short text."""
+    """Format bytes as a short text."""
     value = count / 2**20
     return f"{value:.0f} MiB" if value >= 100 else f"{value:.2f} MiB"
 
 
 class StepBar:
-    """A bar for the epoch in progress; silent where `visible` is false."""
+    """A progress bar for the current epoch; silent if `visible` is false."""
 
     def __init__(self, visible: bool) -> None:
         columns = (
@@ -56,7 +56,7 @@ class StepBar:
         self._bar.stop()
 
     def step(self, progress: TrainingProgress, epochs: int, steps: int) -> None:
-        """Show where the epoch stands."""
+        """Show the position in the epoch."""
         self._bar.update(
             self._task,
             description=f"epoch {progress.epoch + 1}/{epochs}",
@@ -78,7 +78,7 @@ class StepBar:
 
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
-    """The final table of one run."""
+    """Print the final table of one run."""
     config = result["config"]
     title = f"{config['model']} on {Path(config['dataset']).name}\nquantizer: {config['quant']}"
     table = plain_table(title)
@@ -90,12 +90,12 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
 
 
 def plain_table(title: str) -> Table:
-    """A table of 80 columns without vertical rules."""
+    """Return a table of 80 columns without vertical rules."""
     return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def figures(result: dict[str, Any]) -> list[str]:
-    """Accuracies, bytes, ratio and time of a result, formatted for a table."""
+    """Return accuracies, bytes, ratio and time of a result, formatted for a table."""
     seconds = result["seconds_per_step"]
     return [
         f"{result['accuracy']:.1f} %",
@@ -108,7 +108,7 @@ def figures(result: dict[str, Any]) -> list[str]:
 
 
 def tidy(axes: Axes, title: str, *, grid: str = "y") -> None:
-    """Common look: left-aligned title, quiet spines, a light grid behind the data."""
+    """Apply the common look: left-aligned title, light spines, a light grid behind the data."""
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LIGHT)
@@ -119,13 +119,13 @@ def tidy(axes: Axes, title: str, *, grid: str = "y") -> None:
 
 
 def write_run_plots(folder: Path, rows: list[dict[str, Any]], memory: dict[str, Any]) -> None:
-    """`curves.png` and `modules.png` of one run."""
+    """Write `curves.png` and `modules.png` of one run."""
     plot_curves(rows).savefig(folder / "curves.png", dpi=150)
     plot_modules(memory).savefig(folder / "modules.png", dpi=150)
 
 
 def plot_curves(rows: list[dict[str, Any]]) -> Figure:
-    """Loss and accuracy over the epochs."""
+    """Plot loss and accuracy over the epochs."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
@@ -153,7 +153,7 @@ def plot_curves(rows: list[dict[str, Any]]) -> Figure:
 
 
 def plot_modules(memory: dict[str, Any], top: int = 15) -> Figure:
-    """Exact and stored bytes of the `top` modules that save most."""
+    """Plot exact and stored bytes of the `top` modules that save most."""
     totals: dict[str, list[int]] = {}
     for row in memory["rows"]:
         pair = totals.setdefault(row["module"] or "(model)", [0, 0])

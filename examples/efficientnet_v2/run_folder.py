@@ -1,4 +1,4 @@
-"""The folder of one run: what lies in it, who may write to it, and its final figures."""
+"""The folder of one run: its files, protection against overwriting, and the final figures."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        config: The knobs that a continuation must share.
+        config: The identity knobs; a resumed run must have equal ones.
     """
 
     path: Path
     config: dict[str, Any]
 
     def refuse_existing_run(self) -> None:
-        """`InputError` if the folder already holds a run, so that no work is thrown away."""
+        """Raise `InputError` if the folder already holds a run, so that no work is lost."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out {self.path}: expected a folder, got a file")
         found = [name for name in OWN_FILES if (self.path / name).exists()]
@@ -46,7 +46,7 @@ class RunFolder:
             )
 
     def start(self, knobs: dict[str, Any]) -> None:
-        """Remove the files of an earlier run, and only those; write `config.json`."""
+        """Remove the files of an earlier run, and only those files; write `config.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
@@ -57,7 +57,7 @@ class RunFolder:
         save_checkpoint(self.path / "checkpoint.pt", self.config, state)
 
     def load(self) -> dict[str, Any]:
-        """The state in the checkpoint."""
+        """Return the state in the checkpoint."""
         return load_checkpoint(self.path / "checkpoint.pt", self.config)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -65,25 +65,25 @@ class RunFolder:
         append_json_line(self.path / "log.jsonl", row)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each epoch; the last counts where a killed run repeated an epoch."""
+        """Return one row per epoch; if a killed run repeated an epoch, return its last row."""
         rows = read_json_lines(self.path / "log.jsonl")
         return list({row["epoch"]: row for row in rows}.values())
 
     def set_memory(self, memory: dict[str, Any]) -> None:
-        """Keep the saved bytes of every module, as measured in the first step."""
+        """Store the saved bytes of every module, as measured in the first step."""
         write_json(self.path / "memory.json", memory)
 
     def memory(self) -> dict[str, Any]:
-        """What `set_memory` kept."""
+        """Return what `set_memory` stored."""
         return read_json(self.path / "memory.json")
 
     def result(self) -> dict[str, Any] | None:
-        """The final figures, or `None` while the run is not finished."""
+        """Return the final figures, or `None` if the run is not finished."""
         path = self.path / "result.json"
         return read_json(path) if path.is_file() else None
 
     def finish(self) -> dict[str, Any]:
-        """Sum up the log in `result.json` and return it."""
+        """Summarise the log in `result.json` and return the summary."""
         rows = self.rows()
         result = {"config": self.config, **summarise(rows)}
         write_json(self.path / "result.json", result)
@@ -91,7 +91,7 @@ class RunFolder:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Final figures from the rows of all epochs; bytes are those of the last epoch."""
+    """Return final figures from the rows of all epochs; bytes are those of the last epoch."""
     last = rows[-1]
     timed = [row["seconds_per_step"] for row in rows if row["seconds_per_step"] is not None]
     return {

@@ -1,10 +1,10 @@
-"""The thesis' memory table beside what autograd really saves.
+"""Compares the thesis' memory table with what autograd really saves.
 
     python examples/efficientnet_v2/thesis_memory.py [--batch 128]
 
 Table 4.1 of Li (2025) counts one output per stage at nominal bits: 12,976,128 elements at batch 128,
-49.50 MiB in float32, 6.19 MiB at 4 and 3.09 MiB at 2 bits. Autograd saves many
-tensors per stage; the last columns are bytes of live tensors, codes, padding and metadata included.
+49.50 MiB in float32, 6.19 MiB at 4 bits and 3.09 MiB at 2 bits. Autograd saves many tensors per stage.
+The last columns are bytes of live tensors: codes, padding and metadata included.
 
 Expect 3590 MiB saved in float32, 463 MiB at 4 bits and 238 MiB at 2 bits.
 """
@@ -30,7 +30,7 @@ from brevitas_bp.quant import (
 
 
 def saved_by_stage(report: SavedMemoryReport, stages: dict[str, str]) -> dict[str, list[int]]:
-    """Exact and stored bytes of each stage: a row belongs to the stage whose name begins its own."""
+    """Return exact and stored bytes of each stage; a row's module name starts with its stage's name."""
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in report.rows:
         stage = next(
@@ -41,7 +41,7 @@ def saved_by_stage(report: SavedMemoryReport, stages: dict[str, str]) -> dict[st
 
 
 def measure(model: nn.Module, images: torch.Tensor) -> SavedMemoryReport:
-    """Saved memory of one forward pass."""
+    """Measure the saved memory of one forward pass."""
     with track_saved_memory(model) as report:
         loss = model(images).logsumexp(1).mean()
     del loss

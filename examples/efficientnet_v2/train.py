@@ -1,4 +1,4 @@
-"""Train an EfficientNetV2 while autograd's saved tensors are stored in few bits.
+"""Trains an EfficientNetV2 while autograd's saved tensors are stored in few bits.
 
     python examples/efficientnet_v2/train.py                      # digits, 2-bit stochastic buckets
     python examples/efficientnet_v2/train.py --quant none         # plain float32
@@ -7,11 +7,11 @@
         --quant-override bucket_size=256 --quant-override metadata_dtype=torch.bfloat16
 
 Ctrl-C leaves a checkpoint; the same command with `--resume` continues bit for bit. The output
-folder holds `config.json`, `log.jsonl` (one row an epoch), `memory.json` (saved bytes of each
+folder holds `config.json`, `log.jsonl` (one row per epoch), `memory.json` (saved bytes of each
 module), `checkpoint.pt`, `result.json`, `curves.png` and `modules.png`.
 
 Expect with the defaults on two CPU cores: 95 % after 8 epochs in 20 seconds, 26.2 MiB of saved
-tensors stored in 1.85 MiB (14.2x less); with `--quant none` 97 % in ten.
+tensors stored in 1.85 MiB (14.2x less); with `--quant none` 97 % in ten seconds.
 """
 
 from __future__ import annotations
@@ -65,22 +65,22 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brev
 
 @dataclass(frozen=True)
 class Knobs:
-    """Everything that can be set: the parts of the thesis' recipe, sized for the digits."""
+    """All settings: the parts of the thesis' recipe, sized for the digits."""
 
     quant: str = knob(
         "ShiftedUint2DynamicActPerBucketFloatStochastic",
         "quantizer class (bare name or dotted path), or 'none' for float32",
     )
-    quant_override: tuple[str, ...] = knob((), "keyword of the quantizer, repeatable")
+    quant_override: tuple[str, ...] = knob((), "KEY=VALUE for the quantizer, repeatable")
     policy: Literal["op_aware", "all", "all_but_relu", "exact"] = knob(
         "op_aware", "which saved tensors to quantize, and how"
     )
     budget: str = knob(
-        "", "bytes that a step may save, as '2MB' or '5%%' of FP32's: a width is planned for each tensor"
+        "", "bytes that a step may save, as '2MB' or '5%%' of FP32's; plans bits for each tensor"
     )
     plan_every: int = knob(400, "steps from one plan to the next")
     storage: Literal["save_quantized", "quantize_on_backward"] = knob(
-        "save_quantized", "when to quantize; the second form saves no memory"
+        "save_quantized", "when to quantize; 'quantize_on_backward' saves no memory"
     )
     model: ModelName = knob("efficientnet_v2_nano", "network")  # noqa: RUF009
     stem_stride: int | None = knob(None, "stride of the stem, 1 or 2 (the model's own by default)")
@@ -93,13 +93,13 @@ class Knobs:
     limit_train: int = knob(0, "number of training images to use, 0 for all")
     limit_test: int = knob(0, "number of test images to use, 0 for all")
     augment: Literal["crop+flip", "crop", "none"] = knob(
-        "crop+flip", "augmentation; flips are left out where they change the class (digits)"
+        "crop+flip", "augmentation; flips are skipped if they change the class (digits)"
     )
     epochs: int = knob(8, "epochs")
     batch_size: int = knob(64, "images in a step")
     lr: float = knob(1e-3, "peak learning rate of AdamW")
     weight_decay: float = knob(0.05, "weight decay, not applied to norms and biases")
-    schedule: Schedule = knob("cosine", "course of the learning rate")  # noqa: RUF009
+    schedule: Schedule = knob("cosine", "schedule of the learning rate")  # noqa: RUF009
     warmup_epochs: float = knob(0.5, "length of the linear warm-up, in epochs")
     clip_norm: float = knob(1.0, "largest norm of the whole gradient, 0 for no clipping")
     label_smoothing: float = knob(0.05, "label smoothing")
@@ -111,9 +111,9 @@ class Knobs:
     data_dir: str = knob(str(CACHE), "folder of the data sets", identity=False)
     download: bool = knob(False, "fetch a missing data set with torchvision", identity=False)
     out: str = knob("", "output folder (runs/<dataset>-<model>-<quant>-<seed>)", identity=False)
-    save_every: int = knob(0, "steps between checkpoints, 0 for one an epoch", identity=False)
+    save_every: int = knob(0, "steps between checkpoints, 0 for one per epoch", identity=False)
     resume: bool = knob(False, "continue the run in the output folder", identity=False)
-    overwrite: bool = knob(False, "throw away the run in the output folder", identity=False)
+    overwrite: bool = knob(False, "delete the run in the output folder", identity=False)
     progress: bool = knob(True, "show progress bars", identity=False)
 
     def __post_init__(self) -> None:
@@ -123,14 +123,14 @@ class Knobs:
                 raise InputError(f"{option}: expected {expected}, got {getattr(self, name)!r}")
 
     def folder(self) -> Path:
-        """Where the run writes."""
+        """Return the folder that the run writes to."""
         short = self.quant.rpartition(".")[2]
         name = f"{Path(self.dataset).name}-{self.model}-{short}-{self.seed}"
         return Path(self.out) if self.out else Path("runs") / name
 
 
 def _ranges(knobs: Knobs) -> list[tuple[str, bool, str]]:
-    """`(knob, whether it is in range, what was expected)`."""
+    """Return `(knob, whether it is in range, what was expected)` for each checked knob."""
     positive = [("lr", knobs.lr), ("epochs", knobs.epochs), ("batch_size", knobs.batch_size)]
     positive += [("image_size", knobs.image_size), ("plan_every", knobs.plan_every)]
     counts = (
@@ -155,11 +155,11 @@ def run(knobs: Knobs, on_step: Callable[[Progress], object] | None = None) -> di
     """Train, or finish training, and return what `result.json` holds.
 
     Args:
-        knobs: The run.
+        knobs: Settings of the run.
         on_step: Called after every step.
 
     Raises:
-        InputError: Something in `knobs` cannot work; nothing has been trained or thrown away.
+        InputError: Some setting in `knobs` cannot work. Nothing has been trained or deleted.
         Interrupted: A signal arrived; a checkpoint was saved.
     """
     folder = RunFolder(knobs.folder(), identity(knobs))
@@ -182,7 +182,7 @@ def run(knobs: Knobs, on_step: Callable[[Progress], object] | None = None) -> di
 
 
 def build(knobs: Knobs) -> Trainer:
-    """Check every knob against reality and make model, data and optimizer, in seconds."""
+    """Check that every knob can work, and make model, data and optimizer; this takes seconds."""
     quantizer, overrides = find_quantizer(knobs.quant), parse_overrides(knobs.quant_override)
     device = _device(knobs)
     source = Source(
@@ -203,7 +203,7 @@ def build(knobs: Knobs) -> Trainer:
     )
     schedule = make_schedule(optimizer, rate)
     planned = {"budget": knobs.budget, "every": knobs.plan_every} if knobs.budget else None
-    torch.manual_seed(knobs.seed)  # dropout then does not depend on how the weights were drawn
+    torch.manual_seed(knobs.seed)  # so dropout does not depend on how the weights were drawn
     trainer = Trainer(model, optimizer, schedule, dataset, batches, options)
     if planned is not None:
         try:
@@ -242,7 +242,7 @@ def _model(knobs: Knobs, dataset: Dataset) -> nn.Module:
 def _wrap(
     model: nn.Module, knobs: Knobs, quantizer: type | None, overrides: dict[str, Any]
 ) -> nn.Module:
-    """The wrapped model, or the model itself for `--quant none`."""
+    """Return the wrapped model, or the model itself for `--quant none`."""
     if quantizer is None:
         _refuse_idle(knobs)
         return model
@@ -256,7 +256,7 @@ def _wrap(
 
 
 def _refuse_idle(knobs: Knobs) -> None:
-    """`InputError` for a setting that would do nothing without a quantizer."""
+    """Raise `InputError` for a setting that has no effect without a quantizer."""
     for field in dataclasses.fields(knobs):
         name = field.name
         if (
@@ -282,7 +282,7 @@ def _batches(knobs: Knobs, dataset: Dataset) -> Batches:
 def _fit(
     trainer: Trainer, knobs: Knobs, folder: RunFolder, on_step: Callable[[Progress], object]
 ) -> None:
-    """Train epoch after epoch; save after each, every `save_every` steps, and when stopped."""
+    """Train all epochs; save after each epoch, every `save_every` steps, and when stopped."""
     with stop_on_signal() as stop, StepBar(knobs.progress) as bar:
 
         def after_step(progress: Progress) -> None:
@@ -305,7 +305,7 @@ def _fit(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     text, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(description=text)
     add_knobs(parser, Knobs)

@@ -1,4 +1,4 @@
-"""The training loop: one step, one epoch, one evaluation, and the state of all of it."""
+"""The training loop: steps, epochs, evaluation, and their complete state."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ StepHook = Callable[["Progress"], object]
 
 @dataclass
 class Progress:
-    """Where the run stands, with the sums of the epoch in progress.
+    """Position of the run, with the sums of the current epoch.
 
     Attributes:
         epoch: Complete epochs.
-        step: Steps done in the epoch in progress.
+        step: Steps done in the current epoch.
         loss_sum: Sum of the losses of those steps.
-        seconds: Duration of each of those steps, without the tracked one.
+        seconds: Duration of each of those steps, without the tracked step.
         memory: `SavedMemoryReport.to_dict()` of the epoch's first step.
     """
 
@@ -45,7 +45,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What one training step needs to know besides model and data."""
+    """Settings of a training step, besides model and data."""
 
     device: torch.device
     label_smoothing: float
@@ -56,7 +56,7 @@ class StepOptions:
 
 @dataclass
 class Trainer:
-    """A model with everything that moves while it trains."""
+    """A model with all state that changes while it trains."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -68,7 +68,7 @@ class Trainer:
     replanner: Replanner | None = None
 
     def plan(self, budget: str, every: int) -> None:
-        """Plan widths within `budget` now and then, from the batch of that step."""
+        """Plan bits within `budget`, again every `every` steps, from the batch of that step."""
         assert isinstance(self.model, QuantBackwardWrapper)
         self.replanner = Replanner(
             self.model,
@@ -80,7 +80,7 @@ class Trainer:
         )
 
     def train_epoch(self, on_step: StepHook, stop: Callable[[], bool]) -> bool:
-        """Finish the epoch in progress; False if `stop` asked to leave before its end."""
+        """Finish the current epoch; return False if `stop` asked to leave before its end."""
         if self.progress.step == 0:
             self.batches.start_epoch()
         self.model.train()
@@ -92,7 +92,7 @@ class Trainer:
         return True
 
     def _step(self) -> None:
-        """One optimizer step; the first of an epoch is tracked for memory instead of timed."""
+        """Run one optimizer step; the first step of an epoch is tracked for memory, not timed."""
         images, labels = self.batches.next()
         start = self._now()
         self.optimizer.zero_grad(set_to_none=True)
@@ -115,7 +115,7 @@ class Trainer:
         self.progress.step += 1
 
     def check_gradients(self) -> GradientCheck | None:
-        """What rounding does to the gradient of the first images; None where nothing is rounded."""
+        """Measure how rounding changes the first images' gradient; return None if nothing is rounded."""
         if not isinstance(self.model, QuantBackwardWrapper):
             return None
         train, size = self.dataset.train, self.batches.batch_size
@@ -135,7 +135,7 @@ class Trainer:
         return loss
 
     def _logits(self, images: Tensor) -> Tensor:
-        """Class scores, float32, of uint8 images."""
+        """Return class scores, float32, of uint8 images."""
         inputs = self._normalise(images.to(self.options.device))
         with torch.autocast(self.options.device.type, torch.bfloat16, self.options.bfloat16):
             return self.model(inputs).float()
@@ -149,7 +149,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy in percent over the test split."""
+        """Return mean loss and accuracy in percent over the test split."""
         self.model.eval()
         split, size = self.dataset.test, 4 * self.batches.batch_size
         loss, correct = 0.0, 0
@@ -183,7 +183,7 @@ class Trainer:
         return time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact continuation needs, in the middle of an epoch too."""
+        """Return everything that a bit-exact continuation needs, also in the middle of an epoch."""
         wrapper = self.model if isinstance(self.model, QuantBackwardWrapper) else None
         return {
             "model": self.model.state_dict(),
@@ -197,7 +197,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue from where `state` was saved."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

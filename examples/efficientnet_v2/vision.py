@@ -1,4 +1,4 @@
-"""torchvision, imported only where a data set needs it."""
+"""Imports torchvision, only if a data set needs it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 
 def import_torchvision(module: str = "torchvision") -> ModuleType:
-    """Import torchvision, also where its compiled operators do not match the installed torch.
+    """Import torchvision, even if its compiled operators do not match the installed torch.
 
     A torchvision built for CUDA beside a CPU torch, or the reverse, fails to register
-    `torchvision::nms`, which no data set or classifier needs. Declaring the two missing schemas lets
-    the import go through. What imports torchvision by itself (Lightning, timm, PEFT) works after this.
+    `torchvision::nms`. No data set or classifier needs this operator. Declaring the two missing schemas
+    makes the import succeed. Packages that import torchvision themselves (Lightning, timm, PEFT) work
+    after this call.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

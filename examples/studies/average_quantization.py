@@ -2,17 +2,19 @@
 
     python examples/studies/average_quantization.py [--seeds 20] [--size 32] [--markdown]
 
-Untrained network, smooth random images, bucket 256, bfloat16 metadata. Of each parameter the exact
-gradient g, the mean m of the rounded ones over the seeds, and their total variance V. Printed are
-medians over the weights of convolutions and linear layers, whose gradients are those of an averaged
-input:
+The study uses an untrained network, smooth random images, buckets of 256 and bfloat16 metadata. For each
+parameter, g is the exact gradient, m is the mean of the rounded gradients over the seeds, and V is their
+total variance. The table prints medians over the weights of convolutions and linear layers, since the
+gradient of such a weight is a product with an averaged input:
 
-    cosine = <m, g> / (|m| |g|), share = <m, g> / |g|^2: 1 where the gradient is unbiased,
+    cosine = <m, g> / (|m| |g|), share = <m, g> / |g|^2: 1 if the gradient is unbiased,
     noise  = sqrt(V) / |g| / share,
-    bias   = sqrt(max(|m - g|^2 - V / seeds, 0)) / |g|; then the same over all other parameters, and the
-             largest of all.
+    bias   = sqrt(max(|m - g|^2 - V / seeds, 0)) / |g|.
 
-"norms averaged" is what the op-aware policy does not do: it shows why. A minute on one core.
+Two more columns give the median bias over all other parameters, and the largest bias of all parameters.
+
+"norms averaged" does what the op-aware policy avoids, to show why it does so. Takes a minute on one
+core.
 """
 
 import argparse
@@ -36,7 +38,7 @@ BATCH = 16
 
 
 class NormsAveraged:
-    """The op-aware policy, but the inputs of norms are averaged as well."""
+    """The op-aware policy, except that the inputs of norms are averaged too."""
 
     def __init__(self) -> None:
         self.policy = OpAware()
@@ -53,11 +55,11 @@ class NormsAveraged:
 
 
 def averages(size: int) -> Any:
-    """The 2-bit quantizer of means of ``size`` neighbours."""
+    """Returns the 2-bit quantizer of means of ``size`` neighbours."""
     return getattr(quant, f"ShiftedUint2Avg{size}DynamicActPerBucketFloatStochastic")
 
 
-#: Way of storing -> options of the wrapper. Norms of "1 bit" have 2 bits, as those of the averages have.
+#: Way of storing -> options of the wrapper. "1 bit" stores norms in 2 bits, as the averages do.
 WAYS: Ways = {
     "2 bits": {},
     "1 bit, all": {"bit_width": 1},
@@ -72,14 +74,14 @@ WAYS: Ways = {
 
 
 def network(size: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A small EfficientNetV2, images without sharp edges, and labels."""
+    """Returns a small EfficientNetV2, images without sharp edges, and labels."""
     coarse = torch.randn(BATCH, 3, size // 4, size // 4)
     images = F.interpolate(coarse, scale_factor=4, mode="bicubic")
     return efficientnet_v2_tiny(), images, torch.randint(10, (BATCH,))
 
 
 def row(result: Result, weights: set[str]) -> list[str]:
-    """The cells of one way of storing."""
+    """Returns the cells of one way of storing."""
     of_weights = [i for i, n in enumerate(result.parameters) if n in weights]
     elsewhere = [b for n, b in zip(result.parameters, result.bias) if n not in weights]
     medians = [
@@ -91,7 +93,7 @@ def row(result: Result, weights: set[str]) -> list[str]:
 
 
 def cosines(result: Result) -> list[float]:
-    """Between mean and exact gradients, without what the seeds leave by chance."""
+    """Returns cosines between mean and exact gradients, without the noise of finitely many seeds."""
     # |m|^2 / |g|^2 = bias^2 + 2 share - 1, and at least share^2.
     return [
         s / max(b * b + 2 * s - 1, s * s, 1e-12) ** 0.5 for s, b in zip(result.signal, result.bias)]
@@ -100,7 +102,7 @@ def cosines(result: Result) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--size", type=int, default=32, help="pixels, a multiple of 4")
+    parser.add_argument("--size", type=int, default=32, help="image size in pixels, a multiple of 4")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     name = "efficientnet_v2_tiny"

@@ -1,18 +1,17 @@
-"""Do planned widths lose less of the gradient than uniform ones at equal bytes? Measured, on CIFAR-10.
+"""Do planned bits lose less of the gradient than uniform bits at equal bytes? Measured on CIFAR-10.
 
     python examples/studies/bit_allocation.py [--models efficientnet_v2_tiny,resnet18] [--draws 16]
 
-For each network, after a few steps of training:
+Measures for each network, after a few steps of training:
 
-1. rank correlation over its saved tensors between the error of the gradient that each estimator
-   predicts for 2 bits, and the one measured with other draws;
-2. the error of the whole gradient, E |g~ - g|^2 / |g|^2, of uniform widths and of plans that take
-as many
-   live bytes;
-3. plans at an average of 1.5 bits with candidates below one bit (Average Quantization) and without.
+1. The rank correlation, over its saved tensors, of two errors of the gradient at 2 bits: the error that
+   each estimator predicts, and the error measured with other draws.
+2. The error of the whole gradient, E |g~ - g|^2 / |g|^2, at uniform bits and at plans that take as many
+   live bytes.
+3. Plans at an average of 1.5 bits, with candidates below one bit (Average Quantization) and without.
 
-Predicted errors are those of the plan; measured ones are over draws that no plan has seen. Results are
-appended as they come, and a run that was stopped goes on where it was.
+The plan predicts its errors; measured errors are means over draws that no plan has seen. The script
+appends each result at once. A stopped run continues where it stopped.
 """
 
 import argparse
@@ -45,19 +44,19 @@ from vision import import_torchvision
 
 Batch = tuple[Tensor, Tensor]
 OPTIONS: dict[str, Any] = {"bucket_size": 256, "metadata_dtype": torch.bfloat16}
-#: Uniform widths -> quantizer.
+#: Uniform bits -> quantizer.
 UNIFORM = {
     "2 bits": "ShiftedUint2DynamicActPerBucketFloatStochastic",
     "3 bits": "ShiftedUint3DynamicActPerBucketFloatStochastic",
     "2/4 bits, mixed at 0.5": "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic",
 }
 PLAIN = tuple(c for c in CANDIDATES if Candidate.parse(c).average_size == 1)
-# Tensors whose error is measured one by one.
+# Number of tensors whose error is measured one by one.
 SAMPLE = 40
 
 
 def torchvision_model(name: str) -> nn.Module:
-    """A torchvision model for ten classes."""
+    """Returns a torchvision model for ten classes."""
     import_torchvision()
     return import_torchvision("torchvision.models").get_model(name, weights=None, num_classes=10)
 
@@ -71,19 +70,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def batches(count: int, size: int) -> list[Batch]:
-    """CIFAR-10, normalised."""
+    """Returns CIFAR-10, normalised."""
     data = load_dataset("cifar10", Source(CACHE, False, 32, count * size, size))
     images = (data.train.images.float() - data.mean) / data.std
     return list(zip(images.split(size), data.train.labels.split(size)))
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy."""
+    """Returns the cross entropy."""
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def trained(name: str, steps: list[Batch]) -> nn.Module:
-    """A network after a few steps of AdamW."""
+    """Returns a network after a few steps of AdamW."""
     torch.manual_seed(0)
     model = MODELS[name]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -95,7 +94,7 @@ def trained(name: str, steps: list[Batch]) -> nn.Module:
 
 
 def live_bytes(model: nn.Module, batch: Batch) -> int:
-    """Bytes that a forward pass keeps."""
+    """Returns the bytes that a forward pass keeps."""
     with track_saved_memory(model) as report:
         kept = loss(model, batch)
     del kept
@@ -103,7 +102,7 @@ def live_bytes(model: nn.Module, batch: Batch) -> int:
 
 
 def ranks(model: nn.Module, batch: Batch, draws: int) -> dict[str, float]:
-    """Rank correlation of predicted and measured errors, for each estimator."""
+    """Returns the rank correlation of predicted and measured errors, for each estimator."""
     torch.manual_seed(1)
     profile = Profile(QuantBackwardWrapper(model, **OPTIONS), batch, loss)
     chosen = sorted(random.Random(0).sample(
@@ -114,7 +113,7 @@ def ranks(model: nn.Module, batch: Batch, draws: int) -> dict[str, float]:
         for name, e in ESTIMATORS.items() for errors in [e.errors(profile, [two])]}
     measured = []
     for i in chosen:
-        # Draws 0 and 1 are those of the estimators.
+        # The estimators used draws 0 and 1.
         found = [profile.gradients({i: two}, 2 + draw) for draw in range(draws)]
         measured.append(sum(
             float((a - b).double().square().sum()) for g in found for a, b in zip(g, exact)
@@ -123,14 +122,14 @@ def ranks(model: nn.Module, batch: Batch, draws: int) -> dict[str, float]:
 
 
 def measured_error(model: QuantBackwardWrapper, batch: Batch, draws: int) -> float:
-    """E |g~ - g|^2 / |g|^2."""
+    """Measures E |g~ - g|^2 / |g|^2."""
     torch.manual_seed(1)
     total = measure_gradient_error(model, lambda m: loss(m, batch), draws=draws, seed=99).total
     return (total.variance + max(total.offset, 0.0)) / total.size**2
 
 
 def compared(model: nn.Module, batch: Batch, draws: int) -> list[dict[str, Any]]:
-    """Uniform widths, and plans of as many bytes."""
+    """Measures uniform bits, and plans of as many bytes."""
     start = time.perf_counter()
     torch.manual_seed(1)
     plan = plan_bit_widths(
@@ -171,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", default="efficientnet_v2_tiny,resnet18")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=40, help="of training before")
+    parser.add_argument("--steps", type=int, default=40, help="steps of training before measuring")
     parser.add_argument("--draws", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("runs/allocation.json"))
     parser.add_argument("--markdown", action="store_true")
@@ -193,7 +192,7 @@ def main() -> None:
 
 
 def show(done: dict[str, Any], markdown: bool) -> None:
-    """Two tables."""
+    """Prints two tables."""
     show_table(
         ["network", *(f"rank correlation, {e}" for e in ESTIMATORS)],
         [[name, *(f"{r['ranks'][e]:.3f}" for e in ESTIMATORS)] for name, r in done.items()], markdown)

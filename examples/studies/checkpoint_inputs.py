@@ -1,14 +1,19 @@
-"""What it costs the gradient to recompute blocks from rounded inputs, and what it saves.
+"""Measures the cost to the gradient, and the bytes saved, of recomputing blocks from rounded inputs.
 
     python examples/studies/checkpoint_inputs.py [--models gpt,vit] [--draws 20] [--markdown]
 
-Four networks (those of gradient_quality.py), stored in these ways: every block checkpointed; so with
-the inputs of the blocks rounded to 8, 4 and 2 bits, and nothing else; so with 4-bit inputs and 2 bits
-for what the rest saves (stem, head, loss); and without checkpointing, everything at 2 bits. At 2 bits
-norms take 4 where they are batch norms. Bytes are those that autograd keeps after the forward pass:
-what the block needs that is being recomputed comes on top. Signal, noise and bias are medians over the
-parameters, and of the bias also the largest; "cosine" is that of one gradient of the whole network with
-the exact one, on average. Results are appended as they come, and are not measured again.
+The study stores four networks (those of gradient_quality.py) in these ways:
+
+- Every block checkpointed.
+- Every block checkpointed, the inputs of the blocks rounded to 8, 4 or 2 bits, and all else exact.
+- Every block checkpointed, block inputs at 4 bits, and 2 bits for everything else (stem, head, loss).
+- No checkpointing, everything at 2 bits.
+
+At 2 bits, batch norms take 4 bits. Bytes are those that autograd keeps after the forward pass. Backward
+needs the saved tensors of the block that it recomputes on top of them. Signal, noise and bias are
+medians over the parameters; the largest bias is given too. "cosine" is the average cosine between one
+gradient of the whole network and the exact gradient. The script appends each result at once, and does
+not measure it again.
 """
 
 import argparse
@@ -32,14 +37,14 @@ from brevitas_bp.backward.saved import Decision, SavedTensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from networks import Checkpointed, Task
 
-#: Network -> its blocks, which checkpointing recomputes one by one.
+#: Network -> its blocks. Checkpointing recomputes them one by one.
 BLOCKS: dict[str, Callable[[Any], list[nn.Module]]] = {
     "gpt": lambda model: list(model.blocks),
     "vit": lambda model: list(model.encoder.layers),
     "resnet50": lambda model: [
         block for stage in (model.layer1, model.layer2, model.layer3, model.layer4)
         for block in stage],
-    # Without its stem and the last convolution.
+    # All stages but the stem and the last convolution.
     "efficientnet_v2_s": lambda model: [block for stage in model.features[1:-1] for block in stage],
 }
 
@@ -57,12 +62,12 @@ class InputsOnly(OpAware):
 
 @dataclass(frozen=True)
 class Way:
-    """How a network is stored.
+    """One way to store a network.
 
     Attributes:
-        checkpointed: blocks are recomputed.
-        input_bits: of their inputs; None: exact.
-        rest_bits: of all else; None: exact.
+        checkpointed: whether blocks are recomputed.
+        input_bits: bits of the blocks' inputs; None: exact.
+        rest_bits: bits of all other saved tensors; None: exact.
     """
 
     checkpointed: bool = True
@@ -70,7 +75,7 @@ class Way:
     rest_bits: int | None = None
 
     def wrapped(self, name: str, model: nn.Module, inputs: Tensor) -> QuantBackwardWrapper:
-        """A network of :data:`BLOCKS`, stored so."""
+        """Returns a network of :data:`BLOCKS`, stored in this way."""
         if self.checkpointed:
             model = Checkpointed(Task(model, inputs, BLOCKS[name](model)))
         aware = OpAware(
@@ -90,13 +95,13 @@ WAYS: dict[str, Way] = {
 
 
 def quantizer(bits: int) -> type:
-    """The stochastic quantizer of a width, with metadata as in all studies."""
+    """Returns the stochastic quantizer of a width, with the bucket size and metadata of all studies."""
     config = getattr(configs, f"ShiftedUint{bits}DynamicActPerBucketFloatStochastic")
     return config.let(bucket_size=256, metadata_dtype=torch.bfloat16)
 
 
 def measure(name: str, way: str, draws: int) -> dict[str, Any]:
-    """Bytes and errors of one network stored in one way."""
+    """Measures bytes and errors of one network stored in one way."""
     model, inputs, run = prepare(name)
     exact_bytes = saved(model, run).exact_bytes
     wrapped = WAYS[way].wrapped(name, model, inputs)
@@ -111,7 +116,7 @@ def measure(name: str, way: str, draws: int) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]], markdown: bool) -> None:
-    """The table, on the console or as Markdown."""
+    """Prints the table, on the console or as Markdown."""
     formats = {"MiB": ".2f", "ratio": ".2f", "signal": ".3f", "noise": ".3f", "bias": ".4f",
                "largest bias": ".3f", "cosine": ".4f"}
     cells = [[format(value, formats.get(key, "")) for key, value in row.items()] for row in rows]
@@ -127,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = options.models.split(",")
     if unknown := set(chosen) - set(BLOCKS):
-        parser.error(f"unknown models {sorted(unknown)}; there are {sorted(BLOCKS)}")
+        parser.error(f"unknown models {sorted(unknown)}; expected some of {sorted(BLOCKS)}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     done = {(row["network"], row["stored as"]): row for row in map(json.loads, lines)}

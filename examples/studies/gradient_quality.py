@@ -1,19 +1,19 @@
-"""Bias and noise of the gradient of whole networks, per parameter, over many roundings.
+"""Measures bias and noise of whole networks' gradients, per parameter, over many roundings.
 
     python examples/studies/gradient_quality.py [--models gpt,vit] [--seeds 500] [--markdown]
 
-For each network and way of storing: the stored bytes, and of each parameter the exact gradient g, the
-mean m of the rounded ones over the seeds, and their total variance V. Printed are medians over the
-parameters:
+For each network and way of storing, the script measures the stored bytes. For each parameter, g is the
+exact gradient, m is the mean of the rounded gradients over the seeds, and V is their total variance. The
+table prints medians over the parameters:
 
-    signal = <m, g> / |g|^2: how much of the gradient is left; 1 where rounding is unbiased,
+    signal = <m, g> / |g|^2: the part of the gradient that is left; 1 if rounding is unbiased,
     noise  = sqrt(V) / |g| / signal,
-    bias   = sqrt(max(|m - g|^2 - V / seeds, 0)) / |g|, also the largest: what is left of the difference
-             when the part is taken off that the seeds leave by chance.
+    bias   = sqrt(max(|m - g|^2 - V / seeds, 0)) / |g|: the difference, less the part that is due to
+             finitely many seeds. The largest bias is printed too.
 
-"beaten" counts the parameters of a way whose noise is above that of the op-aware way named beside it,
-which takes fewer bytes. Results are appended as they come; a run
-that was stopped goes on where it was. About an hour on 2 cores.
+"beaten" counts the parameters whose noise is above that of the op-aware way named beside it, which takes
+no more bytes. The script appends each result at once. A stopped run continues where it stopped. The
+study takes about an hour on 2 cores.
 """
 
 import argparse
@@ -64,20 +64,20 @@ WAYS: Ways = {
 }
 
 
-#: Ways whose bias is looked for with all seeds; the others get a fifth, which shows their noise.
+#: Ways whose bias is measured with all seeds. A fifth of the seeds shows the noise of the other ways.
 UNBIASED = {
     "op-aware, 2 bits", "op-aware, 2 bits, q and k 8", "op-aware, 3 bits, q and k 4",
     "op-aware, 4 bits, q and k 4", "op-aware, 2 bits, norms 4"}
 
 
 def ways_of(model: str) -> list[str]:
-    """Ways that differ for a network: with attention, or with norms over few elements."""
+    """Returns the ways that make a difference for a network: only some have attention or small norms."""
     other = "norms" if model in ("gpt", "vit") else "q and k"
     return [way for way in WAYS if other not in way]
 
 
 def vision(name: str, batch: int, size: int, **options: Any) -> tuple[nn.Module, Tensor, Tensor]:
-    """A torchvision model with images and labels."""
+    """Returns a torchvision model with images and labels."""
     import_torchvision()
     model = import_torchvision("torchvision.models").get_model(
         name, weights=None, num_classes=10, **options)
@@ -85,17 +85,17 @@ def vision(name: str, batch: int, size: int, **options: Any) -> tuple[nn.Module,
 
 
 def vit() -> tuple[nn.Module, Tensor, Tensor]:
-    """A ViT of four blocks."""
+    """Returns a ViT of four blocks, images and labels."""
     import_torchvision()
     transformer = import_torchvision("torchvision.models.vision_transformer").VisionTransformer(
         32, 4, 4, 4, 128, 512, num_classes=10)
-    # Its head starts at zero, which would hide every gradient.
+    # The head starts at zero, which would make every other gradient zero.
     nn.init.normal_(transformer.heads.head.weight, std=0.1)
     return transformer, torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
 
 
 def gpt() -> tuple[nn.Module, Tensor, Tensor]:
-    """A GPT of four blocks."""
+    """Returns a GPT of four blocks, tokens and labels."""
     tokens = torch.randint(256, (8, 65))
     return SmallGPT(), tokens[:, :-1], tokens[:, 1:].flatten()
 
@@ -108,7 +108,7 @@ MODELS: Models = {
 
 @dataclass(frozen=True)
 class Result:
-    """Of one network stored in one way."""
+    """Results for one network stored in one way."""
 
     model: str
     way: str
@@ -122,19 +122,19 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """Exact over stored bytes."""
+        """Returns exact bytes divided by stored bytes."""
         return self.exact_bytes / self.stored_bytes
 
     @property
     def per_signal(self) -> list[float]:
-        """Noise in units of what is left of the gradient."""
+        """Returns noise divided by signal."""
         return [n / max(s, 1e-9) for n, s in zip(self.noise, self.signal)]
 
 
 def prepare(
         name: str,
         models: Models = MODELS) -> tuple[nn.Module, Tensor, Callable[[nn.Module], Tensor]]:
-    """A network, always the same, with its inputs, and what computes the loss."""
+    """Returns a network, the same at each call, with its inputs and a function for the loss."""
     torch.manual_seed(0)
     model, inputs, labels = models[name]()
     return model.train(), inputs, lambda network: F.cross_entropy(
@@ -142,12 +142,12 @@ def prepare(
 
 
 def wrap(model: nn.Module, **options: Any) -> QuantBackwardWrapper:
-    """Buckets and metadata as in all studies."""
+    """Wraps a model with the bucket size and metadata of all studies."""
     return QuantBackwardWrapper(model, bucket_size=256, metadata_dtype=torch.bfloat16, **options)
 
 
 def saved(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> SavedMemoryReport:
-    """What one forward pass keeps."""
+    """Reports what one forward pass keeps."""
     with track_saved_memory(model) as report:
         loss = run(model)
     del loss
@@ -156,7 +156,7 @@ def saved(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> SavedMemoryRe
 
 def measure(
         name: str, way: str, seeds: int, models: Models = MODELS, ways: Ways = WAYS) -> Result:
-    """Bytes, and ``seeds`` rounded gradients against the exact ones."""
+    """Measures bytes, and ``seeds`` rounded gradients against the exact gradients."""
     model, _, run = prepare(name, models)
     wrapped = wrap(model, **ways[way])
     report = saved(wrapped, run)
@@ -169,19 +169,19 @@ def measure(
 
 
 def load(path: Path) -> list[Result]:
-    """Results of earlier runs."""
+    """Returns results of earlier runs."""
     if not path.exists():
         return []
     return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def beaten(result: Result, rival: Result) -> int:
-    """Parameters whose noise is above that of a rival."""
+    """Counts the parameters whose noise is above the rival's."""
     return sum(a > b for a, b in zip(result.per_signal, rival.per_signal))
 
 
 def best_rival(result: Result, results: list[Result]) -> Result | None:
-    """The op-aware way of the same network that beats most parameters with no more bytes."""
+    """Returns the op-aware way with no more bytes that beats the result at the most parameters."""
     rivals = [
         r for r in results if r.model == result.model and r.way.startswith("op-aware")
         and r.stored_bytes <= result.stored_bytes]
@@ -189,7 +189,7 @@ def best_rival(result: Result, results: list[Result]) -> Result | None:
 
 
 def show(results: list[Result], markdown: bool) -> None:
-    """The table, on the console or as Markdown."""
+    """Prints the table, on the console or as Markdown."""
     titles = [
         "network", "stored as", "seeds", "ratio", "signal", "noise", "bias", "largest bias", "beaten"]
     cells = []
@@ -213,7 +213,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = options.models.split(",")
     if unknown := set(chosen) - set(MODELS):
-        parser.error(f"unknown models {sorted(unknown)}; there are {sorted(MODELS)}")
+        parser.error(f"unknown models {sorted(unknown)}; expected some of {sorted(MODELS)}")
     results = load(options.out)
     for name in chosen:
         for way in ways_of(name):

@@ -1,10 +1,11 @@
-"""Every classification model of torchvision, families of timm, and other layers of torch.nn, wrapped.
+"""Wraps every classification model of torchvision, families of timm, and other layers of torch.nn.
 
     python examples/studies/model_coverage.py [--only resnet] [--out runs/coverage.json] [--markdown]
 
-Of each: is the forward bit-identical, are all gradients finite, the ratio of saved bytes at the default
-policy (2 bits, bucket 256, bfloat16 metadata), and which operations were left exact for want of a rule.
-Results are appended as they come; a run that was stopped goes on where it was. About 15 minutes.
+For each model, the table says whether the forward pass is bit-identical and all gradients are finite,
+the ratio of saved bytes at the default policy (2 bits, bucket 256, bfloat16 metadata), and the
+operations left exact because they have no rule. The script appends each result at once. A stopped run
+continues where it stopped. The study takes about 15 minutes.
 """
 
 import argparse
@@ -29,10 +30,10 @@ from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 sys.path.insert(0, str(Path(__file__).parents[1] / "efficientnet_v2"))
 from vision import import_torchvision
 
-#: Pixels that a model needs; 64 otherwise.
+#: Image size that a model needs, in pixels; 64 for models not listed.
 SIZES = {"inception_v3": 299, "vit": 224, "maxvit": 224, "alexnet": 80}
 
-#: Of timm, where it is installed; those that are built for one size get it, others 64 pixels.
+#: Models of timm, if it is installed. Models built for one image size get that size, others 64 pixels.
 TIMM = [
     "beit_base_patch16_224", "cait_xxs24_224", "coatnet_nano_rw_224", "convnext_atto",
     "convnextv2_atto", "davit_tiny", "deit3_small_patch16_224", "dm_nfnet_f0", "edgenext_xx_small",
@@ -49,7 +50,7 @@ TIMM = [
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model."""
+    """Measurements of one model."""
 
     model: str
     forward: str
@@ -60,7 +61,7 @@ class Row:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The tensor to differentiate, of outputs that are tuples."""
+    """Returns the tensor to differentiate; some outputs are tuples."""
     while not isinstance(output, Tensor):
         output = output[0]
     return output
@@ -89,7 +90,7 @@ def measure(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> Row:
 
 
 def layers() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
-    """Modules of torch.nn that no classification model has."""
+    """Returns modules of torch.nn that no classification model has."""
     words = torch.randn(8, 32, 64)
     return {
         "nn.RNN": lambda: (nn.RNN(64, 64, 2, batch_first=True), (words,)),
@@ -117,7 +118,7 @@ def layers() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
 
 def builders(
         batch: int, pixels: int | None) -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
-    """Name -> builder of a model and its inputs."""
+    """Returns name -> builder of a model and its inputs."""
     torchvision = import_torchvision()
     models = import_torchvision("torchvision.models")
     found = layers()
@@ -134,7 +135,7 @@ def builders(
 
 def timm_builders(
         batch: int, pixels: int | None) -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]:
-    """As :func:`builders`, of timm, if it is installed. After torchvision, which it imports."""
+    """Returns :func:`builders` for timm, if installed. Runs after torchvision, which timm imports."""
     if importlib.util.find_spec("timm") is None:
         return {}
     timm = importlib.import_module("timm")
@@ -149,7 +150,7 @@ def timm_builders(
 
 
 def load(path: Path) -> dict[str, Row]:
-    """Rows of earlier runs."""
+    """Returns rows of earlier runs."""
     if not path.exists():
         return {}
     rows = (Row(**json.loads(line)) for line in path.read_text().splitlines())
@@ -157,7 +158,7 @@ def load(path: Path) -> dict[str, Row]:
 
 
 def show(rows: list[Row], markdown: bool) -> None:
-    """The table, on the console or as Markdown."""
+    """Prints the table, on the console or as Markdown."""
     titles = ["model", "forward", "gradients", "saved MiB", "ratio", "left exact, no rule"]
     cells = [[
         r.model, r.forward, r.gradients, f"{r.exact_mib:.1f}", f"{r.ratio:.2f}",
@@ -169,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="part of the name")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--size", type=int, help="pixels; by default as small as the model allows")
+    parser.add_argument("--size", type=int, help="pixels; by default the least that the model allows")
     parser.add_argument("--out", type=Path, default=Path("runs/coverage.json"))
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()

@@ -1,23 +1,28 @@
-"""Published models of transformers, timm and torchvision, wrapped: errors of the gradient, and bytes.
+"""Wraps published models of transformers, timm and torchvision: errors of the gradient, and bytes.
 
     python examples/studies/public_models.py --only '/(bert|llama|t5|vit|resnet18)$'    # a minute
     python examples/studies/public_models.py [--sources timm] [--minutes 60] [--markdown]
     python examples/studies/public_models.py --compare runs/public_models_before.jsonl
 
-Every model type of transformers with a base class (tiny configurations), the smallest model of each
-family of timm, and all models of torchvision for images and clips, up to 100 million parameters. In
-training mode, dropout on, weights random; nothing is downloaded. Of each: are outputs, buffers and
-random state equal to those of the plain model, and all gradients too under ``policy="exact"``; the error
-``|g~ - g| / |g|`` of the whole gradient, of one draw at the default policy with 2 and with 8 bits; and
-the bytes saved for backward, exact and at 2 bits.
+The study covers every model type of transformers with a base class (tiny configurations), the smallest
+model of each family of timm, and all torchvision models for images and clips. Models have up to 100
+million parameters, random weights, and train with dropout. Nothing is downloaded. For each model the
+study measures:
 
-Each model runs in a process of its own, with a time limit. Results are appended as they come; a run
-that was stopped goes on where it was. Models without figures are kept too, with the reason: remove
-their lines to try them again. ``--minutes 0`` measures nothing and prints what there is.
+- Whether outputs, buffers and random state equal the plain model's; and all gradients too, under
+  ``policy="exact"``.
+- The error ``|g~ - g| / |g|`` of the whole gradient, for one draw at the default policy with 2 and with
+  8 bits.
+- The bytes saved for backward, exact and at 2 bits.
 
-Expected of the first line: nothing differs; errors below 1.2 at 2 bits and below 0.02 at 8. Everything
-takes some two hours on one core. Detectors that need the compiled operators of torchvision (Faster,
-Mask and Keypoint R-CNN) count as "no inputs fit" where these do not match the installed torch.
+Each model runs in its own process, with a time limit. The script appends each result at once. A stopped
+run continues where it stopped. The file keeps models without figures too, with the reason: remove their
+lines to try them again. ``--minutes 0`` measures nothing and prints the results so far.
+
+Expect from the first command: no differences; errors below 1.2 at 2 bits and below 0.02 at 8 bits. The
+whole study takes some two hours on one core. Some detectors (Faster, Mask and Keypoint R-CNN) need the
+compiled operators of torchvision. If these do not match the installed torch, the detectors count as "no
+inputs fit".
 """
 
 import argparse
@@ -53,11 +58,11 @@ class Knobs:
 
     Attributes:
         bucket_size: elements that share a scale.
-        seed: of dropout, of the loss and of the rounding.
-        most_parameters: of a model; larger ones are counted, not run.
-        noise: added to parameters that start constant.
+        seed: seed of dropout, of the loss and of the rounding.
+        most_parameters: largest model to run; larger models are only counted.
+        noise: standard deviation of the noise added to parameters that start constant.
         seconds: time limit of a model.
-        memory_gib: address space of a model.
+        memory_gib: limit of a model's address space, in GiB.
     """
 
     bucket_size: int = 256
@@ -68,7 +73,7 @@ class Knobs:
     memory_gib: int = 16
 
 
-#: Source -> module, and the names of its functions: one lists models, the other builds one.
+#: Source -> module, and the names of two functions in it: one lists models, the other builds one.
 SOURCES = {
     "transformers": ("public_models_transformers", "names", "build"),
     "timm": ("public_models_vision", "timm_names", "build_timm"),
@@ -77,7 +82,7 @@ SOURCES = {
 
 
 def list_models(sources: list[str]) -> list[str]:
-    """Names of models, each with its source."""
+    """Returns names of models, each with its source."""
     found = []
     for source in sources:
         module, names, _ = SOURCES[source]
@@ -86,7 +91,7 @@ def list_models(sources: list[str]) -> list[str]:
 
 
 def measure_model(model: str, knobs: Knobs) -> Row:
-    """In this process."""
+    """Measures a model in this process."""
     source, _, name = model.partition("/")
     module, _, function = SOURCES[source]
     build: Callable[[str, int, float], Subject] = getattr(importlib.import_module(module), function)
@@ -101,7 +106,7 @@ def measure_model(model: str, knobs: Knobs) -> Row:
 
 
 def child(connection: Connection, model: str, knobs: Knobs) -> None:
-    """Silent, within limits; sends the row."""
+    """Measures a model without output and within limits; sends the row."""
     resource.setrlimit(resource.RLIMIT_AS, (knobs.memory_gib << 30,) * 2)
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -111,7 +116,7 @@ def child(connection: Connection, model: str, knobs: Knobs) -> None:
 
 
 def measure_apart(model: str, knobs: Knobs) -> Row:
-    """In a forked process, which may hang or die."""
+    """Measures a model in a forked process, which may hang or die."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(sender, model, knobs))
@@ -130,14 +135,14 @@ def measure_apart(model: str, knobs: Knobs) -> Row:
 
 
 def warm_kernels(knobs: Knobs) -> None:
-    """Compiles what every child needs. Backward must not run here: autograd does not survive a fork."""
+    """Compiles what every child needs, without backward: autograd does not survive a fork."""
     for config in (Uint2, Uint8):
         codec = codec_from(config, bucket_size=knobs.bucket_size, metadata_dtype=torch.bfloat16)
         codec.encode(torch.randn(4, 1024), seed=0).decode()
 
 
 def load(path: Path) -> dict[str, Row]:
-    """Rows of earlier runs."""
+    """Returns rows of earlier runs."""
     if not path.exists():
         return {}
     rows = (Row(**json.loads(line)) for line in path.read_text().splitlines())
@@ -145,7 +150,7 @@ def load(path: Path) -> dict[str, Row]:
 
 
 def run(models: list[str], out: Path, knobs: Knobs, minutes: float) -> dict[str, Row]:
-    """Measures the models that the file has not, until the time is over."""
+    """Measures the models that have no row in the file, until the time is over."""
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = load(out)
     end = time.monotonic() + 60 * minutes
@@ -165,11 +170,11 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--only", default="", help="regular expression, searched for in source/name")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no model after that")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model later")
     parser.add_argument("--seconds", type=float, default=Knobs.seconds, help="time limit of a model")
     parser.add_argument("--seed", type=int, default=Knobs.seed)
     parser.add_argument("--out", type=Path, default=Path("runs/public_models.jsonl"))
-    parser.add_argument("--compare", type=Path, metavar="OTHER.jsonl", help="measure nothing, compare")
+    parser.add_argument("--compare", type=Path, metavar="OTHER.jsonl", help="only compare with it")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args(words)
     if options.compare is not None:

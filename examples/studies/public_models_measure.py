@@ -1,4 +1,4 @@
-"""One model, plain and wrapped: what is equal, how far the gradient is off, which bytes are kept."""
+"""Measures one model, plain and wrapped: equality, error of the gradient, and bytes kept."""
 
 import math
 import random
@@ -26,20 +26,20 @@ MEASURED = "measured"
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model, or why nothing was.
+    """Measurements of one model, or the reason for having none.
 
     Attributes:
         model: source and name.
-        status: "measured", or what kept it from being measured.
-        detail: of the status.
-        inputs: their shapes.
-        parameters: their number.
-        differs: what is not bit-identical to the plain model, and in which run.
+        status: "measured", or what prevented the measurement.
+        detail: more about the status.
+        inputs: shapes of the inputs.
+        parameters: number of parameters.
+        differs: results that are not bit-identical to the plain model's, each with its run.
         error_2, error_8: ``|g~ - g| / |g|`` of the whole gradient, one draw at 2 and at 8 bits.
         worst: the parameter whose gradient has most of the squared error at 2 bits.
-        worst_share: the part it has.
-        exact_bytes, stored_bytes: saved for backward, plain and at 2 bits.
-        seconds: of everything, the building included.
+        worst_share: this parameter's part of the squared error.
+        exact_bytes, stored_bytes: bytes saved for backward, plain and at 2 bits.
+        seconds: time for everything, building included.
     """
 
     model: str
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward and backward pass leaves."""
+    """Results of one forward and backward pass."""
 
     outputs: list[Tensor]
     buffers: list[Tensor]
@@ -69,14 +69,14 @@ class Step:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds what dropout, drop path and samplers draw from."""
+    """Seeds the generators that dropout, drop path and samplers draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
 def random_state() -> tuple[Any, ...]:
-    """What :func:`seed_all` sets."""
+    """Returns the state that :func:`seed_all` sets."""
     _, keys, *rest = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes(), rest, random.getstate()
 
@@ -89,7 +89,7 @@ class Stepper:
         self.buffers = [(buffer, buffer.clone()) for buffer in subject.module.buffers()]
 
     def restore(self) -> None:
-        """Buffers and random state as at the first step; no gradients."""
+        """Restores buffers and random state to those of the first step; removes gradients."""
         with torch.no_grad():
             for buffer, value in self.buffers:
                 buffer.copy_(value)
@@ -97,10 +97,10 @@ class Stepper:
         seed_all(self.seed)
 
     def __call__(self, model: nn.Module, track: bool = False) -> Step:
-        """One step.
+        """Runs one step.
 
-        The loss is the sum over all outputs ``y`` that need a gradient of ``<y, r> / sqrt(numel(y))``,
-        ``r`` normal and fixed; it is not computed, its gradient goes into backward.
+        The loss is the sum of ``<y, r> / sqrt(numel(y))`` over all outputs ``y`` that need a gradient;
+        ``r`` is normal and fixed. The loss itself is not computed: its gradient is passed to backward.
         """
         self.restore()
         with track_saved_memory(model) if track else nullcontext() as report:
@@ -120,7 +120,7 @@ class Stepper:
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are equal, NaN to NaN."""
+    """Whether two tensors are equal; NaN equals NaN."""
     if a is None or b is None:
         return a is b
     if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -130,13 +130,13 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def all_same(a: Iterable[Tensor | None], b: Iterable[Tensor | None]) -> bool:
-    """Whether two lists of tensors are equal, in number too."""
+    """Whether two lists of tensors are equal and equally long."""
     a, b = list(a), list(b)
     return len(a) == len(b) and all(map(same, a, b))
 
 
 def differences(plain: Step, other: Step, run: str, gradients: bool = False) -> list[str]:
-    """What of two steps is not bit-identical."""
+    """Returns the parts of two steps that are not bit-identical."""
     equal = {
         "outputs": all_same(plain.outputs, other.outputs),
         "buffers": all_same(plain.buffers, other.buffers),
@@ -147,22 +147,21 @@ def differences(plain: Step, other: Step, run: str, gradients: bool = False) -> 
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Without sparsity, which gradients of embeddings may have."""
+    """Returns a dense tensor; gradients of embeddings may be sparse."""
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
 
 
 def square(tensor: Tensor) -> float:
-    """Sum of squares, in float64."""
+    """Returns the sum of squares, in float64."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return float(real.double().square().sum())
 
 
 def gradient_error(plain: Step, rounded: Step) -> tuple[float, str, float]:
-    """``|g~ - g| / |g|`` of the whole gradient, and who has most of it.
+    """Returns ``|g~ - g| / |g|`` of the whole gradient, and the parameter with most of the error.
 
-    Returns:
-        the error, infinite where a rounded gradient is not finite; the parameter with the largest
-        part of its square; that part.
+    Returns: The error, infinite if a rounded gradient is not finite; the parameter with the largest part
+        of the squared error; that part.
     """
     errors: dict[str, float] = {}
     total = 0.0
@@ -184,7 +183,7 @@ def gradient_error(plain: Step, rounded: Step) -> tuple[float, str, float]:
 
 @contextmanager
 def failing_as(status: str) -> Iterator[None]:
-    """Turns what is raised into the reason for having no figures."""
+    """Turns an error raised in the block into the reason for having no figures."""
     try:
         yield
     except Unmeasured:
@@ -194,10 +193,10 @@ def failing_as(status: str) -> Iterator[None]:
 
 
 def plain_step(step: Stepper) -> Step:
-    """The step of the model alone, if it is the same twice and has a gradient.
+    """Runs a step of the model alone, and checks that it is reproducible and has a gradient.
 
     Raises:
-        Unmeasured: it is not, or has none.
+        Unmeasured: the step is not reproducible, or its gradient is zero or not finite.
     """
     with failing_as("plain model fails"):
         first, plain = step(step.subject.module), step(step.subject.module)
@@ -215,9 +214,9 @@ def measure(name: str, build: Callable[[], Subject], *, seed: int, bucket_size: 
     """Builds one model and runs it plain, exact, at 2 and at 8 bits.
 
     Args:
-        name: of the row.
-        build: makes the model, always the same.
-        seed: of dropout, of the loss and of the rounding.
+        name: name of the row.
+        build: makes the model, the same at each call.
+        seed: seed of dropout, of the loss and of the rounding.
         bucket_size: elements that share a scale.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tables of what public_models.py has measured."""
+"""Prints tables of the measurements of public_models.py."""
 
 import math
 from collections import Counter
@@ -11,23 +11,23 @@ QUANTILES = (50, 75, 90, 95, 99)
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """Formats a number with three digits."""
     return f"{value:.3g}"
 
 
 def mib(number_of_bytes: int) -> str:
-    """Bytes in MiB."""
+    """Formats bytes in MiB."""
     return f"{number_of_bytes / 2**20:.1f}"
 
 
 def quantile(values: list[float], percent: int) -> float:
-    """The smallest value that at least so many of a hundred do not exceed."""
+    """Returns the smallest value with at least ``percent`` % of the values at or below it."""
     ordered = sorted(values)
     return ordered[max(math.ceil(percent / 100 * len(ordered)) - 1, 0)]
 
 
 def line(source: str, rows: list[Row]) -> list[str]:
-    """The models of one source."""
+    """Returns the line of one source."""
     errors = [row.error_2 for row in rows]
     exact, stored = (sum(getattr(row, name) for row in rows) for name in ("exact_bytes", "stored_bytes"))
     return [
@@ -38,7 +38,7 @@ def line(source: str, rows: list[Row]) -> list[str]:
 
 
 def show_sources(rows: list[Row], markdown: bool) -> None:
-    """A line for each source, and one for all."""
+    """Prints a line for each source, and a line for all."""
     titles = [
         "source", "models", *(f"error, {percent} %" for percent in QUANTILES), "above 2", "above 10",
         "8 bits above 0.1", "exact MiB", "stored MiB", "not bit-identical"]
@@ -50,7 +50,7 @@ def show_sources(rows: list[Row], markdown: bool) -> None:
 
 
 def show_largest(rows: list[Row], markdown: bool, most: int = 10) -> None:
-    """The models with the largest error at 2 bits."""
+    """Prints the models with the largest error at 2 bits."""
     titles = [
         "model", "error, 2 bits", "8 bits", "ratio of bytes", "parameter with most of it", "its part"]
     largest = sorted(rows, key=lambda row: -row.error_2)[:most]
@@ -61,7 +61,7 @@ def show_largest(rows: list[Row], markdown: bool, most: int = 10) -> None:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """Sentences on what is not in the table, and on what is not bit-identical."""
+    """Returns sentences on models missing from the table, and on results that are not bit-identical."""
     found = [
         f"Not bit-identical: {row.model} ({'; '.join(row.differs)})." for row in rows if row.differs]
     missing = [row for row in rows if row.status != MEASURED]
@@ -75,7 +75,7 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def show(rows: list[Row], markdown: bool) -> None:
-    """Everything, on the console or as Markdown."""
+    """Prints everything, on the console or as Markdown."""
     measured = [row for row in rows if row.status == MEASURED]
     if measured:
         show_sources(measured, markdown)
@@ -86,7 +86,7 @@ def show(rows: list[Row], markdown: bool) -> None:
 
 
 def show_comparison(rows: list[Row], others: list[Row], markdown: bool) -> None:
-    """Two files side by side, the models whose error changes most first."""
+    """Prints two files side by side; the models whose error changes most come first."""
     before = {row.model: row for row in others if row.status == MEASURED}
     pairs = [
         (row, before[row.model]) for row in rows if row.status == MEASURED and row.model in before]

@@ -1,4 +1,4 @@
-"""A published model with inputs that it takes."""
+"""A published model with suitable inputs."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-#: Arguments of a forward, by name or by place.
+#: Arguments of a forward pass, by name or by position.
 Arguments = dict[str, Any] | tuple[Any, ...]
 
 
 class Unmeasured(Exception):  # noqa: N818 - a result, not an error
-    """Why a model has no figures."""
+    """The reason why a model has no figures."""
 
     def __init__(self, status: str, detail: str = "") -> None:
         super().__init__(status, detail)
@@ -22,19 +22,19 @@ class Unmeasured(Exception):  # noqa: N818 - a result, not an error
 
 @dataclass(frozen=True)
 class Subject:
-    """A module in training mode, with inputs that it takes."""
+    """A module in training mode, with suitable inputs."""
 
     module: nn.Module
     inputs: Arguments
 
     def call(self, model: nn.Module) -> Any:
-        """Runs a model on copies of the inputs, which forward may change."""
+        """Runs a model on copies of the inputs, since forward may change them."""
         inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.inputs)
         return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
     @property
     def shapes(self) -> str:
-        """Shapes of the inputs."""
+        """Describes the shapes of the inputs."""
         named = self.inputs.items() if isinstance(self.inputs, dict) else enumerate(self.inputs)
         return ", ".join(
             f"{name} {'x'.join(map(str, leaf.shape))}" for name, value in named
@@ -42,17 +42,17 @@ class Subject:
 
 
 def differentiable(output: Any) -> list[Tensor]:
-    """Every tensor of an output that a loss can be made of, each once."""
+    """Returns every tensor of an output that can go into a loss, each once."""
     leaves = {id(leaf): leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
     return [leaf for leaf in leaves.values() if leaf.requires_grad]
 
 
 def first_that_runs(
         module: nn.Module, candidates: Iterable[Arguments]) -> Subject:
-    """The first inputs that give an output with a gradient.
+    """Returns the first inputs that give an output with a gradient.
 
     Raises:
-        Unmeasured: none does.
+        Unmeasured: no inputs do.
     """
     status, reasons = "no inputs fit", []
     for inputs in candidates:
@@ -69,9 +69,9 @@ def first_that_runs(
 
 @torch.no_grad()
 def move_constants(module: nn.Module, std: float) -> None:
-    """Adds noise to parameters that start constant: norms, biases, layer scales, heads of zeros.
+    """Adds noise to parameters that start constant: norms, biases, layer scales, zero-initialized heads.
 
-    A factor that starts at zero would hide the gradient of all that comes before it.
+    A factor that starts at zero would hide the gradient of everything before it.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
@@ -83,10 +83,10 @@ def finish(
         make: Callable[[], nn.Module],
         candidates: Callable[[nn.Module], Iterable[Arguments]],
         most_parameters: int, std: float) -> Subject:
-    """Builds a model if it is small enough, and finds inputs.
+    """Builds a model if it is small enough, and finds inputs for it.
 
     Raises:
-        Unmeasured: it is too large, or takes none of the inputs.
+        Unmeasured: the model is too large, or accepts none of the inputs.
     """
     with torch.device("meta"):
         number = sum(p.numel() for p in make().parameters())

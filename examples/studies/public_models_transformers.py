@@ -1,9 +1,14 @@
-"""Tiny models of every type that transformers knows; nothing is downloaded.
+"""Builds tiny models of every type that transformers knows; nothing is downloaded.
 
-The configuration of a type is shrunk by the names of its fields. Where the result is refused, its heads
-become wider; then only its layers, words and experts are fewer; then the configuration is left as it
-is. The first that can be built with few enough parameters, and takes inputs that its signature suggests,
-is used.
+The script shrinks the configuration of a type by the names of its fields. If the model refuses the
+result, the script tries these configurations in turn:
+
+1. Wider heads.
+2. Fewer layers, words and experts; nothing else is changed.
+3. The default configuration.
+
+It uses the first configuration that has few enough parameters, and runs with inputs that its signature
+suggests.
 """
 
 import copy
@@ -28,7 +33,7 @@ import_torchvision()
 
 TOKENS, WORDS, WIDTH, LAYERS = 64, 512, 128, 2
 
-#: Pattern of a field's name -> its value, where the default is above it. The first match counts.
+#: Pattern of a field's name -> its new value, used if the default is larger. The first match counts.
 FEWER = (
     (r"num_feat_extract_layers", 99),
     (r"num_kv_shared_layers|num_nextn_predict_layers", 0),
@@ -61,17 +66,17 @@ SMALLER = (
     (r"num_queries", 20),
 )
 
-#: For rotations in sections of a fixed width: heads of 128 elements.
+#: Heads of 128 elements, for rotations in sections of a fixed width.
 WIDER = tuple((rule, {32: 128, WIDTH: 512, 2 * WIDTH: 1024}.get(n, n)) for rule, n in SMALLER)
 
-#: Fields with one entry for each layer: the first of each kind is kept.
+#: Fields with one entry per layer. The first entry of each kind is kept.
 PER_LAYER = re.compile(r"(mlp_)?layer_types|layers_block_type|block_types|\w*layer_pattern")
 #: Fields with the number of layers of each stage.
 PER_STAGE = re.compile(r"depths?|layers|num_layers|stage_num_blocks|\w+_depths")
 
 
 def names() -> list[str]:
-    """Every model type that has a base class."""
+    """Returns every model type that has a base class."""
     transformers.logging.set_verbosity_error()
     return list(MODEL_MAPPING_NAMES)
 
@@ -80,25 +85,25 @@ def names() -> list[str]:
 
 
 def is_int(value: Any) -> bool:
-    """Not a bool."""
+    """Whether a value is an integer, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def few_kinds(values: list[Any]) -> list[Any]:
-    """One of each kind, at least two, at most four."""
+    """Returns one value of each kind: at least two values, at most four."""
     kinds = list(dict.fromkeys(values))
     return (kinds + values)[:min(max(LAYERS, len(kinds)), 4)]
 
 
 def shrunk(fields: dict[str, Any], rules: tuple[tuple[str, int], ...]) -> dict[str, Any]:
-    """The fields of a configuration that change, with their new values."""
+    """Returns the fields of a configuration that change, with their new values."""
     changes: dict[str, Any] = {}
     tokens = itertools.count(3)
     small = rules is SMALLER or rules is WIDER
     for name, value in fields.items():
         if isinstance(value, dict):
             if value and name.startswith("per_layer") and all(str(key).isdigit() for key in value):
-                changes[name] = {}  # exceptions of some layers
+                changes[name] = {}  # remove the exceptions of single layers
             elif name.endswith("_config"):
                 changes[name] = value | shrunk(value, rules)
             elif rules is SMALLER and "mrope_section" in value:
@@ -126,16 +131,16 @@ def shrunk(fields: dict[str, Any], rules: tuple[tuple[str, int], ...]) -> dict[s
 
 
 def sections(parts: list[float]) -> list[int]:
-    """Whole numbers, with the same sum."""
+    """Rounds numbers to integers and keeps their sum."""
     whole = [int(part) for part in parts]
     return [*whole[:-1], whole[-1] + round(sum(parts)) - sum(whole)]
 
 
 def consistent(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Repairs what depends on several fields: layers by their list, heads that are all alike."""
+    """Repairs settings that involve several fields: number of layers, heads that must be alike."""
     counts = ("num_hidden_layers", "num_layers")
     layers = next((len(v) for name, v in changes.items() if PER_LAYER.fullmatch(name)), LAYERS)
-    if "depths" in fields:  # where layers are the number of stages, which stays
+    if "depths" in fields:  # here layers are the number of stages, which stays
         other = (*counts, "hidden_size")
         changes = {name: value for name, value in changes.items() if name not in other}
     else:
@@ -159,7 +164,7 @@ def consistent(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 
 
 def setting(config: Any, *wanted: str, default: int) -> int:
-    """The first whole number under one of some names, in a configuration or those inside it."""
+    """Returns the first integer found under one of some names, in a configuration or one inside it."""
     inside = [c for c in vars(config).values() if isinstance(c, transformers.PreTrainedConfig)]
     for place in (config, *inside):
         for name in wanted:
@@ -171,7 +176,7 @@ def setting(config: Any, *wanted: str, default: int) -> int:
 
 
 class Inputs:
-    """Tensors for the arguments of a forward, several shapes for some."""
+    """Tensors for the arguments of a forward pass, with several shapes for some arguments."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -190,7 +195,7 @@ class Inputs:
         return torch.randint(low, max(words, low + 1), (2, length), generator=self.generator)
 
     def images(self) -> list[Tensor]:
-        """Images, clips, and the flat patches that models of any resolution take."""
+        """Returns images, clips, and the flat patches that models of any resolution take."""
         channels = setting(self.config, "num_channels", "in_channels", "in_chans", default=3)
         size = getattr(self.config, "image_size", None)
         if not isinstance(size, list | tuple) or len(size) != 2:
@@ -204,7 +209,7 @@ class Inputs:
             self.floats(1, channels, 224, 224), self.floats(1, channels, 384, 384)]
 
     def spectra(self) -> list[Tensor]:
-        """Spectrograms, time last and first."""
+        """Returns spectrograms, time last and time first."""
         bands = setting(
             self.config, "num_mel_bins", "feature_size", "input_dim", "input_feat_per_channel",
             default=80)
@@ -213,21 +218,21 @@ class Inputs:
         return [self.floats(*shape) for shape in shapes]
 
     def sounds(self) -> list[Tensor]:
-        """Waves, and the spectrograms that go by the same name."""
+        """Returns waveforms, and the spectrograms that some models take under the same name."""
         bands = setting(self.config, "num_mel_bins", default=80)
         long = setting(self.config, "max_length", default=1024)
         shapes = [(2, 8000), (2, 1, 8000), (2, long, bands)]
         return [self.floats(*shape) for shape in shapes]
 
     def series(self, *shape: int) -> list[Tensor]:
-        """Time series, with the past that lags look at."""
+        """Returns time series, including the past values that lags need."""
         long = setting(self.config, "context_length", default=32)
         lags = getattr(self.config, "lags_sequence", None) or [0]
         channels = setting(self.config, "num_input_channels", "input_size", default=1)
         return [self.floats(4, long, channels), self.floats(4, long + max(lags), *shape)]
 
     def choices(self, name: str) -> list[Any]:
-        """What an argument may be, the likeliest first."""
+        """Returns candidates for an argument, the likeliest first."""
         if name in ("pixel_values", "pixel_values_images"):
             return self.images()
         if name.startswith("pixel_values_"):
@@ -259,7 +264,7 @@ class Inputs:
 
 
 def candidates(config: Any, model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Inputs to try: all that go together, then less and less."""
+    """Yields inputs to try: first all arguments that go together, then fewer and fewer."""
     arguments = inspect.signature(model.forward).parameters
     required = [
         name for name, argument in arguments.items()
@@ -286,22 +291,22 @@ def candidates(config: Any, model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def from_config(config: Any) -> nn.Module:
-    """A model, of a configuration that it may change."""
+    """Builds a model from a copy of the configuration, since models may change it."""
     return transformers.AutoModel.from_config(copy.deepcopy(config))
 
 
 def build(name: str, most_parameters: int, std: float) -> Subject:
-    """A model of one type, its weights random.
+    """Builds a model of one type with random weights.
 
     Raises:
-        Unmeasured: no configuration gives a model that is small enough and takes some inputs.
+        Unmeasured: no configuration gives a model that is small enough and accepts some inputs.
     """
     config_class = CONFIG_MAPPING[name]
     fields = config_class().to_dict()
     status, reasons = "too large", []
     for changes in (*(shrunk(fields, rules) for rules in (SMALLER, WIDER, FEWER)), {}):
         try:
-            config = config_class(**copy.deepcopy(changes))  # takes what is inside of it apart
+            config = config_class(**copy.deepcopy(changes))  # the class modifies nested values
             return finish(
                 functools.partial(from_config, config), functools.partial(candidates, config),
                 most_parameters, std)

@@ -1,4 +1,4 @@
-"""Models of torchvision and timm with images as small as they take; nothing is downloaded."""
+"""Builds models of torchvision and timm, with the smallest images they accept; nothing is downloaded."""
 
 import itertools
 import re
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from vision import import_torchvision  # isort: skip
 
-#: Pixels to try, after the size that a model of timm was made for, if it takes no other.
+#: Pixels to try, after the size that a timm model was made for, if the model accepts no other size.
 SIZES = (64, 96, 128, 224, 256, 299)
 
-#: Kinds of models of torchvision; its quantized ones do not train.
+#: Kinds of torchvision models to build. Quantized models do not train, so they are left out.
 KINDS = ("classification", "segmentation", "detection", "video", "optical_flow")
 
-#: Words of timm for the size of a model, from the smallest.
+#: Words for the size of a model in timm's names, from the smallest.
 SMALL = (
     "zepto", "atto", "femto", "pico", "nano", "xxtiny", "xxt", "xxsmall", "xxs", "xtiny", "xt", "xsmall",
     "xs", "tiny", "t", "mini", "small", "s")
@@ -29,7 +29,7 @@ LARGE = (
 
 
 def torchvision_kinds() -> dict[str, str]:
-    """Name of a model -> kind."""
+    """Returns name of a model -> kind."""
     import_torchvision()
     models = import_torchvision("torchvision.models")
     packages = {kind: getattr(models, kind, models) for kind in KINDS}
@@ -38,12 +38,12 @@ def torchvision_kinds() -> dict[str, str]:
 
 
 def torchvision_names() -> list[str]:
-    """Every model, by kind."""
+    """Returns every model name, by kind."""
     return list(torchvision_kinds())
 
 
 def detection_target(size: int) -> dict[str, Tensor]:
-    """Two objects, with the masks and key points that some detectors ask for."""
+    """Returns two objects, with the masks and key points that some detectors need."""
     boxes = torch.tensor([[4, 4, 36, 36], [20, 16, 60, 56]]) * size / 64
     points = torch.stack([boxes[:, :2] + 4, boxes[:, 2:] - 4], 1).repeat(1, 9, 1)[:, :17]
     return {
@@ -53,7 +53,7 @@ def detection_target(size: int) -> dict[str, Tensor]:
 
 
 def torchvision_inputs(kind: str) -> Iterator[tuple[Any, ...]]:
-    """Batches of two, the smallest first."""
+    """Yields batches of two, the smallest images first."""
     generator = torch.Generator().manual_seed(0)
     if kind == "video":
         for frames, size in ((8, 64), (16, 112), (16, 224)):
@@ -70,7 +70,7 @@ def torchvision_inputs(kind: str) -> Iterator[tuple[Any, ...]]:
 
 
 def build_torchvision(name: str, most_parameters: int, std: float) -> Subject:
-    """One model, its weights random."""
+    """Builds one model with random weights."""
     models = import_torchvision("torchvision.models")
     kind = torchvision_kinds()[name]
     options: dict[str, Any] = {"weights": None}
@@ -78,7 +78,7 @@ def build_torchvision(name: str, most_parameters: int, std: float) -> Subject:
         options["weights_backbone"] = None
     if kind == "detection":
         options["num_classes"] = 2 if "keypoint" in name else 3
-        if not name.startswith("ssd"):  # they resize to the size that they were made for
+        if not name.startswith("ssd"):  # these resize to the size that they were made for
             options |= {"min_size": 64, "max_size": 128}
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
@@ -91,7 +91,7 @@ def build_torchvision(name: str, most_parameters: int, std: float) -> Subject:
 
 
 def size_of(name: str) -> tuple[Any, ...]:
-    """A key that puts the small models of a family first, as far as their names tell."""
+    """Returns a sort key: small models of a family come first, as far as their names tell."""
     words = [word.rstrip("0123456789") for word in re.sub(r"_(x+)_", r"_\1", name).split("_")]
     place = next(
         (SMALL.index(word) for word in words if word in SMALL),
@@ -100,13 +100,13 @@ def size_of(name: str) -> tuple[Any, ...]:
 
 
 def family(name: str) -> str:
-    """The first word of a name, with its version: convnextv2 of convnextv2_atto, resnet of resnet18."""
+    """Returns the first word with its version: convnextv2 for convnextv2_atto, resnet for resnet18."""
     found = re.match(r"[a-z]+?(?:v\d|(?=[\d_]|$))", name)
     return found.group() if found else name
 
 
 def timm_names() -> list[str]:
-    """The smallest model of each family in each module, as far as names tell."""
+    """Returns the smallest model of each family in each module, as far as names tell."""
     import_torchvision()
     import timm
 
@@ -119,7 +119,7 @@ def timm_names() -> list[str]:
 
 
 def build_timm(name: str, most_parameters: int, std: float) -> Subject:
-    """One model, its weights random."""
+    """Builds one model with random weights."""
     import_torchvision()
     import timm
 

@@ -1,9 +1,9 @@
-"""What quantization-aware training saves for backward: Brevitas' layers, plain float, and wrapped.
+"""Bytes that quantization-aware training saves for backward: Brevitas' layers, plain float, and wrapped.
 
     python examples/studies/qat_memory.py [--batch 32]
 
-A small CIFAR network with 4-bit weights and activations. Expect 78.3 MiB for QAT, 38.4 MiB for the same
-network in float, and 7.1 MiB for QAT wrapped.
+Measures a small CIFAR network with 4-bit weights and activations. Expect 78.3 MiB for QAT, 38.4 MiB for
+the network in float, and 7.1 MiB for wrapped QAT.
 """
 
 import argparse
@@ -20,7 +20,7 @@ WIDTHS = (32, 64, 64, 128)
 
 
 def network(quantized: bool) -> nn.Module:
-    """Four convolutions and a classifier, fake-quantized or not."""
+    """Builds four convolutions and a classifier, fake-quantized or not."""
     layers: list[nn.Module] = [qnn.QuantIdentity(bit_width=8)] if quantized else []
     channels = 3
     for i, width in enumerate(WIDTHS):

@@ -26,13 +26,13 @@ class Block(nn.Module):
 
 
 class SmallGPT(nn.Module):
-    """Token ids [batch, time] to logits [batch, time, vocabulary].
+    """Maps token ids [batch, time] to logits [batch, time, vocabulary].
 
     Args:
         vocabulary: number of tokens.
         context: largest number of positions.
-        width: of the residual stream.
-        heads: of attention.
+        width: width of the residual stream.
+        heads: number of attention heads.
         layers: number of blocks.
     """
 

@@ -1,4 +1,4 @@
-"""A table on the console, or as Markdown for a page."""
+"""Prints a table, on the console or as Markdown for a page."""
 
 from rich.console import Console
 from rich.table import Table

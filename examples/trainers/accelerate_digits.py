@@ -3,11 +3,11 @@
     python examples/trainers/accelerate_digits.py [--epochs 3] [--out runs/accelerate] [--resume]
     accelerate launch --cpu --num_processes 2 examples/trainers/accelerate_digits.py
 
-Needs `pip install brevitas-bp[trainers]`. Expect 2.56 MiB of saved tensors
-(bfloat16 beside float32) in 0.48: 5.3 times less.
+Needs `pip install brevitas-bp[trainers]`. Expect 2.56 MiB of saved tensors (bfloat16 and float32) stored
+in 0.48 MiB: 5.3 times less.
 
-`prepare` may put shells around the model, so `NoiseState` is made before it, and registered: then
-`save_state` and `load_state` carry it beside weights, optimizer and torch's random state.
+`prepare` may wrap the model in other modules, so this script makes and registers `NoiseState` before it.
+Then `save_state` and `load_state` handle it together with weights, optimizer and torch's random state.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from brevitas_bp.backward import NoiseState
 
 @dataclass(frozen=True)
 class Knobs:
-    """What a run may vary."""
+    """Settings of a run."""
 
     epochs: int = 3
     precision: str = "bf16"
@@ -38,7 +38,7 @@ class Knobs:
 
 
 def train(out: Path, knobs: Knobs, *, resume: bool = False) -> tuple[nn.Module, Accelerator]:
-    """Trains; after each epoch the state is saved in `out`. Returns the prepared model."""
+    """Trains, saves the state in `out` after each epoch, and returns the prepared model."""
     accelerator = Accelerator(
         cpu=True, mixed_precision=knobs.precision, gradient_accumulation_steps=knobs.accumulate)
     set_seed(0)
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=Knobs.epochs)
     parser.add_argument("--precision", choices=["no", "bf16"], default=Knobs.precision)
     parser.add_argument("--out", type=Path, default=Path("runs/accelerate"))
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument("--resume", action="store_true", help="resume from the state in --out")
     options = parser.parse_args()
     knobs = Knobs(epochs=options.epochs, precision=options.precision)
     model, accelerator = train(options.out, knobs, resume=options.resume)

@@ -11,7 +11,7 @@ TRAINING = 1500
 
 
 def digits(training: bool, limit: int | None = None) -> TensorDataset:
-    """Images [n, 1, 8, 8] with values in 0 .. 1, and labels."""
+    """Returns images [n, 1, 8, 8] with values in 0 .. 1, and labels."""
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = pixels.float().reshape(-1, 1, 8, 8) / 16
     part = slice(None, TRAINING) if training else slice(TRAINING, None)
@@ -19,7 +19,7 @@ def digits(training: bool, limit: int | None = None) -> TensorDataset:
 
 
 def network() -> QuantBackwardWrapper:
-    """Three convolutions with norms; what they save for backward is stored in 2 bits."""
+    """Builds three convolutions with norms, wrapped to store their saved tensors in 2 bits."""
     layers: list[nn.Module] = []
     for before, after in ((1, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.SiLU()]

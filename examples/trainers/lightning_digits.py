@@ -2,11 +2,11 @@
 
     python examples/trainers/lightning_digits.py [--epochs 3] [--out runs/lightning] [--resume]
 
-Needs `pip install brevitas-bp[trainers]`. Expect a saved_ratio of 10.6: batches
-of 50 keep 0.49 MiB.
+Needs `pip install brevitas-bp[trainers]`. Expect a saved_ratio of 10.6: batches of 50 keep 0.49 MiB.
 
-The wrapper needs nothing: it is a module of the LightningModule like any other, and its keys in the
-checkpoint are those of the plain network. `BackwardMemory` below logs, and carries the random numbers.
+The wrapper needs no special code. It is an ordinary submodule of the LightningModule, and its keys in
+the checkpoint are those of the plain network. `BackwardMemory` below logs saved bytes and stores random
+state.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from brevitas_bp.backward import NoiseState
 
 
 class BackwardMemory(pl.Callback):
-    """Logs the bytes saved for backward once an epoch; keeps the noise and torch's state in checkpoints.
+    """Logs the bytes saved for backward once per epoch; stores noise and torch's state in checkpoints.
 
-    Lightning saves weights and optimizer, but no random state: without this a resumed run is a good one,
-    but not the same one.
+    Lightning saves weights and optimizer, but no random state. Without this callback a resumed run is
+    valid, but not bit-identical.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class BackwardMemory(pl.Callback):
 
 
 class Digits(pl.LightningModule):
-    """A classifier; nothing in it knows of the wrapper but the line that makes the network."""
+    """A classifier; only the line that makes the network mentions the wrapper."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Digits(pl.LightningModule):
 def train(
         out: Path, epochs: int, *, checkpoint: Path | None = None, limit: int | None = None,
         memory: BackwardMemory | None = None) -> tuple[Digits, pl.Trainer]:
-    """Trains, from a checkpoint if one is given; leaves `last.ckpt` in `out`."""
+    """Trains, from a checkpoint if one is given; writes `last.ckpt` to `out`."""
     pl.seed_everything(0, verbose=False)
     model = Digits()
     callbacks: list[pl.Callback] = [
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
-    parser.add_argument("--resume", action="store_true", help="go on from last.ckpt")
+    parser.add_argument("--resume", action="store_true", help="resume from last.ckpt")
     options = parser.parse_args()
     checkpoint = options.out / "last.ckpt" if options.resume else None
     _, trainer = train(options.out, options.epochs, checkpoint=checkpoint)

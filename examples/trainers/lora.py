@@ -1,13 +1,14 @@
-"""Adapters on a frozen model: what autograd saves, plain and wrapped, against full fine-tuning.
+"""Adapters on a frozen model: saved bytes, plain and wrapped, against full fine-tuning.
 
     python examples/trainers/lora.py [--batch 8] [--tokens 128] [--markdown]
 
-A Llama of 4 x 256 with random weights; PEFT's LoRA of rank 8. Needs `pip install brevitas-bp[trainers]`
-and no download. Expect 86.1 MiB of saved tensors in 19.2 for full fine-tuning, and for
-adapters of all linear layers 75.9 MiB in 17.4, with dropout 123.7 in 19.2.
+Measures a Llama of 4 layers of width 256 with random weights, with PEFT's LoRA of rank 8. Needs
+`pip install brevitas-bp[trainers]` and no download. Expect 86.1 MiB of saved tensors stored in 19.2 MiB
+for full fine-tuning, 75.9 MiB in 17.4 MiB for adapters of all linear layers, and 123.7 MiB in 19.2 MiB
+for these adapters with dropout.
 
-A frozen layer saves no input: its weight needs no gradient. What adapters leave is what multiplies the
-gradient that passes (derivatives, factors, attention), and the inputs of the adapters themselves.
+A frozen layer saves no input: its weight needs no gradient. With adapters, autograd still saves factors
+of the gradient that passes through (derivatives, factors, attention) and the inputs of the adapters.
 """
 
 import argparse
@@ -29,12 +30,12 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 class LowRankLinear(nn.Module):
-    """LoRA by hand: a frozen linear layer, and beside it a trained product of two thin matrices.
+    """LoRA by hand: a frozen linear layer plus a trained product of two thin matrices.
 
     Args:
-        frozen: the layer; its parameters take no gradient from here on.
-        rank: of the product.
-        scale: of the product.
+        frozen: the layer; its parameters get no gradient from now on.
+        rank: rank of the product.
+        scale: factor on the product.
     """
 
     def __init__(self, frozen: nn.Linear, rank: int = 8, scale: float = 2.0) -> None:
@@ -51,7 +52,7 @@ class LowRankLinear(nn.Module):
 
 
 def base(**changes: Any) -> LlamaForCausalLM:
-    """The model without adapters."""
+    """Builds the model without adapters."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{
         "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
@@ -60,19 +61,19 @@ def base(**changes: Any) -> LlamaForCausalLM:
 
 
 def wrap_body(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Wraps what lies below the head, in place."""
+    """Wraps the model without its head, in place."""
     model.model = QuantBackwardWrapper(
         model.model, bucket_size=256, metadata_dtype=torch.bfloat16, seed=0)
     return model
 
 
 def with_peft(model: nn.Module, targets: list[str], dropout: float = 0.0) -> nn.Module:
-    """PEFT's adapters at the layers of these names; all else is frozen."""
+    """Adds PEFT's adapters to the layers with these names; all other parameters are frozen."""
     return get_peft_model(model, LoraConfig(r=8, target_modules=targets, lora_dropout=dropout))
 
 
 def by_hand(model: nn.Module, targets: list[str]) -> nn.Module:
-    """The same with :class:`LowRankLinear`."""
+    """Adds :class:`LowRankLinear` adapters to the layers with these names."""
     model.requires_grad_(False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

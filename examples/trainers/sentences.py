@@ -1,4 +1,4 @@
-"""Sentences as token ids: text that needs no download. The label: is the subject plural?"""
+"""Sentences as token ids: a text data set without download. The label says if the subject is plural."""
 
 import random
 from typing import Any
@@ -13,7 +13,7 @@ LENGTH = 16
 
 
 def sentence(draw: random.Random) -> tuple[str, bool]:
-    """A subject, other nouns that distract, a verb that agrees; and whether the subject is plural."""
+    """Returns a sentence (subject, distracting nouns, a verb that agrees), and whether it is plural."""
     plural = draw.random() < 0.5
     words = ["the", draw.choice(NOUNS) + ("s" if plural else "")]
     for _ in range(draw.randrange(3)):
@@ -25,7 +25,7 @@ def sentence(draw: random.Random) -> tuple[str, bool]:
 
 
 def examples(count: int, seed: int) -> list[dict[str, Any]]:
-    """Tokenised sentences, padded to :data:`LENGTH`, with the text itself beside them."""
+    """Returns tokenised sentences, padded to :data:`LENGTH`, together with the text."""
     draw = random.Random(seed)
     found = []
     for _ in range(count):

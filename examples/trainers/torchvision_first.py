@@ -1,4 +1,4 @@
-"""Imported before Lightning, Transformers, PEFT and timm, which import torchvision: it may need help."""
+"""Makes torchvision importable. Import this module before Lightning, Transformers, PEFT and timm."""
 
 import sys
 from pathlib import Path

@@ -1,10 +1,11 @@
-"""What BERT, GPT-2 and Llama save for backward, and what of it stays exact.
+"""Bytes that BERT, GPT-2 and Llama save for backward, and the part that stays exact.
 
     python examples/trainers/transformers_memory.py [--only bert] [--batch 8] [--tokens 128] [--markdown]
 
-Random weights, no download. The body is wrapped at the default policy (2 bits, bucket 256, bfloat16
-metadata); bytes are those of the whole model with its loss. "Exact" lists the operations that keep most.
-Needs `pip install brevitas-bp[trainers]`, and memory for a GPT-2. Expect the table of docs/trainers.md.
+Models have random weights; nothing is downloaded. The body is wrapped at the default policy (2 bits,
+bucket 256, bfloat16 metadata). Bytes are those of the whole model with its loss. The column "most of
+what is stored" names the operations that keep most. Needs `pip install brevitas-bp[trainers]`, and
+enough memory for a GPT-2. Expect the table of docs/trainers.md.
 """
 
 import argparse
@@ -48,7 +49,7 @@ POLICIES = {
 
 
 def build(config: Any, attention: str, policy: OpAware) -> PreTrainedModel:
-    """A model with random weights and a wrapped body."""
+    """Builds a model with random weights and a wrapped body."""
     config._attn_implementation = attention
     causal = not isinstance(config, BertConfig)
     auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
@@ -60,7 +61,7 @@ def build(config: Any, attention: str, policy: OpAware) -> PreTrainedModel:
 
 
 def measure(model: PreTrainedModel, batch: int, tokens: int) -> SavedMemoryReport:
-    """Saved bytes of one forward pass."""
+    """Measures the saved bytes of one forward pass."""
     ids = torch.randint(0, 1000, (batch, tokens))
     causal = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
     labels = ids if causal else torch.zeros(batch, dtype=torch.long)
@@ -71,7 +72,7 @@ def measure(model: PreTrainedModel, batch: int, tokens: int) -> SavedMemoryRepor
 
 
 def largest(report: SavedMemoryReport, count: int = 3) -> str:
-    """The operations that keep most of what is left, and their part of it."""
+    """Names the operations that store most, and their part of the stored bytes."""
     stored: defaultdict[str, int] = defaultdict(int)
     for row in report.rows:
         stored[row.op] += row.stored_bytes

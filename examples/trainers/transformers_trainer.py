@@ -5,10 +5,10 @@
 Needs `pip install brevitas-bp[trainers]`, and no download. Expect an evaluation loss of 0.004 (bert),
 1.29 (gpt2), 1.46 (llama), and saved tensors 5.7, 5.4 and 4.0 times smaller.
 
-The *body* of the model is wrapped, in place, and the model stays what Trainer expects: a PreTrainedModel
-whose class says what its labels are called, which columns it takes, and how it is saved. Wrapped as a
-whole it is none of these (see docs/trainers.md), and little is gained: what follows the body is a small
-head and the loss, whose logits are exact anyway.
+The script wraps the *body* of the model, in place. The model stays what Trainer expects: a
+PreTrainedModel whose class defines the names of its labels, the columns it takes, and how it is saved. A
+wrapper around the whole model has none of these (see docs/trainers.md) and gains little: only a small
+head and the loss come after the body, and the logits of the loss are exact anyway.
 """
 
 import argparse
@@ -48,7 +48,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Knobs:
-    """What a run may vary."""
+    """Settings of a run."""
 
     model: str = "bert"
     epochs: int = 3
@@ -58,7 +58,7 @@ class Knobs:
 
 
 class KeepNoise(TrainerCallback, ExportableState):
-    """Writes the noise into `trainer_state.json` of each checkpoint; a resumed run goes on from it."""
+    """Writes the noise state to `trainer_state.json` of each checkpoint, and restores it on resume."""
 
     def __init__(self) -> None:
         self.noise: NoiseState | None = None
@@ -76,21 +76,21 @@ class KeepNoise(TrainerCallback, ExportableState):
 
 
 def build(name: str) -> PreTrainedModel:
-    """The model, as it comes."""
+    """Builds the plain model."""
     torch.manual_seed(0)
     auto = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
     return auto.from_config(CONFIGS[name])
 
 
 def wrap_body(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    """Wraps what lies below the head, in place."""
+    """Wraps the model without its head, in place."""
     body = model.base_model_prefix
     setattr(model, body, QuantBackwardWrapper(getattr(model, body), bucket_size=64, **options))
     return model
 
 
 def data(name: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Sentences; a language model's labels are the words themselves, where there are words."""
+    """Returns sentences; labels of a language model are the words themselves, without padding."""
     rows = examples(count, seed)
     for row in rows if name != "bert" else []:
         row["labels"] = [
@@ -99,7 +99,7 @@ def data(name: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def trainer(model: torch.nn.Module, out: Path, knobs: Knobs, **arguments: Any) -> Trainer:
-    """A Trainer as one would write it without the wrapper, but for the callback."""
+    """Returns an ordinary Trainer; the callback is the only addition for the wrapper."""
     settings: dict[str, Any] = {
         "num_train_epochs": knobs.epochs, "per_device_train_batch_size": knobs.batch,
         "learning_rate": 2e-3, "save_strategy": "epoch", "logging_strategy": "epoch",
@@ -112,7 +112,7 @@ def trainer(model: torch.nn.Module, out: Path, knobs: Knobs, **arguments: Any) -
 
 
 def report_bytes(model: PreTrainedModel, rows: list[dict[str, Any]]) -> str:
-    """Saved bytes of one batch."""
+    """Describes the saved bytes of one batch."""
     batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0] if key != "sentence"}
     with track_saved_memory(model.train()) as report:
         kept = model(**batch)
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(CONFIGS), default=Knobs.model)
     parser.add_argument("--epochs", type=int, default=Knobs.epochs)
     parser.add_argument("--out", type=Path, default=Path("runs/transformers"))
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     options = parser.parse_args()
     knobs = Knobs(model=options.model, epochs=options.epochs)
     model = wrap_body(build(knobs.model))

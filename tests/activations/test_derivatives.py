@@ -1,4 +1,4 @@
-"""Derivatives of float32 that are defined to the bit: as exact as torch's own."""
+"""Float32 derivatives with a bitwise definition are as exact as torch's own."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def test_derivatives_are_as_exact_as_those_of_torch(name: str) -> None:
     exact = of_autograd(name, GRID.double())
     ours = (derivative(source(name, GRID), name) - exact).abs().max().item()
     theirs = (of_autograd(name, GRID) - exact).abs().max().item()
-    # Both round x (1 - s), where s is close to 1, to multiples of |x| 2**-24.
+    # Both round x (1 - s) to multiples of |x| 2**-24, since s is close to 1.
     assert ours <= 2.5 * theirs and ours < 2.5e-6
     # Positive control: a table of 2**12 intervals would not pass.
     step = 12 / 2**12

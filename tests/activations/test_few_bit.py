@@ -1,4 +1,4 @@
-"""Few-bit tables: the golden ones, and that no other table is better."""
+"""Few-bit tables equal the golden ones, and no other table is better."""
 
 from collections.abc import Callable
 from itertools import combinations, pairwise
@@ -42,7 +42,7 @@ EVEN = [name for name in SMOOTH if ACTIVATIONS[name].even]
 def squared_error(
         function: Callable[[Tensor], Tensor], borders: list[float], levels: list[float],
         interval: tuple[float, float] = (-10, 10)) -> float:
-    """Midpoint rule on cells that no border and no jump of a derivative cuts: an oracle of its own."""
+    """Midpoint rule on cells that contain no border and no jump: an independent oracle."""
     inner = numbers(tuple(borders))
     ends = numbers((*interval, *borders, *JUMPS)).sort().values
     inside = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
@@ -70,7 +70,7 @@ def test_golden_tables(
 def test_the_error_decreases_strictly_with_bits(name: str) -> None:
     errors = [few_bit_table(name, bits).error or 0 for bits in range(1, 7)]
     assert all(more < less for less, more in pairwise(errors))
-    # Twice the intervals quarter the error, once there are many.
+    # With many intervals, doubling their number quarters the error.
     assert errors[4] / errors[5] == pytest.approx(4, rel=0.15)
 
 
@@ -103,7 +103,7 @@ def test_both_conditions_of_an_optimum_hold(name: str) -> None:
     borders, levels = numbers(table.borders), numbers(table.levels)
     at_borders = ACTIVATIONS[name].at(borders)
     assert torch.allclose(at_borders, (levels[:-1] + levels[1:]) / 2, atol=1e-6)
-    # The mean of a derivative is the slope of its function: no quadrature in this oracle.
+    # The mean of a derivative is the slope of its function: an oracle without quadrature.
     ends = torch.cat([numbers((-10,)), borders, numbers((10,))])
     assert torch.allclose(function_of_torch(name)(ends).diff() / ends.diff(), levels, atol=1e-9)
 
@@ -153,7 +153,7 @@ def test_the_index_of_a_magnitude_resolves_as_finely_as_one_bit_more(name: str) 
         assert folded.error is not None and plain.error is not None
         assert folded.even and min(folded.borders) > 0
         assert folded.error < plain.error / 2
-        # Its mirrored intervals are a table of 2K - 1 levels, which one bit more can only improve on.
+        # Mirroring its intervals gives a table of 2K - 1 levels. One bit more can only improve on it.
         assert folded.error > (few_bit_table(name, bits + 1).error or 0)
         x = torch.linspace(-10, 10, 77, dtype=torch.float64)
         assert torch.equal(folded.derivative(x), folded.derivative(-x))
@@ -182,7 +182,7 @@ def test_a_callable_is_fitted_as_its_named_twin() -> None:
     named = few_bit_table("elu", 2, alpha=0.25)
     assert own.name == "derivative" and named.name == "elu(alpha=0.25)"
     assert (own.borders, own.levels) == (named.borders, named.levels) and 0.0 in own.borders
-    # Without being told, the jump is found to the resolution of the search.
+    # Without a hint, the solver finds the jump to the resolution of its search.
     blind = fit_few_bit_table(derivative, 2)
     assert blind.borders == pytest.approx(own.borders, abs=1e-2)
 
@@ -198,7 +198,7 @@ def test_a_weighted_fit_is_best_under_its_weight() -> None:
     exact, w = ACTIVATIONS["gelu"].at(x), density(x) * (x[1] - x[0])
     errors = [float(((t.derivative(x) - exact).square() * w).sum()) for t in (weighted, plain)]
     assert errors[0] == pytest.approx(weighted.error, rel=1e-3) and errors[0] < errors[1]
-    # Scaling a density changes no table, and its error in proportion.
+    # Scaling the density scales the error in proportion and changes no table.
     scaled = fit_few_bit_table("gelu", 3, weight=lambda x: 5 * density(x))
     assert scaled.borders == pytest.approx(weighted.borders, abs=1e-6)
     assert scaled.error == pytest.approx(5 * (weighted.error or 0))

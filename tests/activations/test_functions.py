@@ -1,4 +1,4 @@
-"""Each entry of an activation is what torch computes, and the only place that describes it."""
+"""Each entry of an activation agrees with torch, and no other file describes the activation."""
 
 import ast
 import inspect
@@ -18,7 +18,7 @@ from brevitas_bp.activations.functions import ACTIVATIONS, Activation
 from brevitas_bp.backward.operations import rule_of
 from tests.activations.support import function_of_torch, of_autograd, source
 
-#: Parameters that no function has by default. torch's own celu rounds 1 / alpha to float32.
+#: Parameters that differ from every default. torch's own celu rounds 1 / alpha to float32.
 PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "elu": [{"alpha": 0.5}, {"alpha": 1.7}], "celu": [{"alpha": 2.0}, {"alpha": 0.25}],
     "softplus": [{"beta": 3.0}, {"threshold": 1.0}, {"beta": 0.5, "threshold": 3.0}],
@@ -40,7 +40,7 @@ def breaks_of(entry: Activation, parameters: dict[str, Any]) -> list[float]:
 
 
 def samples(entry: Activation, parameters: dict[str, Any]) -> Tensor:
-    """Values of all sizes, and the breaks with the numbers next to them."""
+    """Returns values of all sizes, and the breaks with their neighbouring numbers."""
     points = [torch.linspace(-30, 30, 3001), torch.linspace(-1e3, 1e3, 201)]
     for at in torch.tensor(breaks_of(entry, parameters), dtype=torch.float64):
         beside = [torch.nextafter(at, at.new_tensor(to)) for to in (-math.inf, math.inf)]
@@ -52,7 +52,7 @@ def agrees(entry: Activation, parameters: dict[str, Any]) -> bool:
     """Whether an entry's closed form is the derivative of torch's function."""
     x = samples(entry, parameters)
     expected = of_autograd(entry.name, x, **parameters)
-    # In the tails both are differences of numbers near 1.
+    # In the tails both derivatives are differences of numbers near 1.
     return torch.allclose(entry.at(x, **parameters), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -64,7 +64,7 @@ def test_functions_with_parameters_are_tested_with_others_than_the_defaults() ->
 def test_closed_forms_are_the_derivatives_of_autograd(name: str, parameters: dict[str, Any]) -> None:
     entry = ACTIVATIONS[name]
     assert agrees(entry, parameters)
-    # Positive control: a derivative that is off by some billionths of its size.
+    # Positive control: a derivative with a relative error of some billionths.
     right = entry.derivative
     assert right is not None
 
@@ -112,7 +112,7 @@ def test_breaks_are_jumps_or_kinks(name: str, parameters: dict[str, Any]) -> Non
         x = at + step * torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
         d = entry.at(x, **parameters)
         jump, kink = (d[3] - d[1]).abs(), ((d[4] - d[3]) - (d[1] - d[0])).abs() / step
-        # torch takes softplus for a straight line where it almost is one.
+        # torch treats softplus as a straight line where it is almost one.
         assert jump > 100 * step or kink > 0.1 or (name == "softplus" and 0 < jump < 1e-6)
 
 
@@ -126,7 +126,7 @@ def test_even_entries_are_those_with_even_derivatives(name: str, parameters: dic
 @each_entry
 def test_bounded_entries_are_those_with_bounded_derivatives(name: str) -> None:
     line = torch.linspace(-1e4, 1e4, 201, dtype=torch.float64)
-    # Pairs, of which glu takes one number for the value and one for the gate.
+    # Pairs: glu takes one number as value and one as gate.
     x = torch.cartesian_prod(line, line)
     assert (of_autograd(name, x).abs().max() < 2) == ACTIVATIONS[name].bounded
 
@@ -157,7 +157,7 @@ def test_parameters_are_read_by_position_and_by_name(name: str, parameters: dict
     assert entry.read(lambda position, key, default: positional.get(position, default)) == values
     assert entry.read(lambda position, key, default: parameters.get(key, default)) == values
     if not name.startswith("gelu"):
-        # torch agrees about the positions.
+        # torch agrees about the positions of the breaks.
         x = torch.linspace(-3, 3, 32, dtype=torch.float64).view(4, 8)
         given = [positional[position] for position in range(1, 1 + len(positional))]
         function = function_of_torch(name)
@@ -185,7 +185,7 @@ def test_every_name_of_an_entry_has_a_rule(name: str) -> None:
 
 
 def constants(source: str) -> set[str]:
-    """Strings of a file that are values; docstrings are not."""
+    """Returns the strings of a file that are values; docstrings are not."""
     tree = ast.parse(source)
     statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     return {
@@ -194,7 +194,7 @@ def constants(source: str) -> set[str]:
 
 
 def test_no_other_file_names_a_smooth_activation() -> None:
-    """So that adding one takes its entry, and a function in the kernels where it is compiled."""
+    """So a new activation needs its entry, and a function in the kernels if it is compiled."""
     package = Path(brevitas_bp.__file__).parent
     smooth = {name for entry in ACTIVATIONS.values() if not entry.stepwise
               for name in (entry.name, *entry.aliases)}

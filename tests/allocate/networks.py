@@ -1,4 +1,4 @@
-"""Small networks to plan for."""
+"""Small networks to plan bits for."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class Residual(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A part with a norm that is run again in backward."""
+    """A network with a checkpointed part that contains a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def residual(**options: Any) -> QuantBackwardWrapper:
-    """The residual network, wrapped; rounded to nearest, so that no seed matters."""
+    """Returns the wrapped residual network, rounded to nearest, so that seeds do not matter."""
     torch.manual_seed(2)
     return QuantBackwardWrapper(
         Residual(), ShiftedUint2DynamicActPerBucketFloat, bucket_size=64, **options)

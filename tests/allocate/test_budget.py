@@ -14,7 +14,7 @@ SENSITIVITY = [1000, 100, 10, 1, 0.1, 0.01]
 ACTNN = [1, 2, 3, 4, 5, 6, 7, 8]
 GACT = [1, 2, 4, 8, 32]
 
-#: (chain, bits that level 1 takes, average bits) -> widths of six tensors of equal size.
+#: (chain, bits that level 1 takes, average bits) -> bits of six tensors of equal size.
 GOLDEN = {
     ("ActNN", 1.0, 1): [1, 1, 1, 1, 1, 1], ("ActNN", 0.5, 1): [3, 1, 1, 1, 1, 1],
     ("ActNN", 0.25, 1): [3, 2, 1, 1, 1, 1],
@@ -47,13 +47,13 @@ def test_golden_allocations(case: tuple[str, float, float]) -> None:
 
 
 def brute_force(costs: list[list[float]], sizes: list[list[float]], budget: float) -> float:
-    """The least total cost of all choices that fit."""
+    """Returns the least total cost of all choices that fit."""
     choices = itertools.product(*(range(len(row)) for row in costs))
     return min(total(costs, c) for c in choices if total(sizes, c) <= budget)
 
 
 def instance(seed: int, equal: bool) -> tuple[list[list[float]], list[list[float]], float]:
-    """Five items with four widths each."""
+    """Returns five items with four widths each."""
     draw = random.Random(seed)
     weights = [1 if equal else draw.choice([1, 2, 7, 20]) for _ in range(5)]
     scales = [10 ** draw.uniform(-6, 6) for _ in range(5)]
@@ -68,13 +68,13 @@ def test_optimal_is_brute_force(seed: int, equal: bool) -> None:
     costs, sizes, budget = instance(seed, equal)
     best, chosen = brute_force(costs, sizes, budget), optimal(costs, sizes, budget)
     assert total(sizes, chosen) <= budget
-    # The solver stops at a gap of 1e-6 of what greedy costs, absolute or relative.
+    # The solver stops at a gap of 1e-6 of the greedy cost, absolute or relative.
     gap = 1.1e-6 * total(costs, greedy(costs, sizes, budget))
     assert total(costs, chosen) <= best + gap
 
 
 def test_greedy_is_not_always_optimal() -> None:
-    # The control for the test above, and the reason for a solver.
+    # The control for the test above: greedy alone is worse, so a solver is needed.
     worse = 0
     for seed in range(20):
         costs, sizes, budget = instance(seed, equal=False)

@@ -1,4 +1,4 @@
-"""check_gradients reports the error that is there, finds what spoils the gradient, leaves no trace."""
+"""check_gradients reports the true error, finds what spoils the gradient, and leaves no trace."""
 
 import logging
 import math
@@ -53,14 +53,14 @@ def test_kinds_add_up_to_the_whole() -> None:
     check = check_gradients(QuantBackwardWrapper(_net(), TWO, seed=0), _batch(), _loss, draws=16)
     assert {kind.name for kind in check.kinds} == {
         "inputs of layers", "inputs of norms", "derivatives and factors"}
-    # Roundings are independent: squared errors add up, each of one draw.
+    # Roundings are independent, so their squared errors add up. Each is measured in one draw.
     total = sum(kind.error ** 2 for kind in check.kinds)
     assert total == pytest.approx(check.error ** 2, rel=0.5)
     assert [kind.error for kind in check.kinds] == sorted(
         (kind.error for kind in check.kinds), reverse=True)
 
 
-# Large rows beside small ones, whose gradients are the smaller, the larger the row.
+# Large rows beside small rows. The larger a row, the smaller its gradient.
 _SIZES = torch.logspace(-4, 4, 64)[torch.arange(64) * 27 % 64].unsqueeze(-1)
 
 
@@ -70,7 +70,7 @@ class _Grow(nn.Module):
 
 
 class _Flat(OpAware):
-    """Rounds the input of one layer in buckets that hold rows of any size."""
+    """Rounds the input of one layer in buckets that mix rows of any size."""
 
     def decide(self, saved: SavedTensor) -> Decision:
         decision = super().decide(saved)

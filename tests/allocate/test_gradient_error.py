@@ -1,4 +1,4 @@
-"""Bias and noise of gradients, by hand and by closed forms; no trace is left on the model."""
+"""Bias and noise of gradients match direct computation and closed forms; the model keeps no trace."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from tests.backward.test_unbiased import rounding_variance
 from tests.stats import normal
 
 DRAWS = 6
-# Sums of at most a few thousand float64 numbers, in another order and after a subtraction.
+# The sums have at most a few thousand float64 terms; their order differs, and a subtraction follows.
 CLOSE = {"rel": 1e-9, "abs": 1e-12}
 
 
@@ -38,7 +38,7 @@ def wrapped_net(name: str, **options: Any) -> tuple[QuantBackwardWrapper, Tensor
 
 
 def gradients_by_hand(model: QuantBackwardWrapper, x: Tensor, draws: int) -> dict[str, Tensor]:
-    """A list of all gradients, as one would first write it: [1 + draws, elements], exact first."""
+    """Returns all gradients as a plain stack: [1 + draws, elements], the exact gradient first."""
     model.set_noise_state({"base": derive(0, 0), "position": 0})
     state, rows = torch.get_rng_state(), []
     for network in [model.module] + [model] * draws:
@@ -52,7 +52,7 @@ def gradients_by_hand(model: QuantBackwardWrapper, x: Tensor, draws: int) -> dic
 
 
 def check_row(row: GradientErrorRow, gradients: Tensor) -> None:
-    """The definitions, on a list of gradients."""
+    """Checks a row against the definitions, on a stack of gradients."""
     exact, draws = gradients[0], gradients[1:]
     size, mean, n = exact.norm(), draws.mean(0), len(draws)
     variance = draws.var(0, unbiased=True).sum()
@@ -65,7 +65,7 @@ def check_row(row: GradientErrorRow, gradients: Tensor) -> None:
         assert math.isnan(row.bias) and math.isnan(row.noise) and math.isnan(row.cosine)
         return
     assert row.noise == pytest.approx(float(variance.sqrt() / size), **CLOSE)
-    # A square root near zero magnifies what the difference above leaves.
+    # A square root near zero magnifies the rounding error of the difference above.
     assert row.bias == pytest.approx(float(offset.clamp_min(0).sqrt() / size), rel=1e-6, abs=1e-6)
     assert row.signal == pytest.approx(float(mean @ exact / size**2), **CLOSE)
     cosines = (draws @ exact) / draws.norm(dim=1) / size
@@ -95,7 +95,7 @@ def test_variance_of_a_linear_layer_and_no_bias_but_chance() -> None:
     torch.manual_seed(0)
     module, x, draws = nn.Linear(1024, 4, bias=False), torch.randn(16, 1024), 16
     delta = cotangent(module(x)).double()
-    # Gradients of different inputs are independent. Sum of all variances, input by input:
+    # Gradients of different inputs are independent. Sum all variances, input by input:
     variances = (delta.square().sum(1)[:, None] * rounding_variance(x, 3, 64)).sum(0)
     model = QuantBackwardWrapper(module, bucket_size=64)
     error = measure_gradient_error(model, lambda m: simple_loss(m, x), draws=draws)
@@ -105,7 +105,7 @@ def test_variance_of_a_linear_layer_and_no_bias_but_chance() -> None:
     spread = normal() * math.sqrt(2 * float(variances.square().sum()))
     assert abs(row.variance - predicted) <= spread / math.sqrt(draws - 1)
     assert abs(row.offset) <= spread / draws
-    # The control: the distance of the mean itself is chance, and far above what is allowed here.
+    # The control: the distance of the mean itself is due to chance, and far above this tolerance.
     assert row.offset + row.variance / draws > 2 * spread / draws
 
 
@@ -128,7 +128,7 @@ def test_exact_policy_has_no_error_with_dropout_and_batch_norm() -> None:
     compared = [row for row in error.parameters if not row.negligible]
     assert {(row.bias, row.noise, row.signal) for row in compared} == {(0.0, 0.0, 1.0)}
     assert error.total.cosine == pytest.approx(1, abs=1e-12)
-    # The control: with another mask in every draw nothing would be zero.
+    # The control: if each draw had another mask, nothing would be zero.
     grads = [run(model, x, seed=seed).grads["13.weight"] for seed in (1, 2)]
     assert (grads[0] - grads[1]).norm() > 0.1 * grads[0].norm()
 
@@ -142,17 +142,17 @@ def test_gradient_of_zero_is_marked() -> None:
         QuantBackwardWrapper(module), lambda m: simple_loss(m, x), draws=2)
     rows = {row.name: row for row in error.parameters}
     assert {name for name, row in rows.items() if row.negligible} == {"0.bias", "2.unused"}
-    assert rows["0.bias"].variance**0.5 / rows["0.bias"].size > 100  # what dividing would show
+    assert rows["0.bias"].variance**0.5 / rows["0.bias"].size > 100  # the quotient would mislead
     assert error.largest("noise") == max(
         row.noise for row in error.parameters if not row.negligible)
     assert error.total.variance == pytest.approx(sum(row.variance for row in rows.values()))
 
 
-# As before.
+# The model is unchanged afterwards.
 
 
 class Same:
-    """An object that is equal to itself only, kept, so that no other gets its address."""
+    """Compares equal to one object only. Holds that object, so that its address is not reused."""
 
     def __init__(self, kept: Any) -> None:
         self.kept = kept
@@ -164,7 +164,7 @@ class Same:
 
 
 def trace(model: QuantBackwardWrapper) -> dict[str, Any]:
-    """All that measuring might leave behind."""
+    """Returns everything that a measurement might leave behind."""
     codec: Any = model._codec
     return {
         "generator": torch.get_rng_state().tolist(), "noise": model.noise_state(),
@@ -180,11 +180,11 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 
 
 class BrokenError(Exception):
-    """Raised by a run."""
+    """Raised by a run on purpose."""
 
 
 def failing(at: int, x: Tensor) -> Callable[[nn.Module], Tensor]:
-    """A run that changes modes, and raises in its call number ``at``."""
+    """Returns a run that changes modes, and raises in call number ``at``."""
     calls = iter(range(100))
 
     def run_once(model: nn.Module) -> Tensor:
@@ -212,7 +212,7 @@ def test_measuring_leaves_no_trace(quantizer: Any, started: bool) -> None:
         assert changed(before, trace(model)) == set()
     measure_gradient_error(model, failing(100, x), draws=3)
     assert changed(before, trace(model)) == set()
-    # The control: the same by hand leaves all of it.
+    # The control: the same steps by hand leave all of these traces.
     for _ in range(3):
         failing(100, x)(model).backward()
     stateful = {"statistics"} if quantizer is Int8ActPerTensorFloat and not started else set()
@@ -227,12 +227,12 @@ def test_buffer_that_a_graph_holds_is_not_touched() -> None:
     x = torch.randn(4, 8)
     loss = simple_loss(model, x)
     measure_gradient_error(model, lambda m: simple_loss(m, x), draws=2)
-    loss.backward()  # would raise for a buffer written meanwhile
+    loss.backward()  # would raise if a buffer had been overwritten
     assert module.weights[0].grad is not None
 
 
 class Replaced(nn.Module):
-    """Scales by a buffer that it replaces, as running averages are often written."""
+    """Scales by a buffer and replaces the buffer object, as many running averages do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def test_seed_decides_and_the_wrappers_own_does_not() -> None:
     assert first != new
 
 
-# Which networks.
+# Kinds of networks.
 
 
 def test_wrappers_inside_have_no_name_and_are_exact_in_turn() -> None:
@@ -335,7 +335,7 @@ def test_parameters_that_reentrant_checkpoints_hide_are_noticed(stem: bool) -> N
         nn.Parameter(torch.ones(32)))
     whole.part = part
     x = torch.randn(4, 32).requires_grad_()
-    if not stem:  # the control: half of the gradients are missing, and nothing is said
+    if not stem:  # the control: half of the gradients are missing, without an error
         (hidden,) = torch.autograd.grad(whole(x).sum(), part[0].weight, materialize_grads=True)
         assert not hidden.any()
     with pytest.raises(ValueError, match="use_reentrant=False"):
@@ -346,7 +346,7 @@ def test_parameters_that_reentrant_checkpoints_hide_are_noticed(stem: bool) -> N
 
 
 def batches() -> Any:
-    """Drawn while measuring goes on."""
+    """Yields batches lazily, while the measurement runs."""
     return (torch.randn(8, 32) for _ in range(3))
 
 
@@ -391,7 +391,7 @@ def test_batches_that_are_drawn_meanwhile_are_those_drawn_before(
     assert with_draws_between.to_dict() != meanwhile
 
 
-# What it prints, and what it refuses.
+# Printed tables, and refused arguments.
 
 
 def test_table_and_json() -> None:
@@ -410,7 +410,7 @@ def test_table_and_json() -> None:
 
 
 class Replicated(DistributedDataParallel):
-    """Of one process, without a group."""
+    """A replica for one process, without a process group."""
 
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)

@@ -1,4 +1,4 @@
-"""Plans: budgets met in live bytes, better than uniform widths, and kept, edited and obeyed."""
+"""Plans meet budgets in live bytes, beat uniform bits, and can be saved, edited and applied."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def module() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def measured() -> BitPlan:
-    """Measured once; every budget is met from it."""
+    """Measures once; tests derive every budget from this plan."""
     return plan_bit_widths(
         module(), images(), loss, average_bits=4, sensitivity=Empirical(draws=4), **OPTIONS)
 
@@ -59,7 +59,7 @@ def test_budget_is_met_in_live_bytes(measured: BitPlan, share: int, method: Any)
     live = live_bytes(wrapped(plan))
     assert live <= budget
     assert live == plan.stored_bytes
-    # And used: what is left is less than what the smallest step would take.
+    # The budget is used up: the rest is smaller than the smallest step.
     if method == "optimal":
         assert live > 0.97 * budget
 
@@ -77,7 +77,7 @@ def test_optimal_is_no_worse_than_greedy(measured: BitPlan) -> None:
         best = measured.within(average_bits=bits)
         greedy = measured.within(average_bits=bits, method="greedy")
         assert best.error <= greedy.error * (1 + 1e-6)
-        # The bound holds for the bytes that each of them takes.
+        # The bound holds for the bytes that each plan takes.
         assert 0 <= best.gap() < 0.5
         assert greedy.gap() >= -1e-9
         assert best.error * (1 - best.gap()) <= best.error
@@ -89,7 +89,7 @@ def test_more_bytes_never_cost_more(measured: BitPlan) -> None:
 
 
 def total_variance(model: QuantBackwardWrapper) -> float:
-    """Squared error of the whole gradient, averaged over draws."""
+    """Returns the squared error of the whole gradient, averaged over draws."""
     def run(m: nn.Module) -> Tensor:
         return loss(m, images())
 
@@ -106,14 +106,14 @@ def test_plan_beats_uniform_widths_at_their_bytes(measured: BitPlan) -> None:
             **OPTIONS)
         plan = measured.within(budget=live_bytes(uniform))
         assert live_bytes(wrapped(plan)) <= live_bytes(uniform)
-        # 24 draws of some thousand roundings each: a tenth is many deviations. Three quarters are
-        # left at most because these layers differ widely; the example studies have real networks.
+        # 24 draws of some thousand roundings each: a tenth is many deviations. At most three quarters
+        # of the variance remain because these layers differ widely; the studies use real networks.
         assert total_variance(wrapped(plan)) < 0.75 * total_variance(uniform)
 
 
 def test_error_that_was_planned_is_the_one_that_comes(measured: BitPlan) -> None:
     plan = measured.within(average_bits=3)
-    # Errors of groups add up where roundings are unbiased; what is left is chance and norms' bias.
+    # Errors of groups add up if roundings are unbiased. The rest is chance, and the bias of norms.
     assert total_variance(wrapped(plan)) == pytest.approx(
         plan.error * plan.gradient_energy, rel=0.35)
 
@@ -125,7 +125,7 @@ def test_choices_are_obeyed(measured: BitPlan) -> None:
     stored = {(s.module, s.op): s.stored for s in model.explain().sites.values()}
     assert stored["stem", "conv2d"] == "exact"
     assert stored["head", "linear"] == "8-bit stochastic"
-    assert stored["", "relu"] == "mask of relu" or "relu" in stored["", "relu"]  # not planned: exact
+    assert stored["", "relu"] == "mask of relu" or "relu" in stored["", "relu"]  # exact without a plan
     model.use_plan(None)
     loss(model, images())
     assert {s.stored for s in model.explain().sites.values() if s.module == "stem"} == {
@@ -158,7 +158,7 @@ def test_buckets_may_be_candidates() -> None:
     assert live_bytes(wrapped(plan)) == plan.stored_bytes
 
 
-# Kept and edited.
+# Saving and editing plans.
 
 
 def test_plans_are_kept(measured: BitPlan, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_plan_is_printed(measured: BitPlan) -> None:
     assert "backward passes" in text
 
 
-# Refused.
+# Refused arguments.
 
 
 def test_infeasible_budget_says_by_how_much(measured: BitPlan) -> None:
@@ -276,7 +276,7 @@ def test_sizes_in_words() -> None:
     assert parse_bytes("10%", 55) == 5
 
 
-# In a training loop.
+# Plans in a training loop.
 
 
 def test_progress_tells_the_cost_beforehand() -> None:
@@ -309,7 +309,7 @@ def test_names_that_a_plan_does_not_have_are_stored_as_the_policy_says() -> None
     plan = plan_bit_widths(
         net, x, lambda m, b: m(b).square().mean(), average_bits=5, candidates=(4, 8))
     model = QuantBackwardWrapper(net, plan=plan)
-    net.used = [2, 0]  # another order, and a layer that was not there
+    net.used = [2, 0]  # another order, and a layer that was unused before
     with pytest.warns(UserWarning, match=r"names 'layers\.1:linear:argument 0', and no tensor"):
         model(x).sum().backward()
     model(x)
@@ -348,7 +348,7 @@ def test_plan_costs_no_bit_of_the_forward(measured: BitPlan) -> None:
 
 def test_layers_without_a_gradient_yet_come_last_and_can_be_edited() -> None:
     class Zero(nn.Module):
-        """The adapter starts at zero, so no gradient comes to what is before it."""
+        """Its adapter starts at zero, so everything before it gets a zero gradient."""
 
         def __init__(self) -> None:
             super().__init__()

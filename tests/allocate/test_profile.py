@@ -1,4 +1,4 @@
-"""One forward, many backwards: exact where nothing is rounded, the wrapper's own where something is."""
+"""One forward, many backwards: exact gradients without rounding, the wrapper's gradients with it."""
 
 import gc
 import weakref
@@ -37,11 +37,11 @@ def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
 
 
 def assert_same_units(ours: list[Any], theirs: list[Any]) -> None:
-    """Equal but for float32: a profile keeps inputs of norms normalized, an exact plan as they are."""
+    """Equal up to float32: a profile stores inputs of norms normalized, an exact plan unchanged."""
     assert len(ours) == len(theirs)
     largest = max(float(b.abs().max()) for b in theirs if b is not None)
     for a, b in zip(ours, theirs):
-        # 16 roundings of 2**-24 along a path; a gradient may be zero but for rounding.
+        # 16 roundings of 2**-24 along a path; a zero gradient may come out as a rounding error.
         assert (a is None and b is None) or (a - b).abs().max() <= 1e-6 * largest
 
 
@@ -49,7 +49,7 @@ def test_exact_gradients_are_those_of_an_exact_plan() -> None:
     profile = profile_of(residual())
     assert_same_units(profile.exact, gradients(residual(plan={"*": "exact"})))
     for ours, plain in zip(profile.exact, gradients(residual().module)):
-        # A derivative that is saved and multiplied with is another order of float32 operations.
+        # Multiplying by a saved derivative is another order of float32 operations.
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
     assert_equal(profile.gradients({}), profile.exact)  # again, from the same graph
 
@@ -60,14 +60,14 @@ def test_rounding_one_group_is_what_the_wrapper_does(candidate: str) -> None:
     profile = profile_of(model)
     for i, group in enumerate(profile.groups):
         if "avg" in candidate and group.reach != "weight":
-            continue  # a plan does not average what reaches further
+            continue  # a plan never averages a tensor with a longer reach
         ours = profile.gradients({i: Candidate.parse(candidate)})
         plan = {"*": "exact", **dict.fromkeys(group.sites, candidate)}
         assert_same_units(ours, gradients(residual(plan=plan)))
         if candidate != "exact":
             differ = [j for j, (a, b) in enumerate(zip(ours, profile.exact)) if not torch.equal(a, b)]
-            assert differ  # the control: something was rounded
-            # Where a rounding stays, nothing else feels it.
+            assert differ  # the control: a tensor was rounded
+            # If the reach of a rounding is one weight, no other gradient changes.
             assert group.parameters is None or set(differ) <= group.parameters
 
 
@@ -81,13 +81,13 @@ def test_bytes_are_those_of_live_tensors(candidate: str) -> None:
         planned = residual(plan={"*": "exact", **dict.fromkeys(group.sites, candidate)})
         with track_saved_memory(planned) as report:
             kept = loss(planned, images())
-        # Of an exact input of a norm the mean is kept, too.
+        # For an exact input of a norm, the mean is kept too.
         others = sum(
             profile.stored_bytes(g, Candidate(None)) for g in profile.groups if g is not group)
         expected = profile.fixed_bytes + others + profile.stored_bytes(
             group, Candidate.parse(candidate))
         del kept
-        # Kept exact, a tensor may lie in memory that is kept anyway.
+        # A tensor that is kept exact may share memory that is kept anyway.
         assert report.stored_bytes <= expected
         if candidate != "exact":
             assert profile.stored_bytes(group, Candidate.parse(candidate)) < group.exact_bytes
@@ -113,7 +113,7 @@ def test_reach_tells_where_errors_go() -> None:
 
 
 class State:
-    """What a measurement must leave alone."""
+    """State that a measurement must not change."""
 
     def __init__(self, model: QuantBackwardWrapper) -> None:
         self.buffers = {n: b.clone() for n, b in model.named_buffers()}
@@ -143,7 +143,7 @@ def test_nothing_is_changed(network: str) -> None:
     profile = Profile(model, batch, loss)
     profile.gradients({0: Candidate(2)})
     state.assert_same(model)
-    loss(model, batch)  # the control: a step by hand
+    loss(model, batch)  # the control: a training step by hand
     with pytest.raises(AssertionError):
         state.assert_same(model)
 
@@ -177,12 +177,12 @@ def test_bad_losses_are_refused(run: Any, message: str) -> None:
         Profile(QuantBackwardWrapper(nn.Linear(64, 64)), torch.randn(64, 64), run)
 
 
-# What a reviewer found.
+# Special cases.
 
 
 @pytest.mark.parametrize("name", ["encoder", "residual"])
 def test_exact_bytes_are_those_of_plain_autograd(name: str) -> None:
-    # Rewritten operations save other tensors than plain autograd does.
+    # Rewritten operations save other tensors than plain autograd.
     x = torch.randn(8, 16, 32) if name == "encoder" else images()[0]
     net = Encoder() if name == "encoder" else residual().module
     with track_saved_memory(net) as report:
@@ -204,7 +204,7 @@ def test_profile_is_freed() -> None:
     def failing(model: nn.Module, batch: Any) -> Tensor:
         y = model(batch[0])
         seen.append(weakref.ref(y))
-        return y  # no scalar
+        return y  # not a scalar
 
     with pytest.raises(ValueError, match="must return a scalar"):
         Profile(residual(), images(), failing)
@@ -253,7 +253,7 @@ def test_parameters_in_one_memory_are_told_apart() -> None:
 
 
 class Unused(nn.Module):
-    """A branch whose result nobody needs."""
+    """A module with a branch whose result is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ def test_what_cannot_be_planned_says_why(name: str) -> None:
     make, batch, error, message = REFUSED[name]
     x = torch.randn(128, 64) if batch is None else batch()
     with pytest.raises(error, match=message):
-        # Of zeros, the gradient of the weight is zero, and of the bias as well.
+        # All outputs of relu are zero, so the gradients of weight and bias are zero.
         _ = Profile(make(), x, lambda m, b: F.relu(m(b) - 10).square().mean()).exact
 
 

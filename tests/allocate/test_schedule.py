@@ -1,4 +1,4 @@
-"""Schedules of settings: in force at their step, in every wrapper, and never in what is stored."""
+"""Schedules apply settings at their step, in every wrapper, and never change stored tensors."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ X = torch.linspace(-1, 1, N)
 
 
 def product(config: Any = Uint2, **options: Any) -> QuantBackwardWrapper:
-    # Whose weight's gradient shows what was stored.
+    # The gradient of its weight shows the stored tensor.
     return QuantBackwardWrapper(
         Apply(torch.mul, nn.Parameter(torch.ones(N))), config, seed=3, **options)
 
@@ -35,7 +35,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def expected(bits: int, bucket_size: int = 256) -> int:
-    """Codes, and 8 bytes of metadata for each bucket."""
+    """Returns the bytes of the codes, plus 8 bytes of metadata for each bucket."""
     return N * bits // 8 + N // bucket_size * 8
 
 
@@ -71,7 +71,7 @@ def test_a_probability_moves_without_building_anew() -> None:
         schedule.step()
         codecs.append(model._codec)
         sizes.append(stored_bytes(model))
-    # 16 buckets, of which the fraction p has 4 bits.
+    # There are 16 buckets; the fraction p of them has 4 bits.
     assert sizes == [*(expected(2) + p * 4 * 256 * 2 // 8 for p in (4, 3, 2, 1)), expected(2, 512)]
     assert len({id(codec) for codec in codecs}) == 2
 
@@ -81,7 +81,7 @@ def test_wider_codecs_of_the_policy_follow() -> None:
     schedule = QuantizerSchedule(model, {1: {"bit_width": 8}})
     sizes = [stored_bytes(model)]
     schedule.step()
-    # What multiplies gets 4 bits at least.
+    # Tensors that multiply the gradient get at least 4 bits.
     assert [*sizes, stored_bytes(model)] == [expected(4), expected(8)]
 
 

@@ -1,4 +1,4 @@
-"""Estimators against definitions, theory and each other."""
+"""Estimators agree with their definitions, with theory and with each other."""
 
 from collections.abc import Sequence
 
@@ -38,12 +38,12 @@ def test_empirical_is_its_definition() -> None:
     for i, group in enumerate(profile.groups):
         for j, candidate in enumerate(CANDIDATES):
             if group.parameters is not None:
-                # Measured together with all others, and yet the same as alone.
+                # Measured together with all others; the result equals a separate measurement.
                 alone = [distance(profile.gradients({i: candidate}, d), profile.exact)
                          for d in range(draws)]
                 assert found[i][j] == pytest.approx(sum(alone) / draws, rel=1e-9)
             elif candidate.average_size > 1:
-                assert found[i][j] == float("inf")  # its bias would reach other gradients
+                assert found[i][j] == float("inf")  # the bias of averages would reach other gradients
         assert found[i][CANDIDATES.index(Candidate(None))] == 0
 
 
@@ -54,13 +54,13 @@ def test_far_groups_follow_from_the_reference() -> None:
         if group.parameters is None:
             measured = distance(profile.gradients({i: reference}, 0), profile.exact)
             assert found[i][1] == pytest.approx(measured, rel=1e-9)
-            # 2 -> 4 bits: the step is 5 times smaller, and the distance 25 times but for the draw of the
-            # last bit; groups have thousands of elements, so half or double is far beyond chance.
+            # From 2 to 4 bits the step shrinks 5 times, and the distance 25 times, up to the draw of the
+            # last bit. Groups have thousands of elements, so half or double is far beyond chance.
             assert 12 < found[i][1] / found[i][2] < 50
 
 
 class Wide(nn.Module):
-    """A linear layer whose rounding error has a closed form."""
+    """A linear layer, whose rounding error has a closed form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ def test_closed_form_predicts_layers(module: type[nn.Module]) -> None:
         if group.parameters is None:
             continue
         for j in plain:
-            # Equal but for chance and for the correlation of gradients and ranges over samples, which
-            # the closed form leaves out: these samples are alike. A wrong fan-in is off by 10 or more.
+            # They differ by chance, and because the closed form ignores that gradients and ranges
+            # correlate over samples. These samples are alike. A wrong fan-in is off by 10 or more.
             assert 0.6 < predicted[i][j] / measured[i][j] < 1.7
             compared += 1
     assert compared >= len(plain)
@@ -144,7 +144,7 @@ def test_closed_form_of_several_calls_is_their_sum() -> None:
     wrapped = QuantBackwardWrapper(Wide(), bucket_size=64)
     once = ClosedForm().errors(Profile(wrapped, images(), loss), CANDIDATES)
     both = ClosedForm().errors(Profile(wrapped, images(), twice), CANDIDATES)
-    # Two independent roundings of one tensor; but for the draw of a thousand elements.
+    # Two independent roundings of one tensor, up to the chance of a thousand elements.
     assert both[0][1] == pytest.approx(2 * once[0][1], rel=0.1)
 
 

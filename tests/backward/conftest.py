@@ -1,4 +1,4 @@
-"""Fixtures that several files of these tests share."""
+"""Fixtures shared by several files of these tests."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from brevitas_bp.backward import operations
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registrations of a test end with it."""
+    """Removes a test's registrations when the test ends."""
     for name in ("_by_name", "_by_object", "_by_method"):
         monkeypatch.setattr(operations, name, getattr(operations, name).copy())
     monkeypatch.setattr(operations, "_found", {})

@@ -1,4 +1,4 @@
-"""What the tests of the saved-tensor hooks share: naive rivals, small networks, and one way to run."""
+"""Shared by the tests of saved-tensor hooks: naive rivals, small networks, and one way to run them."""
 
 import copy
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision
 from brevitas_bp.codec.layout import TensorLayout
 
-#: Whatever the library promises holds where every float is rounded, and where operations are rewritten.
+#: Policies that must keep every promise: one rounds every float tensor, one rewrites operations.
 QUANTIZING = ["all", "op_aware"]
 
 
 @dataclass(frozen=True)
 class NaiveCodes:
-    """What a first attempt stores: 2-bit codes of the whole tensor, a byte each, and a shape."""
+    """A naive stored tensor: 2-bit codes of the whole tensor, a byte each, and a shape."""
 
     codes: Tensor
     lo: Tensor
@@ -32,7 +32,7 @@ class NaiveCodes:
 
 
 def naive_pack(x: Tensor) -> Any:
-    """Quantizes any float tensor to 2 bits, to nearest, per tensor, whatever it is."""
+    """Quantizes any float tensor to 2 bits, to nearest, per tensor, without checks."""
     if not x.is_floating_point() or x.numel() == 0:
         return x
     lo = x.detach().min()
@@ -50,17 +50,17 @@ def naive_unpack(packed: Any) -> Tensor:
 
 
 def naive_hooks() -> saved_tensors_hooks:
-    """The naive library: every float tensor, no questions asked."""
+    """Returns the hooks of a naive library, which quantize every float tensor."""
     return saved_tensors_hooks(naive_pack, naive_unpack)
 
 
 def identity_hooks() -> saved_tensors_hooks:
-    """Hooks that keep the tensor itself, as a policy of "exact" would naively be written."""
+    """Returns hooks that keep the tensor itself, as a naive "exact" policy would."""
     return saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 class HalfCodec(Codec):
-    """Stores float32 as float16: exact for small integers, so tests of mechanism see no rounding."""
+    """Stores float32 as float16. Small integers stay exact, so tests of mechanism see no rounding."""
 
     name = "half"
 
@@ -78,7 +78,7 @@ class HalfCodec(Codec):
 
 @dataclass
 class Spy:
-    """A policy that notes what it is asked, and answers with the configured codec for floats."""
+    """A policy that records its questions, and answers with the configured codec for floats."""
 
     asked: list[SavedTensor] = field(default_factory=list)
 
@@ -88,12 +88,12 @@ class Spy:
 
     @property
     def places(self) -> list[tuple[str, str | None]]:
-        """(module, op) of every question."""
+        """Returns (module, op) of every question."""
         return [(saved.module, saved.op) for saved in self.asked]
 
 
 class OpAwareSpy(Spy):
-    """Notes what the default policy is asked, answers as it does, and rewrites what it rewrites."""
+    """Records the questions of the default policy, and decides and rewrites as that policy does."""
 
     policy = OpAware()
 
@@ -105,12 +105,12 @@ class OpAwareSpy(Spy):
         return self.policy.rewrite(function)
 
 
-#: Spies of :data:`QUANTIZING`.
+#: Spies for the policies of :data:`QUANTIZING`.
 SPIES: dict[str, type[Spy]] = {"all": Spy, "op_aware": OpAwareSpy}
 
 
 class Apply(nn.Module):
-    """Runs a function of the inputs and its parameters."""
+    """Runs a function of the inputs and the module's parameters."""
 
     def __init__(self, function: Callable[..., Any], *parameters: Tensor) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Apply(nn.Module):
 
 @dataclass(frozen=True)
 class Run:
-    """One forward and backward: everything that plain autograd and ours can be compared on."""
+    """One forward and backward pass: every result to compare with plain autograd."""
 
     output: Tensor
     grads: dict[str, Tensor]
@@ -132,12 +132,12 @@ class Run:
 
 
 def cotangent(output: Tensor) -> Tensor:
-    """A gradient for ``output`` that treats no two elements alike."""
+    """Returns a gradient for ``output`` whose elements all differ."""
     return torch.linspace(-1, 2, output.numel()).cos().view(output.shape).to(output.dtype)
 
 
 def run(module: nn.Module, *inputs: Tensor, seed: int = 0, copied: bool = True) -> Run:
-    """Forward and backward of (a copy of) ``module``, with torch's generator at ``seed``."""
+    """Runs forward and backward of (a copy of) ``module``, with torch's generator at ``seed``."""
     model = copy.deepcopy(module) if copied else module
     leaves = [x.detach().clone(memory_format=torch.preserve_format) for x in inputs]
     for leaf in leaves:
@@ -154,7 +154,7 @@ def run(module: nn.Module, *inputs: Tensor, seed: int = 0, copied: bool = True) 
 
 
 def wrapped_run(module: nn.Module, *inputs: Tensor, seed: int = 0, **options: Any) -> Run:
-    """As :func:`run`, wrapped."""
+    """Runs :func:`run` on the wrapped module."""
     return run(
         QuantBackwardWrapper(copy.deepcopy(module), seed=1, **options), *inputs, seed=seed,
         copied=False)
@@ -198,7 +198,7 @@ class Views(nn.Module):
 
 
 class Shared(nn.Module):
-    """One layer called twice, and its weight used transposed as the decoder."""
+    """One layer called twice; its weight, transposed, is also the decoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Encoder(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """The last output of an LSTM."""
+    """An LSTM that returns its last output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class Recurrent(nn.Module):
 
 
 def _conjugates(x: Tensor, w: Tensor) -> Tensor:
-    """Lazy conjugates and negations share storage, shape and strides with what they are not."""
+    """Lazy conjugates and negations share storage, shape and strides with the original tensors."""
     z = torch.fft.rfft(x * w)
     return (z * z.conj()).real + (z.imag / 8).exp() + (z.conj().imag / 4).exp()
 
@@ -253,7 +253,7 @@ _SPECTRAL = Apply(
     lambda x, w: torch.where(x > 0, torch.fft.rfft(x * w).abs().sum(-1, keepdim=True), x.cumprod(-1)),
     nn.Parameter(torch.ones(32)))
 
-#: name -> (module, inputs); between them most kinds of saved tensor.
+#: name -> (module, inputs). Together they save most kinds of tensors.
 NETS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "conv": lambda: (_conv_net(), (torch.randn(8, 3, 16, 16),)),
     "encoder": lambda: (Encoder(), (torch.randn(4, 16, 32),)),
@@ -275,13 +275,13 @@ NETS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
 
 
 def net(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A network of :data:`NETS` and its inputs, always the same."""
+    """Returns a network of :data:`NETS` and its inputs, the same at each call."""
     torch.manual_seed(5)
     return NETS[name]()
 
 
 class SeeSaved(torch.autograd.Function):
-    """Notes the tensor that backward gets to see."""
+    """Records the tensor that backward receives."""
 
     seen: Tensor
 
@@ -297,7 +297,7 @@ class SeeSaved(torch.autograd.Function):
 
 
 class Square(torch.autograd.Function):
-    """A user's own operation."""
+    """A custom operation of a user."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

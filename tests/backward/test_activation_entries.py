@@ -1,4 +1,4 @@
-"""An activation that is described in one place, here, is stored like any other."""
+"""An activation described in one place, in this file, is stored like any built-in one."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ WIDTH, COPIES = 64, 4096
 
 
 def gated(x: Tensor, slope: float = 1.0) -> Tensor:
-    """A function of a user's own."""
+    """A custom activation of a user."""
     if has_torch_function_unary(x):
         return handle_torch_function(gated, (x,), x, slope)
     return x * torch.sigmoid(slope * x)
@@ -50,7 +50,7 @@ RULES = {
 @pytest.fixture(params=RULES)
 def registered(
         request: pytest.FixtureRequest, registry: None, monkeypatch: pytest.MonkeyPatch) -> OpRule:
-    """An entry and its rule, or a rule that is written by hand."""
+    """An entry and its rule, or a rule written by hand."""
     monkeypatch.setitem(ACTIVATIONS, "gated", ENTRY)
     rule = RULES[request.param]()
     register_op(gated, rule)
@@ -114,7 +114,7 @@ def test_a_report_shows_it_and_changes_no_gradient(registered: OpRule) -> None:
 
 
 def test_an_entry_that_is_wrong_gives_a_wrong_gradient(registry: None) -> None:
-    """The positive control: the entry is what backward reads."""
+    """The positive control: backward really reads the entry."""
     register_op(gated, activation(Activation("gated", derivative, (Parameter("slope", 2, 1.0),))))
     x = torch.linspace(-3, 3, WIDTH).expand(COPIES, -1)
     assert (gradient(wrapped(), x).double().mean(0) - exact(x[0])).abs().max() > 0.1

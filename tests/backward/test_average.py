@@ -1,4 +1,4 @@
-"""Averages in a backward pass: where they go, what they leave alone, and what they do to a weight."""
+"""Averages in a backward pass: the tensors they store or skip, and their effect on a weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +50,7 @@ def test_bytes_are_those_of_live_tensors() -> None:
         nn.Linear(256, 8), CONFIG, metadata_dtype=torch.bfloat16)
     with track_saved_memory(model) as report:
         output = model(torch.randn(1024, 256))
-    # Buckets end with the 64 means of a row; each has a scale and an offset.
+    # A row has 64 means, and buckets end with rows. Each bucket has a scale and an offset.
     assert report.stored_bytes == 1024 * (64 * 2 // 8 + 2 * 2)
     del output
 
@@ -59,9 +59,9 @@ def test_bytes_are_those_of_live_tensors() -> None:
 
 
 def integers() -> tuple[Tensor, Tensor]:
-    """Input and cotangent of a linear layer for which all arithmetic is exact.
+    """Returns input and cotangent of a linear layer, with values that make all arithmetic exact.
 
-    Every bucket of 64 means (8 rows) holds means of 0 and 3, so that decoded values are 0, 1, 2 or 3.
+    Every bucket of 64 means (8 rows) contains means of 0 and 3, so decoded values are 0, 1, 2 or 3.
     """
     torch.manual_seed(0)
     x = torch.rand(64, 32) * 3
@@ -75,7 +75,7 @@ def weight_gradient(x: Tensor, upstream: Tensor, config: Any, **options: Any) ->
     leaf = x.clone().requires_grad_()
     model(leaf).backward(upstream)
     weight, bias = (p.grad for p in model.parameters())
-    # Backward needs the input for the weight only.
+    # Backward uses the input only for the weight.
     assert torch.equal(leaf.grad, upstream @ model.weight) and torch.equal(bias, upstream.sum(0))  # type: ignore[arg-type]
     assert weight is not None
     return weight
@@ -105,20 +105,20 @@ def test_the_mean_gradient_is_the_exact_one_averaged_over_each_group() -> None:
         mean += model.weight.grad / draws
     exact = upstream.T @ x
     projected = exact.unflatten(1, (-1, 4)).mean(-1).repeat_interleave(4, 1)
-    # Decoded values have a step of 1: a sum over rows is one of independent terms of size |upstream|
-    # (Hoeffding, 1963, for unequal intervals); the mean is added up in float32, below 64 * 4 * 3.
+    # Decoded values have a step of 1, so a sum over rows has independent terms of size |upstream|
+    # (Hoeffding, 1963, for unequal intervals). The mean is summed in float32, below 64 * 4 * 3.
     interval = upstream.square().sum(0).sqrt().unsqueeze(1)
     tolerance = interval * hoeffding(draws, 40) + draws * 768 * 2.0**-24
     assert ((mean - projected).abs() < tolerance).all()
-    # Biased: the differences between the features of a group are gone.
+    # Biased: averaging removes the differences between the features of a group.
     assert ((mean - exact).abs() > 4 * tolerance).any()
 
 
-# Where averages go.
+# Which tensors are averaged.
 
 
 def stored(function: Callable[..., Tensor], *shapes: tuple[int, ...], **options: Any) -> set[str]:
-    """How what a function of new tensors saves is stored, where it is."""
+    """Returns how the tensors saved by a function of new tensors are stored."""
     torch.manual_seed(0)
     model = QuantBackwardWrapper(Apply(function), CONFIG, bucket_size=64, **options)
     model(*(torch.randn(shape, requires_grad=True) for shape in shapes))
@@ -169,7 +169,7 @@ def test_averages_elsewhere_on_demand(
 
 
 def test_prelu_stores_its_negative_part_for_each_element() -> None:
-    # The mean of negative parts would lose what falls on positive elements.
+    # The mean of negative parts would lose the part that falls on positive elements.
     x, slope = torch.randn(64, 64), nn.Parameter(torch.tensor([0.25]))
     module = Apply(F.prelu, slope)
     averaged, plain = (
@@ -178,7 +178,7 @@ def test_prelu_stores_its_negative_part_for_each_element() -> None:
 
 
 class Network(nn.Module):
-    """Everything that a rounding can pass through: layers, norm, activation, gate."""
+    """Contains every operation that a rounding can pass through: layers, norm, activation, gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def test_all_but_weights_of_layers_get_the_gradients_of_the_plain_quantizer() ->
     different = {name for name in plain if not torch.equal(averaged[name], plain[name])}
     # The input of the gate has one pixel, so its groups have one element.
     assert different == {"first.weight", "last.weight"}
-    # Positive control: where norms and products are averaged, all that lies before them changes.
+    # Positive control: averaging norms and products changes all gradients before them.
     everywhere, plain = gradients(CONFIG, "all"), gradients(PLAIN, "all")
     assert not torch.equal(everywhere["input 0"], plain["input 0"])
 

@@ -1,10 +1,10 @@
-"""The error of the gradient is bounded, whatever the sizes of rows: every operation that rounds.
+"""The error of the gradient is bounded for rows of any size, for every operation that rounds.
 
-Rows of the input, and rows of the gradient that comes in, have sizes of 10^U(-6, 3), independently; some
-rows are zero or constant. The bound follows from stochastic rounding at 2 bits: an element moves by at
-most a step, a third of the range of its bucket, with a deviation of at most half a step. The range of 64
-normal values is about 5 deviations: 0.8 deviations of noise for each element. :data:`BOUND` leaves more
-than twice that for ranges that are wider.
+Rows of the input, and rows of the incoming gradient, have independent sizes of 10^U(-6, 3). Some rows
+are zero or constant. The bound follows from stochastic rounding at 2 bits. An element moves by at most a
+step, which is a third of its bucket's range, with a deviation of at most half a step. The range of 64
+normal values is about 5 deviations, so each element has about 0.8 deviations of noise. :data:`BOUND`
+leaves more than twice that for wider ranges.
 """
 
 from collections.abc import Callable
@@ -23,26 +23,22 @@ from brevitas_bp.backward.saved import Decision
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 from tests.support import same_bits
 
-#: |g~ - g| / |g| of any gradient at 2 bits, at most.
+#: Largest |g~ - g| / |g| of any gradient at 2 bits.
 BOUND = 2.0
 ROWS, WIDTH = 24, 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation of an input whose rows have any size, and of weights.
+    """An operation on weights and an input whose rows have any size.
 
-    Attributes:
-        function: (x, weights) -> output.
-        shape: of ``x``; rows are what ``dims`` leaves.
-        weights: shapes of the weights.
-        dims: trailing dimensions that make a row.
-        positive: weights are positive, of very different size.
-        names: of the operations whose rules it covers.
-        straddles: whether a gradient's rows meet rows of ``x`` that flat buckets would hold together, so
-            that the control must fail.
-        sign: of all of ``x``, where the gradient of a weight is the sum of a row: no sum may be zero by
-            chance, or no error would be small beside it.
+    Attributes: function: (x, weights) -> output. shape: shape of ``x``; the dimensions not in ``dims``
+        number the rows. weights: shapes of the weights. dims: trailing dimensions that make a row.
+        positive: weights are positive, of very different size. names: names of the operations whose
+        rules the case covers. straddles: whether flat buckets would mix rows of ``x`` that meet rows of
+        the gradient, so that the control must fail. sign: sign of all of ``x``, if the gradient of a
+        weight is the sum of a row. No sum may be zero by chance, since no error is small compared with
+        zero.
     """
 
     function: Callable[..., Tensor]
@@ -125,7 +121,7 @@ CASES = {
         names="scaled_dot_product_attention"),
 }
 
-# Rules that are the same objects as one of a case above, or that round nothing of several rows.
+# Names of rules that are the same object as a rule above, or that round nothing with several rows.
 _LIKE = {
     "linear": "conv_tbc", "conv1d": "conv2d conv3d convolution",
     "conv_transpose1d": "conv_transpose2d conv_transpose3d",
@@ -137,7 +133,7 @@ _LIKE = {
 
 
 class _Flat(OpAware):
-    """The policy without rows and units: buckets run through the whole tensor, in its own units."""
+    """The policy without rows and units: buckets run through the whole tensor, in the tensor's units."""
 
     def decide(self, saved: SavedTensor) -> Decision:
         return super().decide(saved)._replace(rows=None, units=None)
@@ -150,13 +146,13 @@ class _Layer(torch.nn.Module):
         self.weights = torch.nn.ParameterList(weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Computed, so that it is no parameter of which all is exact.
+        # Computed weights, since parameters would be kept exact.
         weights = [w * 1 for w in self.weights]
         return self.case.function(x, *weights)
 
 
 def _scaled(shape: tuple[int, ...], dims: int, generator: torch.Generator) -> Tensor:
-    """Normal values whose rows (channels, where ``dims`` is -1) have sizes of 10^U(-6, 3)."""
+    """Returns normal values whose rows (channels, if ``dims`` is -1) have sizes of 10^U(-6, 3)."""
     x = torch.randn(shape, generator=generator)
     sizes = [1] * len(shape)
     for d in range(len(shape)):
@@ -170,7 +166,7 @@ def _input(case: Case, seed: int) -> tuple[Tensor, list[Tensor]]:
     x = _scaled(case.shape, case.dims, generator)
     x = x if not case.sign else case.sign * x.abs()
     rows = x.transpose(0, 1) if case.dims == -1 else x
-    # Constant rows, of any number and of zero.
+    # Constant rows: one with a random number, one with zeros.
     rows[0, 0] = rows[0, 0].flatten()[0]
     rows[1] = 0
     weights = [torch.randn(shape, generator=generator) for shape in case.weights]
@@ -181,12 +177,12 @@ def _input(case: Case, seed: int) -> tuple[Tensor, list[Tensor]]:
 
 def _gradients(
         case: Case, seed: int, policy: OpAware | str) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the input and of the weights, and the gradient that came in."""
+    """Returns the gradients of the input and of the weights, and the incoming gradient."""
     x, weights = _input(case, seed)
     layer = QuantBackwardWrapper(
         _Layer(case, weights), ShiftedUint2DynamicActPerBucketFloatStochastic, policy=policy,
         seed=seed, bucket_size=256, metadata_dtype=torch.bfloat16)
-    # A gate of its own for the input: its gradient is that of the input's rows.
+    # The input has its own gate, so the gate's gradient has the rows of the input.
     leaf = x.requires_grad_()
     out = layer(leaf)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -201,7 +197,7 @@ def _error(case: Case, seed: int, policy: OpAware | str) -> float:
     rounded, _ = _gradients(case, seed, policy)
     sizes = [float(e.double().norm()) for e in exact]
     if "norm" in case.names:
-        # A sum of normalized values times gradients, each of either sign: it may be small by chance.
+        # A sum of normalized values times gradients of either sign may be small by chance.
         sizes[1:] = [max(size, float(cotangent.double().norm())) for size in sizes[1:]]
     return max(
         float((r.double() - e.double()).norm()) / size
@@ -217,7 +213,7 @@ def test_the_error_is_bounded(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.straddles])
 def test_flat_buckets_in_units_of_the_tensor_have_no_bound(name: str) -> None:
-    """The control: the same inputs, stored as they lie in memory."""
+    """The control: the same inputs, in buckets that follow memory."""
     case = replace(CASES[name], sign=0)
     worst = max(_error(case, seed, _Flat()) for seed in range(8))
     assert worst > BOUND, worst
@@ -231,7 +227,7 @@ def test_every_rule_that_rounds_has_a_case() -> None:
         kind = getattr(rule.decide, "__qualname__", "")
         if not kind.startswith(("exact.", "lossless.", "elementwise.", "composite.")):
             rounding.add(name)
-    # Slopes and noise of rrelu are exact; what elementwise functions store is bounded by itself.
+    # Slopes and noise of rrelu are exact; the tensors that elementwise functions store are bounded.
     assert rounding - covered - {"rrelu"} == set()
 
 
@@ -240,7 +236,7 @@ def test_rows_of_zeros_get_the_gradient_of_plain_autograd(name: str) -> None:
     case = CASES[name]
     for seed in range(5):
         exact, rounded = (_gradients(case, seed, policy)[0] for policy in ("exact", OpAware()))
-        # Of the input, rows [1] are zero; a product has them in the gradient of the other factor.
+        # Rows [1] of the input are zero; for a product, the other factor's gradient has zeros there.
         factor = int(name == "mul")
         assert same_bits(rounded[factor][1], exact[factor][1])
         assert not same_bits(rounded[-1], exact[-1])
@@ -249,7 +245,7 @@ def test_rows_of_zeros_get_the_gradient_of_plain_autograd(name: str) -> None:
 @pytest.mark.parametrize("width", [17, 96, 192, 384])
 @pytest.mark.parametrize("row", ["zero", "tiny", "constant"])
 def test_the_mean_gradient_of_norms_is_the_exact_one(width: int, row: str) -> None:
-    """Within 0.05 over 200 draws, of which at most 0.03 are chance; it was 110 and more."""
+    """Within 0.05 over 200 draws, of which chance explains at most 0.03; it used to be 110 or more."""
     x = torch.randn(2, 17, width, generator=torch.Generator().manual_seed(0))
     x[:, 0] = {"zero": x[:, 0] * 0, "tiny": x[:, 0] * 0.01, "constant": x[:, 0] * 0 + 3.7}[row]
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -308,7 +304,7 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", _LAYOUTS)
 @pytest.mark.parametrize("kind", ["batch", "evaluated", "instance", "group", "layer", "grouped conv"])
 def test_units_belong_to_their_channel_in_every_memory_layout(kind: str, layout: str) -> None:
-    """At 8 bits: a statistic of another channel, or a mean that is missing, would show at once."""
+    """At 8 bits, a statistic of another channel or a missing mean would show at once."""
     torch.manual_seed(0)
     x = torch.randn(6, 16, 8, 12) * torch.logspace(-2, 2, 16).view(16, 1, 1) + torch.arange(
         16.0).view(16, 1, 1)

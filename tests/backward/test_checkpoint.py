@@ -53,7 +53,7 @@ class Body(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Parts that are run again in backward, between layers that are not."""
+    """Checkpointed parts between ordinary layers."""
 
     def __init__(self, part: Callable[[], nn.Module] = Body, parts: int = 3, **options: Any) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Checkpointed(nn.Module):
 
 
 class Whole(nn.Module):
-    """A network as one part."""
+    """A network with a single checkpointed part."""
 
     def __init__(self, module: nn.Module, reentrant: bool) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def runs(module: nn.Module) -> int:
     return sum(getattr(part, "runs", 0) for part in module.modules())
 
 
-# Around checkpointed parts.
+# A wrapper around checkpointed parts.
 
 
 @FORMS
@@ -102,7 +102,7 @@ def test_exact_policy_around_checkpoints_changes_no_bit(reentrant: bool, storage
     ours = wrapped_run(module, images(), policy="exact", storage=storage)
     plain = run(module, images())
     assert torch.equal(ours.output, plain.output)
-    assert torch.equal(ours.rng, plain.rng)  # dropout is drawn again from the state of the first run
+    assert torch.equal(ours.rng, plain.rng)  # the second run redraws dropout from the first run's state
     assert_same(ours.grads, plain.grads)
 
 
@@ -132,7 +132,7 @@ def test_whole_networks_as_one_part(name: str, reentrant: bool) -> None:
 
 
 def stored(module: nn.Module, **options: Any) -> int:
-    """Bytes kept for the backward of a module, wrapped or not."""
+    """Returns the bytes kept for the backward of a module, wrapped or not."""
     model = QuantBackwardWrapper(copy.deepcopy(module), metadata_dtype=torch.bfloat16, **options)
     with track_saved_memory(model) as report:
         y = model(images().requires_grad_())
@@ -148,9 +148,9 @@ def test_checkpoint_with_rounded_inputs_takes_less_than_either(reentrant: bool) 
     only_ours, only_checkpoint = stored(plain), stored(module, policy="exact")
     both = stored(module, policy=OpAware(checkpoint_quant=STOCHASTIC))
     assert both < only_ours
-    # Bits per element: three inputs of parts, in buckets of a row of 64, of float32 metadata; the
-    # derivative of tanh at 4 bits in buckets of 256, and the input of the stem at 2 in rows, of bfloat16
-    # metadata.
+    # Bits per element. The three inputs of parts are in buckets of a row of 64, with float32 metadata.
+    # The derivative of tanh has 4 bits in buckets of 256. The input of the stem has 2 bits in rows. The
+    # last two have bfloat16 metadata.
     numel = images().numel()
     assert both == numel * (3 * (2 + 64 / 64) + (4 + 32 / 256) + (2 + 32 / 64)) / 8
     assert only_checkpoint == 4 * 4 * numel
@@ -160,7 +160,7 @@ def test_checkpoint_with_rounded_inputs_takes_less_than_either(reentrant: bool) 
 def test_gradient_is_the_one_at_the_rounded_input(reentrant: bool) -> None:
     part = Body()
     h = images().tanh().requires_grad_()
-    quantizer = codec_from(ShiftedUint2DynamicActPerBucketFloat)  # to nearest: no seed to know
+    quantizer = codec_from(ShiftedUint2DynamicActPerBucketFloat)  # to nearest: needs no seed
     quantizer = quantizer.in_rows(64, 64)
     rounded = quantizer.encode(h.detach(), seed=0).decode().requires_grad_()
     model = QuantBackwardWrapper(
@@ -195,7 +195,7 @@ def test_masks_indices_and_constants_beside_the_input_stay_exact() -> None:
     assert x.grad.isfinite().all()
     stored_as = {site.stored: site.tensors for site in model.explain().sites.values()}
     assert stored_as == {"bit mask": 1, "2-bit stochastic": 1, "exact": 2}
-    # In buckets of a row of 64.
+    # Buckets hold a row of 64.
     quantized, masked = x.numel() * (2 + 64 / 64) / 8, x.numel() / 8
     assert report.stored_bytes == quantized + masked + 4 * x.numel() + 8 * x.numel()
 
@@ -221,7 +221,7 @@ def test_input_that_is_modified_before_backward_raises() -> None:
         model(images().requires_grad_() * 1).sum().backward()
 
 
-# Inside of checkpointed parts.
+# Checkpointing around a wrapper.
 
 
 def test_naive_hooks_inside_switch_recomputing_off() -> None:
@@ -234,7 +234,7 @@ def test_naive_hooks_inside_switch_recomputing_off() -> None:
     y = checkpoint(hooked, images().requires_grad_(), use_reentrant=False)
     assert isinstance(y, Tensor)
     y.sum().backward()
-    assert part.runs == 1  # checkpointing kept nothing and nobody noticed
+    assert part.runs == 1  # checkpointing silently had no effect
 
 
 @pytest.mark.parametrize("policy", [*QUANTIZING, "exact"])
@@ -278,13 +278,13 @@ def test_wrapper_inside_a_reentrant_part_stores_its_second_run() -> None:
     assert runs(wrapped) == 6
     for name, grad in ours.grads.items():
         exact = plain.grads[name.replace(".module", "")]
-        # A step of 8 bits of ranges of about 6 deviations, 256 rows averaged; 2 % is far above.
+        # A step at 8 bits is 1/255 of about 6 deviations, averaged over 256 rows; 2 % is far above that.
         assert (grad - exact).norm() <= 0.02 * exact.norm()
     inside = wrapped.parts[0].explain()
     assert {site.stored for site in inside.sites.values()} >= {"8-bit stochastic"}
 
 
-# Other forms.
+# Other forms of checkpointing.
 
 
 @pytest.mark.parametrize("policy", ["exact", *QUANTIZING])
@@ -299,8 +299,8 @@ def test_selective_checkpoint_keeps_its_choice(policy: str) -> None:
     assert torch.equal(ours.output, plain.output)
     if policy == "exact":
         assert_same(ours.grads, plain.grads)
-    # The part's own layers see what was selected or computed again, no rounded number: only the
-    # rounded input of the part itself ("all") or nothing ("op_aware") is off.
+    # The part's own layers see selected or recomputed tensors, not rounded ones. Only the rounded
+    # input of the part itself ("all") or nothing ("op_aware") is off.
     if policy == "op_aware":
         assert torch.equal(ours.grads["parts.2.last.weight"], plain.grads["parts.2.last.weight"])
 

@@ -1,4 +1,4 @@
-"""Activations whose derivative is encoded from their input, without being written to memory."""
+"""Derivatives of activations are encoded from the input, without writing the derivative to memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ class Kept(OpAware):
 def gradients(
         function: Callable[[Tensor], Tensor], x: Tensor, *, report: bool = False, times: int = 1,
         **options: Any) -> list[Tensor]:
-    """Gradients of several backward passes, of one seed."""
+    """Returns the gradients of several backward passes with one seed."""
     torch.manual_seed(0)
     model = QuantBackwardWrapper(Apply(function), Stochastic8, seed=3, bucket_size=64, **options)
     x = x.detach().requires_grad_()
@@ -58,7 +58,7 @@ def gradients(
 def test_gradients_are_close_whatever_the_layout(name: str, layout: str) -> None:
     x = LAYOUTS[layout](torch.randn(SHAPE))
     (got,), (exact,) = gradients(FUNCTIONS[name], x), gradients(FUNCTIONS[name], x, policy="exact")
-    # One of 255 steps of a range of less than 1.3, times a weight of less than 5.
+    # One of 255 steps of a range below 1.3, times a weight below 5.
     assert 0 < (got - exact).abs().max() < 0.03
 
 
@@ -67,7 +67,7 @@ def test_gradients_are_close_whatever_the_layout(name: str, layout: str) -> None
     {"report": True}, {"verify": True}, {"storage": "quantize_on_backward"}], ids=str)
 def test_other_ways_to_the_same_bytes_give_the_same_gradients(
         name: str, options: dict[str, Any]) -> None:
-    """A report and quantizing on backward write the derivative to memory first."""
+    """A report, and quantizing on backward, write the derivative to memory first."""
     x = torch.randn(SHAPE)
     assert torch.equal(*gradients(FUNCTIONS[name], x), *gradients(FUNCTIONS[name], x, **options))
 
@@ -84,7 +84,7 @@ def test_without_compiled_kernels_gradients_are_the_same(
 @each_function
 @pytest.mark.parametrize("policy", ["op_aware", Kept()], ids=["rounded", "kept"])
 def test_a_second_backward_finds_the_derivative_as_it_was(name: str, policy: Any) -> None:
-    """Backward multiplies in place, where the derivative is memory of its own."""
+    """Backward multiplies in place if the derivative has its own memory."""
     first, second = gradients(FUNCTIONS[name], torch.randn(SHAPE), times=2, policy=policy)
     assert torch.equal(first, second)
 
@@ -122,7 +122,7 @@ def test_a_derivative_that_is_expanded_is_not_written_to(registry: None) -> None
         return torch.mul(x, factors)
 
     register_op(scaled, elementwise(lambda x, y, call: call.args[1].expand_as(x)))
-    # Of rows that are not constant: those would be exact.
+    # Use rows that are not constant: constant rows would be exact.
     factors = torch.randn(1, 512)
     (got,) = gradients(lambda x: scaled(x, factors), torch.randn(64, 512))
     (exact,) = gradients(lambda x: x * factors, torch.randn(64, 512), policy="exact")

@@ -1,4 +1,4 @@
-"""H1, H2: one encode per storage and version, and never by address."""
+"""H1, H2: each version of a storage is encoded once, and never identified by its address."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.backward.support import Apply, HalfCodec, assert_same, run
 
 
 def whole_numbers(*shape: int) -> Tensor:
-    """Values that float16 holds exactly."""
+    """Returns values that float16 holds exactly."""
     return torch.randint(-8, 9, shape).float()
 
 
@@ -28,7 +28,7 @@ def attention(x: Tensor, *weights: Tensor) -> Tensor:
     return sum((F.linear(x, w) for w in weights), torch.zeros(()))
 
 
-#: name -> (module, its inputs, how often autograd saves the shared tensor)
+#: name -> (module, number of its inputs, how often autograd saves the shared tensor)
 SHARED: dict[str, tuple[nn.Module, int, int]] = {
     "relu and conv": (nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), 1, 2),
     "x * x": (Apply(torch.mul), 2, 2),
@@ -48,7 +48,7 @@ def test_shared_tensor_is_encoded_once(name: str) -> None:
 
     with saved_tensors_hooks(naive, lambda saved: saved):
         output = module(*[x] * inputs)
-    assert max(map(hooked.count, hooked)) == saves  # the control: asked again for each operation
+    assert max(map(hooked.count, hooked)) == saves  # the control: packed for each operation
 
     model, half = half_wrapped(module)
     with track_saved_memory(model) as report:
@@ -68,7 +68,7 @@ def test_tensor_that_was_modified_between_two_saves_is_encoded_again() -> None:
     module, x = Apply(twice), whole_numbers(16, 16)
     model, half = half_wrapped(module)
     grad = run(model, x, copied=False).grads["input 0"]
-    # Plain autograd refuses this graph; each square has to see the value of its own time.
+    # Plain autograd refuses this graph. Each square must see the value at the time it was saved.
     leaf = x.clone().requires_grad_()
     output = leaf.square() + (leaf + 1).square()
     output.backward(torch.linspace(-1, 2, 256).cos().view(16, 16))
@@ -85,7 +85,7 @@ def test_views_with_other_strides_are_tensors_of_their_own() -> None:
 
 
 def test_negated_view_is_not_taken_for_what_it_negates() -> None:
-    # z.conj().imag lies where z.imag lies, with the same strides, and has the other sign.
+    # z.conj().imag has the memory and strides of z.imag, and the other sign.
     a, b = (nn.Parameter(torch.zeros(16, 16)) for _ in range(2))
     z = torch.complex(whole_numbers(16, 16), whole_numbers(16, 16))
     model, half = half_wrapped(Apply(lambda a, b: z.imag * a + z.conj().imag * b, a, b))
@@ -96,7 +96,7 @@ def test_negated_view_is_not_taken_for_what_it_negates() -> None:
 
 
 class Recycled(nn.Module):
-    """Many short-lived tensors, so that the allocator hands out the same addresses again."""
+    """Makes many short-lived tensors, so that the allocator reuses addresses."""
 
     def forward(self, x: Tensor) -> Tensor:
         total = torch.zeros(())
@@ -117,7 +117,7 @@ def test_freed_address_is_not_taken_for_the_tensor_that_was_there() -> None:
     plain = run(Recycled(), x).grads
     with saved_tensors_hooks(naive, lambda packed: packed.float()):
         naively = run(Recycled(), x).grads
-    assert not torch.equal(naively["input 0"], plain["input 0"])  # the control: aliased
+    assert not torch.equal(naively["input 0"], plain["input 0"])  # the control: addresses collide
 
     model, half = half_wrapped(Recycled())
     assert_same(run(model, x, copied=False).grads, plain)
@@ -127,7 +127,7 @@ def test_freed_address_is_not_taken_for_the_tensor_that_was_there() -> None:
 def test_payload_of_a_freed_graph_is_not_reused() -> None:
     def forgetful(x: Tensor) -> Tensor:
         y = x * 1
-        y.square()  # its graph, and the payload with it, is gone at once
+        y.square()  # its graph is freed at once, and the payload with it
         return y.square()
 
     model, half = half_wrapped(Apply(forgetful))
@@ -139,7 +139,7 @@ def test_payload_of_a_freed_graph_is_not_reused() -> None:
 
 @pytest.mark.parametrize("policy", ["all_but_relu", "op_aware"])
 def test_same_tensor_under_two_codecs_has_both_payloads(policy: str) -> None:
-    # H6: a ReLU's output that also feeds a convolution is kept as mask and as codes.
+    # H6: the output of a ReLU that also feeds a convolution is stored as mask and as codes.
     packed: list[Packed] = []
     model = QuantBackwardWrapper(
         nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), policy=policy, seed=0)
@@ -153,7 +153,7 @@ def test_same_tensor_under_two_codecs_has_both_payloads(policy: str) -> None:
         output = model(x.requires_grad_())
     mask, codes = (p.decode() for p in packed)
     assert torch.equal(mask > 0, x > 0)
-    # 2 bits: within a step of the ReLU's output, which a mask of 0 and 1 is not.
+    # 2 bits: within a step of the ReLU's output, unlike a mask of 0 and 1.
     assert 0 < (codes - x.relu()).abs().max() <= x.max() / 3 * 1.001
     assert x.max() > 1.5 * 1.001
     del output

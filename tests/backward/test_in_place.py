@@ -1,4 +1,4 @@
-"""H4: hooks switch off autograd's in-place check, so the library checks by itself."""
+"""H4: hooks switch off autograd's in-place check, so the library checks itself."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from brevitas_bp import ModifiedInPlaceError, QuantBackwardWrapper
 from brevitas_bp.quant import ShiftedUint8DynamicActPerBucketFloat as Nearest8
 from tests.backward.support import QUANTIZING, Apply, identity_hooks
 
-#: Runs forward, modifies something, and returns the loss to go backward from.
+#: Runs forward, modifies a tensor, and returns the loss for backward.
 Scenario = Callable[[nn.Module], Tensor]
 
 
@@ -38,7 +38,7 @@ def _stepped(model: nn.Module) -> Tensor:
     return loss
 
 
-#: name -> (module, scenario, what the message has to name)
+#: name -> (module, scenario, place that the message must name)
 SCENARIOS: dict[str, tuple[Callable[[], nn.Module], Scenario, str]] = {
     "kept input": (lambda: nn.Sequential(Apply(torch.sin)), _input_modified, "sin in 0"),
     "kept output": (lambda: nn.Sequential(Apply(torch.exp)), _output_modified, "exp in 0"),
@@ -55,7 +55,7 @@ def test_modification_before_backward_raises(name: str) -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         scenario(build()).backward()  # plain autograd
     with identity_hooks():
-        scenario(build()).backward()  # the control: silence
+        scenario(build()).backward()  # the control: no error
     with pytest.raises(ModifiedInPlaceError, match=f"modified by an inplace .* saved by {place} "):
         scenario(QuantBackwardWrapper(build(), policy="exact")).backward()
 
@@ -94,7 +94,7 @@ def test_float_kept_for_quantization_in_backward_is_watched(policy: str) -> None
 
 
 def test_batch_norm_statistics_may_move_between_forward_and_backward() -> None:
-    # They are saved, and updated by the second forward; plain autograd does not mind.
+    # The running statistics are saved, and the second forward updates them. Plain autograd allows this.
     model = QuantBackwardWrapper(nn.BatchNorm1d(64), policy="exact")
     first, second = model(torch.randn(32, 64)).sum(), model(torch.randn(32, 64)).sum()
     (first + second).backward()

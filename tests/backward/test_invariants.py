@@ -75,7 +75,7 @@ def test_naive_hooks_do_change_these_gradients(name: str) -> None:
     assert any(not torch.equal(naive[key], plain[key]) for key in plain)
 
 
-# 3. Parameters and buffers are never quantized (the disguises: test_parameters.py).
+# 3. Parameters and buffers are never quantized (their disguises: test_parameters.py).
 
 
 @pytest.mark.parametrize("policy", QUANTIZING)
@@ -120,7 +120,7 @@ def test_kept_tensor_that_is_modified_raises() -> None:
     kept = x * 1
     loss = QuantBackwardWrapper(Apply(torch.exp), policy="exact")(kept).sum()
     kept.zero_()
-    loss.backward()  # exp saves its output: its input may change
+    loss.backward()  # exp saves its output, so its input may change
     loss = QuantBackwardWrapper(Apply(torch.sin), policy="exact")(kept).sum()
     kept.zero_()
     with pytest.raises(ModifiedInPlaceError, match="modified by an inplace operation"):
@@ -205,7 +205,7 @@ def test_without_grad_nothing_is_packed(context: Any, policy: str) -> None:
     assert model.noise_state()["position"] > 0
 
 
-# 12. Reported bytes are the bytes of live tensors (more: test_memory.py).
+# 12. Reported bytes equal the bytes of live tensors (more: test_memory.py).
 
 
 def test_reported_bytes_are_those_of_live_tensors() -> None:
@@ -225,7 +225,7 @@ def test_reported_bytes_are_those_of_live_tensors() -> None:
     model = QuantBackwardWrapper(Apply(F.silu), policy=policy)
     with track_saved_memory(model) as report:
         loss = model(torch.randn(64, 64, requires_grad=True) * 1).sum()
-    # Scale and offset share their memory.
+    # Scale and offset share one storage.
     memory = {s.data_ptr(): s for s in (t.untyped_storage() for t in packed[0].tensors)}
     storages = [StorageWeakRef(s) for s in memory.values()]
     assert report.stored_bytes == sum(s.nbytes() for s in memory.values())

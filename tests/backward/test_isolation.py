@@ -29,7 +29,7 @@ from tests.backward.support import (
 
 
 def installed() -> list[object]:
-    """Everything of ours that could outlive a forward pass."""
+    """Returns every object of the library that could outlive a forward pass."""
     return [
         *torch_module._global_forward_pre_hooks.values(),
         *torch_module._global_forward_hooks.values(),
@@ -54,7 +54,7 @@ class Failing(nn.Module):
 
 
 class Forgiving(nn.Module):
-    """Goes on without the part that fails."""
+    """Continues without the part that fails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_torch_func_grad_is_refused_with_a_way_out(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["op_aware", "exact"])
 def test_vmap_below_autograd_works(policy: str) -> None:
-    # Inside of a transform GELU's input is no ordinary tensor, so it is kept and not rewritten.
+    # Inside a transform, the input of GELU is not an ordinary tensor: it is kept, and not rewritten.
     module, x = nn.Sequential(nn.Linear(16, 16), nn.GELU()), torch.randn(3, 8, 16)
     plain, wrapped = (
         run(Apply(torch.vmap(m)), x).grads["input 0"]
@@ -269,7 +269,7 @@ def test_gradients_accumulate_over_several_forwards(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", QUANTIZING)
 def test_input_batch_is_stored_like_any_tensor(policy: str) -> None:
-    # H29: a leaf without gradient. The user's own reference to it is not counted.
+    # H29: a leaf without gradient. The reference that the user holds is not counted.
     x = torch.randn(64, 256)
     model = QuantBackwardWrapper(nn.Linear(256, 4), policy=policy, bucket_size=256)
     with track_saved_memory(model) as report:
@@ -328,4 +328,4 @@ def test_hooks_of_the_main_thread_are_unknown_in_another() -> None:
         thread = threading.Thread(target=forward)
         thread.start()
         thread.join()
-    assert not seen  # the control: hooks are thread-local, so ours are set inside forward
+    assert not seen  # the control: hooks are thread-local, so the wrapper sets them inside forward

@@ -1,4 +1,4 @@
-"""H9, H10: what backward gets has the shape, dtype and strides of what was saved."""
+"""H9, H10: backward receives the shape, dtype and strides of the saved tensor."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def _images() -> Tensor:
     return torch.randn(4, 6, 8, 10)
 
 
-#: Dense layouts come back as they were; one with gaps as ``empty_like`` would lay it out.
+#: Dense layouts are restored; a layout with gaps becomes the layout of ``empty_like``.
 DENSE: dict[str, Tensor] = {
     "contiguous": _images(),
     "channels_last": _images().to(memory_format=torch.channels_last),
@@ -49,7 +49,7 @@ def through_backward(x: Tensor, **options: Any) -> Tensor:
 
 
 def step(x: Tensor) -> Tensor:
-    """The largest step of an 8-bit bucket of ``x``."""
+    """Returns the largest step of an 8-bit bucket of ``x``."""
     return (x.max() - x.min()) / 255
 
 
@@ -59,7 +59,7 @@ def test_strides_are_restored(name: str, storage: str) -> None:
     x = (DENSE | EXPANDED)[name]
     seen = through_backward(x, storage=storage)
     assert (seen.shape, seen.stride(), seen.dtype) == (x.shape, x.stride(), x.dtype)
-    # Half a step to nearest, and a few float32 roundings of numbers of the size of the range.
+    # Half a step for rounding to nearest, and a few float32 roundings at the size of the range.
     assert (seen - x).abs().max() <= step(x) / 2 + 2**-20 * (x.max() - x.min())
     assert not torch.equal(seen, x)
 
@@ -87,7 +87,7 @@ def test_expanded_tensor_is_stored_at_its_base_size(name: str) -> None:
     with track_saved_memory(model) as report:
         output = model(x.detach().requires_grad_())
     base = x.untyped_storage().nbytes() // 4
-    # One byte a code, and a scale and an offset of 4 bytes each for 8 of them; all sizes fit.
+    # One byte per code, and a scale and an offset of 4 bytes each per 8 codes. No size is padded.
     buckets = -(-base // 8)
     assert report.exact_bytes == 4 * base
     assert report.stored_bytes == buckets * (8 + 2 * 4)
@@ -95,7 +95,7 @@ def test_expanded_tensor_is_stored_at_its_base_size(name: str) -> None:
 
 
 class Broken(Codec):
-    """Gives back something else than it was given."""
+    """Decodes to something other than it encoded."""
 
     name = "broken"
 

@@ -40,7 +40,7 @@ class Watch:
 
 
 def test_functions_defined_in_a_forward_pass_are_freed() -> None:
-    """Whether nodes show parameters is remembered by their class: not by one that holds a tensor."""
+    """The library remembers per class if nodes show parameters, unless the class holds a tensor."""
     held: list[weakref.ref[Tensor]] = []
 
     def forward(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def test_tensor_that_saves_itself_is_freed() -> None:
     leaked = StorageWeakRef(y.untyped_storage())
     del y
     gc.collect()
-    assert not leaked.expired()  # the control: its node holds it, and it holds its node
+    assert not leaked.expired()  # the control: node and tensor hold each other
 
     y = QuantBackwardWrapper(Apply(torch.exp), policy="exact")(x)
     ours = StorageWeakRef(y.untyped_storage())
@@ -105,7 +105,7 @@ def test_everything_is_freed_with_the_graph(name: str, policy: str, end: str) ->
 @pytest.mark.parametrize("policy", QUANTIZING)
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_are_freed_with_the_graph_when_nobody_listens(name: str, policy: str) -> None:
-    # A listener makes a rewritten operation run another way, so what holds above says nothing here.
+    # A listener changes how rewritten operations run, so the test above does not cover this case.
     module, inputs = net(name)
     outputs: list[StorageWeakRef] = []
 

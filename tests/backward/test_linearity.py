@@ -1,4 +1,4 @@
-"""Reading a backward graph: what the rules say, and whether the numbers agree."""
+"""Reading a backward graph: what the rules conclude, and whether numbers confirm it."""
 
 import copy
 from collections.abc import Callable
@@ -40,12 +40,12 @@ INDEX = torch.arange(64).expand(64, 64)
 
 
 def masked_put(target: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """What compilers make of the backward of an embedding."""
+    """The form that compilers give the backward of an embedding."""
     return torch.ops.aten._unsafe_masked_index_put_accumulate(target, mask, [INDEX[0]], source)
 
 
 def attention_backward(gradient: Tensor, **given: Tensor) -> Any:
-    """Gradients of query, key and value [1, 1, 64, 64] from what is given, and from ones."""
+    """Returns gradients of query, key and value [1, 1, 64, 64] from given tensors, else from ones."""
     ones = torch.ones(1, 1, 64, 64)
     q, k, v, out = (
         given[name].view(1, 1, 64, 64) if name in given else ones
@@ -102,7 +102,7 @@ def test_rules(function: Callable[[Tensor, Tensor], Any], reach: str) -> None:
     (lambda s, g: torch.where(s.view(4096).detach() > 0, g.view(4096), 0.0), "weight"),
     (lambda s, g: torch.ops.aten.threshold_backward(g, s, 0), "weight"),
     (lambda s, g: torch.ops.aten.threshold_backward(s * g, s, 0) @ WEIGHT, "all"),
-    # What is looked at is another border, or another tensor, or more than the sign.
+    # The comparison is with another border, or of another tensor, or uses more than the sign.
     (lambda s, g: torch.where(s <= 1, 0.0, g), "nonlinear"),
     (lambda s, g: torch.where(s + 1 <= 0, 0.0, g), "nonlinear"),
     (lambda s, g: torch.where(s <= g, 0.0, g), "nonlinear"),
@@ -137,7 +137,7 @@ def test_what_leaves_the_graph_goes_further_up() -> None:
     graph = backward_graph(lambda s, g: (g.sum(0), s * g))
     assert reach_of(graph, "saved", last=[0, 1]) == "weight"
     assert reach_of(graph, "saved", last=[0]) == "all"
-    # Of what depends on the other gradient only, nothing goes on.
+    # Outputs that depend only on the other gradient pass nothing on.
     assert reach_of(graph, "saved", last=[1]) == "weight"
 
 
@@ -173,7 +173,7 @@ def test_the_gradient_of_an_attention_mask_depends_on_value_and_output(name: str
 
 
 def norm_backward(x: Tensor, g: Tensor) -> Tensor:
-    """The formula that compilers make of the backward of a norm, for statistics of 0 and 1."""
+    """The formula that compilers give the backward of a norm, for statistics of 0 and 1."""
     return g - g.mean(0) - x * (g * x).mean(0)
 
 
@@ -236,12 +236,12 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 def captured(net: nn.Module, x: Tensor) -> list[tuple[GraphModule, str, str]]:
-    """(backward graph, saved tensor, reach) of all that is read while a network is compiled."""
+    """Returns (backward graph, saved tensor, reach) for each reading while a network is compiled."""
     seen: list[tuple[GraphModule, str, str]] = []
 
     def spy(graph: Graph, name: str, last: Any = None, **options: Any) -> Any:
         reach = reach_of(graph, name, last, **options)
-        # The graph changes while hooks are inlined.
+        # Copy the graph, since it changes while hooks are inlined.
         seen.append((GraphModule({}, copy.deepcopy(graph)), name, reach))
         return reach
 
@@ -254,7 +254,7 @@ def captured(net: nn.Module, x: Tensor) -> list[tuple[GraphModule, str, str]]:
 
 
 def departure(graph: GraphModule, name: str) -> float:
-    """How far the graph is from affine in one of its inputs, relative to what it returns."""
+    """Returns how far the graph is from affine in one of its inputs, relative to its result."""
     inputs: list[Any] = []
     generator = torch.Generator().manual_seed(3)
     place = -1
@@ -290,8 +290,8 @@ def test_what_is_read_as_linear_is_linear(name: str) -> None:
     assert read
     linear = [departure(g, n) for g, n, reach in read if reach in ("weight", "all")]
     others = [departure(g, n) for g, n, reach in read if reach in ("nonlinear", "norm")]
-    # Rounding of float64, 2**-53 each, in sums of at most some thousand terms.
+    # Rounding errors of float64, 2**-53 each, in sums of at most some thousand terms.
     assert max(linear, default=0.0) < 1e-11
-    # The control: what is read as nonlinear is so, but for what a missing rule leaves out.
+    # The control: tensors read as nonlinear really are, except where a rule is missing.
     assert name == "bilinear" or max(others) > 1e-3
 

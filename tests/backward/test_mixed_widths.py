@@ -1,4 +1,4 @@
-"""Two bit widths through the wrapper, and a schedule that moves their mix."""
+"""Two bit widths through the wrapper, and a schedule that changes their mix."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ BUCKETS, SIZE = 40, 256
 
 
 def model(**options: Any) -> QuantBackwardWrapper:
-    # Whose weight's gradient shows what was stored.
+    # The gradient of its weight shows the stored tensor.
     module = Apply(torch.mul, nn.Parameter(torch.ones(BUCKETS * SIZE)))
     return QuantBackwardWrapper(module, Uint2Mix4, bucket_size=SIZE, seed=3, **options)
 
@@ -30,7 +30,7 @@ def stored_bytes(wrapper: nn.Module) -> int:
 
 
 def expected_bytes(mixed: int) -> int:
-    """2-bit or 4-bit codes, and 8 bytes of metadata for each bucket."""
+    """Returns the bytes of 2-bit or 4-bit codes, plus 8 bytes of metadata per bucket."""
     return (BUCKETS - mixed) * SIZE // 4 + mixed * SIZE // 2 + BUCKETS * 8
 
 

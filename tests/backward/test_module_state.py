@@ -1,4 +1,4 @@
-"""H24, H30: checkpoints move both ways; copies, pickles and conversions behave as on the module."""
+"""H24, H30: checkpoints load both ways; copies, pickles and conversions act as on the module."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ class DataParallelLike(nn.Module):
 
 Wrap = Callable[[nn.Module], nn.Module]
 
-#: How a wrapped body can sit in a model: each is built with and without the wrapper.
+#: Places for a wrapped body in a model. Each model is built with and without the wrapper.
 PLACES: dict[str, Callable[[Wrap], nn.Module]] = {
     "root": lambda wrap: wrap(body()),
     "child": lambda wrap: nn.Sequential(nn.Linear(8, 8), wrap(body())),
@@ -45,7 +45,7 @@ PLACES: dict[str, Callable[[Wrap], nn.Module]] = {
 
 
 def pair(place: str) -> tuple[nn.Module, nn.Module]:
-    """The model without and with its wrappers, with different weights."""
+    """Returns the model without and with its wrappers, with different weights."""
     return PLACES[place](lambda module: module), PLACES[place](QuantBackwardWrapper)
 
 
@@ -85,7 +85,7 @@ def test_loading_leaves_the_checkpoint_as_it_is(place: str) -> None:
 
 
 def spoilt(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One key renamed, one of another shape."""
+    """Returns the state with one key renamed and one tensor of another shape."""
     first, *_, last = state
     state = dict(state)
     state[first + "_old"] = state.pop(first)
@@ -152,7 +152,7 @@ def test_converted_wrapper_trains(dtype: torch.dtype, policy: str) -> None:
 
 def test_apply_visits_what_it_would_visit_without_the_wrapper() -> None:
     def init(module: nn.Module) -> None:
-        if hasattr(module, "weight"):  # true of the wrapper too, if it were asked
+        if hasattr(module, "weight"):  # also true of the wrapper, if apply visited it
             module.weight.data.normal_()
 
     module = nn.Linear(4, 4)
@@ -181,7 +181,7 @@ def test_attributes_are_those_of_the_module() -> None:
 
 
 def test_copies_of_user_hooks_on_modules_would_travel() -> None:
-    # The control: what a library puts on the user's modules is copied and pickled with them.
+    # The control: copies and pickles of a module include what a library puts on it.
     module = nn.Linear(4, 4)
     module.register_forward_pre_hook(lambda module, args: None)
     with pytest.raises((pickle.PicklingError, AttributeError)):

@@ -1,4 +1,4 @@
-"""H14, H21: a noise stream of the wrapper's own, which neither torch's generator nor eval() touches."""
+"""H14, H21: the wrapper has its own noise stream, independent of torch's generator and of eval()."""
 
 import copy
 import itertools
@@ -21,7 +21,7 @@ X = torch.linspace(-1, 1, 64 * 64).sin().view(64, 64)
 
 @dataclass(frozen=True)
 class Case:
-    """A function whose input gradient shows what was stored, and how it is stored."""
+    """A function whose input gradient shows the stored tensor, and how that tensor is stored."""
 
     policy: str
     function: Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ class Case:
         return QuantBackwardWrapper(Apply(self.function), policy=self.policy, **options)
 
 
-#: The input, and under the default policy the derivative of a function that is rewritten.
+#: The cases: an input, and (under the default policy) the derivative of a rewritten function.
 CASES = {
     "all": Case("all", torch.square), "op_aware": Case("op_aware", torch.square),
     "rewritten": Case("op_aware", torch.tanh)}
@@ -42,7 +42,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def stored(model: nn.Module) -> Tensor:
-    """What the next forward of ``model`` stores, as the gradient shows it."""
+    """Returns what the next forward of ``model`` stores, read from the gradient."""
     x = X.clone().requires_grad_()
     model(x).sum().backward()
     assert x.grad is not None
@@ -55,7 +55,7 @@ def stochastic_pack(x: Tensor) -> Tensor:
 
 
 def fixed_pack(x: Tensor) -> Tensor:
-    """The same with a generator of its own that starts anew at each call."""
+    """Rounds with noise from an own generator that restarts at each call."""
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     return torch.floor(x + noise)
 
@@ -68,7 +68,7 @@ def test_naive_noise_shifts_the_dropout_of_the_user() -> None:
         naive = run(module, *inputs)
     assert not torch.equal(naive.output, plain.output)
     assert not torch.equal(naive.rng, plain.rng)
-    # Ours: test_invariants.test_forward_is_bit_identical.
+    # For the wrapper, see test_invariants.test_forward_is_bit_identical.
 
 
 def test_every_encode_has_noise_of_its_own(case: Case) -> None:
@@ -82,7 +82,7 @@ def test_every_encode_has_noise_of_its_own(case: Case) -> None:
 
     module = Apply(lambda x, y: case.function(x) + case.function(y))
     with saved_tensors_hooks(fixed_pack, lambda x: x):
-        assert torch.equal(*stored_twice(module))  # the control: two layers, one noise
+        assert torch.equal(*stored_twice(module))  # the control: two layers, the same noise
     assert not torch.equal(*stored_twice(QuantBackwardWrapper(module, policy=case.policy)))
 
 
@@ -109,7 +109,7 @@ def test_copy_of_a_seeded_wrapper_draws_other_noise(case: Case) -> None:
 
 
 def test_copies_of_nested_wrappers_take_their_noise_in_one_order() -> None:
-    # Or processes that copy a model would differ: the attributes of a wrapper are copied in any order.
+    # Else processes that copy a model would differ: copying visits attributes in any order.
     inner = QuantBackwardWrapper(nn.Linear(4, 4))
     outer = copy.deepcopy(QuantBackwardWrapper(nn.Sequential(inner)))
     numbers = [wrapper._noise._number for _, wrapper in wrappers_in(outer)]
@@ -130,7 +130,7 @@ def test_same_seed_gives_the_same_gradients(policy: str) -> None:
 
 def test_noise_follows_the_seed_of_torch(case: Case) -> None:
     model = case.wrapped()
-    again, other = (copy.copy(model) for _ in range(2))  # shallow: the same place in the program
+    again, other = (copy.copy(model) for _ in range(2))  # shallow, from one place in the program
     draws = []
     for wrapper, seed in ((model, 1), (again, 1), (other, 2)):
         torch.manual_seed(seed)
@@ -140,7 +140,7 @@ def test_noise_follows_the_seed_of_torch(case: Case) -> None:
 
 
 def as_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this were one process of a distributed job."""
+    """Makes this process look like one process of a distributed job."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
 
@@ -160,7 +160,7 @@ def test_ranks_draw_different_noise(
         draws.append(stored(wrapper))
         states.append(wrapper.noise_state())
     assert not torch.equal(*draws)
-    assert states[0] == states[1]  # one process saves it for all
+    assert states[0] == states[1]  # so one process can save it for all
 
 
 def test_copies_of_activations_share_the_rank(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_noise_state_of_something_else_is_refused() -> None:
 
 def test_eval_keeps_the_rounding_stochastic(case: Case) -> None:
     stock = StochasticRoundSte().eval()
-    assert torch.equal(stock(4 * X), (4 * X).round())  # the control: nearest in eval
+    assert torch.equal(stock(4 * X), (4 * X).round())  # the control: rounds to nearest in eval
     model = case.wrapped(seed=2).eval()
     assert not torch.equal(stored(model), stored(model))
     trained, evaluated = case.wrapped(seed=2).train(), case.wrapped(seed=2).eval()

@@ -1,4 +1,4 @@
-"""One state for the noise of all wrappers in a model."""
+"""One state holds the noise of all wrappers in a model."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ def wrapped(module: nn.Module, **options: Any) -> QuantBackwardWrapper:
 
 
 def model_with_three(seed: int | None = None) -> nn.Module:
-    """Beside one another, and one inside the other."""
+    """Returns a model with wrappers side by side, and one inside another."""
     seeds = [None] * 3 if seed is None else [seed, seed + 1, seed + 2]
     torch.manual_seed(0)
     inner = nn.Sequential(body(), wrapped(body(), seed=seeds[0]))

@@ -1,4 +1,4 @@
-"""The default policy, op by op: exact where it says so, unbiased where it rounds. H3, H6 to H8."""
+"""The default policy, op by op: exact where promised, unbiased where it rounds. H3, H6 to H8."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def wrapped(module: nn.Module, **options: Any) -> QuantBackwardWrapper:
 
 
 def special(*shape: int) -> Tensor:
-    """Normal values with zeros, borders of activations, infinities and NaN among them."""
+    """Returns normal values mixed with zeros, borders of activations, infinities and NaN."""
     x = torch.randn(*shape)
     odd = torch.tensor([
         0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, 0.5, -0.5, 0.1, 1e-42, -1e-42, math.inf, -math.inf,
@@ -34,7 +34,7 @@ def special(*shape: int) -> Tensor:
     return x
 
 
-# Exact: bit-equal gradients from fewer bytes.
+# Exact operations: gradients are bit-equal, with fewer bytes.
 
 EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": F.relu, "Tensor.relu": lambda x: x.relu(), "relu_": lambda x: (x * 1).relu_(),
@@ -65,11 +65,11 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 3),
     "reflect": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
     "gather": lambda x: x.gather(3, torch.arange(16).expand(8, 4, 16, 16).flip(3)),
-    # No index twice: threads add up in any order.
+    # No repeated index: threads add in any order.
     "index_select": lambda x: x.index_select(0, torch.arange(8).flip(0)),
     "getitem": lambda x: x[torch.arange(8).flip(0)],
 }
-#: Few bytes, so that "fewer bytes" is not to be seen at this size, or nothing saved at all.
+#: Operations that save so little at this size that "fewer bytes" does not show, or save nothing.
 SAVES_LITTLE = {"dropout2d", "where", "masked_fill", "rrelu", "rrelu_", "rrelu, one slope"}
 
 
@@ -80,7 +80,7 @@ def test_exact_operations_have_equal_bits(name: str, layout: torch.memory_format
     module, x = Apply(EXACT[name]), special(8, 4, 16, 16).to(memory_format=layout)
     plain, ours = run(module, x, seed=3), wrapped_run(module, x, seed=3)
     for grads in (plain.grads, ours.grads):
-        # Which NaN it is depends on the order in memory.
+        # The bits of the NaN depend on the order in memory.
         grads["input 0"] = grads["input 0"].nan_to_num(nan=12345.0)
     assert_same(ours.grads, plain.grads)
     assert torch.equal(ours.rng, plain.rng)
@@ -91,7 +91,7 @@ def test_exact_operations_store_few_bytes(name: str) -> None:
     model, x = wrapped(Apply(EXACT[name])), torch.randn(8, 4, 16, 16, requires_grad=True)
     with track_saved_memory(model) as report:
         output = model(x)
-    # Masks are a 32nd; signs a 16th; window indices 4 of 64 bits and more; indices of 8 are bytes.
+    # Masks take a 32nd, signs a 16th. Window indices take 4 of 64 bits or more, indices below 8 a byte.
     assert report.exact_bytes >= 7.9 * report.stored_bytes > 0 or report.stored_bytes == 0
     assert not report.unknown_operations
     assert output.requires_grad
@@ -106,8 +106,8 @@ def test_naive_rounding_loses_them(name: str) -> None:
     assert lost > 0.05
 
 
-# Elementwise functions: the derivative is rounded. Rows are copies, each a bucket: one backward draws
-# all of them.
+# Elementwise functions: the derivative is rounded. Rows are copies in one bucket each, so that one
+# backward draws all copies.
 
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "silu inplace": lambda x: F.silu(x * 1, inplace=True), "gelu": F.gelu,
@@ -124,13 +124,13 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "Tensor.pow_": lambda x: (x / 4).pow_(3),
     "glu": F.glu, "glu dim": lambda x: F.glu(x, dim=1),
 }
-#: Functions whose saved tensor, rounded to 2 bits, gives a gradient that is visibly wrong on average.
+#: Functions whose mean gradient is visibly wrong if the saved tensor is rounded to 2 bits.
 CURVED = ["silu", "gelu", "mish", "tanh", "sigmoid", "softplus", "elu", "hardswish", "cube"]
 COPIES = 4096
 
 
 def mean_gradient(function: Callable[[Tensor], Tensor], x: Tensor, **options: Any) -> Tensor:
-    """Mean input gradient over ``COPIES`` roundings; x [64] with a cotangent of ones."""
+    """Returns the mean input gradient over ``COPIES`` roundings; x [64] with a cotangent of ones."""
     leaf = x.expand(COPIES, -1).clone().requires_grad_()
     wrapped(Apply(function), **options)(leaf).sum().backward()
     assert leaf.grad is not None
@@ -146,8 +146,8 @@ def test_rewritten_functions_are_unbiased(name: str) -> None:
     assert leaf.grad is not None
     exact = leaf.grad.double()[0]
     mean = mean_gradient(function, x)
-    # A draw lies within one step of 15: the derivatives of a bucket span no more than 2.6 (softplus
-    # with beta, selu; glu multiplies with x), and float32 adds rounding of its own.
+    # A draw lies within one of 15 steps. The derivatives of a bucket span at most 2.6 (softplus with
+    # beta, selu; glu also multiplies by x), and float32 adds its own rounding.
     step = (4.2 if "glu" in name else 2.6) / 15
     tolerance = hoeffding(COPIES, BUCKET) * step + 1e-5
     assert (mean - exact).abs().max() <= tolerance
@@ -173,7 +173,7 @@ def test_rewritten_functions_in_other_dtypes(name: str, dtype: torch.dtype) -> N
     ours = wrapped_run(module, x, policy=OpAware(multiplier_bits=8))
     assert torch.equal(ours.output, plain.output)
     assert ours.grads["input 0"].dtype == dtype
-    # One step of 255, of derivatives that span less than 4 (glu), and a rounding of the result.
+    # One of 255 steps, for derivatives that span less than 4 (glu), and one rounding of the result.
     error = (ours.grads["input 0"] - plain.grads["input 0"]).abs().max()
     assert error <= 8 / 255 + 8 * torch.finfo(dtype).eps
 
@@ -190,10 +190,10 @@ def test_tensor_methods_and_functions_are_one_operation() -> None:
 
 
 def bilinear_variance(saved: Tensor, layer: bool, bits: int = 2) -> Tensor:
-    """Bound on the variance of each decoded element: a quarter of the squared step of its bucket.
+    """Returns a bound on each decoded element's variance: a quarter of its bucket's squared step.
 
-    Buckets end with a row: a sample of a convolution; else the last dimension, and as many before it as
-    give 16 elements.
+    Buckets end with a row. The row is a sample for a convolution. Else it is the last dimension, and as
+    many dimensions before it as give 16 elements.
     """
     dims = saved.dim() - 1 if layer else 1
     while saved.shape[-dims:].numel() < 16:
@@ -207,7 +207,7 @@ def bilinear_variance(saved: Tensor, layer: bool, bits: int = 2) -> Tensor:
     return (step**2 / 4).reshape(saved.shape)
 
 
-#: Bilinear in two tensors, so that variances follow from the same formula with squares.
+#: Functions bilinear in two tensors: their formula with squared factors gives variances.
 BILINEAR: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...]]] = {
     "mul": (torch.mul, (32, 16), (32, 16)), "*": (lambda a, b: a * b, (32, 16), (32, 16)),
     "*=": (lambda a, b: (a * 1).mul_(b), (32, 16), (32, 16)),
@@ -235,7 +235,7 @@ def test_products_and_layers_are_unbiased(name: str) -> None:
     a, b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     module = Apply(function)
     exact = run(module, a, b).grads
-    # The gradient of one is linear in the other: its variance has squared factors in the same formula.
+    # One tensor's gradient is linear in the other. Squared factors in the formula give its variance.
     layer = name == "linear" or name.startswith("conv")
     squared = [bilinear_variance(x, name.startswith("conv")).requires_grad_() for x in (a, b)]
     output = function(squared[0], squared[1])
@@ -245,11 +245,11 @@ def test_products_and_layers_are_unbiased(name: str) -> None:
     for key, variance in zip(("input 0", "input 1"), variances):
         mean = torch.stack([grads[key] for grads in draws]).mean(0)
         if layer and key == "input 0":
-            # The weight is kept, here too where it is no parameter.
+            # The weight is kept, also here where it is not a parameter.
             assert torch.equal(draws[0][key], exact[key])
             continue
         assert not torch.equal(draws[0][key], exact[key])
-        # Sub-Gaussian with a variance below the bound: P(|z| > t) <= 2 exp(-t^2 / 2).
+        # The sum is sub-Gaussian, with a variance below the bound: P(|z| > t) <= 2 exp(-t^2 / 2).
         limit = math.sqrt(2 * math.log(2 * variance.numel() / 1e-9))
         assert ((mean - exact[key]).abs() <= limit * (variance / DRAWS).sqrt() + 1e-12).all()
 
@@ -269,7 +269,7 @@ SELF_PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", SELF_PRODUCTS)
 def test_roundings_that_meet_are_independent(name: str) -> None:
-    # The same rounding of x twice in one product would add its variance to the gradient of x^3.
+    # If one rounding of x occurred twice in a product, its variance would bias the gradient of x^3.
     x = torch.linspace(-1, 1.3, BUCKET)
     function = SELF_PRODUCTS[name]
     leaf = x.clone().requires_grad_()
@@ -296,7 +296,7 @@ def test_norms_round_their_input_only(name: str) -> None:
     model = wrapped(norm)
     output = model(x.requires_grad_())
     stored = {site.reason: site.stored for site in model.explain().sites.values()}
-    # More where few elements share a statistic: a bucket of them in each instance.
+    # It has more bits if few elements share a statistic: here a bucket of them in each instance.
     bits = norm_bits(BUCKET) if name == "instance" else 2
     assert stored["input of a norm: bias of order 1/M"] == f"{bits}-bit stochastic"
     if name == "instance":
@@ -398,7 +398,7 @@ def test_rounding_query_and_key_is_far_off() -> None:
 
 
 def test_query_and_key_leave_shared_memory() -> None:
-    # q, k and v are views of one projection; keeping two of them would keep the third alive.
+    # q, k and v are views of one projection. Keeping two of them keeps the memory of the third.
     x = torch.randn(8, 64, 3 * 64, requires_grad=True)
     module = Apply(lambda x: F.scaled_dot_product_attention(*(
         part.view(8, 64, 4, 16).transpose(1, 2) for part in (x * 1).chunk(3, dim=-1))))
@@ -420,7 +420,7 @@ def test_multi_head_attention_is_looked_through() -> None:
     assert torch.equal(output, layer(x, x, x, need_weights=False)[0])
 
 
-# Few-bit tables: an interval of the input instead of a rounded derivative.
+# Few-bit tables: they store the interval of the input, not a rounded derivative.
 
 
 @pytest.mark.parametrize("name", [
@@ -435,10 +435,10 @@ def test_few_bit_gradients_are_those_of_the_table(name: str) -> None:
     assert torch.equal(ours.output, plain.output)
     (site,) = model.explain().sites.values()
     assert site.stored.startswith("4-bit few-bit")
-    # A byte of flags for a block of 4096.
+    # One byte of flags per block of 4096.
     assert site.stored_bytes == 4096 // 2 + 1
-    # Piecewise constant at 16 levels: the squared error of the golden tables is below 0.01 over
-    # 20 units, and no interval spans more than 0.3 of a derivative.
+    # The table is piecewise constant at 16 levels. The squared error of the golden tables is below 0.01
+    # over 20 units, and no interval spans more than 0.3 of a derivative.
     error = (ours.grads["input 0"] - plain.grads["input 0"]).abs()
     assert 0 < error.max() < 0.3
     assert error.square().mean() < 0.01

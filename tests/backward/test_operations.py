@@ -1,4 +1,4 @@
-"""The registry, rewriting among other hooks, ``explain`` and what stays exact. H3, H16 to H18."""
+"""The registry, rewriting among other hooks, ``explain``, and exact operations. H3, H16 to H18."""
 
 import gc
 import warnings
@@ -28,7 +28,7 @@ def sites(model: QuantBackwardWrapper) -> list[tuple[str, str]]:
 
 
 def own_swish(x: Tensor) -> Tensor:
-    """A function of a user's own that tells modes of itself."""
+    """A custom function that can tell whether modes are active."""
     if has_torch_function_unary(x):
         return handle_torch_function(own_swish, (x,), x)
     return x * torch.sigmoid(x)
@@ -62,7 +62,7 @@ def test_function_of_ones_own_is_registered_in_a_line(registry: None) -> None:
     ours, plain = run(model, x, copied=False), run(module, x)
     assert sites(model) == [("own_swish", "8-bit stochastic")]
     assert torch.equal(ours.output, plain.output)
-    # A step of 255 of derivatives between -0.1 and 1.1.
+    # One of 255 steps of derivatives between -0.1 and 1.1.
     assert (ours.grads["input 0"] - plain.grads["input 0"]).abs().max() < 1.3 / 255
 
 
@@ -166,7 +166,7 @@ def test_policies_without_reasons_are_explained_by_name() -> None:
     assert site.reason == "policy quantize_all"
 
 
-# Among other hooks, twice, and where there is nothing to do.
+# Rewriting among other hooks, rewriting twice, and cases without anything to rewrite.
 
 
 class Checkpointed(nn.Module):
@@ -196,7 +196,7 @@ def test_checkpointed_operations_are_themselves(reentrant: bool) -> None:
     assert torch.equal(ours.output, plain.output)
     assert ours.grads.keys() == plain.grads.keys()
     assert all(grad.isfinite().all() for grad in ours.grads.values())
-    # What is not rounded: the last bias; and the first layer only sees 8 bits of one SiLU.
+    # The last bias is not rounded. The first layer only sees one SiLU rounded to 8 bits.
     assert torch.equal(ours.grads["last.bias"], plain.grads["last.bias"])
     change = (ours.grads["first.weight"] - plain.grads["first.weight"]).norm()
     assert change < 0.05 * plain.grads["first.weight"].norm()
@@ -213,7 +213,7 @@ def test_second_derivatives_are_refused_not_wrong(function: Any) -> None:
 
 
 def test_second_derivatives_of_masked_operations_are_right() -> None:
-    # Piecewise linear: their derivative has no derivative, so a mask is all there is to know.
+    # These functions are piecewise linear: their second derivative is zero, so a mask is complete.
     x = torch.randn(64, 64, dtype=torch.float64, requires_grad=True)
     for function in (F.relu, F.leaky_relu, F.hardtanh, torch.abs):
         def penalty(module: nn.Module, f: Any = function) -> Tensor:
@@ -282,11 +282,11 @@ def test_autocast(dtype: torch.dtype) -> None:
         layer.zero_grad()
         ours = run(model, x, copied=False)
     assert torch.equal(ours.output, plain.output)
-    # The input of linear1, seen as [256, 64], has the shape of its weight: it is quantized still.
+    # The input of linear1, seen as [256, 64], has the shape of its weight. It is quantized all the same.
     stored = {(s.module, s.op): s.stored for s in model.explain().sites.values()}
     assert stored["linear1", "linear"] == stored["linear2", "linear"] == "8-bit stochastic"
     for name, grad in plain.grads.items():
-        # A step of 255 of a range of six deviations, and autocast's own 8 bits.
+        # One of 255 steps of a range of six deviations, and the 8 bits of autocast itself.
         change = (ours.grads[name] - grad).float().norm() / grad.float().norm()
         assert change < 0.05, name
 
@@ -300,7 +300,7 @@ def test_deterministic_configs_round_derivatives_to_nearest() -> None:
     model(torch.randn(64, 64, requires_grad=True))
     (site,) = model.explain().sites.values()
     assert site.stored == "4-bit nearest"
-    # 4096 codes of 4 bits and, of each bucket of 128, two float32.
+    # 4096 codes of 4 bits, and two float32 per bucket of 128.
     assert site.stored_bytes == 4096 // 2 + 32 * 8
 
 
@@ -329,8 +329,8 @@ def test_query_and_key_may_be_quantized() -> None:
     naive = wrapped_run(module, q, k, v, act_quant=eight, policy="all").grads
     for name, grad in plain.items():
         error, rival = ((g[name] - grad).norm() / grad.norm() for g in (ours, naive))
-        # Weights and values agree when attention runs again; the saved log-sum-exp of the rival does
-        # not agree with its rounded query and key.
+        # Attention runs again in backward, so weights and values agree. In the rival, the saved
+        # log-sum-exp does not agree with its rounded query and key.
         assert error < 0.02
         assert error < rival
 
@@ -392,7 +392,7 @@ def test_divisor_is_exact_even_as_a_view_beside_the_dividend(function: Any) -> N
     module = Apply(lambda h: function(*(h * 1).chunk(2, dim=-1)))
     model = QuantBackwardWrapper(module, seed=0)
     ours, plain = run(model, h, copied=False).grads["input 0"], run(module, h).grads["input 0"]
-    # The dividend's gradient only needs the divisor.
+    # The gradient of the dividend only needs the divisor.
     assert torch.equal(ours[:, :64], plain[:, :64])
     assert not torch.equal(ours[:, 64:], plain[:, 64:])
 
@@ -430,7 +430,7 @@ def test_attention_under_autocast_keeps_what_autocast_makes() -> None:
     plain = Apply(lambda q: F.scaled_dot_product_attention(q, q * 2, q * 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(output, plain(q))
-    # Query and key of 2 bytes an element, and the value, in buckets of a row of 32.
+    # Query and key take 2 bytes per element; the value is in buckets of a row of 32.
     assert report.stored_bytes == 2 * 2 * q.numel() + q.numel() // 32 * (32 * 2 // 8 + 2 * 4)
     output.sum().backward()
     assert q.grad is not None
@@ -498,7 +498,7 @@ def test_wider_codecs_go_with_their_wrapper() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_input_of_a_norm_is_not_mistaken_for_its_bias(dtype: torch.dtype) -> None:
-    # The bias is saved before the input, the weight after it, and each is as large.
+    # The bias is saved before the input and the weight after it. All three have the same size.
     torch.manual_seed(0)
     leaves = [torch.randn(64, 64, requires_grad=True) for _ in range(3)]
     module = Apply(lambda x, w, b: F.layer_norm(x * 1 + 10, (64, 64), w.tanh(), b * 1))
@@ -506,13 +506,13 @@ def test_input_of_a_norm_is_not_mistaken_for_its_bias(dtype: torch.dtype) -> Non
     grads: list[tuple[Tensor, ...]] = []
     eight = ShiftedUint8DynamicActPerBucketFloatStochastic
     for model in (module, QuantBackwardWrapper(module, eight, policy=OpAware(norm_bits=8))):
-        # Autocast casts all three, so that none has the memory of an argument.
+        # Autocast casts all three, so none has the memory of an argument.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = model(*(x.to(dtype) for x in leaves))
         grads.append(torch.autograd.grad(y.float(), leaves, upstream))
     assert torch.equal(grads[1][2], grads[0][2])
-    # A step is 1/255 of a range of at most 10 deviations; a stochastic rounding has a variance of a
-    # sixth of its square on average: 0.016 deviations.
+    # A step is 1/255 of a range of at most 10 deviations. Stochastic rounding has a variance of a sixth
+    # of the squared step on average: 0.016 deviations.
     for exact_grad, ours in zip(*grads):
         assert (ours - exact_grad).norm() < 0.03 * exact_grad.norm()
 

@@ -1,7 +1,7 @@
-"""H3: parameters and buffers are kept as they are, in whatever disguise they are saved.
+"""H3: parameters and buffers are kept exact, in every disguise in which they are saved.
 
-Every module here is linear in its input, so the gradient of the input depends on parameters alone: it
-is that of plain autograd, bit for bit, exactly where none of them was quantized.
+Every module here is linear in its input, so the gradient of the input depends on parameters alone. It
+equals plain autograd's gradient bit for bit exactly if no parameter was quantized.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def parameter(*shape: int, requires_grad: bool = True) -> nn.Parameter:
 
 
 class Buffered(nn.Module):
-    """Multiplies by buffers, one of them cast by autocast where that is on."""
+    """Multiplies by buffers; autocast casts one of them, if it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class CrossAttentionValues(nn.Module):
         return F.linear(F.linear(x, key), value)
 
 
-#: Each is given x [4, 32, 32] that requires a gradient.
+#: Modules that take x [4, 32, 32], which requires a gradient.
 DISGUISES: dict[str, Callable[[], nn.Module]] = {
     "transposed view of a 3-D linear": lambda: nn.Linear(32, 32),
     "chunk of a fused qkv": lambda: Apply(
@@ -92,12 +92,12 @@ CASTS: dict[str, Callable[[], nn.Module]] = {
 
 
 def skips_parameters(x: Tensor) -> Any:
-    """The usual advice: leave out what is an ``nn.Parameter``."""
+    """Follows the usual advice: do not pack an ``nn.Parameter``."""
     return x if isinstance(x, nn.Parameter) else naive_pack(x)
 
 
 def quantizes_a_parameter(module: nn.Module, x: Tensor) -> bool:
-    """Whether a hook that only leaves out ``nn.Parameter`` gives a wrong gradient."""
+    """Whether a hook that skips only ``nn.Parameter`` gives a wrong gradient."""
     plain = run(module, x).grads["input 0"]
     with saved_tensors_hooks(skips_parameters, naive_unpack):
         return not torch.equal(run(module, x).grads["input 0"], plain)
@@ -135,7 +135,7 @@ def test_attention_keeps_its_weights(frozen: bool, autocast: bool, policy: str) 
     spy = SPIES[policy]()
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         QuantBackwardWrapper(module, policy=spy)(x, memory, memory)
-    # Activations hold 5 images of 7 tokens; no weight has a multiple of 35 elements.
+    # Activations hold 5 images of 7 tokens, so multiples of 35 elements. No weight has such a size.
     assert len(spy.asked) >= 4
     assert all(TensorLayout.base(saved.tensor).numel() % 35 == 0 for saved in spy.asked)
 
@@ -148,7 +148,7 @@ def test_input_with_the_shape_of_the_weight_is_no_parameter(policy: str) -> None
             nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)), policy=policy)
         with track_saved_memory(model) as report:
             output = model(x)
-    # bfloat16 copies of the input and of the batch norm's input, and its two statistics.
+    # Saved: bfloat16 copies of the input and of the batch norm's input, and two statistics.
     assert report.exact_bytes == 2 * 64 * 64 * 2 + 2 * 64 * 4
     assert output.requires_grad
 

@@ -1,4 +1,4 @@
-"""A forward pass, which knows the user's modules, is freed without the garbage collector."""
+"""A pass refers to the user's modules, and is freed without the garbage collector."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Compiled graphs encode where a tensor is made, and decode where it is first read."""
+"""Compiled graphs encode a tensor where it is made, and decode it where it is first read."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ DEPTH = 5
 
 
 def graphs(monkeypatch: pytest.MonkeyPatch, moved: bool) -> tuple[Graph, Graph]:
-    """Forward and backward graph of a deep network whose tensors are all stored."""
+    """Returns forward and backward graph of a deep network that stores all its saved tensors."""
     torch._dynamo.reset()
     if not moved:
         for name in ("raise_encoders", "sink_decoders"):
@@ -57,7 +57,7 @@ def test_both_encoders_of_a_relus_output_stand_behind_it() -> None:
     torch._dynamo.reset()
     kinds = ("encode", "pack_positive")
     assert len(places(found[0], "pack_positive")) == DEPTH
-    # Both of one tensor, and of the input; those of the last to be decided for stay where they were.
+    # Two operations for one tensor, two for the input. The last tensors to be decided stay in place.
     assert alive_at_once(found[0], kinds, "convolution") <= 4
 
 
@@ -66,7 +66,7 @@ def places(graph: Graph, name: str) -> list[int]:
 
 
 def alive_at_once(graph: Graph, kinds: tuple[str, ...], made: str) -> int:
-    """Most operations of ``kinds`` in a row without one of ``made`` in between."""
+    """Returns the most operations of ``kinds`` between two operations of ``made``."""
     longest = row = 0
     for node in graph.nodes:
         name = getattr(node.target, "_opname", "")
@@ -80,12 +80,12 @@ def test_tensors_are_not_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         forward, backward = graphs(patch, moved=False)
     stored = len(places(forward, "encode"))
     assert stored >= 2 * DEPTH - 1
-    # The control: everything is encoded at the end, and decoded at the beginning.
+    # The control: everything is encoded at the end and decoded at the beginning.
     assert alive_at_once(forward, ("encode",), "addmm") == stored
     assert alive_at_once(backward, ("decode",), "mm") == stored
 
     forward, backward = graphs(monkeypatch, moved=True)
     assert len(places(forward, "encode")) == stored == len(places(backward, "decode"))
-    # An input and what comes of it, between two products; the last to be decided for stays where it was.
+    # Between two products: an input and tensors computed from it. The last one decided stays in place.
     assert alive_at_once(forward, ("encode",), "addmm") <= 3
     assert alive_at_once(backward, ("decode",), "mm") <= 3

@@ -1,4 +1,4 @@
-"""Policies: the built-in ones, and a callable that knows op, module and codec. H6."""
+"""Policies: the built-in ones, and a callable that gets op, module and codec. H6."""
 
 
 import pytest
@@ -37,16 +37,16 @@ MASKING = ["all_but_relu", "op_aware"]
 
 
 def lost(grad: Tensor, plain: Tensor) -> float:
-    """The fraction of active units whose gradient is gone."""
+    """Returns the fraction of active units whose gradient is gone."""
     return float(((grad == 0) & (plain != 0)).sum() / (plain != 0).sum())
 
 
 @pytest.mark.parametrize(("quantizer", "least"), [
     (ShiftedUint2DynamicActPerBucketFloat, 0.30), (ShiftedUint1DynamicActPerBucketFloat, 0.60)])
 def test_quantized_relu_loses_its_mask(quantizer: type, least: float) -> None:
-    # Nearest: what lies below half a step is lost. A bucket of 256 normal values ends near 2.8, so
-    # P(|z| < 2.8 / 6) = 0.36 at 2 bits and P(|z| < 1.4) = 0.84 at 1 bit; the hazards table has
-    # 0.35 and 0.71.
+    # Rounding to nearest loses values below half a step. A bucket of 256 normal values ends near 2.8,
+    # so P(|z| < 2.8 / 6) = 0.36 at 2 bits and P(|z| < 1.4) = 0.84 at 1 bit. The hazards table has 0.35
+    # and 0.71.
     torch.manual_seed(0)
     x = torch.randn(64, 256)
     plain = run(nn.ReLU(), x)
@@ -123,7 +123,7 @@ def test_custom_function_has_no_op_name_and_works() -> None:
         nn.Sequential(Apply(Square.apply)), x, policy=spy,
         act_quant=ShiftedUint8DynamicActPerBucketFloat)
     assert spy.places == [("0", None)]
-    # dy * 2 * x~ with |x~ - x| of half a step, |dy| <= 1, and a few float32 roundings.
+    # dy * 2 * x~, with |x~ - x| up to half a step, |dy| <= 1, and a few float32 roundings.
     step = (x.max() - x.min()) / 255
     plain = run(nn.Sequential(Apply(Square.apply)), x)
     error = (wrapped.grads["input 0"] - plain.grads["input 0"]).abs().max()
@@ -162,7 +162,7 @@ def test_quantizer_none_is_the_exact_policy(policy: str) -> None:
 @pytest.mark.parametrize("norm", [
     nn.BatchNorm2d(64), nn.GroupNorm(64, 64), nn.InstanceNorm2d(64), nn.LayerNorm([64, 8, 8])])
 def test_norm_statistics_stay_exact(norm: nn.Module, name: str) -> None:
-    # 64 channels of 4 bytes: 2-bit codes and metadata of one bucket (72 bytes) would be smaller.
+    # 64 channels of 4 bytes. 2-bit codes and metadata of one bucket (72 bytes) would be smaller.
     x = torch.randn(64, 64, 8, 8, requires_grad=True)
     decided: dict[int, bool] = {}
 

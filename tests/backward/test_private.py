@@ -1,4 +1,4 @@
-"""What torch keeps private still does what the library expects: a probe for each name."""
+"""Private names of torch still behave as the library expects: one probe per name."""
 
 import ast
 import re
@@ -113,7 +113,7 @@ def test_what_is_known_while_graphs_are_made() -> None:
 
 
 def private_imports(path: Path) -> list[str]:
-    """Names of torch with an underscore that a file imports, or reaches through ``torch._C``."""
+    """Returns torch names with an underscore that a file imports, or reaches through ``torch._C``."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):

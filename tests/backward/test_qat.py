@@ -1,4 +1,4 @@
-"""Quantization-aware training: what Brevitas' own layers save."""
+"""Quantization-aware training: tensors that Brevitas' own layers save."""
 
 import brevitas.nn as qnn
 import pytest
@@ -10,7 +10,7 @@ from tests.backward.support import assert_same, run, wrapped_run
 
 
 def qat_net() -> nn.Module:
-    """Weights and activations at 4 bits in the forward pass."""
+    """Returns a network with weights and activations at 4 bits in the forward pass."""
     layers: list[nn.Module] = [qnn.QuantIdentity(bit_width=8)]
     for inputs, outputs in ((3, 32), (32, 64)):
         layers += [
@@ -22,7 +22,7 @@ def qat_net() -> nn.Module:
 
 
 def float_net() -> nn.Module:
-    """The same without fake quantization."""
+    """Returns the network without fake quantization."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
@@ -47,7 +47,7 @@ def test_qat_takes_less_than_plain_float_training(images: Tensor) -> None:
     exact, stored = saved_bytes(
         QuantBackwardWrapper(qat_net(), bucket_size=256, metadata_dtype=torch.bfloat16), images)
     plain, _ = saved_bytes(float_net(), images)
-    # The control: fake quantization about doubles what training saves, which users complain of.
+    # The control: fake quantization about doubles the saved bytes, which users complain about.
     assert exact > 1.5 * plain
     assert exact > 10 * stored
     assert plain > 5 * stored
@@ -63,7 +63,7 @@ def test_qat_forward_and_statistics_are_untouched(images: Tensor) -> None:
 
 
 def test_quantized_weights_stay_exact(images: Tensor) -> None:
-    # They are computed from parameters, so autograd saves them like activations.
+    # Fake-quantized weights are computed from parameters, so autograd saves them like activations.
     model = QuantBackwardWrapper(nn.Sequential(*list(qat_net())[5:6]))
     model(torch.randn(16, 32, 16, 16, requires_grad=True))
     stored = {site.reason.split(":")[0]: site.stored for site in model.explain().sites.values()

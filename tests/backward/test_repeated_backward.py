@@ -58,7 +58,7 @@ def test_second_derivatives_are_right_under_an_exact_policy(name: str) -> None:
 
 
 def penalty_grads(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Gradients of a loss that contains a gradient."""
+    """Returns gradients of a loss that contains a gradient."""
     leaf = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
     return list(torch.autograd.grad(
@@ -78,7 +78,7 @@ def test_gradient_penalty_equals_plain_autograd_under_an_exact_policy(name: str)
 @pytest.mark.parametrize(("policy", "between"), [
     ("all", nn.Tanh()), ("op_aware", Apply(torch.square)), ("op_aware", nn.LayerNorm(64))])
 def test_double_backward_works_with_quantized_tensors(policy: str, between: nn.Module) -> None:
-    # The default policy rewrites tanh, so that its second derivative is refused: test_rewrites.py.
+    # The default policy rewrites tanh, so it refuses the second derivative: test_rewrites.py.
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 64), between, nn.Linear(64, 1))
     grads = penalty_grads(QuantBackwardWrapper(module, policy=policy), torch.randn(64, 64))

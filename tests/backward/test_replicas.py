@@ -1,4 +1,4 @@
-"""Shallow copies: those of nn.DataParallel, whose replicas get their parameters set, and copy.copy."""
+"""Shallow copies: replicas of nn.DataParallel, whose parameters are set from outside, and copy.copy."""
 
 import copy
 from typing import Any
@@ -18,7 +18,7 @@ def network() -> nn.Sequential:
 
 
 def replicas_of(network: nn.Module, count: int) -> list[Any]:
-    """What ``torch.nn.parallel.replicate`` does, with copies on the CPU in place of broadcasts."""
+    """Does what ``torch.nn.parallel.replicate`` does, with copies on the CPU instead of broadcasts."""
     modules = list(network.modules())
     index = {module: i for i, module in enumerate(modules)}
     copies: list[list[Any]] = []
@@ -71,7 +71,7 @@ def test_replicas_store_in_few_bits_with_noise_of_their_own() -> None:
     for replica in replicas_of(model, 2):
         with track_saved_memory(replica) as report:
             output = replica(x)
-        # Parameters are not counted, copies of them neither: they would be exact.
+        # Neither parameters nor their copies are counted: copies would be exact.
         assert report.ratio > 3 and not report.unknown_operations
         model.zero_grad()
         output.sum().backward()

@@ -1,4 +1,4 @@
-"""Running ranges through the wrapper: one for each saved tensor, and none for what is stored already."""
+"""Running ranges through the wrapper: one per site; a tensor stored already has none."""
 
 import copy
 import pickle
@@ -19,14 +19,14 @@ from tests.support import same_bits
 
 
 class Running(RunningRange, ShiftedUint8DynamicActPerTensorFloatStochastic):
-    """Eight bits, affine."""
+    """Eight bits, affine, with a running range."""
 
 
 SMALL, LARGE = torch.linspace(-1, 1, 4096).view(64, 64), torch.linspace(-50, 70, 4096).view(64, 64)
 
 
 class Two(nn.Module):
-    """Saves a large and a small tensor, by modules of their own; the first may be skipped."""
+    """Saves a large and a small tensor, in two modules; the first may be skipped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def stored(model: nn.Module, *tensors: Tensor) -> list[Tensor]:
 
 
 def step_of(x: Tensor) -> float:
-    """One step of the range of ``x``, and the slack of a few float operations."""
+    """Returns one step of the range of ``x``, plus the slack of a few float operations."""
     return float(x.max() - x.min()) / 255 * (1 + 1e-3)
 
 
@@ -153,7 +153,7 @@ def test_copies_and_pickles_go_on_alone(
     stored(model, SMALL)
     other = duplicate(model)
     other.set_noise_state(model.noise_state())
-    # The copy sees larger values: the original goes on as if it did not.
+    # The copy sees larger values. The original continues without them.
     reference = duplicate(model)
     reference.set_noise_state(model.noise_state())
     stored(other, LARGE)

@@ -1,4 +1,4 @@
-"""What the rest of the package does with a wrapper: afterwards it is what it was, also after errors."""
+"""Other parts of the package use a wrapper and restore its state afterwards, also after errors."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -63,7 +63,7 @@ class Heard:
 
 
 class BrokenError(Exception):
-    """Raised within a block."""
+    """Raised within a block on purpose."""
 
 
 BLOCKS: dict[str, Callable[[QuantBackwardWrapper], AbstractContextManager[Any]]] = {
@@ -75,7 +75,7 @@ BLOCKS: dict[str, Callable[[QuantBackwardWrapper], AbstractContextManager[Any]]]
 
 
 def state_of(model: QuantBackwardWrapper) -> dict[str, Any]:
-    """All attributes of the wrapper, each kept by itself; lists, which change in place, copied."""
+    """Returns all attributes of the wrapper; lists are copied, since they change in place."""
     return {key: list(value) if isinstance(value, list) else value
             for key, value in model.__dict__.items()}
 
@@ -100,7 +100,7 @@ def test_the_wrapper_is_what_it_was_after_the_block(block: str, raises: bool) ->
         with BLOCKS[block](model):
             assert changed(before, state_of(model)) or block == "listening"
     assert changed(before, state_of(model)) == set()
-    model.use_plan({"2:*": 8})  # the control: what is changed is seen
+    model.use_plan({"2:*": 8})  # the control: the comparison sees changes
     assert "_policy" in changed(before, state_of(model))
 
 
@@ -166,7 +166,7 @@ def test_noise_and_statistics_go_on_as_if_the_block_had_not_been(quantizer: Any)
         assert model.noise_state() != noise
     assert model.noise_state() == noise
     assert same(gradients(model), gradients(control))
-    gradients(model, 9 * X)  # the control: a step outside of a block leaves its trace
+    gradients(model, 9 * X)  # the control: a step outside a block leaves a trace
     assert not same(gradients(model), gradients(control))
 
 
@@ -195,18 +195,18 @@ def test_a_plan_within_the_block_does_not_outlast_it() -> None:
     with restored(model, 7):
         model.use_plan({"0:*": 8})
         model.configure(bucket_size=64)
-    model.configure(bit_width=4)  # which a plan would refuse
+    model.configure(bit_width=4)  # would be refused while a plan is in force
     gradients(model)
     assert "4-bit stochastic" in str(model.explain())
 
 
 def test_a_wrapper_made_after_the_block_draws_the_noise_that_it_would_have() -> None:
-    # Streams are numbered as they are made: the block must not take a number.
+    # Noise streams are numbered in the order of creation: the block must not take a number.
     model = wrapped()
     with restored(model, 7):
         gradients(model)
     assert wrapped()._noise._number == model._noise._number + 1
-    copy.deepcopy(model)  # the control: a copy takes one
+    copy.deepcopy(model)  # the control: a copy takes a number
     assert wrapped()._noise._number == model._noise._number + 3
 
 

@@ -1,6 +1,7 @@
-"""A weight that is computed from the layer's own input: two roundings of one tensor are multiplied.
+"""A weight computed from the layer's own input: backward multiplies two roundings of one tensor.
 
-``tests/referee`` moves the saved tensors of every operator so; here real quantizers draw.
+``tests/referee`` moves the saved tensors of every operator this way. Here real quantizers draw the
+noise.
 """
 
 from collections.abc import Callable
@@ -53,19 +54,19 @@ class _Layer(nn.Module):
 
 
 class _AllShared(OpAware):
-    """The policy, but that all operations share their roundings, at one width."""
+    """The policy, except that all operations share their roundings, at one width."""
 
     def decide(self, saved: SavedTensor) -> Decision:
         return super().decide(saved)._replace(shared=True, reach="weight")
 
 
 def bias(name: str, policy: OpAware) -> float:
-    """Of the gradient of the layer that makes the weight, relative, less what draws leave by chance."""
+    """Returns the relative bias of the gradient of the weight's layer, less the part due to chance."""
     function, shape = CASES[name]
     torch.manual_seed(0)
     layer = _Layer(function)
     z = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    # Where the square of a rounding counts: its own row, and always of one sign.
+    # Weights the square of a rounding with its own row, always with one sign.
     out = layer(z)
     cotangent = torch.eye(64) if name in ("linear", "matmul") else torch.rand(out.shape)
 
@@ -92,7 +93,7 @@ def test_with_one_rounding_it_is_not(name: str) -> None:
 
 
 def decided(module: nn.Module, *inputs: Tensor) -> list[Decision]:
-    """What the policy said of the inputs of linear layers."""
+    """Returns the policy's decisions about the inputs of linear layers."""
     found = []
 
     class Noting(OpAware):

@@ -26,13 +26,13 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Dynamo does not know how to trace:UserWarning",
     "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 
-# More than the eight graphs of one function that Dynamo makes.
+# More than the eight graphs per function that Dynamo makes.
 DEPTH = 10
 
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Nothing that was compiled here outlives its test."""
+    """Removes everything compiled in a test when the test ends."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 def compiled(module: Any) -> Any:
-    """Compiled by AOTAutograd, which inlines hooks, without Inductor, which takes long."""
+    """Compiles by AOTAutograd, which inlines hooks, without Inductor, which is slow."""
     return torch.compile(module, backend="aot_eager")
 
 
@@ -61,7 +61,7 @@ def compiled_in_place(module: nn.Module) -> nn.Module:
     return module
 
 
-#: How a block is wrapped and compiled.
+#: Ways to wrap and compile a block.
 WAYS: dict[str, Callable[[nn.Module, int], Any]] = {
     "wrapper around compiled": lambda block, seed: QuantBackwardWrapper(compiled(block), seed=seed),
     "wrapper around compile()": lambda block, seed: QuantBackwardWrapper(
@@ -71,7 +71,7 @@ WAYS: dict[str, Callable[[nn.Module, int], Any]] = {
 
 
 def chain(way: str, depth: int = DEPTH) -> nn.Sequential:
-    """Equal blocks, wrapped one by one."""
+    """Returns equal blocks, wrapped one by one."""
     torch.manual_seed(0)
     return nn.Sequential(*(WAYS[way](Block(), seed) for seed in range(depth)))
 
@@ -85,31 +85,31 @@ def tokens() -> Tensor:
 
 
 def graphs() -> int:
-    """Graphs made since the test began."""
+    """Returns the number of graphs made since the test began."""
     return counters["stats"]["unique_graphs"]
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Gradients of all parameters in one step."""
+    """Returns the gradients of all parameters in one step."""
     model.zero_grad()
     model(x).square().sum().backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 def stored(model: QuantBackwardWrapper) -> dict[str, str]:
-    """Module and operation -> how the last forward pass stored it."""
+    """Returns module and operation -> how the last forward pass stored the tensor."""
     return {f"{s.module}:{s.op}": s.stored for s in model.explain().sites.values()}
 
 
 def hooks(model: Any) -> GraphHooks:
-    """The pair of hooks of a wrapper that has run a compiled module."""
+    """Returns the pair of hooks of a wrapper that has run a compiled module."""
     model(tokens())
     assert model._graph_hooks is not None
     return model._graph_hooks
 
 
 def a_pair_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on no wrapper shares anything, as it was once."""
+    """Makes wrappers share nothing, as before sharing existed."""
     monkeypatch.setattr(wrapper_module, "hooks_of", lambda *args: GraphHooks(args[-1]))
 
 
@@ -117,13 +117,13 @@ def a_pair_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equal_blocks_wrapped_one_by_one_have_the_graphs_of_one(way: str) -> None:
     network = chain(way)
     gradients(network, tokens())
-    # The input of the first block needs no gradient, those of the others do.
+    # The input of the first block needs no gradient; the inputs of the others do.
     assert graphs() == 2
     gradients(network, tokens())
     assert graphs() == 2
     first, *others = wrappers(network)
     assert len(others) == DEPTH - 1
-    # The control: an eager block has its operations, a graph those of aten.
+    # The control: an eager block has its own operations, a graph has operations of aten.
     assert ":linear" not in {name for model in wrappers(network) for name in stored(model)}
     assert all(stored(other) == stored(others[0]) for other in others)
     assert set(stored(others[0]).values()) == set(stored(first).values())
@@ -154,7 +154,7 @@ def test_each_wrapper_draws_from_its_own_stream() -> None:
 
 
 class Mine(OpAware):
-    """A policy with something that its fields do not say."""
+    """A policy with state that its fields do not show."""
 
 
 def as_configured(saved: SavedTensor) -> Codec | None:
@@ -166,7 +166,7 @@ def exact_first(saved: SavedTensor) -> Codec | None:
 
 
 def wrapped(**settings: Any) -> QuantBackwardWrapper:
-    """A wrapper whose pair of hooks is found fast: no graph calls it."""
+    """Returns a wrapper whose pair of hooks is found fast, since no graph calls it."""
     return QuantBackwardWrapper(torch.compile(Block(), backend="eager"), **settings)
 
 
@@ -211,7 +211,7 @@ def test_other_settings_do_not_share(settings: dict[str, Any]) -> None:
 
 def test_plans_and_policies_that_differ_do_not_share() -> None:
     assert hooks(wrapped(plan={"_orig_mod.up:*": 3})) is not hooks(wrapped(plan={"_orig_mod.up:*": 4}))
-    # Of a class of the user's only the object itself is known.
+    # For a class of the user's, only the identity of the object is known.
     assert hooks(wrapped(policy=Mine())) is not hooks(wrapped(policy=Mine()))
 
 
@@ -304,7 +304,7 @@ def test_policies_without_weak_references_do_not_share() -> None:
 
 
 def variants(kind: type[nn.Module], count: int, inside: bool) -> list[Any]:
-    """Modules of a class, each wrapped with other settings."""
+    """Returns modules of a class, each wrapped with other settings."""
     sizes = range(64, 64 + 8 * count, 8)
     if inside:
         return [compiled(QuantBackwardWrapper(kind(), bucket_size=size)) for size in sizes]
@@ -345,7 +345,7 @@ def test_compiled_wrappers_of_many_classes_have_graphs_of_their_own() -> None:
         warnings.simplefilter("error")
         for kind in kinds:
             gradients(compiled(QuantBackwardWrapper(kind(), seed=1)), tokens())
-    # The control would be eight, of one frame that all of them have.
+    # The control would stop at eight graphs of one frame that all modules share.
     assert graphs() == DEPTH
 
 

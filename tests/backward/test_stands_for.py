@@ -1,4 +1,4 @@
-"""The wrapper takes the place of the module: names, keys, and what is set through either of them."""
+"""The wrapper replaces the module: names and keys agree, and values set through either show in both."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """Parameters and buffers of its own, and below."""
+    """A module with parameters and buffers, and a child that has some too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 class Step(nn.Module):
-    """The control: a plain container."""
+    """The control: a plain container module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Step(nn.Module):
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    """A parent of a plain module, and of the same wrapped."""
+    """Returns a parent of a plain module, and a parent of that module wrapped."""
     torch.manual_seed(0)
     plain = nn.Sequential(Net(), nn.ReLU())
     return plain, nn.Sequential(QuantBackwardWrapper(copy.deepcopy(plain[0]), seed=0), nn.ReLU())
@@ -80,7 +80,7 @@ def test_what_is_set_through_the_wrapper_is_the_modules() -> None:
     assert not hasattr(wrapper.module, "extra")
     control: Any = Step(Net())
     control.head = nn.Linear(64, 7)
-    assert control(X).shape == (32, 4)  # set beside the one that is used
+    assert control(X).shape == (32, 4)  # the container got the attribute, but forward does not use it
 
 
 @pytest.mark.parametrize("change", [

@@ -1,4 +1,4 @@
-"""H20: quantizers that learn their ranges, one per saved tensor, snapshotted in the payload."""
+"""H20: quantizers that learn their ranges, one per saved tensor, with a snapshot in the payload."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ SMALL, LARGE = torch.linspace(-1, 1, 4096).view(64, 64), torch.linspace(-50, 70,
 
 
 class Two(nn.Module):
-    """Saves a small and a large tensor; their gradients show what was stored."""
+    """Saves a small and a large tensor; their gradients show the stored values."""
 
     def forward(self, small: Tensor, large: Tensor) -> Tensor:
         return small.square().sum() + large.square().sum()
 
 
 def bound(x: Tensor) -> Tensor:
-    """One step of 8 bits over at most twice the largest magnitude, the clipped top end included."""
+    """Returns one 8-bit step over at most twice the largest magnitude, clipped top end included."""
     return 2 * x.abs().max() / 255 * 1.01
 
 
@@ -40,7 +40,7 @@ def test_each_saved_tensor_has_statistics_of_its_own(
         quantizer: Any, storage: Any, policy: str) -> None:
     model = QuantBackwardWrapper(
         Two(), quantizer, policy=policy, collect_stats_steps=3, storage=storage)
-    for _ in range(5):  # collecting, then with the learned scale
+    for _ in range(5):  # first while collecting, then with the learned scale
         small, large = stored(model)
         for seen, x in ((small, SMALL), (large, LARGE)):
             assert (seen - x).abs().max() <= bound(x)

@@ -1,4 +1,4 @@
-"""The two storage modes: the same gradients, bit for bit, and only one of them saves memory."""
+"""The two storage modes give the same gradients bit for bit, and only one of them saves memory."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def test_these_gradients_are_quantized(policy: str) -> None:
 @pytest.mark.parametrize("features", [1, 2, 3, 4, 5, 8, 9])
 @pytest.mark.parametrize("kind", ["stock", "general"])
 def test_break_even_is_the_same_rule_in_both(kind: str, features: int) -> None:
-    # A codec that can tell only afterwards how many bytes it needed.
+    # A codec that knows the bytes it needs only after encoding.
     module, x = nn.Linear(features, 2), torch.randn(1, features)
     grads = []
     for storage in ("save_quantized", "quantize_on_backward"):
@@ -58,7 +58,7 @@ def test_break_even_is_the_same_rule_in_both(kind: str, features: int) -> None:
 @pytest.mark.parametrize("features", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["stock", "general"])
 def test_break_even_is_the_same_for_inputs_of_norms(kind: str, features: int) -> None:
-    # The mean is not kept where the input is stored normalized, and only there.
+    # The mean is dropped if, and only if, the input is stored normalized.
     torch.manual_seed(0)
     codec: Any = codec_from(ShiftedUint2DynamicActPerBucketFloat)
     quantizer = ModuleCodec(codec.quantizer) if kind == "general" else codec
@@ -67,13 +67,13 @@ def test_break_even_is_the_same_for_inputs_of_norms(kind: str, features: int) ->
         wrapped_run(module, x, act_quant=quantizer, storage=storage)
         for storage in ("save_quantized", "quantize_on_backward"))
     assert_same(late.grads, early.grads)
-    # A row takes at least 2 bytes of codes and 8 of metadata.
+    # A row takes at least 2 bytes of codes and 8 bytes of metadata.
     plain = run(module, x)
     assert torch.equal(early.grads["weight"], plain.grads["weight"]) == (4 * features <= 10)
 
 
 def test_quantizing_on_backward_saves_nothing() -> None:
-    # Of every float: a derivative saved beside an output that another layer saves costs bytes.
+    # Every float tensor: saving a derivative beside an output that another layer saves costs bytes.
     module, inputs = net("shared")
     reports = []
     late = QuantBackwardWrapper(module, policy="all", storage="quantize_on_backward")

@@ -13,7 +13,7 @@ from tests.backward.support import Apply
 
 
 class Tagged(Tensor):
-    """Adds an attribute, which results inherit."""
+    """Adds an attribute, which results of operations inherit."""
 
     tag: Any = None
 

@@ -1,4 +1,4 @@
-"""Where backward is linear in what is saved, quantized gradients are right on average."""
+"""If backward is linear in the saved tensors, quantized gradients are right on average."""
 
 import math
 
@@ -26,15 +26,16 @@ ALPHA = 1e-9
 
 
 def z_bound(entries: int) -> float:
-    """What no |z| of ``entries`` exceeds but with probability ALPHA: P(|z| > t) <= 2 exp(-t^2 / 2).
+    """Returns a bound that |z| exceeds in any of ``entries`` with probability at most ALPHA.
 
-    Every mean tested here is a sum of more than a thousand independent bounded terms, so it is normal.
+    P(|z| > t) <= 2 exp(-t^2 / 2). Every mean tested here is a sum of more than a thousand independent
+    bounded terms, so it is normal.
     """
     return math.sqrt(2 * math.log(2 * entries / ALPHA))
 
 
 def rounding_variance(x: Tensor, levels: int, bucket: int) -> Tensor:
-    """Variance of each decoded element: step^2 a (1 - a) with a the distance to the level below."""
+    """Returns each decoded element's variance: step^2 a (1 - a), a the distance to the level below."""
     flat = F.pad(x.flatten(), (0, -x.numel() % bucket), mode="constant", value=float(x.flatten()[-1]))
     buckets = flat.double().view(-1, bucket)
     lo, hi = buckets.aminmax(dim=1, keepdim=True)
@@ -56,7 +57,7 @@ class Affine(nn.Module):
 
 
 class LinearStack(nn.Module):
-    """Convolutions, an affine layer and a linear one: the output is affine in every saved tensor."""
+    """Convolutions, an affine layer and a linear layer: the output is affine in every saved tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class LinearStack(nn.Module):
         return self.last(self.second(self.affine(self.first(x))).flatten(1))
 
     def variances(self, x: Tensor, levels: int) -> dict[str, Tensor]:
-        """Variance of every weight gradient: its formula, with squares of factors and variances."""
+        """Returns the variance of every weight gradient: its formula with squared factors."""
         first = self.first(x)
         affine = self.affine(first)
         second = self.second(affine)
@@ -92,7 +93,7 @@ def stack() -> tuple[LinearStack, Tensor]:
 
 
 def z_scores(stack: tuple[LinearStack, Tensor], quantizer: type, policy: str) -> Tensor:
-    """(mean - exact) / theoretical deviation of the mean, for every entry of every weight."""
+    """Returns (mean - exact) / (theoretical deviation of the mean) for every entry of every weight."""
     module, x = stack
     exact = run(module, x).grads
     variances = module.variances(x, levels=3)
@@ -168,10 +169,10 @@ M, CHANNELS, COPIES = 4, 32, 4000
 
 
 def batch_norm_gradients() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact input gradient, mean over draws, predicted bias, and a bound on the mean's deviation.
+    """Returns exact input gradient, mean over draws, predicted bias, and a bound on that mean.
 
-    Copies of the channels stand side by side, each of them a bucket in every row: one backward draws
-    all of them.
+    Copies of the channels lie side by side, and each copy is a bucket in every row. So one backward
+    draws all copies.
     """
     torch.manual_seed(0)
     x, dy = torch.randn(M, CHANNELS), torch.randn(M, CHANNELS)

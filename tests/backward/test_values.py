@@ -28,7 +28,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def rows_of(module: nn.Module, x: Tensor, **options: Any) -> dict[str, SavedMemoryRow]:
-    """What the wrapped module stores for backward, by dtype."""
+    """Returns what the wrapped module stores for backward, by dtype."""
     model = QuantBackwardWrapper(module, **options)
     with track_saved_memory(model) as report:
         output = model(x.detach().requires_grad_())
@@ -48,7 +48,7 @@ def test_bool_mask_takes_one_bit(policy: str) -> None:
         wrapped_run(module, x, policy=policy).grads["input 0"], run(module, x).grads["input 0"])
 
 
-#: name -> (pooling, input, bits of the index of an element of a plane, and of a place in the window)
+#: name -> (pooling, input, bits of an element's index in a plane, bits of a position in the window)
 POOLS: dict[str, tuple[nn.Module, Tensor, int, int]] = {
     "1d": (nn.MaxPool1d(3, return_indices=True), torch.randn(4, 8, 60), 8, 2),
     "2d, 16x16": (nn.MaxPool2d(2), torch.randn(4, 8, 16, 16), 8, 2),
@@ -57,7 +57,7 @@ POOLS: dict[str, tuple[nn.Module, Tensor, int, int]] = {
     "2d, 3x3": (nn.MaxPool2d(3, 1, 1), torch.randn(4, 8, 16, 16), 8, 4),
     "3d": (nn.MaxPool3d(2), torch.randn(2, 4, 8, 8, 8), 16, 3),
     "adaptive": (nn.AdaptiveMaxPool2d(3), torch.randn(4, 8, 12, 12), 8, 4),
-    # Its windows are drawn, so a place in one names no element.
+    # Its windows are random, so a position in a window does not identify an element.
     "fractional": (nn.FractionalMaxPool2d(2, 5), torch.randn(4, 8, 12, 12), 8, 8),
 }
 
@@ -69,14 +69,14 @@ def test_pool_indices_are_few_bits_and_exact(name: str, policy: str) -> None:
     module = nn.Sequential(pool, Apply(lambda y: y[0] if isinstance(y, tuple) else y))
     row = rows_of(module, x, policy=policy)["int64"]
     assert row.stored_bytes == row.exact_bytes * bits[QUANTIZING.index(policy)] // 64
-    # The saved input tells the shape only, so its quantization changes nothing.
+    # The saved input only provides the shape, so quantizing it changes nothing.
     assert torch.equal(
         wrapped_run(module, x, policy=policy).grads["input 0"], run(module, x).grads["input 0"])
 
 
 @pytest.mark.parametrize(("policy", "ratio"), [("all", 1), ("op_aware", 8)])
 def test_other_integers_are_exact(policy: str, ratio: int) -> None:
-    # Only the default policy knows that these index a dimension of 40, which a byte can.
+    # Only the default policy knows that these index a dimension of 40, which fits in a byte.
     index = torch.randint(0, 40, (30, 40))
     module, x = Apply(lambda x: x.gather(1, index)), torch.randn(30, 40)
     assert rows_of(module, x, policy=policy)["int64"].ratio == ratio
@@ -85,7 +85,7 @@ def test_other_integers_are_exact(policy: str, ratio: int) -> None:
 
 
 class Opaque(torch.autograd.Function):
-    """Saves bytes that mean something to it alone, as a recurrent layer's workspace does."""
+    """Saves bytes with a private meaning, like a recurrent layer's workspace."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def test_dropout_mask_keeps_its_zeros(p: float, policy: str, rtol: float) -> Non
     plain = run(module, x).grads["input 0"]
     wrapped = wrapped_run(module, x, policy=policy).grads["input 0"]
     assert torch.equal(wrapped == 0, plain == 0)
-    # As a float, a mask has two values, the ends of its bucket: code 3 times a third of 1 / (1 - p).
+    # As floats, a mask has two values, the ends of its bucket: code 3 times a third of 1 / (1 - p).
     torch.testing.assert_close(wrapped, plain, rtol=rtol, atol=0)
 
 
@@ -126,7 +126,7 @@ def test_dropout_mask_keeps_its_zeros(p: float, policy: str, rtol: float) -> Non
 
 
 def elementwise(x: Tensor, **options: Any) -> Tensor:
-    """What backward saw of ``x``: the gradient of a weight that multiplies it."""
+    """Returns the ``x`` that backward saw: the gradient of a weight that multiplies it."""
     module = Apply(torch.mul, nn.Parameter(torch.zeros(x.shape, dtype=x.dtype)))
     model = QuantBackwardWrapper(module, **options)
     model(x).sum().backward()
@@ -147,7 +147,7 @@ def test_bad_value_poisons_its_bucket_and_no_other(bad: float, storage: str, pol
 
 
 def hiding_pack(x: Tensor) -> Any:
-    """A codec whose codes cannot hold a NaN, and that does not look for one."""
+    """A naive codec whose codes cannot hold a NaN, and that does not check for one."""
     return naive_pack(x.nan_to_num(0, 0, 0))
 
 
@@ -185,7 +185,7 @@ def test_numbers_of_any_size_quantize_alike(size: float) -> None:
     x = torch.linspace(0, 3, 256).round()
     scaled = x * size
     seen = elementwise(scaled, act_quant=Nearest2, bucket_size=256)
-    # The data lies on the four levels: a few float32 roundings of the largest value remain.
+    # The data lies on the four levels, so the error is a few float32 roundings of the largest value.
     assert (seen - scaled).abs().max() <= 2**-21 * scaled.max()
 
 
@@ -202,7 +202,7 @@ def test_float16_epsilon_underflows_where_arithmetic_is_float16() -> None:
 @pytest.mark.parametrize("numel", [0, 1, 2, 7, 18, 19, 255, 257])
 def test_encoding_that_would_not_be_smaller_is_not_done(numel: int) -> None:
     x = torch.randn(numel)
-    # Buckets of 256 at 2 bits: 64 bytes of codes, a scale and an offset of 4 bytes each.
+    # Buckets of 256 at 2 bits take 64 bytes of codes, and a scale and an offset of 4 bytes each.
     stored = -(-numel // 256) * (64 + 4 + 4)
     kept = stored >= 4 * numel
     row = rows_of(Apply(torch.sin), x, policy="all", bucket_size=256).get("float32")
@@ -237,7 +237,7 @@ def test_float_dtype_is_quantized_without_bias(dtype: torch.dtype, policy: str) 
     n, alpha = 400, 1e-9
     draws = (elementwise(x, act_quant=Stochastic2, policy=policy, seed=s) for s in range(n))
     mean = sum(draw.double() for draw in draws) / n
-    # Hoeffding for each element, within a step; the range is below 1, so a step is below 1 / 3.
+    # Hoeffding's bound per element, within a step. The range is below 1, so a step is below 1 / 3.
     tolerance = math.sqrt(math.log(2 * x.numel() / alpha) / (2 * n)) / 3
     # Decoded values are rounded to the dtype.
     tolerance += torch.finfo(dtype).eps

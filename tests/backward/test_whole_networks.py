@@ -1,6 +1,6 @@
-"""Gradients of whole networks over many seeds: right on average, where rounding everything alike is not.
+"""Gradients of whole networks over many seeds are right on average; rounding every tensor alike is not.
 
-``examples/studies/gradient_quality.py`` does the same for networks of usual size.
+``examples/studies/gradient_quality.py`` measures networks of usual size.
 """
 
 import math
@@ -16,8 +16,8 @@ from brevitas_bp import QuantBackwardWrapper
 from tests.backward.support import Apply, cotangent
 
 SEEDS = 500
-# |mean - exact|^2 in units of its expectation is largest in probability if all variance lies in one
-# direction: P(chi^2_1 > 40) = 3e-10, for each of some twenty parameters.
+# |mean - exact|^2, in units of its expectation, most probably exceeds a bound if all variance lies in
+# one direction: P(chi^2_1 > 40) = 3e-10, for each of some twenty parameters.
 LIMIT = 40
 
 
@@ -44,8 +44,8 @@ def convolutions() -> nn.Module:
         nn.Linear(128, 10), nn.LogSoftmax(1))
 
 
-#: name -> (network, input, largest relative bias of a parameter: 0 but for norms over M = 32 elements,
-#: two of them, of a variance below 1 each).
+#: name -> (network, input, largest relative bias of a parameter). The bias is 0 except for norms over
+#: M = 32 elements: two norms, with a variance below 1 each.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "convolutions": (convolutions, (4, 3, 16, 16), 0.0),
     "transformer": (lambda: nn.Sequential(Attention(False), Attention(False)), (4, 16, 32), 0.0),
@@ -58,7 +58,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
 
 
 def excess(name: str, **options: Any) -> float:
-    """Largest ratio of |mean - exact| to what chance and the norms' bias allow, over the parameters."""
+    """Returns the largest ratio of |mean - exact| to what chance and the norms' bias explain."""
     build, shape, bias = NETWORKS[name]
     torch.manual_seed(0)
     module, x = build(), torch.randn(shape)
@@ -80,7 +80,7 @@ def excess(name: str, **options: Any) -> float:
             square[i] += float((g - e).square().sum()) / SEEDS
     ratios = []
     for m, s, e in zip(mean, square, exact):
-        # Parameters before no rounding, and float32's own differences, have nothing to compare.
+        # The last term is for parameters that no rounding reaches: they differ by float32 rounding only.
         chance = math.sqrt(LIMIT * s / SEEDS) + bias * float(e.norm()) + 1e-6 * float(e.norm())
         ratios.append(float(m.norm()) / chance if chance else 0.0)
     return max(ratios)

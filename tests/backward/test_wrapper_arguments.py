@@ -1,4 +1,4 @@
-"""What ``QuantBackwardWrapper`` takes, and how it refuses the rest."""
+"""Arguments that ``QuantBackwardWrapper`` accepts, and how it refuses others."""
 
 import re
 from typing import Any
@@ -31,18 +31,18 @@ Uint8 = ShiftedUint8DynamicActPerBucketFloat
 
 
 def layer() -> nn.Module:
-    """Saves its input only, with the configured codec under every policy."""
+    """Returns a layer that saves only its input, with the configured codec under every policy."""
     return nn.Linear(256, 256)
 
 
 def small_net() -> nn.Module:
-    """Every module saves one activation of 64 x 256 values."""
+    """Returns modules that each save one activation of 64 x 256 values."""
     return nn.Sequential(
         nn.Sequential(layer(), layer()), nn.ModuleDict({"layer": layer()})["layer"], layer())
 
 
 def bits_by_module(model: nn.Module) -> dict[str, float]:
-    """Bits of code per element; buckets of 256 have 8 bytes of metadata."""
+    """Returns bits of code per element; buckets of 256 have 8 bytes of metadata."""
     with track_saved_memory(model) as report:
         output = model(torch.randn(64, 256, requires_grad=True))
     del output
@@ -52,7 +52,7 @@ def bits_by_module(model: nn.Module) -> dict[str, float]:
 
 
 def site_reasons(model: QuantBackwardWrapper) -> dict[str, str]:
-    """Module -> why what it saved last is stored as it is."""
+    """Returns module -> the reason for how its last saved tensor is stored."""
     return {site.module: site.reason for site in model.explain().sites.values()}
 
 
@@ -60,7 +60,7 @@ def site_reasons(model: QuantBackwardWrapper) -> dict[str, str]:
 
 
 class Mine(StochasticRounding, PerBucketMinMax, ActQuantSolver):
-    """The three lines of the design page."""
+    """The three-line config of the design page."""
 
     bit_width = 3
     bucket_size = 512
@@ -105,10 +105,10 @@ def test_overrides(overrides: dict[str, Any], expected: dict[str, float], policy
 @pytest.mark.parametrize(("override", "bits"), [
     (Uint8, 8), (Uint4, 4), (ShiftedUint2DynamicActPerBucketFloatStochastic, 4), (None, 32)])
 def test_override_reaches_derivatives(override: Any, bits: float) -> None:
-    # Of four bits at least, where the module is not to be exact.
+    # At least four bits, unless the module has to be exact.
     module = nn.Sequential(nn.Tanh(), layer())
     model = QuantBackwardWrapper(module, overrides={"0": override})
-    # The output that an exact module keeps is the input of the next one: a reference costs nothing.
+    # The output kept by an exact module is the next module's input: keeping a reference is free.
     assert bits_by_module(model) == ({"0": 32} if override is None else {"0": bits, "1": 2})
 
 
@@ -130,14 +130,14 @@ def test_operation_outside_of_submodules_belongs_to_the_module_that_runs_it(poli
             return self.body(x) * self.scale
 
     model = QuantBackwardWrapper(Net(), overrides={"body": None}, policy=policy)
-    # The op-aware policy refers to what the exact module keeps.
+    # The op-aware policy stores a reference to the tensor that the exact module keeps.
     outside = {"": 2} if policy == "all" else {}
     assert bits_by_module(model) == {"body.0": 32, **outside}
     assert site_reasons(model)[""] == (
         "policy quantize_all" if policy == "all" else "another operation keeps it exact")
 
 
-# Bad input. Every message says what was expected, what came, and what to do.
+# Bad input. Every message says what was expected, what was given, and what to do.
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown setting": ({"bucket_sise": 256}, UnknownNameError, "'bucket_sise'.*'bucket_size'"),

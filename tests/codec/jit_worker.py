@@ -1,4 +1,4 @@
-"""Quantizes one tensor with several configs; run by test_jit.py under BREVITAS_JIT=1 and without."""
+"""Quantizes one tensor with several configs. test_jit.py runs it with and without BREVITAS_JIT=1."""
 
 import sys
 from typing import Any
@@ -13,7 +13,7 @@ from brevitas_bp.quant import ActQuantSolver, PerBucketMax, StochasticRounding
 
 
 class Percentile(nn.Module):
-    """A part of the user's own."""
+    """A custom component of a user."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def results() -> dict[str, dict[str, Any]]:
-    """Forward value, gradient and packed tensors of every config."""
+    """Returns forward value, gradient and packed tensors of every config."""
     x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
     out = {}
     for name, config in CONFIGS.items():

@@ -1,4 +1,4 @@
-"""Gradients through a codec, for one of the tensors that an operation saves."""
+"""Gradients through a codec that stores one of an operation's saved tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ Op = Callable[[Tensor], Tensor]
 
 @dataclass
 class Tape:
-    """What one operation saved, and the gradient of its input.
+    """The tensors that one operation saved, and the gradient of its input.
 
     Attributes:
         saved: tensors as the pack hook sees them, detached.
-        packed: what the codec made of those that it was asked to store.
-        grad: of the input.
-        output: of the operation.
+        packed: the payloads of the tensors that a codec stored.
+        grad: gradient of the input.
+        output: output of the operation.
     """
 
     grad: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -30,9 +30,9 @@ class Tape:
 
 
 def run(op: Op, x: Tensor, codecs: dict[int, Codec] | None = None) -> Tape:
-    """Forward and backward of ``op``; saved tensor ``i`` goes through ``codecs[i]`` if there is one.
+    """Runs forward and backward of ``op``; ``codecs[i]``, if given, stores saved tensor ``i``.
 
-    ``op`` gets a tensor that is no leaf, so that it may work in place; random numbers are the same in
+    ``op`` gets a tensor that is not a leaf, so it may work in place. Random numbers are the same in
     every run.
     """
     tape = Tape()
@@ -56,7 +56,7 @@ def run(op: Op, x: Tensor, codecs: dict[int, Codec] | None = None) -> Tape:
             tape.output = op(leaf.add(0.0) if leaf.is_floating_point() else leaf)
         generator = torch.Generator().manual_seed(1)
         upstream = torch.randn(tape.output.shape, generator=generator, dtype=torch.float64)
-        # Strides of the output, as a following layer would give.
+        # The upstream gradient has the strides of the output, as from a following layer.
         upstream = torch.empty_like(tape.output).copy_(upstream)
         (tape.grad,) = torch.autograd.grad(tape.output, leaf, upstream)
     return tape

@@ -1,4 +1,4 @@
-"""Averages, packed: bytes, groups, and what is unbiased and what is not."""
+"""Codecs of averages: bytes, groups, and the bias of values and of means."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ NEAREST = quant.ShiftedUint2Avg4DynamicActPerBucketFloat
 
 
 def live_bytes(packed: Packed) -> int:
-    """Bytes of the memory that a payload holds; scale and offset may share one."""
+    """Returns the bytes of memory that a payload holds; scale and offset may share one storage."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in packed.tensors}.values())
 
@@ -53,7 +53,7 @@ def test_bits_per_element(bits: int, size: int, bf16: float, fp32: float) -> Non
 
 def test_rows_that_end_within_a_group_cost_more() -> None:
     codec = codec_from(CONFIG, bucket_size=8)
-    # 512 rows of 7 make 1024 means, rows of 8 as many; a last dimension of 1 is not averaged.
+    # 512 rows of 7 make 1024 means, as do rows of 8. A last dimension of 1 is not averaged.
     for columns, means in ((8, 1024), (7, 1024), (5, 1024), (4, 512), (3, 512), (1, 512)):
         packed = codec.encode(normals((512, columns)).float(), seed=0)
         assert packed.nbytes == means // 8 * (2 + 4 + 4)
@@ -137,7 +137,7 @@ def test_both_memory_formats_decode_to_the_same_values() -> None:
             codec.encode(LAYOUTS[layout](x), seed=3).decode()
             for layout in ("contiguous", "channels_last", "gapped")]
         assert decoded[1].is_contiguous(memory_format=torch.channels_last)
-        # Positive control: plain buckets run along memory.
+        # Positive control: plain buckets follow memory order.
         assert torch.equal(decoded[0], decoded[1]) is equal
         assert torch.equal(decoded[0], decoded[2])
 
@@ -146,7 +146,7 @@ def test_a_bad_value_poisons_the_bucket_of_its_mean() -> None:
     for bad in (math.nan, math.inf, -math.inf):
         x = normals((8, 64)).float()
         x[1, 3] = bad
-        # A row has 16 means, so a bucket of 64 has four rows.
+        # A row has 16 means, so a bucket of 64 holds four rows.
         decoded = codec_from(CONFIG, bucket_size=64).encode(x, seed=0).decode()
         assert decoded.isnan().all(1).tolist() == [True] * 4 + [False] * 4
         assert decoded[4:].isfinite().all()
@@ -173,7 +173,7 @@ ROW = normals((64,), 1).float()
 
 
 def errors_of_means(config: Any) -> tuple[Tensor, Tensor]:
-    """Of each copy the decoded minus the exact means [COPIES, 16], and their variance, in steps."""
+    """Returns decoded minus exact means of each copy [COPIES, 16], and their variance, in steps."""
     packed = codec_from(config).encode(ROW.repeat(COPIES, 1), seed=1)
     means, decoded = group_means(ROW, 4).double(), packed.decode().double()[:, ::4]
     step, lo = packed.tensors[1].double().view(2, -1)[:, 0]
@@ -193,7 +193,7 @@ def test_the_mean_of_a_group_is_unbiased() -> None:
 def test_an_element_is_not_unbiased() -> None:
     decoded = codec_from(CONFIG).encode(ROW.repeat(COPIES, 1), seed=1).decode().double()
     means = group_means(ROW, 4).double().repeat_interleave(4)
-    # Decoded elements are decoded means: their bias is that of the group, known in advance.
+    # Decoded elements are decoded means. Their bias is the group's, known in advance.
     bias = decoded.mean(0) - ROW
     step = 3 * float(ROW.abs().max())
     assert (bias - (means - ROW)).abs().max() < step * hoeffding(COPIES, 16)
@@ -201,7 +201,7 @@ def test_an_element_is_not_unbiased() -> None:
 
 
 def energies(x: Tensor, size: int, config: Any = CONFIG) -> tuple[float, float, float]:
-    """Squared error: of all, of averaging, of rounding."""
+    """Returns the squared error of everything, of averaging, and of rounding."""
     codec = codec_from(config, average_size=size)
     decoded = codec.encode(x, seed=1).decode().double()
     means = group_means(x.double(), size).repeat_interleave(size, -1)[..., :x.shape[-1]]
@@ -212,7 +212,7 @@ def energies(x: Tensor, size: int, config: Any = CONFIG) -> tuple[float, float, 
 @pytest.mark.parametrize("columns", [64, 61])
 def test_the_error_is_that_of_averaging_and_that_of_rounding(size: int, columns: int) -> None:
     whole, averaging, rounding = energies(normals((500, columns)), size)
-    # Both are orthogonal, as the residuals of a group add up to nothing; float64.
+    # Both errors are orthogonal, because the residuals of a group sum to zero; in float64.
     assert whole == pytest.approx(averaging + rounding, rel=1e-9)
     assert averaging > 0 and rounding > 0
 
@@ -221,11 +221,11 @@ def test_the_error_is_that_of_averaging_and_that_of_rounding(size: int, columns:
 def test_independent_data_lose_the_share_that_theory_says(size: int) -> None:
     x = normals((1000, 512), 3)
     _, averaging, rounding = energies(x, size)
-    # Of unit normals, a chi-square variable with size - 1 degrees for each group: (1 - 1/size) in all.
+    # For unit normals: a chi-square variable with size - 1 degrees per group, (1 - 1/size) overall.
     degrees = x.numel() // size * (size - 1)
     t = math.log(1 / ALPHA)
     assert degrees - 2 * math.sqrt(degrees * t) <= averaging <= chi_square(degrees)
-    # A squared error of rounding lies in [0, step^2], with a mean of at most a quarter of that.
+    # The squared error of a rounding lies in [0, step^2]; its mean is at most a quarter of step^2.
     groups = x.numel() // size
     step = 2 * normal(groups) / math.sqrt(size) / 3
     assert rounding / x.numel() <= step**2 / 4 + step**2 * hoeffding(groups)

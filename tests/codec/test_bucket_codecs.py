@@ -1,4 +1,4 @@
-"""Bucket quantizers, packed: one value however it is computed."""
+"""Codecs of bucket quantizers: every way to compute a value gives the same value."""
 
 from functools import cache
 from typing import Any
@@ -32,10 +32,10 @@ from brevitas_bp.quant import (
 from tests.strategies import DTYPES, awkward_tensors, dtype_name, float_tensors, normals, seeds
 from tests.support import same_bits
 
-# The stock baseline is in test_stock.py.
+# Brevitas' own quantizers are in test_stock.py.
 CONFIGS = tuple(
     name for name in quant.act.__all__ if name != "ThesisInt2DynamicActPerTensorFloat")
-# Metadata of float64 data keep their own dtype.
+# Metadata of float64 data keep the dtype float64.
 DTYPES_AND_METADATA = [
     *((dtype, torch.float32) for dtype in DTYPES), (torch.float32, torch.bfloat16)]
 
@@ -62,7 +62,7 @@ def general(name: str, metadata_dtype: torch.dtype = torch.float32) -> Codec:
 
 
 def forward_value(quantizer: nn.Module, x: Tensor, seed: int) -> Tensor:
-    """What a forward layer gives; an expanded tensor is quantized where it is stored."""
+    """Returns the value of a forward layer; an expanded tensor is quantized in its stored shape."""
     with torch.no_grad(), seeded(seed):
         return quantizer(TensorLayout.base(x)).expand(x.shape)
 
@@ -145,11 +145,11 @@ def test_payloads_do_not_change_with_their_source() -> None:
     assert same_bits(packed.decode(), expected)
 
 
-# Parts of the user's own.
+# Custom components of a user.
 
 
 class Percentile(nn.Module):
-    """A range that leaves out the largest values."""
+    """A range that excludes the largest values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Forgetful(nn.Module):
 
 
 class FirstElement(nn.Module):
-    """An offset that is not rounded to what the metadata hold."""
+    """An offset that is not rounded to the metadata's dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class FirstElement(nn.Module):
 
 
 class AlternateWidths(TwoBitWidthSelector):
-    """Other buckets are mixed than ours would be."""
+    """Mixes other buckets than the library would."""
 
     def __init__(self, bit_width: int, mix_bit_width: int, mix_prob: float) -> None:
         super().__init__(bit_width, mix_bit_width, mix_prob)
@@ -244,7 +244,7 @@ def test_a_statistic_that_hides_nan_does_not_hide_it_from_backward() -> None:
 
 
 def test_power_of_two_scales_do_not_overflow_the_codes() -> None:
-    # Brevitas' solver pairs such scales with 2**bits as top code, which no code holds.
+    # Brevitas' solver pairs such scales with a top code of 2**bits, which no code can hold.
     packed = codec_from(PowerOfTwoConfig).encode(normals((256,)).float(), seed=0)
     scales, _ = packed.tensors[1].view(2, -1)
     assert torch.equal(scales, scales.log2().round().exp2())
@@ -289,7 +289,7 @@ SUBCLASSED: list[tuple[Any, dict[str, Any]]] = [
 def test_a_subclass_is_not_taken_for_its_base(config: Any, part: dict[str, Any]) -> None:
     codec = codec_from(config, **part)
     assert takes_the_general_path(codec)
-    # These subclasses compute what their bases compute: the bytes show that nothing was lost.
+    # These subclasses compute what their bases compute, so the bytes show that nothing was lost.
     x = normals((1000,)).float()
     plain, own = (c.encode(x, seed=1).tensors for c in (codec_from(config), codec))
     assert all(map(same_bits, plain, own))

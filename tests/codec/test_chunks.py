@@ -1,4 +1,4 @@
-"""A general encode in chunks: the same bytes, and temporaries that are small beside the tensor."""
+"""The general encode works in chunks: the bytes stay the same, and temporaries stay small."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ from tests.support import same_bits
 
 
 class Dithered(nn.Module):
-    """A range of each bucket, with noise of its own, of its buckets and of their elements."""
+    """A range of each bucket with its own noise, for buckets and for elements."""
 
     bucketwise = True
 
@@ -48,7 +48,7 @@ class DitheredConfig(StochasticRounding, PerBucketMax, ActQuantSolver):
 
 
 class AlternateWidths(TwoBitWidthSelector):
-    """Other buckets are mixed than ours would be."""
+    """Mixes other buckets than the library would."""
 
     bucketwise = True
 
@@ -72,7 +72,7 @@ class PowerOfTwo(ShiftedUint4DynamicActPerBucketFloat):
 
 
 class AcrossBuckets(nn.Module):
-    """A range for all buckets."""
+    """One range for all buckets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,14 +93,14 @@ class OwnRange(BucketMinMaxRange):
     pass
 
 
-# What averages store goes through the same quantizers.
+# Averages use the same quantizers, so they are left out.
 CHUNKED = {name: getattr(quant, name) for name in CONFIGS if "Avg" not in name} | {
     config.__name__: config
     for config in (DitheredConfig, AlternateWidthsConfig, MixPerTensor, PowerOfTwo)}
 
 
 def of_modules(config: Any, **overrides: Any) -> ModuleCodec:
-    """The general codec of a config, also of one that could be lowered."""
+    """Returns the general codec of a config, even if the config could be lowered."""
     codec: Any = codec_from(config, **overrides).per_element
     return codec if isinstance(codec, ModuleCodec) else ModuleCodec(codec.quantizer)
 
@@ -121,7 +121,7 @@ def test_chunks_give_the_same_bytes(
         for seed in range(len(codec.bit_widths)):
             with monkeypatch.context() as context:
                 expected = tensors_of(codec, x, seed)
-                # Three buckets at a time, and what is left.
+                # Three buckets at a time, and a remainder.
                 context.setattr(general, "_CHUNK", 3 * 64)
                 assert all(map(same_bits, expected, tensors_of(codec, x, seed))), (case, seed)
 
@@ -149,7 +149,7 @@ def test_a_part_that_looks_across_buckets_is_given_all_of_them(
     assert all(map(same_bits, expected, tensors_of(careless, x, 0)))
     monkeypatch.setattr(general, "_CHUNK", 512)
     assert all(map(same_bits, expected, tensors_of(honest, x, 0)))
-    # Positive control: in chunks it computes something else.
+    # Positive control: this range computes another value in chunks.
     assert not same_bits(expected[1], tensors_of(careless, x, 0)[1])
 
 
@@ -208,8 +208,8 @@ def test_temporaries_are_a_few_percent(name: str, monkeypatch: pytest.MonkeyPatc
         decode = peak_bytes(packed.decode) - x.nbytes
         return encode / x.nbytes, decode / x.nbytes
 
-    # In units of a chunk: while modules run up to ten tensors of it. Metadata are there twice, once
-    # before they are in their dtype: 8 bytes of a bucket of 24 or more.
+    # In units of a chunk: running modules hold up to ten tensors of its size. Metadata exist twice, once
+    # before the cast to their dtype: 8 bytes per bucket of 24 elements or more.
     bound = 10 / 128 + 2 * 8 / (4 * overrides.get("bucket_size", 256))
     assert max(shares()) < bound
     # Positive control: all buckets at once.

@@ -1,4 +1,4 @@
-"""What codec_from takes, and what it refuses with which reason."""
+"""Arguments that codec_from accepts, and the reasons with which it refuses others."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Codecs that give back the very same values."""
+"""Lossless codecs decode to the very same values."""
 
 import copy
 from collections.abc import Callable
@@ -182,7 +182,7 @@ def test_quantizing_on_backward_notices_a_modification() -> None:
 def test_nbytes_counts_every_stored_tensor() -> None:
     packed = codec_from(ShiftedUint2DynamicActPerBucketFloatStochastic).encode(
         normals((1000,)).float(), seed=0)
-    # Four buckets of 256 elements: 2 bits each, and a scale and an offset of 4 bytes.
+    # Four buckets of 256 elements, each with 2 bits per code, and a scale and an offset of 4 bytes.
     assert packed.nbytes == 4 * (64 + 4 + 4)
 
 

@@ -1,4 +1,4 @@
-"""Few-bit codec: bytes, NaN, layouts, and the gradient it gives."""
+"""The few-bit codec: bytes, NaN, layouts, and its gradient."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ WIDTHS = range(1, 9)
 
 
 def table_of(bits: int, even: bool = False, levels: int | None = None) -> FewBitTable:
-    """Uneven borders over most of a normal's range, and levels that tell indices apart."""
+    """Returns a table with uneven borders over most of a normal's range, and all different levels."""
     k = 2**bits if levels is None else levels
     borders = torch.linspace(0.01 if even else -2.3, 2.1, k - 1, dtype=torch.float64)
     values = torch.arange(k, dtype=torch.float64) / 7 - 3
@@ -34,7 +34,7 @@ def table_of(bits: int, even: bool = False, levels: int | None = None) -> FewBit
 
 
 def oracle(table: FewBitTable, x: Tensor) -> Tensor:
-    """One element at a time, in Python; only where no NaN is near."""
+    """Computes one element at a time, in Python; not for values near NaN."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
     borders = torch.tensor(table.borders, dtype=inner).tolist()
     values = [abs(v) if table.even else v for v in x.flatten().tolist()]
@@ -143,7 +143,7 @@ def test_nan_spoils_its_own_block(bits: int, place: int) -> None:
 
 
 def test_bucketize_alone_would_hide_a_nan() -> None:
-    # Positive control: the trap that the flags are there for.
+    # Positive control: the trap that the flags avoid.
     assert torch.bucketize(torch.tensor([torch.nan]), torch.tensor([0.0])).item() == 1
 
 
@@ -174,7 +174,7 @@ def test_one_bit_gives_the_exact_gradient_of_relu(dtype: torch.dtype) -> None:
     gradient = normals(x.shape, 1).to(dtype)
     (expected,) = torch.autograd.grad(F.relu(x), x, gradient)
     packed = FewBitCodec(few_bit_table("relu", 1)).encode(x)
-    # The padded length, 4000 bits, and one flag.
+    # The padded length, 4000 bits, plus one flag.
     assert packed.nbytes == 501
     assert torch.equal(gradient * packed.decode(), expected)
 

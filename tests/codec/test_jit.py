@@ -1,4 +1,4 @@
-"""BREVITAS_JIT=1 (stock components are scripted) changes no bit."""
+"""BREVITAS_JIT=1, which scripts stock components, changes no bit."""
 
 import os
 import subprocess
@@ -13,13 +13,13 @@ from tests.codec.jit_worker import CONFIGS, results
 from tests.support import same_bits
 
 ROOT = Path(__file__).parents[2]
-# Where the extension of Brevitas is not built yet, that alone takes half a minute.
+# If the extension of Brevitas is not built yet, building it takes half a minute.
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What a process with BREVITAS_JIT=1 computes."""
+    """Returns the results of a process with BREVITAS_JIT=1."""
     file = tmp_path_factory.mktemp("jit") / "results.pt"
     done = subprocess.run(
         [sys.executable, "-m", "tests.codec.jit_worker", str(file)], cwd=ROOT,
@@ -53,5 +53,5 @@ def test_decoding_gives_the_value_of_the_layer(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_the_same(
         name: str, scripted: dict[str, dict[str, Any]], plain: dict[str, dict[str, Any]]) -> None:
-    # Scripted graphs may add the gradients of scale and offset up in another order.
+    # Scripted graphs may sum the gradients of scale and offset in another order.
     torch.testing.assert_close(scripted[name]["gradient"], plain[name]["gradient"])

@@ -1,4 +1,4 @@
-"""Shape, strides, dtype and device come back."""
+"""Decode restores shape, strides, dtype and device."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from tests.strategies import LAYOUTS, float_tensors, normals
 
 x = normals((2, 3, 4, 5))
 
-# name -> (tensor, strides of what is restored).
+# name -> (tensor, strides of the restored tensor).
 CASES: dict[str, tuple[Tensor, tuple[int, ...]]] = {
     "contiguous": (x, (60, 20, 5, 1)),
     "transposed": (x.transpose(1, 3), x.transpose(1, 3).stride()),

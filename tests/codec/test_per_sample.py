@@ -1,4 +1,4 @@
-"""Widths per sample: the allocation, its bytes, and what is decoded."""
+"""Bits per sample: the allocation, its bytes, and the decoded values."""
 
 import copy
 import heapq
@@ -33,7 +33,7 @@ def variance(widths: Sequence[int]) -> Tensor:
 
 
 def naive_greedy(costs: Tensor, total: int, widths: Sequence[int]) -> list[int]:
-    """Lower whatever adds least for each bit; of equals the widest, then the last."""
+    """Lowers the sample that adds least cost per bit; ties go to the widest sample, then the last."""
     falls = variance(widths).tolist()
     steps = len(widths) - 1
     level = [steps] * len(costs)
@@ -81,7 +81,7 @@ def test_widths_one_bit_apart_are_optimal() -> None:
         objective = (costs * (2.0**every - 1)**-2.0).sum(1)
         least = objective[every.sum(1) <= 11].min()
         chosen = torch.tensor(greedy(costs, 11, widths))
-        # Sums of five terms.
+        # Both are sums of five terms.
         assert (costs * (2.0**chosen - 1)**-2.0).sum() <= least * (1 + 1e-15 * 5)
 
 
@@ -91,7 +91,7 @@ GOLDEN = {1: [1, 1, 1, 1, 1, 1], 1.25: [2, 1, 1, 1, 1, 1], 1.5: [3, 2, 1, 1, 1, 
 
 @pytest.mark.parametrize("average", GOLDEN)
 def test_golden_allocations(average: float) -> None:
-    # C = 1000, 100, ...: ranges are their roots.
+    # C = 1000, 100, ...: ranges are the square roots.
     ranges = torch.tensor([1000, 100, 10, 1, 0.1, 0.01], dtype=torch.float64).sqrt()
     codec = PerSampleCodec(Uint2, average, range(1, 9), bucket_size=64)
     assert codec.widths(torch.linspace(0, 1, 64) * ranges.unsqueeze(-1)).tolist() == GOLDEN[average]
@@ -112,17 +112,17 @@ def test_unlike_ranges_lose_less_than_at_one_width_with_equal_bytes() -> None:
     assert packed.nbytes == uniform_width.nbytes + 8  # a byte for the width of each sample
 
     def measured(decoded: Tensor, bits: Tensor | int) -> Tensor:
-        """Squared error in squared steps of the range 1 or 100, of the narrow and the wide samples."""
+        """Returns the squared error, in squared steps of range 1 or 100, of narrow and wide samples."""
         step = scale / (2.0**torch.as_tensor(bits) - 1)
         return (((decoded - x) / step.unsqueeze(-1))**2).view(4, 2, -1).mean((0, 2))
 
     # Uniform values have uniform fractions: E a (1 - a) = 1/6, and 0 for the ends of each bucket. The
-    # range of 256 uniform values is 255/257 of the whole on average, and its square no less.
+    # range of 256 uniform values is on average 255/257 of the whole; its mean square is no smaller.
     margin = hoeffding(4 * 4096, tests=4)
     for error in (measured(packed.decode(), widths), measured(uniform_width.decode(), 2)):
         assert (error <= 1 / 6 + margin).all()
         assert (error >= 254 / 256 / 6 * (255 / 257)**2 - margin).all()
-    # (1e4 + 1) / 9 against 1e4 / 49 + 1: predicted 5.4, and 3.9 within both margins.
+    # (1e4 + 1) / 9 against 1e4 / 49 + 1: predicted 5.4, at least 3.9 within both margins.
     errors = [float((p.decode() - x).square().sum()) for p in (packed, uniform_width)]
     assert errors[1] / errors[0] > 3.9
 
@@ -135,7 +135,7 @@ def test_equal_ranges_give_the_ordinary_codec_bit_for_bit() -> None:
 
 
 def mean_deviation(config: Any, draws: int) -> tuple[Tensor, Tensor]:
-    """Mean error over seeds, and the step of each element; widths are [3, 1, 2]."""
+    """Returns the mean error over seeds, and the step of each element; widths are [3, 1, 2]."""
     x = uniform(3, 64, torch.tensor([100.0, 1.0, 50.0]))
     codec = PerSampleCodec(config, bucket_size=64)
     assert codec.widths(x).tolist() == [3, 1, 2]
@@ -146,7 +146,7 @@ def mean_deviation(config: Any, draws: int) -> tuple[Tensor, Tensor]:
 
 def test_stochastic_rounding_stays_unbiased() -> None:
     draws = 600
-    limit = hoeffding(draws, tests=3 * 64) + 1e-5  # the float slack of a few operations
+    limit = hoeffding(draws, tests=3 * 64) + 1e-5  # slack for a few float operations
     deviation, step = mean_deviation(Uint2, draws)
     assert (deviation.abs() <= limit * step).all()
     biased, step = mean_deviation(Nearest, 1)
@@ -163,9 +163,9 @@ def test_samples_come_back_in_every_layout(layout: str, dtype: torch.dtype) -> N
     decoded = packed.decode()
     assert (decoded.shape, decoded.dtype) == (x.shape, x.dtype)
     assert decoded.stride() == packed.layout.stride
-    # A step of the narrowest width over the whole range, and the dtype's own rounding.
+    # A step of the narrowest width over the whole range, plus the rounding of the dtype.
     slack = x.float().abs() * torch.finfo(dtype).eps
-    # The buckets of 8 divide no sample: one may reach into the next of its width.
+    # Buckets of 8 do not divide a sample: a bucket may reach into the next sample of its width.
     span = (x.amax() - x.amin()).float()
     assert ((decoded - x).float().abs() <= span / 31 + slack).all()
     assert same_bits(packed.decode(), decoded)
@@ -192,13 +192,13 @@ def test_bytes_of_small_samples_are_those_of_the_budget(shape: tuple[int, int]) 
     x = normals(shape).float() * torch.logspace(0, 2, shape[0]).unsqueeze(-1)
     packed = PerSampleCodec(Uint2).encode(x, seed=0)
     plain = codec_from(Uint2).encode(x, seed=0)
-    # At most a byte for each sample, and a padded bucket for each width (of 8 bits, with metadata).
+    # At most one byte per sample, and a padded bucket for each width (of 8 bits, with metadata).
     assert packed.nbytes <= plain.nbytes + shape[0] + len(WIDTHS) * (256 + 8)
     assert (packed.decode() - x).abs().max() <= x.max() - x.min()
 
 
 def test_samples_within_a_bucket_count_with_what_they_share_it_with() -> None:
-    # Each sample is constant; the buckets that they are stored in are not.
+    # Each sample is constant, but the buckets that store samples are not.
     x = torch.arange(512.0).unsqueeze(-1)
     assert PerSampleCodec(Uint2).widths(x).tolist() == [2] * 512
 
@@ -239,7 +239,7 @@ def test_signed_codes_have_widths_of_their_own() -> None:
     x = uniform(2, 256, torch.tensor([1.0, 100.0]))
     codec = PerSampleCodec(Int4, 4, (2, 4, 6))
     assert codec.widths(x).tolist() == [2, 6]
-    # The range is the largest magnitude.
+    # The range of a symmetric quantizer is the largest magnitude.
     assert ((codec.encode(x, seed=0).decode() - x).abs() <= x.amax(1, keepdim=True) / torch.tensor(
         [[1.0], [31.0]]) * (1 + 1e-6)).all()
 
@@ -277,11 +277,11 @@ def test_a_wrapper_takes_it_and_stores_what_its_report_says() -> None:
     assert torch.equal(output, model(x))
     output.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    # Codes, metadata of buckets of 64 (256), and the widths: the input at 2 bits on average, Tanh's
-    # derivative at 4 for all, the input of the last layer, whose ranges are alike in part, at 3.
+    # Codes, metadata of buckets of 64 (256), and the widths. The input has 2 bits on average, Tanh's
+    # derivative 4 for all samples, and the last layer's input, with partly equal ranges, 3.
     sizes = 256 * 64
     least = sizes * (2 + 4 + 3) // 8 + sizes // 64 * 8 * 2 + sizes // 256 * 8
-    # One step between candidates, and a padded bucket for each width, in two tensors.
+    # Tolerance: one step between candidates, and a padded bucket for each width, in two tensors.
     assert abs(report.stored_bytes - least) <= 2 * (256 + 64 * 4 // 8 + 5 * (256 + 8))
 
 

@@ -1,4 +1,4 @@
-"""Max-pool indices by their position in the window: exact for every pooling, layout and value."""
+"""Max-pool indices stored as positions in the window: exact for every pooling, layout and value."""
 
 import math
 from collections.abc import Callable
@@ -67,7 +67,7 @@ POOLINGS: dict[str, Pool] = {
     "1x1": Pool((2, 3, 5, 5), 2, {"kernel_size": 1}, 1),
     "global": Pool((2, 3, 5, 5), 2, {"kernel_size": 5}, 5),
     "13x13": Pool((1, 2, 26, 26), 2, {"kernel_size": 13, "stride": 1, "padding": 6}, 8),
-    # As many positions as there are codes: the limit itself is no number of the codes' dtype.
+    # There are as many positions as codes, so the limit itself does not fit the codes' dtype.
     "16x16": Pool((1, 2, 18, 18), 2, {"kernel_size": 16, "stride": 1}, 8),
     "128x256": Pool((1, 2, 129, 257), 2, {"kernel_size": (128, 256), "stride": 1}, 16),
     "17x17": Pool((1, 2, 20, 20), 2, {"kernel_size": 17, "stride": 1}, 16),
@@ -80,7 +80,7 @@ POOLINGS: dict[str, Pool] = {
 
 
 def check(op: Op, x: Tensor, codec: Codec) -> int:
-    """The stored bytes of the indices, the second tensor that a max pooling saves."""
+    """Returns the stored bytes of the indices, the second tensor that a max pooling saves."""
     plain, stored = run(op, x), run(op, x, {0: shape_only(), 1: codec})
     assert [t.dtype for t in plain.saved] == [x.dtype, torch.int64]
     decoded = stored.packed[1].decode()
@@ -193,7 +193,7 @@ def test_another_window_gives_other_indices() -> None:
     x = values((2, 3, 9, 8))
     plain = run(lambda x: F.max_pool2d(x, 3, 2, 1), x)
     wrong = max_pool_index(x.shape, 2, 2, 2, 1)
-    # PyTorch writes where an index points, so one outside of the plane is refused.
+    # PyTorch writes to the position of an index, so an index outside the plane is refused.
     with pytest.raises(CorruptPayloadError, match=r"numbers in 0..71"):
         wrong.encode(plain.saved[1]).decode()
 

@@ -1,4 +1,4 @@
-"""Masks in place of saved tensors: every gradient is that of plain autograd, bit for bit."""
+"""Masks replace saved tensors: every gradient equals plain autograd's, bit for bit."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ INF, NAN = math.inf, math.nan
 
 
 class Case(NamedTuple):
-    """An operation, which of its saved tensors is stored, how, and the borders to look at."""
+    """An operation, which saved tensor is stored, how it is stored, and the borders to test."""
 
     op: Op
     codec: Codec
@@ -47,7 +47,7 @@ class Case(NamedTuple):
     stored: int = 0
 
 
-# 0.1 and 0.3 lie between the values of every dtype but float64, on either side of the nearest one.
+# 0.1 and 0.3 lie between values of every dtype but float64, one on each side of its nearest value.
 CASES: dict[str, Case] = {
     "F.relu": Case(F.relu, relu_region()),
     "Tensor.relu": Case(lambda x: x.relu(), relu_region()),
@@ -107,7 +107,7 @@ each_case = pytest.mark.parametrize("name", CASES)
 
 
 def telling_values(dtype: torch.dtype, borders: tuple[float, ...]) -> Tensor:
-    """All values of a half-precision dtype; else the neighbours of borders, and special ones."""
+    """Returns all values of a half-precision dtype; else the borders' neighbours and special values."""
     integer = INTEGERS[dtype.itemsize]
     if dtype.itemsize == 2:
         return torch.arange(-2**15, 2**15).to(integer).view(dtype)
@@ -117,7 +117,7 @@ def telling_values(dtype: torch.dtype, borders: tuple[float, ...]) -> Tensor:
     around = [
         (torch.tensor([sign * abs(b)], dtype=dtype).view(integer) + torch.arange(-3, 4).to(integer))
         .view(dtype) for b in borders for sign in (-1, 1)]
-    # Several times over, in vector lanes and in the rest.
+    # Repeat the values, so that they occur in vector lanes and in the remainder.
     return torch.cat([torch.tensor(special, dtype=dtype), least, -least, *around]).repeat(5)
 
 
@@ -160,7 +160,7 @@ def test_gradient_is_bit_equal_over_several_threads_and_chunks(name: str) -> Non
 
 
 NAIVE = codec_from(ShiftedUint2DynamicActPerBucketFloat)
-#: Nothing is left to get wrong: one answer for all finite values.
+#: The mask has one answer for all finite values, so no wrong region can show.
 CONSTANT = {
     "threshold inf", "threshold -inf", "hardtanh(-inf, inf)", "hardtanh(.3, .3)", "hardshrink(-1)",
     "hardshrink(0)", "clamp, borders crossed", "clamp, border NaN", "clamp, infinite",
@@ -176,7 +176,7 @@ def test_quantized_naively_the_gradient_differs(name: str) -> None:
 
 
 @pytest.mark.parametrize(("wrong", "op", "border"), [
-    # Each differs from the right one in one field.
+    # Each wrong region differs from the right one in one field.
     (Region("", lo=0.0), F.relu, 0.0),
     (Region("", lo=0.0, closed=True, nan=True), F.relu, 0.0),
     (Region("", lo=0.0, nan=True), F.leaky_relu, 0.0),
@@ -235,7 +235,7 @@ def test_representatives_lie_in_their_regions(
     below = (wide <= most) if closed else (wide < most)
     inside = (above & below) | (x.isnan() if nan else False)
     decoded = region.encode(x).decode()
-    # A value takes the place of each: decoding and testing it again answers the same.
+    # Decode gives a representative value; encoding that value again gives the same mask.
     assert same_bits(region.encode(decoded).decode(), decoded)
     outside_value, inside_value = representatives(region, dtype)
     assert same_bits(decoded, torch.where(
@@ -266,7 +266,7 @@ def test_dropout_masks_take_one_bit(name: str, dtype: torch.dtype) -> None:
     for p in (1e-3, 0.05, 0.1, 0.2, 0.3, 1 / 3, 0.5, 0.7, 0.9, 0.999, 1.0):
         plain = run(lambda x, p=p: op(x, p), x)
         if p == 1:
-            # A 0-d zero, where the dropout is not over whole channels; alpha dropout saves nothing.
+            # A 0-d zero, except for dropout of whole channels; alpha dropout saves nothing.
             assert all(t.sum() == 0 for t in plain.saved)
             continue
         assert len(plain.saved) == 1

@@ -1,4 +1,4 @@
-"""Codecs whose buckets end with rows: fused and general path agree, layouts come back."""
+"""Codecs whose buckets end with rows: fused and general path agree, and layouts are restored."""
 
 import gc
 import weakref
@@ -26,7 +26,7 @@ from tests.support import same_bits
 
 def _rows(scales: int = 12, length: int = 100) -> Tensor:
     x = torch.randn(scales, length, generator=torch.Generator().manual_seed(0))
-    # Large and small ones side by side.
+    # Large and small rows lie side by side.
     x *= torch.logspace(-6, 3, scales)[torch.arange(scales) * 5 % scales].unsqueeze(-1)
     x[3] = 0
     return x
@@ -62,7 +62,7 @@ def test_zero_rows_decode_to_zero_and_others_at_their_own_scale(name: str) -> No
     y = in_rows(codec, Rows(100, 100)).encode(x, seed=1).decode()
     assert not y[3].any()
     assert ((y - x).norm(dim=1) <= 2 * x.norm(dim=1)).all()
-    # The control: without rows, some draw is wrong by a large factor.
+    # The control: without rows, some draw has a large relative error.
     x = _rows()
     flat = torch.stack([codec.encode(x, seed=seed).decode() for seed in range(20)])
     assert ((flat - x).norm(dim=2) > 10 * x.norm(dim=1)).any()
@@ -90,7 +90,7 @@ def test_shared_parts_stay_shared_and_others_are_copied() -> None:
     rows = in_rows(general, Rows(100, 100))
     assert isinstance(rows, ModuleCodec)
     own, other = general.quantizer, rows.quantizer
-    # A schedule changes the selector of both.
+    # A schedule changes the selector that both codecs use.
     assert other.msb_clamp_bit_width_impl is own.msb_clamp_bit_width_impl
     assert (own.input_view_impl.bucket_size, other.input_view_impl.bucket_size) == (256, 104)
 
@@ -120,7 +120,7 @@ def test_a_normalized_tensor_counts_what_is_kept_for_it(general: bool) -> None:
     packed = NormalizedCodec(inner, undo.forward(mean), undo).encode(x, seed=2)
     assert packed.nbytes == inner.encode(x, seed=2).nbytes + 2 * 8 * 4
     y = packed.sealed().decode()
-    # Without deviation: the mean, exactly.
+    # A row without deviation decodes to its mean exactly.
     assert (y[:, 5] == 1.5).all()
     error = (y - x).square().mean((0, 2)).sqrt()
     assert (error <= 1.5 * variance.sqrt()).all()

@@ -1,4 +1,4 @@
-"""Saved tensors that backward never reads: garbage in their place changes no bit."""
+"""Saved tensors that backward never reads: replacing them with garbage changes no bit."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from tests.support import same_bits
 
 
 class Garbage(Codec):
-    """What uninitialised memory may hold at worst."""
+    """The worst content of uninitialised memory."""
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
         return Packed(self, (), TensorLayout.of(x))
@@ -27,7 +27,7 @@ class Garbage(Codec):
 
 
 class Case(NamedTuple):
-    """An operation on a float tensor [2, 4, 8, 6], and which of its saved tensors are not read."""
+    """An operation on a float tensor [2, 4, 8, 6], and the saved tensors that backward does not read."""
 
     op: Op
     unread: tuple[int, ...]
@@ -82,7 +82,7 @@ UNREAD: dict[str, Case] = {
     "rrelu_ in evaluation": Case(lambda x: F.rrelu_(x), (0,)),
     "sgn": Case(torch.sgn, (0, 1))}
 
-#: Plain PyTorch raises.
+#: Operations for which plain PyTorch raises.
 REFUSE_CHANNELS_LAST = {"max_pool3d", *(name for name in UNREAD if name.startswith("nll_loss"))}
 
 #: Operations that save nothing.

@@ -1,4 +1,4 @@
-"""PReLU: the sign exactly, the negative part through another codec."""
+"""PReLU: the sign is exact, and another codec stores the negative part."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_nan_and_infinities_stay() -> None:
     packed = sign_exact(Keep()).encode(x, seed=0)
     expected = torch.tensor([math.nan, 1.0, -math.inf, -2.0, 1.0, 0.0])
     assert torch.equal(packed.decode().nan_to_num(7), expected.nan_to_num(7))
-    # A quantizer gives NaN to the whole bucket, but no number turns positive nor NaN where x > 0.
+    # A quantizer turns the whole bucket to NaN. But no number turns positive, nor NaN where x > 0.
     decoded = sign_exact(STOCHASTIC).encode(x, seed=0).decode()
     assert decoded[0].isnan() and decoded[1] == decoded[4] == 1 and not (decoded[[2, 3, 5]] > 0).any()
 
@@ -85,8 +85,8 @@ def test_gradient_of_the_weight_is_unbiased() -> None:
     exact = weight_grad(None, x)
     seeds = 400
     got = torch.stack([weight_grad(sign_exact(STOCHASTIC), x, seed) for seed in range(seeds)])
-    # Each element errs by d with |d| <= step, so within +-step * |g|: Hoeffding, two-sided,
-    # alpha = 1e-9 over the sum of squares of these ranges (a width of one step each, times |g|).
+    # Each element errs by d with |d| <= step, so within +-step * |g|. Hoeffding's bound is two-sided,
+    # with alpha = 1e-9, over the sum of squares of these ranges (a width of one step each, times |g|).
     torch.manual_seed(3)
     upstream = torch.randn(x.shape, dtype=x.dtype)
     step = float(-x.detach().min()) / 3

@@ -1,4 +1,4 @@
-"""Brevitas' own quantizers, packed: the value of their proxy, in few bits."""
+"""Codecs of Brevitas' own quantizers: they decode to the value of the proxy, from few bits."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from tests.strategies import (
 )
 
 ONE_RANGE = {"min_val": -3.0, "max_val": 3.0}
-# name -> settings that it cannot do without.
+# name -> required settings.
 INTEGER: dict[str, dict[str, Any]] = {
     **{f"{sign}ActPerTensor{kind}{search}": {}
        for sign in ("Int8", "Uint8", "ShiftedUint8") for kind in ("Float", "FixedPoint")
@@ -61,19 +61,19 @@ def config_of(name: str, stochastic: bool = False) -> Any:
 
 def agrees_with_its_proxy(
         config: Any, settings: dict[str, Any], tensors: list[Tensor]) -> bool:
-    """Whether a codec decodes each of a sequence of tensors to what a layer gives for it."""
+    """Whether a codec decodes each tensor of a sequence to the value of a layer."""
     codec = codec_from(config, **settings)
     layer = QuantIdentity(config, return_quant_tensor=False, **settings)
     for seed, x in enumerate(tensors):
         with seeded(seed), torch.no_grad():
             expected = layer(x)
-        # Equal numbers: integer codes have one zero, Brevitas' values two.
+        # Compare numbers, not bits: integer codes have one zero, Brevitas' values have two.
         if not torch.equal(codec.encode(x, seed=seed).decode(), expected):
             return False
     return True
 
 
-# Three sizes, so that statistics move; then shapes that no group divides.
+# Three tensors of different size, so that statistics move; then shapes that no group divides.
 SEQUENCE = [(1 + i) * normals((2, 40, 5, 5), i).float() for i in range(3)]
 AWKWARD = [normals((3, 64), 1).float(), normals((7, 33), 2).float(), normals((1, 1), 3).float()]
 
@@ -110,13 +110,13 @@ BITS = {**dict.fromkeys(ALL, 8), "SignedTernaryActPerTensorConst": 2}
 def test_a_payload_takes_the_bits_of_its_codes(name: str) -> None:
     packed = codec_from(config_of(name), **ALL[name]).encode(SEQUENCE[0], seed=0)
     assert packed.tensors[0].numel() * 8 == SEQUENCE[0].numel() * BITS[name]
-    # Beside them, a scale and a zero point.
+    # Besides codes, a scale and a zero point.
     assert packed.nbytes - packed.tensors[0].numel() <= 8
 
 
 def test_groups_are_padded_along_their_dimension() -> None:
     packed = codec_from(brevitas.quant.MXInt8Act, group_dim=1).encode(SEQUENCE[0], seed=0)
-    # 40 channels are two groups of 32.
+    # 40 channels make two groups of 32.
     assert packed.tensors[0].numel() == 2 * 64 * 25
     assert packed.tensors[1].numel() == 2 * 2 * 25
 
@@ -182,7 +182,7 @@ def test_quantizers_that_collect_or_learn_have_a_codec_per_tensor() -> None:
 
 
 def two_ranges(codec: Codec, steps: int) -> list[float]:
-    """Relative errors of two tensors of different size, encoded in turn in each of some steps."""
+    """Returns relative errors of two tensors of different size, encoded in turn for some steps."""
     small, large = normals((1000,), 1).float(), normals((1000,), 2).float() * 50
     errors = [0.0, 0.0]
     for _ in range(steps):
@@ -201,7 +201,7 @@ def test_each_tensor_of_a_forward_pass_has_statistics_of_its_own() -> None:
 
 
 def test_shared_statistics_are_worse() -> None:
-    # Positive control: one quantizer for both, as a proxy instance is.
+    # Positive control: one quantizer for both tensors, as in a proxy instance.
     layer = QuantIdentity(brevitas.quant.Int8ActPerTensorFloat, collect_stats_steps=3)
     assert max(two_ranges(codec_from(layer.act_quant), 6)) > 0.1
 
@@ -245,6 +245,6 @@ def test_awkward_tensors_of_the_thesis_baseline() -> None:
     layer = QuantIdentity(ThesisInt2DynamicActPerTensorFloat, return_quant_tensor=False)
     for case, x in awkward_tensors(torch.float32).items():
         if x.numel() and x.isfinite().all():
-            # The stock statistic reads contiguous tensors only.
+            # The stock statistic only reads contiguous tensors.
             expected = layer(TensorLayout.base(x).contiguous()).detach().expand(x.shape)
             assert torch.equal(codec.encode(x, seed=0).decode(), expected), case

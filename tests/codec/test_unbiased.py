@@ -1,7 +1,7 @@
-"""Every stochastic quantizer has the right mean and the right variance, against theory.
+"""Every stochastic quantizer has the mean and the variance that theory predicts.
 
-One tensor repeats the same 64 values, so that every bucket (and the whole tensor) has one scale, and
-each value is rounded ``COPIES`` times with noise of its own.
+One tensor repeats the same 64 values, so that every bucket (and the whole tensor) has one scale. Each
+value is rounded ``COPIES`` times with independent noise.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from tests.strategies import dtype_name, normals
 
 VALUES = normals((64,), 1).float()
 COPIES = 1 << 12
-# Averages have the mean of the group, not of the value: test_average.py.
+# Averages have the mean of the group, not of the value: see test_average.py.
 CONFIGS = [name for name in quant.act.__all__ if "Avg" not in name]
 STOCHASTIC = [name for name in CONFIGS if name.endswith("Stochastic")]
 NEAREST = [name for name in CONFIGS if not name.endswith("Stochastic")]
@@ -32,12 +32,12 @@ each_metadata = pytest.mark.parametrize(
 
 
 class Sample:
-    """Decoded copies of ``VALUES`` in steps, and what theory says about them.
+    """Decoded copies of ``VALUES`` in steps, and their theoretical statistics.
 
     Attributes:
-        error: of each copy [COPIES, 64], in steps of the widest grid of the codec.
-        variance: theoretical, of one copy of each value [64], in squared steps.
-        slack: float32 arithmetic, in steps.
+        error: error of each copy [COPIES, 64], in steps of the codec's widest grid.
+        variance: theoretical variance of one copy of each value [64], in squared steps.
+        slack: error of float32 arithmetic, in steps.
     """
 
     def __init__(self, config: Any, values: Tensor = VALUES, **overrides: Any) -> None:
@@ -54,7 +54,7 @@ class Sample:
         mixed = int((scales == steps.min()).sum()) if len(steps) > 1 else 0
         variance = [
             rounding_variance((values.double() - offset) / s) * (s / step)**2 for s in steps]
-        # The number of mixed buckets is fixed; the finer steps are theirs.
+        # The number of mixed buckets is fixed; mixed buckets have the finer steps.
         self.variance = variance[-1] * (n - mixed) / n + variance[0] * mixed / n
         top = max(spec.code_range.top(w) - spec.code_range.lowest(w)
                   for w in spec.bit_widths)
@@ -62,7 +62,7 @@ class Sample:
         self.slack = float(4 * 2.0**-23 * (values.abs().max() + top * step) / step)
 
     def is_unbiased(self) -> bool:
-        """Whether the mean of every value, and the mean of all, lies in its tolerance."""
+        """Whether the mean of every value, and the overall mean, lie in their tolerances."""
         mean = self.error.mean(0).abs()
         each = mean < bernstein(self.variance, COPIES, tests=64) + self.slack
         # Each error lies in an interval of one step.
@@ -93,7 +93,7 @@ def test_nearest_rounding_fails(name: str) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 5.0, 100.0])
 def test_shifted_data_stay_unbiased_at_eight_bits(shift: float) -> None:
-    # The trap of metadata that are cast after the codes; see also test_reference.py.
+    # The trap: metadata cast after the codes were made. See also test_reference.py.
     config = quant.ShiftedUint8DynamicActPerBucketFloatStochastic
     assert Sample(config, VALUES + shift, metadata_dtype=torch.bfloat16).is_unbiased()
 
@@ -113,7 +113,7 @@ def test_an_integer_zero_point_is_biased_at_the_ends_of_the_range_only() -> None
 
 
 class FloorOfBfloat16Noise(torch.nn.Module):
-    """The commonest wrong rounder."""
+    """The most common wrong rounder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class WronglyRounded(PerBucketMinMax, ActQuantSolver):
 
 def test_floor_of_bfloat16_noise_fails() -> None:
     # Positive control: bfloat16 noise is a multiple of 2**-8, so its mean is 2**-9 too small. Fractions
-    # near 1 show it best, where the variance is small.
+    # near 1 show this best, since their variance is small.
     codec = codec_from(WronglyRounded)
     values = torch.full((64,), 1 - 2.0**-9)
     values[0], values[1] = 0.0, 3.0

@@ -1,4 +1,4 @@
-"""A codec answers for itself: with other widths, without averages, for one site, in a compiled graph."""
+"""A codec makes its variants: other widths, without averages, for one site, in a compiled graph."""
 
 import copy
 import gc
@@ -42,7 +42,7 @@ from tests.support import same_bits
 
 
 class Downwards(nn.Module):
-    """A rounding of the user's own, which is easy to tell from the others."""
+    """A custom rounding of a user, easy to tell from the others."""
 
     bucketwise = True
 
@@ -94,19 +94,19 @@ OWN: list[Any] = [
 
 
 def alike(first: Codec, second: Codec) -> bool:
-    """Whether two codecs store the same bytes, and decode to the same values."""
+    """Whether two codecs store the same bytes and decode to the same values."""
     a, b = first.encode(X, seed=3), second.encode(X, seed=3)
     return all(map(torch.equal, a.tensors, b.tensors)) and same_bits(a.decode(), b.decode())
 
 
 def configured(config: Any, **settings: Any) -> Codec:
-    """The codec of a config with one width."""
+    """Returns the codec of a config with one width."""
     if config is Mix:
         return codec_from(Uint2, **settings)
     return codec_from(config, **settings)
 
 
-# The quantizer of a variant is the user's.
+# A variant keeps the user's quantizer.
 
 
 @pytest.mark.parametrize("config", OWN)
@@ -128,7 +128,7 @@ def test_a_variant_may_have_other_buckets_and_averages(config: Any) -> None:
     assert found is not None and alike(found, configured(config, bit_width=4, bucket_size=32))
     averages = codec.variant(4, 32, 2)
     assert isinstance(averages, AverageCodec) and alike(averages, AverageCodec(found, 2))
-    # The configured one is as it was.
+    # The configured codec is unchanged.
     assert alike(codec, codec_from(config))
 
 
@@ -159,7 +159,7 @@ def test_rows_of_a_variant_are_those_of_the_config() -> None:
         assert alike(wide.in_rows(100, 300), codec_from(config, bit_width=4).in_rows(100, 300))
 
 
-# Each is made once.
+# Each variant is made once.
 
 
 @pytest.mark.parametrize("config", [OwnRounding, OwnMax, Averages, Mix])
@@ -211,7 +211,7 @@ def test_a_codec_without_widths_has_no_variants(kind: str) -> None:
         Candidate(4).codec(codec)
 
 
-# Widths that a quantizer cannot have.
+# Widths that a quantizer cannot use.
 
 
 @pytest.mark.parametrize("config", [OwnMax, OwnMagnitudes])
@@ -247,11 +247,11 @@ def test_a_plan_says_at_once_which_candidate_the_quantizer_cannot_have() -> None
     assert {t.chosen for t in plan.tensors} <= {"2", "4", "8"}
 
 
-# The user's quantizer survives what the wrapper makes of it.
+# The wrapper's variants keep the user's quantizer.
 
 
 class Noting(StochasticRound):
-    """A rounding of the user's own, that notes how wide the codes are that it makes."""
+    """A custom rounding that records the widths of the codes it makes."""
 
     seen: ClassVar[list[float]] = []
 
@@ -267,7 +267,7 @@ class Noted(PerBucketMinMax, ActQuantSolver):
 
 
 def levels(**options: Any) -> list[float]:
-    """Top codes that the user's rounding made, of the three tensors that a network saves."""
+    """Returns the top codes that the user's rounding made, for the network's three saved tensors."""
     model = QuantBackwardWrapper(_net(), Noted, **options)
     Noting.seen.clear()
     model(torch.randn(64, 64, requires_grad=True))
@@ -296,7 +296,7 @@ def test_a_scale_rule_of_ones_own_stays_with_the_derivative(config: Any, name: s
         Uint2, bit_width=6, bucket_size=64)))
 
 
-# One codec for each site.
+# One codec per site.
 
 
 def test_wrapping_codecs_have_the_site_of_what_they_wrap() -> None:

@@ -1,4 +1,4 @@
-"""What runs in a process of its own: one backward of a model that came through a pickle."""
+"""Code for a separate process: one backward of a model received by pickle."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def train(model: nn.Module, x: Tensor, queue: Any, release: Any) -> None:
-    """Puts the gradients, and doubles the first parameter in the shared memory."""
+    """Sends the gradients, and doubles the first parameter in shared memory."""
     torch.set_num_threads(1)
     model(x).square().sum().backward()
     grads = [p.grad.numpy().tolist() for p in model.parameters() if p.grad is not None]

@@ -1,4 +1,4 @@
-"""What the tests of composition share: the two promises, asserted in one way."""
+"""Shared by the composition tests: the two promises of the wrapper, as assertions."""
 
 import copy
 from collections.abc import Callable
@@ -20,15 +20,15 @@ from tests.backward.support import (
 
 POLICIES = [*QUANTIZING, "exact"]
 
-#: Draws of a mean over noise.
+#: Number of draws in a mean over noise.
 DRAWS = 200
 
-#: Images as many as a weight has rows: after a cast, shapes do not tell input from weight.
+#: As many images as a weight has rows: after a cast, shapes do not tell input from weight.
 X = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def assert_exact_policy_is_plain(module: nn.Module, *inputs: Tensor) -> Run:
-    """Bit for bit the outputs, gradients, buffers and random state of plain autograd; returns these."""
+    """Compares outputs, gradients, buffers and random state with plain autograd's; returns plain's."""
     plain, wrapped = run(module, *inputs), wrapped_run(module, *inputs, policy="exact")
     assert torch.equal(wrapped.output, plain.output)
     assert torch.equal(wrapped.rng, plain.rng)
@@ -38,7 +38,7 @@ def assert_exact_policy_is_plain(module: nn.Module, *inputs: Tensor) -> Run:
 
 
 def assert_default_policy_trains(module: nn.Module, *inputs: Tensor, ratio: float) -> Run:
-    """The forward of plain autograd, finite gradients of its kinds, and bytes smaller by ``ratio``."""
+    """Asserts plain outputs, finite gradients of plain's kinds, and bytes smaller by ``ratio``."""
     plain, wrapped = run(module, *inputs), wrapped_run(module, *inputs)
     assert torch.equal(wrapped.output, plain.output)
     assert torch.equal(wrapped.rng, plain.rng)
@@ -52,7 +52,7 @@ def assert_default_policy_trains(module: nn.Module, *inputs: Tensor, ratio: floa
 
 
 def saved_ratio(module: nn.Module, *inputs: Tensor, **options: Any) -> float:
-    """Bytes that plain autograd saves, over bytes stored."""
+    """Returns bytes that plain autograd saves, divided by bytes stored."""
     model = QuantBackwardWrapper(copy.deepcopy(module), **options)
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     with track_saved_memory(model) as report:
@@ -64,14 +64,14 @@ def saved_ratio(module: nn.Module, *inputs: Tensor, **options: Any) -> float:
 def naive_differs(
         module: nn.Module, *inputs: Tensor, name: str = "input 0",
         within: AbstractContextManager[Any] | None = None) -> bool:
-    """The control: whether hooks that quantize whatever comes change a gradient that ours do not."""
+    """The control: whether hooks that quantize everything change a gradient that the wrapper keeps."""
     plain = run(module, *inputs).grads[name]
     with naive_hooks(), within or nullcontext():
         return not torch.equal(run(module, *inputs).grads[name], plain)
 
 
 def mean_grad(model: nn.Module, x: Tensor, cotangent: Tensor, name: str) -> Tensor:
-    """Mean over :data:`DRAWS` backwards of the gradient of one parameter."""
+    """Returns the mean over :data:`DRAWS` backwards of the gradient of one parameter."""
     parameter = model.get_parameter(name)
     total = torch.zeros(parameter.shape, dtype=torch.float64)
     for _ in range(DRAWS):
@@ -83,19 +83,19 @@ def mean_grad(model: nn.Module, x: Tensor, cotangent: Tensor, name: str) -> Tens
 
 
 def grads(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients of the parameters, by the names of the unwrapped module."""
+    """Returns the parameters' gradients, by the names in the unwrapped module."""
     return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()
             if p.grad is not None}
 
 
 def mlp() -> nn.Sequential:
-    """A small network, always the same; only its activation is rewritten."""
+    """Returns a small network, the same at each call; only its activation is rewritten."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8))
 
 
 def both(train: Callable[[nn.Module], Any], policy: str = "exact") -> list[Any]:
-    """(what ``train`` returns, the gradients it leaves) for a plain and for a wrapped :func:`mlp`."""
+    """Returns (result of ``train``, gradients it leaves) for a plain and a wrapped :func:`mlp`."""
     results = []
     for wrap in (lambda m: m, lambda m: QuantBackwardWrapper(m, policy=policy, seed=0)):
         model = wrap(mlp())

@@ -1,4 +1,4 @@
-"""H25: ``torch.compile``: hooks inlined into the graphs of compiled modules, and a compiled wrapper."""
+"""H25: ``torch.compile``: hooks inlined into graphs of compiled modules, and a compiled wrapper."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ from brevitas_bp.quant import (
 from tests.backward.support import HalfCodec, assert_same, cotangent, naive_hooks, run
 
 pytestmark = pytest.mark.filterwarnings(
-    # Dynamo traces the stack of hooks, whose functions it does not know: it leaves them to Python.
+    # Dynamo traces the stack of hooks. It does not know their functions, so it leaves them to Python.
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
     "ignore:Dynamo does not know how to trace:UserWarning",
     "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
@@ -42,7 +42,7 @@ def fresh_dynamo() -> Any:
 
 
 def compiled(module: Any, **options: Any) -> Any:
-    """Compiled by AOTAutograd, which inlines hooks, without Inductor, which takes long."""
+    """Compiles by AOTAutograd, which inlines hooks, without Inductor, which is slow."""
     return torch.compile(module, backend="aot_eager", **options)
 
 
@@ -68,7 +68,7 @@ def pictures() -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention on chunks of one projection, which are views with gaps, and a GELU."""
+    """Attention on chunks of one projection (views with gaps), and a GELU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
 
 class Product(nn.Module):
-    """A product of two layers: backward is linear in all that is saved."""
+    """A product of two layers: backward is linear in every saved tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,17 +105,17 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 def graphs() -> int:
-    """Graphs made since the test began."""
+    """Returns the number of graphs made since the test began."""
     return counters["stats"]["unique_graphs"]
 
 
 def breaks() -> int:
-    """Graph breaks since the test began."""
+    """Returns the number of graph breaks since the test began."""
     return sum(counters["graph_break"].values())
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Gradients of all parameters in one step."""
+    """Returns the gradients of all parameters in one step."""
     model.zero_grad()
     output = model(x)
     output.backward(cotangent(output))
@@ -123,9 +123,9 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
-    """Asserts that gradients differ by noise: a cosine of 0.7 stands for noise as large as they are.
+    """Asserts that gradients differ by noise only: a cosine of 0.7 allows noise of the gradients' size.
 
-    That of unrelated vectors of 64 and more elements has a deviation of 1/8 and less.
+    The cosine of unrelated vectors of 64 or more elements has a deviation of at most 1/8.
     """
     assert len(found) == len(expected)
     for a, b in zip(found, expected):
@@ -133,13 +133,13 @@ def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def stored_by(model: QuantBackwardWrapper, x: Tensor) -> dict[str, str]:
-    """Module and operation -> how a forward pass of ``x`` is stored."""
+    """Returns module and operation -> how a forward pass of ``x`` stores the tensor."""
     model(x)
     return stored(model)
 
 
 def stored(model: QuantBackwardWrapper) -> dict[str, str]:
-    """Module and operation -> how the last forward pass stored it."""
+    """Returns module and operation -> how the last forward pass stored the tensor."""
     return {f"{s.module}:{s.op}": s.stored for s in model.explain().sites.values()}
 
 
@@ -191,8 +191,8 @@ def test_forward_is_that_of_the_compiled_module_and_is_stored_in_few_bits(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
-#: Networks whose backward is linear in what is saved, or nearly so, and what bias is left of all
-#: gradients together, relative to them: in 8-bit inputs of activations and in inputs of norms.
+#: Networks whose backward is linear, or nearly so, in the saved tensors -> relative bias of all
+#: gradients together. The bias comes from 8-bit inputs of activations and from inputs of norms.
 BIAS = {"conv-bn-silu": 0.05, "conv-bn-relu": 0.05, "mlp": 0.05, "product": 0.0, "attention": 0.05}
 
 
@@ -204,12 +204,12 @@ def test_gradients_are_right_on_average(name: str) -> None:
     draws = torch.stack(
         [torch.cat([g.flatten() for g in gradients(model, x)]) for _ in range(64)]).double()
     assert graphs() == 2
-    # |mean - exact|^2 has the expectation sum(var) / n, its square root is noise. It is a sum of many
-    # terms, which deviates from that by far less than 16 times; Markov's inequality alone gives 1/16.
+    # |mean - exact|^2 has the expectation sum(var) / n; its square root is the noise. It sums many
+    # terms, so it stays far below 16 times its expectation. Markov's inequality alone gives 1/16.
     noise = float((draws.var(0).sum() / len(draws)).sqrt())
     error = float((draws.mean(0) - exact).norm())
     assert error < 4 * noise + BIAS[name] * float(exact.norm())
-    # The control: one draw, as far away as a bias could be, is seen.
+    # The control: the test would see a bias as large as the error of one draw.
     assert float((draws[0] - exact).norm()) > 4 * noise
 
 
@@ -219,17 +219,17 @@ def test_of_a_relus_output_the_sign_is_exact_and_the_values_are_as_configured() 
     model = QuantBackwardWrapper(compiled(module), seed=1)
     kinds = stored_by(model, x)
     assert kinds["_orig_mod.3:relu"] == "2-bit stochastic, sign exact"
-    # What backward reads the sign of and nothing else is stored so, too.
+    # A tensor is also stored as its sign if backward reads nothing but the sign.
     assert kinds["_orig_mod.4:detach"].endswith("sign exact")
     with track_saved_memory(model) as report:
         output = model(x)
-    # 2 bits, 1 bit, and 8 bytes for each of 256 elements; inputs and weights are small.
+    # 2 bits, 1 bit, and 8 bytes per 256 elements. Inputs and weights are small.
     assert report.ratio > 8
     del output
-    # The gradient that goes through masks and exact weights alone is that of plain autograd.
+    # This gradient passes through masks and exact weights only, so it equals plain autograd's.
     bias = gradients(model, x)[-3]
     assert torch.equal(bias, gradients(plain, x)[-3])
-    # The control: rounded like all others, signs are lost.
+    # The control: rounding every tensor loses signs.
     naive = QuantBackwardWrapper(compiled(NETS["conv-bn-relu"]()[0]), policy="all", seed=1)
     assert "sign exact" not in "".join(stored_by(naive, x).values())
 
@@ -287,7 +287,7 @@ def test_other_batch_sizes_make_sizes_dynamic_and_are_stored_too() -> None:
         output.sum().backward()
         ratios.append(report.ratio)
         made.append(graphs())
-    # One for the first size, one for all, one more for sizes with an incomplete last bucket.
+    # One graph for the first size, one for all sizes, one for sizes with an incomplete last bucket.
     assert made[2] <= 3 and made[-1] == made[2]
     assert min(ratios) > 0.8 * max(ratios)
 
@@ -297,7 +297,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     model = QuantBackwardWrapper(compiled(net().to(dtype)), policy="all", seed=1)
     with track_saved_memory(model) as report:
         output = model(images().to(dtype))
-    # 2 bits, and two float32 (for float64 two float64) for each bucket of 256; statistics are exact.
+    # 2 bits, and two float32 (for float64 two float64) per bucket of 256. Statistics are exact.
     assert report.ratio > 0.75 * 8 * dtype.itemsize / (2 + 16 * max(dtype.itemsize, 4) / 256)
     output.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
@@ -321,7 +321,7 @@ def test_parameters_and_their_casts_are_never_quantized() -> None:
 
 
 class Given(nn.Module):
-    """A network whose compiled part is given a view of a weight."""
+    """A network whose compiled part receives a view of a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,7 +333,7 @@ class Given(nn.Module):
 
 
 class Times(nn.Module):
-    """tanh(x w) w"""
+    """Computes tanh(x w) w."""
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         return torch.tanh(x @ w) @ w
@@ -417,12 +417,12 @@ def test_two_wrappers_are_independent() -> None:
     second = gradients(many, images())
     errors = [
         sum(float((a - b).norm()) for a, b in zip(found, exact)) for found in (first, second)]
-    # A step of 8 bits is 85 times smaller than one of 2 bits.
+    # A step at 8 bits is 85 times smaller than a step at 2 bits.
     assert errors[1] < errors[0] / 20
 
 
 class Mixed(nn.Module):
-    """One compiled part, called twice, within an eager network."""
+    """An eager network with one compiled part, which is called twice."""
 
     def __init__(self, part: Any) -> None:
         super().__init__()
@@ -507,7 +507,7 @@ def test_accumulation_and_repeated_backward() -> None:
 
 
 class Failing(nn.Module):
-    """Raises for batches of seven."""
+    """Raises for batches of seven samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -569,8 +569,8 @@ def test_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    # Once in some eighty runs Dynamo finds that its guards fail and then that they hold ("unexpected
-    # recompilation"), where another thread is in the middle of them: then it compiles once more.
+    # Once in some eighty runs, Dynamo finds that its guards fail and then that they hold ("unexpected
+    # recompilation"), because another thread is inside them. Then it compiles once more.
     assert not failures and graphs() <= made + len(models)
     assert nothing_is_left()
 
@@ -656,7 +656,7 @@ def test_a_wrapper_within_a_compiled_network() -> None:
         found = gradients(model, images())
     assert_alike(found, gradients(plain, images()))
     assert stored(outer.part)["last:mul"] == "2-bit stochastic"
-    # Two calls break the graph twice, and what comes between them and after is compiled.
+    # Two calls break the graph twice. The code between and after them is compiled.
     assert 0 < graphs() <= 8
 
 
@@ -666,14 +666,14 @@ def test_nested_wrappers() -> None:
     module.last = QuantBackwardWrapper(module.last, policy="exact")  # pyright: ignore
     model = QuantBackwardWrapper(compiled(module), seed=1)
     found = gradients(model, images())
-    # The last layer's own gradients are exact, the others are not.
+    # The last layer's own gradients are exact; the other gradients are not.
     assert all(map(torch.allclose, found[4:], expected[4:]))
     assert not torch.allclose(found[0], expected[0])
     assert graphs() <= 4
 
 
 class Broken(nn.Module):
-    """A graph break in the middle."""
+    """A network with a graph break in the middle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -691,7 +691,7 @@ def test_graph_breaks_make_no_graphs_of_our_own_functions() -> None:
     model = QuantBackwardWrapper(compiled(Broken()), seed=1)
     gradients(model, images())
     assert graphs() == 2 * plain
-    # Nor where whole regions run one operation at a time.
+    # Nor are there any if whole regions run one operation at a time.
     with torch._dynamo.config.patch(recompile_limit=1):
         other = QuantBackwardWrapper(compiled(nn.Sequential(nn.Linear(64, 64), nn.Tanh())), seed=1)
         for batch in (128, 64):
@@ -704,7 +704,7 @@ def test_a_module_that_compiles_nothing() -> None:
     module.compile(backend="aot_eager")
     model = QuantBackwardWrapper(module, ShiftedUint2DynamicActPerBucketFloatStochastic, seed=1)
     gradients(model, images())
-    # Up to torch 2.13 Dynamo skips the forward of torch's own containers.
+    # Up to torch 2.13, Dynamo skips the forward of torch's own containers.
     name = "0:primals_3" if graphs() else ":linear"
     assert stored(model)[name] == "2-bit stochastic"
 

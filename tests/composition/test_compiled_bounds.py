@@ -1,4 +1,4 @@
-"""The error of the gradient is bounded in compiled graphs too: rows, channels, statistics of norms."""
+"""The gradient's error is bounded in compiled graphs too: rows, channels, statistics of norms."""
 
 import gc
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Nothing that was compiled here outlives its test: other tests count live tensors."""
+    """Frees everything compiled in a test when it ends: other tests count live tensors."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -29,7 +29,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 class _Images(nn.Module):
-    """Channels of very different size, through a batch norm and a convolution of each channel."""
+    """Channels of very different size, through a batch norm and a depthwise convolution."""
 
     def __init__(self, channels: int = 16) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def _error(network: nn.Module, x: Tensor, compiled: nn.Module) -> float:
         found = torch.autograd.grad(loss, list(network.parameters()))
         return torch.cat([g.flatten() for g in found])
 
-    # Of all parameters: a norm takes most of the gradient of the one before away.
+    # Compare all parameters: a norm removes most of the gradient of the layer before it.
     exact, rounded = gradient(network), gradient(compiled)
     return float((rounded - exact).norm() / exact.norm())
 
@@ -87,7 +87,7 @@ def test_the_error_is_bounded(
     torch.manual_seed(0)
     network, x = kind(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
     assert _error(network, x, _wrapped(network)) <= 2
-    # The control: buckets through the whole tensor.
+    # The control: flat buckets through the whole tensor.
     monkeypatch.setattr(inlined, "grouping_of", lambda *arguments: Grouping())
     assert _error(network, x, _wrapped(network)) > 2
 
@@ -101,6 +101,6 @@ def test_a_norm_hands_its_statistics_to_the_encoder(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(placement, "statistics_of", note)
     torch.manual_seed(0)
-    # This one takes norms apart, as Inductor does.
+    # This backend decomposes norms, as Inductor does.
     _wrapped(_Images(), "aot_eager_decomp_partition")(torch.randn(8, 3, 8, 8)).sum().backward()
     assert any(statistics is not None for statistics in found)

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives, torch.func, forward mode: right, or refused with a way out."""
+"""Higher derivatives, torch.func, forward mode: right, or refused with a way out."""
 
 import copy
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def critic(activation: nn.Module) -> nn.Sequential:
 
 
 def wgan_gp(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The critic's loss of Gulrajani et al., 2017: slopes between real and fake are pulled to one."""
+    """The critic's loss of Gulrajani et al., 2017: it pulls slopes between real and fake to one."""
     generator = torch.Generator().manual_seed(0)
     real, fake = torch.randn(2, 8, 3, 16, 16, generator=generator, dtype=dtype)
     between = real.lerp(fake, torch.rand(8, 1, 1, 1, generator=generator, dtype=dtype))
@@ -106,7 +106,7 @@ def test_override_of_the_critic_inside_one_wrapper() -> None:
 
 
 def attention_by_formula(x: Tensor) -> Tensor:
-    # Kernels have no second derivative.
+    # Attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(x[None], x[None], x[None])
 
@@ -123,7 +123,7 @@ def test_second_derivatives_by_finite_differences(function: Callable[[Tensor], T
 
 
 class Force(nn.Module):
-    """An energy's gradient is the output, as in models of molecules: backward runs inside of forward."""
+    """The output is the gradient of an energy, as in molecular models: backward runs in forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def test_backward_inside_of_forward() -> None:
     assert_same(ours.grads, plain.grads)
     with pytest.raises(SecondDerivativeError, match="tanh"):
         run(QuantBackwardWrapper(copy.deepcopy(module)), X, copied=False)
-    # The part that is differentiated twice is exact; the rest of a model stays quantized.
+    # The part that is differentiated twice is exact. The rest of the model stays quantized.
     exact = QuantBackwardWrapper(module, overrides={"net": None})
     assert_same(run(exact, X, copied=False).grads, plain.grads)
 
@@ -192,7 +192,7 @@ def test_transforms_that_save_nothing_work(name: str, policy: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
 def test_zero_tangents_have_no_memory() -> None:
-    # The control of the test above: what forward mode saves cannot be read by a kernel.
+    # The control of the test above: a kernel cannot read what forward mode saves.
     seen: list[bool] = []
     with saved_tensors_hooks(lambda x: (seen.append(x._is_zerotensor()), x)[1], lambda x: x):
         _forward_mode(mlp())

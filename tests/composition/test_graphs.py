@@ -1,6 +1,6 @@
-"""Accumulation, several losses, parts of a backward, hooks of users, other tools.
+"""Gradient accumulation, several losses, partial backwards, hooks of users, other tools.
 
-Repeated backwards are in tests/backward/test_repeated_backward.py.
+For repeated backwards see tests/backward/test_repeated_backward.py.
 """
 
 
@@ -30,8 +30,8 @@ def test_micro_batches_accumulate_to_plain_autograds_bits() -> None:
 
 @pytest.mark.parametrize(("noise", "unbiased"), [("own", True), ("repeated", False)])
 def test_micro_batches_have_independent_noise(noise: str, unbiased: bool) -> None:
-    # The variance of a sum is the sum of variances only where draws are independent: the same batch
-    # eight times, with the noise of the first as the control.
+    # The variance of a sum is the sum of variances only if draws are independent. The test accumulates
+    # one batch eight times; the control repeats the noise of the first draw.
     layer, parts = nn.Linear(64, 16, bias=False), 8
     x = torch.rand(16, 64, generator=torch.Generator().manual_seed(2))
     delta = cotangent(layer(x)).detach()
@@ -48,8 +48,8 @@ def test_micro_batches_have_independent_noise(noise: str, unbiased: bool) -> Non
         assert layer.weight.grad is not None
         error = layer.weight.grad.double() - parts * (delta.double().t() @ x.double())
         squares.append((error.square() / variance).mean())
-    # A chi-square of many degrees over their number: its deviation is below sqrt(2 / DRAWS) for
-    # equal draws of all entries at worst; repeated noise has eight times the variance.
+    # A chi-square of many degrees, divided by their number. Its deviation is below sqrt(2 / DRAWS), even
+    # if all entries draw alike. Repeated noise has eight times the variance.
     close = abs(torch.stack(squares).mean() - 1) <= z_bound(1) * (2 / DRAWS)**0.5
     assert bool(close) == unbiased
 
@@ -58,7 +58,7 @@ def test_micro_batches_have_independent_noise(noise: str, unbiased: bool) -> Non
 
 
 class TwoHeads(nn.Module):
-    """A shared body and two outputs."""
+    """A shared body and two heads with outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_losses_of_one_forward_may_be_taken_one_by_one(policy: str) -> None:
     ours = separately(heads(policy))
     if policy == "exact":
         assert_same(ours, separately(heads(None)))
-    # The payload that both share decodes alike for each, so a repetition gives the same bits.
+    # The payload that both share decodes to the same values each time, so repeating gives equal bits.
     assert_same(ours, separately(heads(policy)))
 
 
@@ -109,7 +109,7 @@ def test_backward_to_chosen_inputs_alone(policy: str) -> None:
     (_, plain), (_, ours) = both(
         lambda m: m(X).square().sum().backward(inputs=[m.get_parameter("3.bias")]), policy)
     assert ours.keys() == {"3.bias"}
-    assert_same(ours, plain)  # nothing saved is on the way
+    assert_same(ours, plain)  # no quantized tensor is on the path
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -131,7 +131,7 @@ def test_unused_inputs_are_told(policy: str) -> None:
 
 
 def hooked(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every kind of hook, some of which change what passes."""
+    """Registers every kind of hook, some of which change tensors or gradients."""
     log: list[tuple[str, Tensor]] = []
     first, gelu, last = (model.get_submodule(n) for n in ("0", "1", "3"))
     gelu.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
@@ -223,7 +223,7 @@ def test_global_norm_of_gradients_is_clipped(policy: str) -> None:
     assert policy != "exact" or torch.equal(norm, plain)
 
 
-# Other tools that look at saved tensors
+# Other tools that use saved tensors
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
@@ -233,7 +233,7 @@ def test_anomaly_mode_finds_the_operation(policy: str) -> None:
         return (x * 0).sqrt() * 0  # the line that the message must quote
 
     model, x = QuantBackwardWrapper(Apply(root_of_zero), policy=policy), X.clone().requires_grad_()
-    model(x).sum().backward()  # the control: nobody notices
+    model(x).sum().backward()  # the control: no error is raised
     assert x.grad is not None
     assert x.grad.isnan().all()
     with torch.autograd.set_detect_anomaly(True), pytest.warns(UserWarning, match="must quote"), \
@@ -286,6 +286,6 @@ def test_mutation_of_saved_tensors_is_refused_where_they_are_kept() -> None:
     torch.testing.assert_close(mutate(module), 2 * (2 * X).cos())
     with pytest.raises(ModifiedInPlaceError, match="saved by sin"):
         mutate(QuantBackwardWrapper(module, policy="exact"))
-    # What is stored in codes is a copy: a step of 255 of derivatives between -1 and 1, times two.
+    # Codes are a copy: the error is one of 255 steps of derivatives between -1 and 1, times two.
     model = QuantBackwardWrapper(module, Stochastic2, bit_width=8)
     assert (mutate(model) - 2 * (2 * X).cos()).abs().max() <= 2 * 2 / 255

@@ -39,7 +39,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 class Island(nn.Module):
-    """A layer used twice (its cast weight is cached) around a part that must run in float32."""
+    """A layer used twice (its cast weight is cached), around a part that must run in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Island(nn.Module):
 
 
 class Inside(nn.Module):
-    """Enters autocast itself."""
+    """A module that enters autocast itself."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_autocast_around_the_wrapper(dtype: torch.dtype, cached: bool) -> None:
     module, x = island()
     with torch.autocast("cpu", dtype, cache_enabled=cached):
         assert assert_exact_policy_is_plain(module, x).output.dtype == dtype
-        # The softmax is kept, a quarter of all bytes: 2.83 was measured.
+        # The softmax output is kept and takes a quarter of all bytes. 2.83 was measured.
         assert_default_policy_trains(module, x, ratio=2.5)
 
 
@@ -106,7 +106,7 @@ def test_weight_gradients_are_unbiased_under_autocast(quantizer: type, unbiased:
     delta = torch.rand(128, 16).bfloat16()
     exact = delta.double().t() @ x.double()
     variance = delta.double().square().t() @ rounding_variance(x, 3, 64)
-    # Decoded values and the gradient are rounded to bfloat16, by 2**-9 of each term at most.
+    # Decoded values and the gradient are rounded to bfloat16, by at most 2**-9 of each term.
     tolerance = z_bound(exact.numel()) * (variance / DRAWS).sqrt() + 2 * 2**-9 * exact
     model = QuantBackwardWrapper(layer, quantizer, bucket_size=64, seed=0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -134,14 +134,14 @@ def test_overflow_is_skipped_and_training_goes_on(policy: str) -> None:
         scaler.scale(loss).backward()
         if not skipped:
             assert weights.grad is not None
-            # The control: a step that does not look destroys the weights.
+            # The control: a step without the check destroys the weights.
             assert not (weights - weights.grad).isfinite().all()
         scaler.step(optimizer)
         scaler.update()
         if torch.equal(weights, before):
             skipped += 1
             assert scaler.get_scale() == scale / 2
-    # float16 ends at 2**16 and gradients here are below 1: from 2**24 a few steps are skipped, not many.
+    # float16 ends at 2**16 and gradients here are below 1. From 2**24, few steps are skipped.
     assert 1 <= skipped < 24
     assert weights.isfinite().all()
 
@@ -162,7 +162,7 @@ def test_networks_of_one_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 class Mixed(nn.Module):
-    """Four dtypes in a row."""
+    """A network with four dtypes in a row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_channels_last_3d() -> None:
 
 
 class GeneralRound(StochasticRound):
-    """A part of the user's own, so that no fused kernel is used."""
+    """A custom rounding of a user, so that no fused kernel is used."""
 
 
 class GeneralPath(Stochastic2):
@@ -208,12 +208,12 @@ class GeneralPath(Stochastic2):
 
 @contextmanager
 def default(value: torch.dtype | str) -> Iterator[None]:
-    """A default dtype or device, within the block."""
+    """Sets a default dtype or device within the block."""
     dtype = torch.get_default_dtype()
     try:
         if isinstance(value, str):
             torch.set_default_device(value)
-            assert torch.empty(1).device.type == value  # the control: it reaches all that names none
+            assert torch.empty(1).device.type == value  # the control: it affects unnamed devices
         else:
             torch.set_default_dtype(value)
             assert torch.empty(1).dtype == value  # the control
@@ -303,7 +303,7 @@ def test_complex_layers_are_kept_beside_quantized_ones() -> None:
 
 
 def grads_of(module: nn.Module, x: Tensor, **options: Any) -> dict[str, Tensor]:
-    """Gradients of the parameters, wrapped if there are options."""
+    """Returns the parameters' gradients; wraps the module if options are given."""
     model = QuantBackwardWrapper(copy.deepcopy(module), seed=0, **options) if options else module
     model.zero_grad()
     output = model(x)
@@ -339,7 +339,7 @@ def test_sparse_factors_are_kept(convert: Callable[[Tensor], Tensor], policy: st
     module = nn.Sequential(Apply(lambda x: graph @ x), nn.Linear(64, 8))
     x = torch.randn(64, 64)
     plain, ours = run(module, x), wrapped_run(module, x, policy=policy)
-    # The product is linear and the weight exact, so all that is rounded is the input of the layer.
+    # The product is linear and the weight exact, so only the input of the layer is rounded.
     assert torch.equal(ours.grads["input 0"], plain.grads["input 0"])
     assert torch.equal(ours.grads["1.weight"], plain.grads["1.weight"]) == (policy == "exact")
 

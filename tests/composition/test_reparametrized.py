@@ -1,8 +1,8 @@
 """Weights that are computed, tied, frozen or adapted.
 
-A computed weight (weight norm, spectral norm, ...) is no parameter, but a layer saves it as its weight:
-backward multiplies all that passes with it, so the default policy keeps it, and the gradient of the
-layer's input stays exact. What the computation itself saves is treated operation by operation.
+A computed weight (weight norm, spectral norm, ...) is not a parameter, but a layer saves it as its
+weight. Backward multiplies every gradient by it. So the default policy keeps it, and the gradient of the
+layer's input stays exact. Tensors that the computation itself saves are treated operation by operation.
 """
 
 import copy
@@ -34,14 +34,14 @@ from tests.composition.support import (
 
 
 class Symmetric(nn.Module):
-    """A parametrization as a user writes it."""
+    """A parametrization as users write it."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight.triu() + weight.triu(1).mT
 
 
 class Scaled(nn.Module):
-    """A product of two parameters and a function of one."""
+    """A product of two parameters and a function of a third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def linears(way: str) -> nn.Module:
-    """Linear in its input."""
+    """Returns layers that are linear in their input."""
     torch.manual_seed(0)
     return nn.Sequential(*(WAYS[way](nn.Linear(64, 64)) for _ in range(2)))
 
@@ -86,9 +86,9 @@ def casting(cast: bool) -> Any:
 def test_computed_weights_under_both_policies(way: str, cast: bool) -> None:
     module = nn.Sequential(linears(way), nn.ReLU(), WAYS[way](nn.Linear(64, 64)))
     with casting(cast):
-        assert_exact_policy_is_plain(module, X)  # buffers too: spectral norm iterates in forward
-        # Three weights and what they are made of are kept; the inputs and the mask get smaller.
-        # Three bits to an element of an input, in buckets of a row of 64. Measured: 1.085 (Householder
+        assert_exact_policy_is_plain(module, X)  # with buffers: spectral norm iterates in forward
+        # Three weights and their inputs are kept; the layer inputs and the mask get smaller. A layer
+        # input takes three bits per element, in buckets of a row of 64. Measured: 1.085 (Householder
         # under autocast) to 2.2.
         assert_default_policy_trains(module, X, ratio=1.08)
 
@@ -105,7 +105,7 @@ def test_computed_weight_of_a_layer_is_kept(way: str, cast: bool) -> None:
 
 
 def test_all_is_all_but_parameters() -> None:
-    # Stated: the policy "all" rounds a computed weight like any tensor that is no parameter.
+    # Documented: the policy "all" rounds a computed weight like any tensor that is not a parameter.
     module = linears("weight_norm")
     plain, ours = run(module, X), wrapped_run(module, X, policy="all")
     assert not torch.equal(ours.grads["input 0"], plain.grads["input 0"])
@@ -134,8 +134,8 @@ def test_gradients_behind_a_computed_weight_are_unbiased(
     model = QuantBackwardWrapper(layer, quantizer, bucket_size=64, seed=0)
     with casting(cast):
         error = mean_grad(model, x, delta, f"module.{name}") - exact
-    # In bfloat16 decoded values and the weight's gradient are rounded, by 2**-9 of each term at most;
-    # in float32 sums of 64 x 64 terms, by 64 * 2**-24 of them.
+    # In bfloat16, decoded values and the weight's gradient are rounded, by at most 2**-9 of each term.
+    # In float32, sums of 64 x 64 terms are rounded, by 64 * 2**-24 of the terms.
     slack = (2 * 2**-9 if cast else 64 * 2**-24) * (of_weight * direction.abs()).sum(1, keepdim=True)
     tolerance = z_bound(64) * (variance / DRAWS).sqrt().unsqueeze(1) + slack
     assert bool((error.abs() <= tolerance).all()) == unbiased
@@ -143,10 +143,10 @@ def test_gradients_behind_a_computed_weight_are_unbiased(
 
 @pytest.mark.parametrize(("quantizer", "unbiased"), [(Stochastic2, True), (Nearest2, False)])
 def test_gradients_behind_a_spectral_norm_are_unbiased(quantizer: type, unbiased: bool) -> None:
-    """``W / (u . W v)`` saves ``u`` too, rounded to 4 bits independently of the layer's input."""
+    """``W / (u . W v)`` also saves ``u``, rounded to 4 bits independently of the layer's input."""
     torch.manual_seed(0)
     layer = parametrizations.spectral_norm(nn.Linear(32, 16, bias=False), n_power_iterations=20)
-    layer.eval()  # u and v stay
+    layer.eval()  # u and v stay constant
     norm: Any = layer.get_submodule("parametrizations.weight")[0]  # pyright: ignore[reportIndexIssue]
     u, v = norm._u.double(), norm._v.double()
     weight = layer.get_parameter("parametrizations.weight.original").detach().double()
@@ -173,7 +173,7 @@ def test_gradients_behind_a_spectral_norm_are_unbiased(quantizer: type, unbiased
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_old_weight_norm(policy: str) -> None:
-    # It cannot be deep-copied once it has run, wrapped or not, so two are made alike.
+    # The module cannot be deep-copied once it has run, wrapped or not, so the test makes two alike.
     def step(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
         torch.manual_seed(0)
         module = nn.Sequential(*(nn.utils.weight_norm(nn.Linear(64, 64)) for _ in range(2)))
@@ -215,7 +215,7 @@ def test_parametrizations_come_and_go_under_the_wrapper() -> None:
 
 
 class Tied(nn.Module):
-    """Embedding, body, and the embedding's weight as the decoder."""
+    """An embedding, a body, and a decoder with the embedding's weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,8 +248,8 @@ def test_tied_weights_across_the_boundary_of_the_wrapper(policy: str) -> None:
     output.backward(cotangent(output))
     output = reference(tokens)
     output.backward(cotangent(output))
-    # What reaches the body comes through the shared weight alone, which is exact; its own gradient
-    # is that of the decoder, from a rounded input, plus that of the embedding.
+    # The body's gradient passes through the shared weight only, which is exact. The shared weight's own
+    # gradient is the sum of the decoder's, from a rounded input, and the embedding's.
     assert tied.body.weight.grad is not None
     assert torch.equal(tied.body.weight.grad, reference.body.weight.grad)  # pyright: ignore
     same = torch.equal(tied.embed.weight.grad, reference.embed.weight.grad)  # pyright: ignore
@@ -261,12 +261,12 @@ def test_tied_weights_across_the_boundary_of_the_wrapper(policy: str) -> None:
 
 WIDTH, BATCH = 256, 64
 FLOATS = BATCH * WIDTH * 4
-CODES = BATCH * (WIDTH // 4 + 8)  # 2 bits an element; a scale and an offset for each bucket of 256
+CODES = BATCH * (WIDTH // 4 + 8)  # 2 bits per element; a scale and an offset per bucket of 256
 MASK = BATCH * WIDTH // 8
 
 
 def saved_bytes(module: nn.Module) -> tuple[int, int]:
-    """(plain autograd's, ours) bytes of activations that are saved for a batch without gradient."""
+    """Returns bytes of activations saved for an input without gradient: (plain autograd, wrapper)."""
     model = QuantBackwardWrapper(module, bucket_size=256)
     with track_saved_memory(model) as report:
         output = model(torch.randn(BATCH, WIDTH))
@@ -274,10 +274,10 @@ def saved_bytes(module: nn.Module) -> tuple[int, int]:
     return report.exact_bytes, report.stored_bytes
 
 
-#: name -> (which of three layers with ReLUs between them train, bytes of plain autograd, ours)
+#: name -> (which of three layers train, with ReLUs between them; bytes of plain autograd; ours)
 FROZEN: dict[str, tuple[tuple[bool, ...], int, int]] = {
     "none": ((True, True, True), 3 * FLOATS, 3 * CODES + 2 * MASK),
-    # The frozen layer needs its weight, not its input; the ReLU before it needs its mask.
+    # The frozen layer needs its weight, not its input. The ReLU before it needs its mask.
     "middle": ((True, False, True), 3 * FLOATS, 2 * CODES + 2 * MASK),
     "backbone": ((False, False, True), FLOATS, CODES),
     "head": ((True, True, False), 3 * FLOATS, 2 * CODES + 2 * MASK),
@@ -309,7 +309,7 @@ def test_freezing_may_change_between_steps() -> None:
 
 
 class Adapted(nn.Module):
-    """A frozen layer and a trained correction of low rank, as LoRA is written by hand."""
+    """A frozen layer and a trained low-rank correction: LoRA by hand."""
 
     def __init__(self, width: int, rank: int = 8) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class Adapted(nn.Module):
 
 
 class Merged(Adapted):
-    """The same, as one computed weight."""
+    """The adapted layer as one computed weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.frozen.weight + self.up @ self.down, self.frozen.bias)
@@ -339,7 +339,7 @@ def test_adapters_of_frozen_layers(kind: type[Adapted], cast: bool) -> None:
         assert "1.down" in plain.grads
         ours = assert_default_policy_trains(module, x, ratio=1.2)
         assert naive_differs(module, x)  # the control
-    # Linear in the input, and all weights are exact, the sum of two among them.
+    # The module is linear in its input, and all weights are exact, including the sum of two.
     assert torch.equal(ours.grads["input 0"], plain.grads["input 0"])
 
 
@@ -347,14 +347,14 @@ def test_bytes_of_adapters() -> None:
     low_rank, low_codes = BATCH * 8 * 4, BATCH * 8 // 4 + 2 * 8
     assert saved_bytes(nn.Sequential(*(Adapted(WIDTH) for _ in range(3)))) == (
         3 * (FLOATS + low_rank), 3 * (CODES + low_codes))
-    # A merged weight is computed, so plain autograd saves it where the input needs a gradient; so do we.
+    # A merged weight is computed, so plain autograd saves it if the input needs a gradient. So do we.
     weight = WIDTH * WIDTH * 4
     assert saved_bytes(nn.Sequential(*(Merged(WIDTH) for _ in range(3)))) == (
         3 * FLOATS + 2 * weight, 3 * CODES + 2 * weight)
 
 
 def test_ratio_of_a_frozen_backbone_and_a_head() -> None:
-    # Less is saved, and what is saved is smaller.
+    # Fewer tensors are saved, and each is smaller.
     module = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
     module[:3].requires_grad_(False)
     assert saved_bytes(module)[0] * 4 == saved_bytes(copy.deepcopy(module).requires_grad_())[0]

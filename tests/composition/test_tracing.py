@@ -1,4 +1,4 @@
-"""Graphs of the forward: traced, scripted, exported; around a wrapper and inside of one."""
+"""Graphs of the forward pass: traced, scripted, exported; around a wrapper and inside it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ TRACES: dict[str, Callable[[nn.Module], Any]] = {
 
 
 def operations(graph: Any) -> list[str]:
-    """What a traced graph computes."""
+    """Returns the operations of a traced graph."""
     if isinstance(graph, torch.jit.ScriptModule):
         kinds = [node.kind() for node in graph.inlined_graph.nodes()]
         return [kind for kind in kinds if kind.startswith("aten::")]
@@ -45,9 +45,9 @@ def test_a_traced_wrapper_is_the_graph_of_its_module(name: str, policy: str, nes
     assert torch.equal(graphs[1](X), module(X))
     recorded = [operations(graph) for graph in graphs]
     assert len(recorded[0]) >= 4
-    assert recorded[0] == recorded[1]  # nothing of ours
+    assert recorded[0] == recorded[1]  # no operation of the library
     model(X)
-    assert model.explain().sites  # the control: elsewhere it is at work
+    assert model.explain().sites  # the control: outside tracing the wrapper works
 
 
 def test_symbolic_tracing_is_refused_with_a_way_out() -> None:
@@ -56,7 +56,7 @@ def test_symbolic_tracing_is_refused_with_a_way_out() -> None:
     for root in (model, nn.Sequential(model)):
         with pytest.raises(TypeError, match=r"torch\.fx traces through.*symbolic_trace\(module\)"):
             fx.symbolic_trace(root)
-    # The ways out: wrap what was traced, or keep the wrapper as a leaf.
+    # The ways out: wrap the traced module, or keep the wrapper as a leaf.
     wrapped = QuantBackwardWrapper(fx.symbolic_trace(module), policy="exact")
     assert_same(run(wrapped, X).grads, run(module, X).grads)
 

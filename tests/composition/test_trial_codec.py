@@ -1,4 +1,4 @@
-"""A codec that only these tests know: wrapper, plan, widths, report, compiled graph."""
+"""A codec defined only in this file: wrapper, plan, widths, report, compiled graph."""
 
 import copy
 import warnings
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 class UpperHalves(Codec):
-    """Lossless: of float32 values whose lower 16 bits are zero the upper halves, else all of them."""
+    """Lossless: stores only the upper halves of float32 values if all lower 16 bits are zero."""
 
     name = "upper halves"
     lossy = False
@@ -57,7 +57,7 @@ def net() -> nn.Module:
 
 
 def x() -> Tensor:
-    """Whole numbers, which are short."""
+    """Returns whole numbers, whose lower halves are zero."""
     return torch.randint(-8, 8, (128, 64), generator=torch.Generator().manual_seed(1)).float()
 
 
@@ -87,7 +87,7 @@ def test_it_configures_a_wrapper_and_leaves_every_gradient_exact(policy: Any, ve
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert torch.equal(found[-2], expected[-2]) and torch.equal(found[-1], expected[-1])
     assert stored(model)["0:linear"] == "upper halves"
-    # Of the others the upper halves alone would not do, and all of them are no fewer bytes.
+    # The upper halves alone cannot hold the other tensors, and the whole values save no bytes.
     assert stored(model)["2:linear"] == "exact"
 
 

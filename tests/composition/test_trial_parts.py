@@ -1,6 +1,6 @@
-"""A rounding, a transform and a codec that only this file defines run through everything users meet.
+"""A rounding, a transform and a codec defined only here work everywhere that users meet them.
 
-Each is one row or class: wrapper, plan, least width, report and compiled graph know nothing of it.
+Each is one row or one class. Wrapper, plan, least width, report and compiled graph do not know it.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from brevitas_bp.quant.base import PerBucketL2, PerBucketMinMax, StochasticRound
 
 
 def _dithered(u: Tensor, noise: Tensor | None) -> Tensor:
-    """``floor(u + noise)``: rounds up with the probability of the fraction."""
+    """Computes ``floor(u + noise)``: rounds up with a probability equal to the fraction."""
     assert noise is not None
     return u.add_(noise).floor_()
 
@@ -41,7 +41,7 @@ class DitheredRound(nn.Module):
 
 
 def _butterfly(x: Tensor, buckets: Tensor | None = None, seed: int = 0) -> Tensor:
-    """Sums and differences of both halves of a bucket; its own inverse."""
+    """Computes sums and differences of both halves of a bucket; it is its own inverse."""
     a, b = x.chunk(2, -1)
     return torch.cat((a + b, a - b), -1) * 0.5**0.5
 
@@ -84,7 +84,7 @@ class DitheredL2(PerBucketL2, ActQuantSolver):
 
 
 class UnknownRound(nn.Module):
-    """As :class:`DitheredRound`, but it says nothing of itself: it runs as a module."""
+    """A :class:`DitheredRound` without a row of a stage table, so it runs as a module."""
 
     bucketwise = True
 
@@ -102,7 +102,7 @@ class Unknown2(PerBucketMinMax, ActQuantSolver):
 
 
 class ByteSwap(Codec):
-    """A lossless codec: the bytes of the tensor in another order, compressed where they are all zero."""
+    """A lossless codec: reorders the bytes of the tensor, and compresses them if all are zero."""
 
     name = "trial bytes"
     lossy = False
@@ -189,7 +189,7 @@ def test_gradients_of_a_wrapped_network_are_unbiased(config: Any) -> None:
         assert isinstance(grad, Tensor)
         total += grad
         singles.append(float((grad - expected).norm() / expected.norm()))
-    # The mean of independent draws has 1 / sqrt(draws) of their error, and a third of that to spare.
+    # The mean of independent draws has 1 / sqrt(draws) of their error; a third of that is the margin.
     noise = sum(singles) / draws
     assert 0 < float((total / draws - expected).norm() / expected.norm()) < noise / draws**0.5 * 1.33
 
@@ -231,7 +231,7 @@ def test_a_codec_of_the_users_own_runs_through_all_of_it() -> None:
     model = QuantBackwardWrapper(own, Dithered2, policy=lambda saved: codec)
     with track_saved_memory(model) as report:
         loss = model(x).square().sum()
-    # It saves nothing: what it would store is kept.
+    # The codec saves no bytes here, so the tensor is kept.
     assert report.stored_bytes == report.exact_bytes
     loss.backward()
     plain = network()

@@ -18,7 +18,7 @@ CONFIG = quant.ShiftedUint2Avg4DynamicActPerBucketFloat
 
 
 def naive(x: Tensor, size: int) -> Tensor:
-    """Means by Python loops over the rows of the last dimension, as indexed."""
+    """Computes means by Python loops over the rows of the last dimension, in index order."""
     rows = x.double().contiguous().view(-1, x.shape[-1]).tolist()
     means = [[sum(row[i:i + size]) / len(row[i:i + size]) for i in range(0, len(row), size)]
              for row in rows]
@@ -37,7 +37,7 @@ def test_groups_run_along_the_last_dimension_in_every_layout(
 
 
 def test_groups_along_memory_would_be_others() -> None:
-    # Positive control: what the flattened tensor gives in channels_last.
+    # Positive control: means of the flattened tensor in channels_last.
     x = LAYOUTS["channels_last"](normals((2, 4, 8, 8)))
     along_memory = x.permute(0, 2, 3, 1).reshape(-1, 4).mean(1).view(2, 8, 8, 1)
     assert not torch.allclose(along_memory.flatten(), group_means(x, 4).flatten())
@@ -81,8 +81,8 @@ def test_the_gradient_of_a_layer_is_the_mean_over_each_group() -> None:
     (grad,) = torch.autograd.grad(y, x, upstream)
     groups = grad.view(4, 4, 4)
     assert torch.equal(groups, groups[..., :1].expand_as(groups))
-    # The sum over a group passes, but for what reaches the ends of the one bucket through its range:
-    # two of 16 groups.
+    # The sum over a group passes through, except in two of 16 groups: those contain the ends of the
+    # one bucket, which get a gradient through the range.
     error = (groups.sum(-1) - upstream.view(4, 4, 4).sum(-1)).abs() > 1e-5
     assert error.sum() <= 2
 

@@ -78,7 +78,7 @@ def test_set_mix_prob_moves_the_next_draw() -> None:
 def test_a_copy_has_a_probability_of_its_own(
         clone: Callable[[TwoBitWidthSelector], TwoBitWidthSelector], changes: int) -> None:
     module = selector(0.1)
-    # A copy starts to count changes anew: the count must not be taken for the value.
+    # A copy counts changes from zero again: the count must not be confused with the value.
     for _ in range(changes):
         module.set_mix_prob(0.1)
     mixed_share(module)

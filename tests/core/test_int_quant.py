@@ -144,7 +144,7 @@ def test_the_gradient_is_almost_the_identity(config: Any) -> None:
     with seeded(0):
         config.tensor_quant(x)[0].sum().backward()
     assert x.grad is not None
-    # Straight through, apart from the two elements that carry scale and offset of each bucket.
+    # Gradients pass straight through, except at the two elements that determine a bucket's range.
     others = x.grad[(x.grad - 1).abs() > 1e-5]
     assert x.grad.isfinite().all() and len(others) <= 2 * 3
 

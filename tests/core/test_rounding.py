@@ -1,4 +1,4 @@
-"""Stochastic rounding, next to Brevitas' own."""
+"""Stochastic rounding, compared with Brevitas' own."""
 
 import copy
 import pickle
@@ -27,10 +27,10 @@ DRAWS = 200_000
 
 
 def is_unbiased(rounding: Rounding, positions: Tensor = POSITIONS) -> bool:
-    """Whether the mean of ``DRAWS`` roundings lies at the position, each in its own tolerance.
+    """Whether the mean of ``DRAWS`` roundings equals each position, within its tolerance.
 
-    The tolerance comes from the theoretical variance ``a (1 - a)``; 2**-24 is the resolution of the
-    noise and 2**-20 covers what a position of size 8 loses in float32.
+    The tolerance comes from the theoretical variance ``a (1 - a)``. 2**-24 is the resolution of the
+    noise, and 2**-20 covers the float32 error of a position of size 8.
     """
     mean = rounding(positions.expand(DRAWS, -1)).double().mean(0)
     variance = rounding_variance(positions.double())
@@ -39,7 +39,7 @@ def is_unbiased(rounding: Rounding, positions: Tensor = POSITIONS) -> bool:
 
 
 def floor_of_bfloat16_noise(x: Tensor) -> Tensor:
-    """The commonest wrong rounder: noise in 16 bits."""
+    """The most common wrong rounder: noise in 16 bits."""
     noise = torch.rand(x.shape, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     return (x + noise).floor()
 
@@ -64,7 +64,7 @@ def test_a_biased_rounder_fails(wrong: Rounding) -> None:
 
 
 def test_sixteen_bit_input_is_rounded_without_bias() -> None:
-    # 1.0078125 and so on are exact in bfloat16; the noise must not be.
+    # 1.0078125 and the like are exact in bfloat16. The noise must not be bfloat16.
     positions = torch.tensor([2.0**-7, 2.0**-9, 0.5, 1 + 2.0**-7], dtype=torch.bfloat16)
     with seeded(1):
         assert is_unbiased(StochasticRound(), positions)
@@ -79,7 +79,7 @@ def test_integers_are_fixed_points(dtype: torch.dtype) -> None:
 
 
 def test_the_smallest_draw_does_not_move_an_integer(monkeypatch: pytest.MonkeyPatch) -> None:
-    # It comes once in 2**24 draws.
+    # Noise of exactly zero occurs once in 2**24 draws.
     monkeypatch.setattr(random, "uniform_", lambda index, keys: torch.zeros(index.shape))
     x = torch.tensor([-1.0, 0.0, 2.0, 0.001])
     assert StochasticRound()(x).tolist() == [-1, 0, 2, 1]
@@ -140,7 +140,7 @@ def test_torch_manual_seed_governs_the_draws() -> None:
 
 
 def forward_and_recompute(rounding: Rounding) -> list[Tensor]:
-    """What a rounding gives in a checkpointed forward pass and when backward repeats it."""
+    """Returns a rounding's results in a checkpointed forward pass and in its recomputation."""
     seen: list[Tensor] = []
 
     def function(x: Tensor) -> Tensor:

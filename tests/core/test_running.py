@@ -1,4 +1,4 @@
-"""Moving averages of ranges: what they are, what they let through, and how biased they are."""
+"""Moving averages of ranges: their values, their clipping, and their bias."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_growing_statistics_are_met_in_part() -> None:
     for t in range(60):
         own = X * growth**t
         ratio = float(running(own) / own.abs().max())
-    # What is left of the start decays with ((1 - m) / g)**t; float32 does not see it.
+    # The influence of the start decays with ((1 - m) / g)**t; float32 cannot resolve the rest.
     assert ratio == pytest.approx(momentum / (momentum + growth - 1), rel=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_a_bad_value_is_seen_and_forgotten(statistic: type[nn.Module], bad: floa
     assert running(broken).isnan()
     assert torch.equal(running.running_stats, before)
     naive = 0.9 * before + 0.1 * (broken.amax() - broken.amin())
-    assert not (0.9 * naive + 0.1).isfinite()  # the control: bad for ever
+    assert not (0.9 * naive + 0.1).isfinite()  # the control: a naive average never recovers
 
 
 def test_constants_keep_their_own_statistic_and_leave_the_average_alone() -> None:
@@ -137,7 +137,7 @@ def test_the_first_tensor_is_stored_as_without(config: Any, dtype: torch.dtype) 
     packed = first.encode(x, seed=1)
     assert same_bits(packed.decode(), again.encode(x, seed=1).decode())
     assert packed.decode().dtype == dtype
-    # Ranges four times as wide as what comes next: the error is that of the old range.
+    # The range is four times as wide as the next tensor's: the error is that of the old range.
     second = first.encode(x / 4, seed=1)
     assert torch.equal(second.tensors[1], packed.tensors[1])
 
@@ -148,14 +148,14 @@ def mean_error(codec: Codec, x: Tensor, draws: int) -> Tensor:
 
 def test_the_bias_is_what_is_clipped() -> None:
     lo, hi, draws = -1.0, 2.0, 300
-    codec = codec_from(Running2, range_momentum=1e-12)  # so that the range stays
+    codec = codec_from(Running2, range_momentum=1e-12)  # so that the range stays constant
     codec.encode(torch.linspace(lo, hi, 64), seed=0)
     x = torch.linspace(-1.5, 4, 64)
     bias = x.clamp(lo, hi) - x
     outside = bias != 0
     limit = hoeffding(draws, tests=64) * (hi - lo) / 3
     error = mean_error(codec, x, draws)
-    # Exactly what is clipped; inside nothing but noise. The slack is that of a few float operations.
+    # The error is exactly the clipped part, and only noise inside the range. Slack: a few float steps.
     assert torch.allclose(error[outside], bias[outside], atol=1e-5)
     assert (error[~outside].abs() <= limit).all()
     assert bias.abs().max() > 5 * limit

@@ -1,4 +1,4 @@
-"""Statistics of buckets, and scale and zero point made of them."""
+"""Statistics of buckets, and the scale and zero point computed from them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ def test_a_statistic_is_the_naive_one(statistic: type[nn.Module], dtype: torch.d
     x = normals((5, 64)).to(dtype) + 1
     got = statistic()(x)
     assert got.dtype == dtype
-    # One rounding of a float64 sum, and the oracle's own.
+    # One rounding of a float64 sum, and one of the oracle.
     torch.testing.assert_close(
         got.double(), NAIVE[statistic](x.double()), rtol=torch.finfo(dtype).eps, atol=0)
 

@@ -1,4 +1,4 @@
-"""Launches the scenarios: all of them in two processes, and three jobs in a row."""
+"""Launches the scenarios: all of them in two processes, and some in three successive jobs."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.distributed.support import Facts
 from tests.distributed.worker import SCENARIOS
 from tests.kernels.gpu_worker import Worker
 
-#: (processes, scenarios) of the jobs; the later ones start from checkpoints of the earlier ones.
+#: (processes, scenarios) of the jobs. Later jobs start from checkpoints of earlier jobs.
 JOBS = [
     (2, [name for name in SCENARIOS if name not in ("state alone", "state in two")]),
     (1, ["state alone"]), (2, ["state in two"])]
@@ -20,7 +20,7 @@ JOBS = [
 
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[Worker]:
-    """A process that only imports, and starts jobs as copies of itself."""
+    """A process that imports once, and starts jobs as copies of itself."""
     process = Worker(**ENVIRONMENT)
     yield process
     process.close()
@@ -29,7 +29,7 @@ def launcher() -> Iterator[Worker]:
 def launch(
         launcher: Worker, processes: int, folder: Path,
         scenarios: list[str]) -> dict[str, list[Facts]]:
-    """Facts of each scenario, one entry for each process."""
+    """Returns facts of each scenario, one entry per process."""
     done = launcher.run(forked, processes, worker.main, [str(folder), *scenarios])
     assert done.returncode == 0, done.output
     found = [json.loads((folder / f"{processes}-{rank}.json").read_text())
@@ -40,7 +40,7 @@ def launch(
 @pytest.fixture(scope="session")
 def facts(
         tmp_path_factory: pytest.TempPathFactory, launcher: Worker) -> dict[str, list[Facts]]:
-    """Scenario -> facts of each process."""
+    """Returns scenario -> facts of each process."""
     folder = tmp_path_factory.mktemp("distributed")
     found: dict[str, list[Facts]] = {}
     for processes, scenarios in JOBS:

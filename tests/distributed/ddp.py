@@ -1,4 +1,4 @@
-"""DistributedDataParallel around and inside of the wrapper."""
+"""DistributedDataParallel around the wrapper and inside it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,14 +38,14 @@ from tests.distributed.support import (
 
 
 def inside(net: nn.Module, wrap: Wrap, **options: Any) -> nn.Module:
-    """DDP(QuantBackwardWrapper(net))."""
+    """Builds DDP(QuantBackwardWrapper(net))."""
     if "find_unused_parameters" in options:
         net.unused = nn.Parameter(torch.ones(3))
     return DDP(wrap(net), **options)
 
 
 def outside(net: nn.Module, wrap: Wrap, **options: Any) -> nn.Module:
-    """QuantBackwardWrapper(DDP(net))."""
+    """Builds QuantBackwardWrapper(DDP(net))."""
     return wrap(inside(net, lambda net: net, **options))
 
 
@@ -57,12 +57,12 @@ ORDERS: dict[str, Callable[..., nn.Module]] = {"inside": inside, "outside": outs
 
 
 def compare(folder: Path) -> Facts:
-    """Both orders with all options, with exact and default policy."""
+    """Compares both orders with all options, under the exact and the default policy."""
     return for_each(ORDERS, OPTIONS, compare_one)
 
 
 def compare_one(strategy: Strategy) -> Facts:
-    """What one strategy computes plain, wrapped exactly, and quantized."""
+    """Returns the results of one strategy: plain, wrapped exactly, and quantized."""
     whole = torch.cat([integers(64, 16, seed=50 + r) for r in (0, 1)])
     x, mine = integers(64, 16, seed=50 + rank()), batch(rank())
     single = train(lambda net, wrap: wrap(net), unwrapped, integer_net(), whole, steps=1)
@@ -80,7 +80,7 @@ def compare_one(strategy: Strategy) -> Facts:
 
 
 def parameters(folder: Path) -> Facts:
-    """Whether a parameter is ever packed."""
+    """Reports whether a parameter is ever packed."""
     x = batch(rank())
     return {
         "naive": naive_count(inside, float_net, x),
@@ -89,7 +89,7 @@ def parameters(folder: Path) -> Facts:
 
 
 def accumulate(folder: Path) -> Facts:
-    """Steps without synchronisation, then one with it; and noise, where all see the same data."""
+    """Accumulates without synchronisation, then with it; checks noise if all ranks see equal data."""
     def run(wrap: Wrap, x: torch.Tensor) -> tuple[str, str]:
         model = DDP(wrap(float_net()))
         with model.no_sync():
@@ -106,7 +106,7 @@ def accumulate(folder: Path) -> Facts:
 
 
 def communication_hooks(folder: Path) -> Facts:
-    """Gradient compression is that of the plain job."""
+    """Reports whether gradient compression works as in the plain job."""
     def compressed(hook: str, wrap: Wrap) -> tuple[str, str, str]:
         def strategy(net: nn.Module, wrap: Wrap) -> nn.Module:
             model = DDP(wrap(net))
@@ -126,7 +126,7 @@ def communication_hooks(folder: Path) -> Facts:
 
 
 class Fails(nn.Module):
-    """Fails when told to."""
+    """Raises when told to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Fails(nn.Module):
 
 
 def installed() -> list[Any]:
-    """What a pass installs: hooks, the location of this thread, module hooks."""
+    """Returns what a pass installs: hooks, the location of this thread, module hooks."""
     hooks = torch_module._global_forward_pre_hooks.values()
     watching = any(isinstance(getattr(h, "__self__", None), ops.Location) for h in hooks)
     return [top_hooks(True) is not None, ops.current_location() is not None, watching]
@@ -147,7 +147,7 @@ def installed() -> list[Any]:
 
 @contextmanager
 def raising(told: bool) -> Iterator[None]:
-    """Expects the failure."""
+    """Expects the failure within the block."""
     try:
         yield
     except ArithmeticError:
@@ -157,7 +157,7 @@ def raising(told: bool) -> Iterator[None]:
 
 
 def failure(folder: Path) -> Facts:
-    """All processes fail, and then one of them; afterwards the job goes on as if nothing had been."""
+    """Fails in all processes, then in one. Afterwards the job continues as if nothing had failed."""
     facts: Facts = {"before": installed()}
     for failing in ([0, 1], [1]):
         fails = Fails()
@@ -178,7 +178,7 @@ def failure(folder: Path) -> Facts:
 
 
 def batch_norm(folder: Path) -> Facts:
-    """SyncBatchNorm needs a GPU, with the wrapper as without it; plain batch norms work."""
+    """SyncBatchNorm needs a GPU, with the wrapper and without; plain batch norms work."""
     def message(wrap: Wrap) -> str:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(64)))
         try:

@@ -1,4 +1,4 @@
-"""Single DTensors: through a codec and back, encoded once, and watched."""
+"""Single DTensors: they pass through a codec, are encoded once, and are watched for changes."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tests.distributed.support import Facts, digest, local, wrapper
 
 
 def shards(folder: Path) -> Facts:
-    """A DTensor goes through a codec and comes back, for all placements and uneven shards."""
+    """Encodes and decodes a DTensor, for all placements and uneven shards."""
     mesh, codec = init_device_mesh("cpu", (2,)), ShardCodec(Copy())
     facts: Facts = {}
     for name, x in {
@@ -39,7 +39,7 @@ def shards(folder: Path) -> Facts:
 
 
 class Counting(Codec):
-    """Counts what it encodes; keeps a copy."""
+    """Counts its encodes; keeps a copy of the tensor."""
 
     def __init__(self) -> None:
         self.encoded, self.copy = 0, Copy()
@@ -54,7 +54,7 @@ class Counting(Codec):
 
 
 def once(folder: Path) -> Facts:
-    """A DTensor that several operations save is encoded once, and after a change in place again."""
+    """Encodes a DTensor once for several operations, and again after a change in place."""
     mesh = init_device_mesh("cpu", (2,))
 
     def count(change: bool) -> int:
@@ -78,7 +78,7 @@ def once(folder: Path) -> Facts:
 
 
 class ChangedLater(nn.Module):
-    """Changes what it has saved."""
+    """Changes a tensor after it was saved."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2
@@ -107,7 +107,7 @@ def change(folder: Path) -> Facts:
 
 
 def gathered(folder: Path) -> Facts:
-    """Activations of what a collective has made, which it may still be making: no ordinary tensor."""
+    """Activations of a collective's result: it may still be incomplete, and is no ordinary tensor."""
     errors: Facts = {}
     for function in (F.silu, F.gelu, torch.tanh):
         x = torch.randn(64, 64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""ZeRO and pipelines of torch.distributed."""
+"""ZeRO and pipelines of torch.distributed, with the wrapper."""
 
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from tests.distributed.support import (
 
 def zero(folder: Path) -> Facts:
     """Optimizer states split between processes."""
-    # Imported here: it warns of what is deprecated within torch, which pytest takes for an error.
+    # Import late: the module warns of deprecations within torch, and pytest turns warnings into errors.
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     make = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.Adam, lr=1e-3)
@@ -38,7 +38,7 @@ def zero(folder: Path) -> Facts:
 
 
 def pipeline(folder: Path) -> Facts:
-    """Two stages, two micro-batches; what one process computes, it computes in the same order."""
+    """Runs two stages and two micro-batches; a single process computes the same in the same order."""
     def stage(wrap: Wrap) -> tuple[str, Any]:
         net = float_net()
         part = net[:3] if rank() == 0 else net[3:]  # type: ignore[index]

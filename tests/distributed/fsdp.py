@@ -1,4 +1,4 @@
-"""FSDP2: parameters that are gathered for each use, and freed in between."""
+"""FSDP2: parameters are gathered for each use, and freed in between."""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +37,7 @@ from tests.distributed.support import (
 
 
 def shard(net: nn.Module, **options: Any) -> nn.Module:
-    """Each layer with parameters a unit of its own, and the whole another."""
+    """Makes each layer with parameters an FSDP unit, and the whole network another unit."""
     mesh = init_device_mesh("cpu", (2,))
     for layer in net:  # type: ignore[attr-defined]
         if isinstance(layer, nn.Linear):
@@ -46,13 +46,13 @@ def shard(net: nn.Module, **options: Any) -> nn.Module:
 
 
 def outside(net: nn.Module, wrap: Wrap, **options: Any) -> nn.Module:
-    """The wrapper around all units."""
+    """Puts the wrapper around all units."""
     mesh = init_device_mesh("cpu", (2,))
     return wrap(fully_shard(shard(net, **options), mesh=mesh, **options))
 
 
 def inside(net: nn.Module, wrap: Wrap, **options: Any) -> nn.Module:
-    """The wrapper within the outermost unit."""
+    """Puts the wrapper within the outermost unit."""
     mesh = init_device_mesh("cpu", (2,))
     return fully_shard(wrap(shard(net, **options)), mesh=mesh, **options)
 
@@ -65,12 +65,12 @@ ORDERS: dict[str, Callable[..., nn.Module]] = {"inside": inside, "outside": outs
 
 
 def compare(folder: Path) -> Facts:
-    """Both orders, resharding after forward or not."""
+    """Compares both orders, with and without resharding after forward."""
     return for_each(ORDERS, OPTIONS, compare_one)
 
 
 def bfloat16(folder: Path) -> Facts:
-    """Both orders with parameters gathered as bfloat16."""
+    """Compares both orders, with parameters gathered as bfloat16."""
     facts: Facts = {}
     wraps = {"plain": unwrapped, "exact": EXACT, "quantized": QUANTIZED, "again": QUANTIZED}
     for order, make in ORDERS.items():
@@ -99,7 +99,7 @@ class Frozen(nn.Module):
 
 
 def shard_frozen(net: nn.Module, wrap: Wrap, *, around: bool, **options: Any) -> nn.Module:
-    """One unit for :class:`Frozen`; mixed gradients do not matter to FSDP2."""
+    """Makes one unit of :class:`Frozen`; FSDP2 allows frozen and trained parameters in one unit."""
     mesh = init_device_mesh("cpu", (2,))
     if around:
         return wrap(fully_shard(net, mesh=mesh, **options))
@@ -107,7 +107,7 @@ def shard_frozen(net: nn.Module, wrap: Wrap, *, around: bool, **options: Any) ->
 
 
 def parameters(folder: Path) -> Facts:
-    """Whether a gathered parameter is ever packed, trained or frozen, in the policy that packs most."""
+    """Reports if a gathered parameter, trained or frozen, is packed by the policy that packs most."""
     x = batch(rank())
     controls: Facts = {
         "naive": naive_count(outside, float_net, x),
@@ -127,14 +127,14 @@ def parameters(folder: Path) -> Facts:
 
 
 class Keeping(Spy):
-    """Keeps all: FSDP2 cannot free a parameter of whose memory NumPy made an array."""
+    """Keeps every tensor: FSDP2 cannot free a parameter whose memory NumPy has made an array of."""
 
     def __call__(self, saved: SavedTensor) -> None:
         super().__call__(saved)
 
 
 def without_second_look(strategy: Strategy, x: Tensor) -> tuple[int, int]:
-    """The control: gathered frozen parameters are taken for activations."""
+    """The control: without the lookup, gathered frozen parameters are taken for activations."""
     lookup = ParameterSet._is_gathered_frozen
     ParameterSet._is_gathered_frozen = lambda self, x: False  # type: ignore[method-assign]
     try:
@@ -144,7 +144,7 @@ def without_second_look(strategy: Strategy, x: Tensor) -> tuple[int, int]:
 
 
 def failure(folder: Path) -> Facts:
-    """All processes fail in forward; the next step is that of a fresh job."""
+    """Fails in forward in all processes; the next step equals that of a fresh job."""
     def make() -> tuple[nn.Module, Fails]:
         fails = Fails()
         return outside(nn.Sequential(*float_net(), fails), QUANTIZED), fails

@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 
-#: Of every process: one thread; and loopback only: they find each other without a name service.
+#: For every process: one thread, and loopback only, so that no name service is needed.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
 
-#: Seconds after which a job is taken for a deadlock.
+#: Seconds after which a job counts as deadlocked.
 TIMEOUT = 600
 
 
 class Done(NamedTuple):
-    """How a job ended, and what it printed on both streams."""
+    """The exit status of a job, and its output on both streams."""
 
     returncode: int
     output: str
@@ -39,9 +39,9 @@ def torchrun(processes: int, *command: str) -> Done:
 
 
 def forked(processes: int, target: Callable[[list[str]], int], arguments: list[str]) -> Done:
-    """The same in copies of this process, which share its imports: those take longer than a job.
+    """Runs a job in copies of this process, which share its imports: importing takes longer than a job.
 
-    Each job has new processes. To be called where nothing but imports has happened (no threads, no
+    Each job has new processes. Call this where nothing but imports has happened (no threads, no
     backward), for instance in a :class:`~tests.kernels.gpu_worker.Worker`.
     """
     fork = get_context("fork")
@@ -61,7 +61,7 @@ def forked(processes: int, target: Callable[[list[str]], int], arguments: list[s
             for end in ended:
                 del waiting[end]  # pyright: ignore[reportArgumentType]
             if failed:
-                # The others may wait for it.
+                # The other processes may wait for the failed one.
                 for process in waiting.values():
                     process.kill()
         for process in ranks:

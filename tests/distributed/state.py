@@ -1,4 +1,4 @@
-"""Save and resume, in a job of the same size or another."""
+"""Saving and resuming, in a job of the same size or of another size."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tests.distributed.support import (
 
 
 class Job:
-    """A network with dropout, in DDP, FSDP2 or alone, its optimizer, and how it is saved."""
+    """A network with dropout (in DDP, in FSDP2 or alone), its optimizer, and how both are saved."""
 
     def __init__(self, engine: str, seed: int | None = 7) -> None:
         make = {"ddp": ddp.inside, "ddp outside": ddp.outside, "fsdp": fsdp.outside,
@@ -35,13 +35,13 @@ class Job:
         self.wrapper = next(
             m for m in self.model.modules() if isinstance(m, QuantBackwardWrapper))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
-        # The network itself: neither the wrapper nor DDP names its keys.
+        # The network itself: its keys name neither the wrapper nor DDP.
         core = self.wrapper.module
         self.core: nn.Module = core.module if isinstance(core, ddp.DDP) else core
-        torch.manual_seed(rank())  # dropout masks of its own
+        torch.manual_seed(rank())  # so ranks draw different dropout masks
 
     def steps(self, count: int, seed: int | None = None) -> "Job":
-        """Trains."""
+        """Trains for some steps."""
         if seed is not None:
             torch.manual_seed(seed)
         for _ in range(count):
@@ -52,16 +52,16 @@ class Job:
 
     @property
     def parameters(self) -> str:
-        """All of them, put together."""
+        """Returns a digest of all parameters, gathered."""
         return digest([whole(p) for p in self.model.parameters()])
 
     @property
     def grads(self) -> str:
-        """All of them, put together."""
+        """Returns a digest of all gradients, gathered."""
         return digest(grads(self.model))
 
     def save(self, folder: Path) -> None:
-        """With torch.distributed.checkpoint: the noise of rank 0 for all; generators of each."""
+        """Saves by torch.distributed.checkpoint: rank 0's noise for all, each rank's generators."""
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, torch.get_rng_state())
         model, optimizer = get_state_dict(self.core, self.optimizer)
@@ -70,7 +70,7 @@ class Job:
         dcp.save(content, checkpoint_id=folder)
 
     def load(self, folder: Path, generators: bool) -> "Job":
-        """What :meth:`save` saved, in a job of any size."""
+        """Loads what :meth:`save` saved, in a job of any size."""
         model, optimizer = get_state_dict(self.core, self.optimizer)
         content = {"model": model, "optimizer": optimizer, "noise": {"base": 0, "position": 0}}
         if generators:
@@ -93,7 +93,7 @@ ENGINES = ("ddp", "ddp outside", "fsdp", "fsdp inside")
 
 
 def resume(folder: Path) -> Facts:
-    """Four steps at once, and two, a checkpoint and two more; without the noise for control."""
+    """Trains four steps; and two steps, a checkpoint, two more; the control leaves out the noise."""
     facts: Facts = {}
     for engine in ENGINES:
         job = Job(engine).steps(2)
@@ -111,12 +111,12 @@ def resume(folder: Path) -> Facts:
 
 
 def seeds(folder: Path) -> Facts:
-    """Noise states of processes that seed torch differently, and with a seed of the wrapper's own."""
+    """Returns noise states of processes that seed torch differently, with and without an own seed."""
     return {str(seed): Job("ddp", seed=seed).wrapper.noise_state() for seed in (None, 7)}
 
 
 def continue_alone(folder: Path) -> Facts:
-    """One process goes on from two, and saves for two again."""
+    """Resumes a job of two processes in one, and saves for two again."""
     facts: Facts = {}
     for engine in ENGINES:
         def load(engine: str = engine) -> Job:
@@ -132,7 +132,7 @@ def continue_alone(folder: Path) -> Facts:
 
 
 def continue_in_two(folder: Path) -> Facts:
-    """Two processes go on from one."""
+    """Resumes a job of one process in two."""
     facts: Facts = {}
     for engine in ENGINES:
         job, again = (

@@ -1,6 +1,6 @@
-"""What the distributed scenarios share: networks, one way to train, and facts that fit into JSON.
+"""Shared by the distributed scenarios: networks, one way to train, and facts that fit into JSON.
 
-Facts are plain values, and tensors are compared by digests of their bytes, so that the tests can compare
+Facts are plain values. Tensors are compared by digests of their bytes, so that the tests can compare
 processes, and jobs of different size.
 """
 
@@ -21,7 +21,7 @@ from tests.backward.support import NaiveCodes, OpAwareSpy, Spy, naive_pack, naiv
 
 Facts = dict[str, Any]
 Wrap = Callable[[nn.Module], nn.Module]
-#: Makes a job of a network; ``wrap`` wraps it, inside or outside of the engine.
+#: Makes a job from a network; ``wrap`` wraps it, inside the engine or around it.
 Strategy = Callable[[nn.Module, Wrap], nn.Module]
 
 ROWS = 64
@@ -29,16 +29,17 @@ WIDTH = 64
 
 
 def integers(*shape: int, seed: int) -> Tensor:
-    """Whole numbers from -2 to 2."""
+    """Returns whole numbers from -2 to 2."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-2, 3, shape, generator=generator).float()
 
 
 def integer_net() -> nn.Module:
-    """Its gradients are whole numbers below 2**24, so sums are the same in every order.
+    """Returns a network whose gradients are whole numbers below 2**24: sums are equal in every order.
 
-    With 64 rows: hidden values below 2 * 2 * 16 + 2 = 66, gradients of the hidden layer below
-    8 * 2 * 2 = 32, and of a weight below 64 * 66 * 32 < 2**18; divided by two processes all are exact.
+    With 64 rows, hidden values are below 2 * 2 * 16 + 2 = 66, gradients of the hidden layer are below 8
+    * 2 * 2 = 32, and gradients of a weight are below 64 * 66 * 32 < 2**18. Divided by two processes, all
+    are exact.
     """
     net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
     for i, parameter in enumerate(net.parameters()):
@@ -55,12 +56,12 @@ def float_net(dropout: float = 0.0) -> nn.Module:
 
 
 def batch(rank: int, width: int = WIDTH, rows: int = ROWS) -> Tensor:
-    """The inputs of one process."""
+    """Returns the inputs of one process."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(100 + rank))
 
 
 def digest(tensors: Iterable[Tensor | None]) -> str:
-    """Equal for equal bits only."""
+    """Returns a digest that is equal only for equal bits."""
     found = hashlib.sha256()
     for x in tensors:
         if x is not None:
@@ -70,22 +71,22 @@ def digest(tensors: Iterable[Tensor | None]) -> str:
 
 
 def whole(x: Tensor | None) -> Tensor | None:
-    """A DTensor put together; a collective."""
+    """Gathers a DTensor; a collective operation."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def local(x: Tensor | None) -> Tensor | None:
-    """What this process holds."""
+    """Returns the part that this process holds."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def grads(model: nn.Module) -> list[Tensor | None]:
-    """Gradients, put together."""
+    """Returns the gradients, gathered."""
     return [whole(p.grad) for p in model.parameters()]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """No wrapper."""
+    """Returns the network without a wrapper."""
     return model
 
 
@@ -110,19 +111,19 @@ class Trained:
 
     @property
     def bits(self) -> tuple[str, str, str]:
-        """All that is computed."""
+        """Returns digests of everything computed."""
         return self.output, self.grads, self.parameters
 
 
 def loss_of(output: Tensor) -> Tensor:
-    """The sum of the outputs that are here, times whole numbers, the same for each row."""
+    """Returns the sum of the local outputs times whole numbers, which are equal for each row."""
     here = local(output)
     assert here is not None
     return (here * integers(here.shape[-1], seed=9).to(here.dtype)).sum()
 
 
 def step(model: nn.Module, x: Tensor) -> Tensor:
-    """Forward and backward."""
+    """Runs forward and backward."""
     output = model(x)
     loss_of(output).backward()
     return output.detach()
@@ -131,7 +132,7 @@ def step(model: nn.Module, x: Tensor) -> Tensor:
 def for_each(
         orders: Mapping[str, Callable[..., nn.Module]], options: Mapping[str, dict[str, Any]],
         found: Callable[[Strategy], Facts]) -> Facts:
-    """What is found for every order of wrapping with every option."""
+    """Returns the results for every order of wrapping with every option."""
     return {
         f"{order} {option}": found(partial(make, **settings))
         for order, make in orders.items() for option, settings in options.items()}
@@ -140,7 +141,7 @@ def for_each(
 def train(
         strategy: Strategy, wrap: Wrap, net: nn.Module, x: Tensor, *, steps: int = 3,
         optimizer: Callable[..., Any] | None = None) -> Trained:
-    """Some steps with Adam; digests of the first output, first gradients and last parameters."""
+    """Runs steps with Adam; returns digests of first output, first gradients and last parameters."""
     model = strategy(net, wrap)
     make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
     update = make(list(model.parameters()))
@@ -160,15 +161,15 @@ def train(
 
 
 def ratio(trained: Trained) -> float:
-    """Bytes that plain autograd keeps, over those kept."""
+    """Returns bytes that plain autograd keeps, divided by bytes kept."""
     return trained.saved[0] / trained.saved[1]
 
 
 class ShowsParameters:
-    """Whether a tensor holds the values of a parameter, in any order and dtype.
+    """Detects if a tensor holds the values of a parameter, or half of one, in any order and dtype.
 
-    Or of half a parameter. By value, as parameters come and go under other identities; constant ones
-    look like anything.
+    It compares values, because parameters come and go under other identities. Constant parameters look
+    like any constant tensor.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -190,7 +191,7 @@ class ShowsParameters:
 def asked_about_parameters(
         strategy: Strategy, make: Callable[[], nn.Module], x: Tensor, *,
         default: bool = False, spy: Spy | None = None) -> tuple[int, int]:
-    """How many parameters a policy is asked about, and how many tensors, in two steps."""
+    """Returns how many parameters, and how many tensors, a policy is asked about in two steps."""
     shows, seen = ShowsParameters(make()), list[bool]()
     spy = spy or (OpAwareSpy() if default else Spy())
     spy.asked = _Checked(shows, seen)  # type: ignore[assignment]
@@ -201,7 +202,7 @@ def asked_about_parameters(
 
 
 class _Checked(list):  # type: ignore[type-arg]
-    """Looks at each saved tensor while it is there."""
+    """Checks each saved tensor while it is alive."""
 
     def __init__(self, shows: ShowsParameters, seen: list[bool]) -> None:
         super().__init__()
@@ -213,13 +214,13 @@ class _Checked(list):  # type: ignore[type-arg]
 
 @dataclass
 class NaiveWrapper:
-    """Counts the parameters among what a naive library packs."""
+    """Counts the parameters among the tensors that a naive library packs."""
 
     shows: ShowsParameters
     packed: list[bool] = field(default_factory=list)
 
     def pack(self, x: Tensor) -> Any:
-        """Packs everything; of DTensors it is counted only."""
+        """Packs everything; DTensors are only counted."""
         if isinstance(x, DTensor):
             self.packed.append(self.aliases(x))
             return x
@@ -230,13 +231,13 @@ class NaiveWrapper:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Packs what is saved in the block."""
+        """Packs every tensor saved in the block."""
         with torch.autograd.graph.saved_tensors_hooks(self.pack, naive_unpack):
             yield
 
 
 def naive_count(strategy: Strategy, make: Callable[[], nn.Module], x: Tensor) -> int:
-    """Parameters that naive hooks pack."""
+    """Returns the number of parameters that naive hooks pack."""
     naive = NaiveWrapper(ShowsParameters(make()))
     model = strategy(make(), unwrapped)
     with naive.hooks():
@@ -245,5 +246,5 @@ def naive_count(strategy: Strategy, make: Callable[[], nn.Module], x: Tensor) ->
 
 
 def rank() -> int:
-    """Of this process."""
+    """Returns the rank of this process."""
     return dist.get_rank()

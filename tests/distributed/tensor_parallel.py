@@ -1,4 +1,4 @@
-"""Tensor parallelism: DTensors among parameters and activations, and copies that must not drift."""
+"""Tensor parallelism: DTensor parameters and activations, and copies that must not drift apart."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,17 +52,17 @@ def _columns_rows(first: str, second: str) -> dict[str, ParallelStyle]:
 
 
 def integer_parallel(net: nn.Module, wrap: Wrap) -> nn.Module:
-    """:func:`integer_net`, its first layer by columns and its second by rows."""
+    """:func:`integer_net` with its first layer split by columns and its second by rows."""
     return wrap(parallelize_module(net, _mesh(), _columns_rows("0", "2")))
 
 
 def parallel(net: nn.Module, wrap: Wrap) -> nn.Module:
-    """:func:`float_net` with local activations, and a norm and a last layer that are copies."""
+    """:func:`float_net` with local activations; a norm and the last layer are copies."""
     return wrap(parallelize_module(net, _mesh(), _columns_rows("1", "3")))
 
 
 def sequence(net: nn.Module, wrap: Wrap) -> nn.Module:
-    """:func:`float_net` with activations that are DTensors from end to end, split over rows."""
+    """:func:`float_net` with DTensor activations from end to end, split over rows."""
     plan: dict[str, ParallelStyle] = {
         "0": SequenceParallel(sequence_dim=0),
         "1": ColwiseParallel(input_layouts=Shard(0), use_local_output=False),
@@ -72,7 +72,7 @@ def sequence(net: nn.Module, wrap: Wrap) -> nn.Module:
 
 
 def sharded(net: nn.Module, wrap: Wrap) -> nn.Module:
-    """:func:`parallel` within FSDP2: what is gathered are DTensors again."""
+    """:func:`parallel` within FSDP2: gathered parameters are DTensors again."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "model"))
     parallelize_module(net, mesh["model"], _columns_rows("1", "3"))
     for layer in (net[1], net[3], net):  # type: ignore[index]
@@ -85,12 +85,12 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def rows(strategy: str) -> Tensor:
-    """What this process sees: all of the same batch, or its part of it."""
+    """Returns the input of this process: the same whole batch for all, or a part of it."""
     return batch(0).chunk(2)[rank()] if strategy == "sequence" else batch(0)
 
 
 def compare(folder: Path) -> Facts:
-    """Exact and default policy; one process sees the same batch."""
+    """Compares the exact and the default policy with a single process on the same batch."""
     x = integers(64, 16, seed=50)
     exact = {name: train(integer_parallel, wrap, integer_net(), x, steps=1).bits[:2]
              for name, wrap in (("plain", unwrapped), ("exact", EXACT))}
@@ -110,7 +110,7 @@ def compare(folder: Path) -> Facts:
 
 
 def _plain_only(strategy: Strategy, x: Tensor) -> Trained:
-    """The control: DTensors are not taken apart."""
+    """The control: the library does not take DTensors apart."""
     can_encode = hooks.can_encode
     hooks.can_encode = lambda x: is_plain(x) and can_encode(x)
     try:
@@ -120,7 +120,7 @@ def _plain_only(strategy: Strategy, x: Tensor) -> Trained:
 
 
 def stored(folder: Path) -> Facts:
-    """How each tensor of the default policy is stored."""
+    """Reports how the default policy stores each tensor."""
     facts: Facts = {}
     for strategy, make in STRATEGIES.items():
         model = make(float_net(), QUANTIZED)
@@ -132,7 +132,7 @@ def stored(folder: Path) -> Facts:
 
 
 def parameters(folder: Path) -> Facts:
-    """Whether a DTensor parameter is ever packed, frozen ones among them."""
+    """Reports whether a DTensor parameter is ever packed, including frozen ones."""
     def freeze(strategy: Strategy) -> Strategy:
         def frozen(net: nn.Module, wrap: Wrap) -> nn.Module:
             net[3].requires_grad_(False)  # type: ignore[index]
@@ -154,7 +154,7 @@ def parameters(folder: Path) -> Facts:
 
 
 def drift(folder: Path) -> Facts:
-    """Copies of a parameter after some steps: of all processes, with noise of their own or not."""
+    """Compares copies of a parameter on all processes after some steps, with shared and own noise."""
     def after(**options: Any) -> str:
         model = parallel(float_net(), wrapper(**options))
         update = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -171,7 +171,7 @@ def drift(folder: Path) -> Facts:
 
 
 def groups(folder: Path) -> Facts:
-    """The group that is recognised, for each way of sharding parameters."""
+    """Reports the process group that is recognised, for each way of sharding parameters."""
     def group(prepare: Callable[[nn.Module], Any]) -> tuple[int, ...]:
         net = float_net()
         prepare(net)
@@ -187,7 +187,7 @@ def groups(folder: Path) -> Facts:
             fully_shard(layer, mesh=mesh["data"], reshard_after_forward=False)
 
     def gathered(net: nn.Module) -> tuple[int, ...]:
-        """Two forward passes before a backward: the second finds the parameters gathered."""
+        """Runs two forward passes before a backward: the second finds the parameters gathered."""
         two_dims(net, (1, 2))
         model = QUANTIZED(net)
         model(batch(0))

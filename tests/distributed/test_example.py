@@ -1,4 +1,4 @@
-"""examples/distributed/train_ddp.py, as it is launched; jobs after the first share their imports."""
+"""examples/distributed/train_ddp.py, launched as users do; later jobs share their imports."""
 
 import importlib.util
 import sys
@@ -18,7 +18,7 @@ SCRIPT = ROOT / "examples" / "distributed" / "train_ddp.py"
 
 @cache
 def script() -> ModuleType:
-    """The example as a module."""
+    """Returns the example as a module."""
     spec = importlib.util.spec_from_file_location("train_ddp", SCRIPT)
     assert spec is not None and spec.loader is not None
     sys.modules["train_ddp"] = module = importlib.util.module_from_spec(spec)
@@ -27,24 +27,24 @@ def script() -> ModuleType:
 
 
 def main(arguments: list[str]) -> int:
-    """The example, in one process of a job."""
+    """Runs the example in one process of a job."""
     return script().main(arguments)
 
 
 def train(processes: int, out: Path, *options: str) -> Done:
-    """A job of the example; called in a worker."""
+    """Runs a job of the example; called in a worker."""
     script()
     return forked(processes, main, ["--out", str(out), *options])
 
 
 def printed(done: Done) -> str:
-    """By a job that went well."""
+    """Returns the output of a job that succeeded."""
     assert done.returncode == 0, done.output
     return done.output
 
 
 def tensors(checkpoint: Path) -> dict[str, Any]:
-    """Network, optimizer, noise and epoch, by name."""
+    """Returns network, optimizer, noise and epoch, by name."""
     state = torch.load(checkpoint / "checkpoint.pt", weights_only=True)["state"]
     moments = {
         f"{key} {name}": value for key, values in state["optimizer"]["state"].items()
@@ -53,7 +53,7 @@ def tensors(checkpoint: Path) -> dict[str, Any]:
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Equal bits."""
+    """Whether all bits are equal."""
     return a.keys() == b.keys() and all(
         torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
 
@@ -65,7 +65,7 @@ def test_resumes_bit_for_bit_with_the_other_strategy_and_in_one_process(
 
     shown = printed(torchrun(
         2, str(SCRIPT), "--out", str(tmp_path / "straight"), "--epochs", "2"))
-    assert shown.count("10.8") == 2  # both ranks store so much less
+    assert shown.count("10.8") == 2  # the ratio of both ranks
     run(2, "--epochs", "1", "--strategy", "fsdp")
     stopped, straight = (tensors(tmp_path / name) for name in ("stopped", "straight"))
     assert not same(stopped, straight)

@@ -15,7 +15,7 @@ def test_as_plain_fsdp_and_as_one_process(facts: dict[str, list[Facts]], case: s
 
 
 def test_as_ddp(facts: dict[str, list[Facts]]) -> None:
-    """With two processes a sum has one order: even the noise is that of DDP."""
+    """With two processes a sum has only one order: even the noise equals DDP's."""
     sharded, replicated = facts["fsdp compare"][0], facts["ddp compare"][0]
     assert sharded["outside reshard"]["bits"] == replicated["outside plain"]["bits"]
 
@@ -25,7 +25,7 @@ def test_mixed_precision(facts: dict[str, list[Facts]], order: str) -> None:
     first, second = (found[order] for found in facts["fsdp bfloat16"])
     for found in (first, second):
         assert_alike(found["bits"])
-        # 2 bytes a value before; derivatives have 4 bits and metadata, 3.7 times less.
+        # Before: 2 bytes per value. Derivatives take 4 bits plus metadata: 3.7 times less.
         assert found["ratio"] > 3.7
     assert first["bits"]["quantized"][1:] == second["bits"]["quantized"][1:]
 
@@ -35,7 +35,7 @@ def test_gathered_parameters_are_never_packed(facts: dict[str, list[Facts]]) -> 
         controls, counts = found["controls"], found["counts"].values()
         assert controls["naive"] == 3
         assert controls["naive frozen"] == 5
-        assert controls["not looked up"][0] == 6  # the frozen weight and two halves, in two steps
+        assert controls["not looked up"][0] == 6  # the frozen weight and its halves, in two steps
         assert len(counts) == 12
         assert all(parameters == 0 and tensors > 0 for parameters, tensors in counts)
 

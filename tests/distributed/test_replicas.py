@@ -1,4 +1,4 @@
-"""H23, DistributedDataParallel and what builds upon it: two processes, the gradients of one."""
+"""H23, DistributedDataParallel and what builds on it: two processes get the gradients of one."""
 
 import pytest
 
@@ -7,27 +7,27 @@ from tests.distributed.support import Facts
 
 CASES = [f"{order} {option}" for order in ORDERS for option in OPTIONS]
 
-#: No encoding here is less than 7.5 times smaller (4 bits and 8 bytes for 256 values of 4 bytes); 512
+#: Every encoding here is at least 7.5 times smaller (4 bits, and 8 bytes per 256 values of 4 bytes). 512
 #: bytes of statistics stay exact: 106752 / (106752 / 7.5 + 512) = 7.2 for the smallest network.
 LEAST_RATIO = 7.0
 
 
 def assert_right(facts: list[Facts]) -> None:
-    """What holds for every engine, given what :func:`~tests.distributed.ddp.compare_one` found."""
+    """Asserts what holds for every engine, on facts of :func:`~tests.distributed.ddp.compare_one`."""
     for found in facts:
-        # Plain and exact: the same bits as one process on the whole batch.
+        # Plain and exact runs give the bits of one process on the whole batch.
         assert found["integers"]["plain"][1] == found["single"]
         assert found["integers"]["exact"] == found["integers"]["plain"]
         assert_alike(found["bits"])
         assert found["ratio"] > LEAST_RATIO
-    # Gradients and parameters after several steps are the same everywhere, outputs are not.
+    # After several steps, gradients and parameters are equal on all processes; outputs are not.
     first, second = (found["bits"]["quantized"] for found in facts)
     assert first[1:] == second[1:]
     assert first[0] != second[0]
 
 
 def assert_alike(bits: dict[str, list[str]]) -> None:
-    """Exact: all is as plain. Quantized: the output is, the gradient is not; a seed gives it again."""
+    """Exact: all bits are plain's. Quantized: outputs are, gradients are not; a seed repeats them."""
     assert bits["exact"] == bits["plain"]
     assert bits["quantized"][0] == bits["plain"][0]
     assert bits["quantized"][1] != bits["plain"][1]
@@ -50,7 +50,7 @@ def test_parameters_are_never_packed(facts: dict[str, list[Facts]]) -> None:
 
 
 def test_ranks_draw_different_noise(facts: dict[str, list[Facts]]) -> None:
-    """Seen in gradients that are not reduced yet, of the same data everywhere."""
+    """The noise shows in gradients before they are reduced, on equal data everywhere."""
     first, second = facts["ddp accumulate"]
     assert first["own noise"][0] != second["own noise"][0]
     assert first["shared noise"] == second["shared noise"]  # the control
@@ -81,14 +81,14 @@ def test_gradient_compression_is_unaffected(facts: dict[str, list[Facts]], hook:
 
 
 def test_a_failure_leaves_nothing_behind(facts: dict[str, list[Facts]]) -> None:
-    """In all processes, and in one of them."""
+    """A failure in all processes, and in one of them."""
     for found in facts["ddp failure"]:
         assert found["before"] == found["after [0, 1]"] == found["after [1]"] == [False, False, 0]
         assert found["grads [0, 1]"] == found["grads [1]"] == found["untouched"]
 
 
 def test_batch_norms(facts: dict[str, list[Facts]]) -> None:
-    """PyTorch has SyncBatchNorm for GPUs only, and says the same with and without the wrapper."""
+    """PyTorch has SyncBatchNorm for GPUs only; its error is the same with and without the wrapper."""
     for found in facts["ddp batch norm"]:
         plain, wrapped = found["messages"]
         assert plain == wrapped

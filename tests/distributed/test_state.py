@@ -1,4 +1,4 @@
-"""Jobs that are saved and resumed, in as many processes or in others."""
+"""Jobs are saved and resumed, with as many processes or with another number."""
 
 import pytest
 
@@ -8,19 +8,19 @@ from tests.distributed.support import Facts
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_in_a_job_of_the_same_size(facts: dict[str, list[Facts]], engine: str) -> None:
-    """Parameters, optimizer, noise and generators go on bit for bit."""
+    """Parameters, optimizer, noise and generators continue bit for bit."""
     both = [found[engine] for found in facts["state resume"]]
     for found in both:
         assert found["loaded"] == [found["saved"], found["noise"]]
         assert found["resumed"] == found["straight"]
-        assert found["forgetful"] != found["straight"]  # the control: noise from the start
+        assert found["forgetful"] != found["straight"]  # the control: the noise starts again
     assert both[0] == both[1]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_in_fewer_and_in_more_processes(
         facts: dict[str, list[Facts]], engine: str) -> None:
-    """Two processes, then one, then two; what each computes next is reproducible."""
+    """Two processes, then one, then two; the next results of each job are reproducible."""
     before, (alone,) = facts["state resume"][0][engine], facts["state alone"]
     assert alone[engine]["loaded"] == before["saved"]
     assert alone[engine]["noise"] == before["noise"]

@@ -1,4 +1,4 @@
-"""Tensor parallelism: shards of DTensors are stored, and copies of parameters stay copies."""
+"""Tensor parallelism: shards of DTensors are stored, and copies of parameters stay equal."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_as_plain_tensor_parallelism(facts: dict[str, list[Facts]], strategy: st
     both = [found[strategy]["bits"] for found in facts["tp compare"]]
     for bits in both:
         assert_alike(bits)
-        # Stored early or late, a rounding is the same.
+        # A rounding is the same, whether it is stored early or late.
         assert bits["late"] == bits["quantized"]
     assert both[0]["quantized"][1:] == both[1]["quantized"][1:]
 
@@ -27,7 +27,7 @@ def test_shards_take_less_memory(facts: dict[str, list[Facts]], strategy: str) -
     for found in (f[strategy] for f in facts["tp compare"]):
         assert found["ratio"] > LEAST_RATIO
         assert found["saved"][0] == found["plain saved"][0] == found["exact saved"][1]
-        assert found["ratio without shards"] < 3  # the control: DTensors kept as they are
+        assert found["ratio without shards"] < 3  # the control: DTensors are kept exact
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -42,12 +42,12 @@ def test_the_policy_knows_the_operations(facts: dict[str, list[Facts]], strategy
             ("4", "relu"): "relu mask", ("6", "linear"): "2-bit stochastic"}
         exact = [(module, op, kept) for module, op, name, _, kept in found[strategy]
                  if name == "exact"]
-        # Statistics of 64 rows. The mean of an ordinary tensor is not kept, that of a DTensor is.
+        # Statistics of 64 rows. The mean of a DTensor is kept, that of an ordinary tensor is not.
         assert exact == [("0", "layer_norm", 512 if strategy == "sequence" else 256)]
 
 
 def test_parameters_are_never_packed(facts: dict[str, list[Facts]]) -> None:
-    """Nor frozen ones, whose transposes have no history, nor their copies under autocast."""
+    """Also not frozen ones, whose transposes have no history, nor their copies under autocast."""
     for found in facts["tp parameters"]:
         assert found["naive"] == 3
         counts = [v for name, v in found.items() if name.split()[0] in STRATEGIES]
@@ -57,7 +57,7 @@ def test_parameters_are_never_packed(facts: dict[str, list[Facts]]) -> None:
 
 def test_copies_of_parameters_do_not_drift(facts: dict[str, list[Facts]]) -> None:
     first, second = facts["tp drift"]
-    assert first["own noise"] != second["own noise"]  # the control: a rank for each process
+    assert first["own noise"] != second["own noise"]  # the control: each process has its own rank
     for name in ("default", "given", "plain"):
         assert first[name] == second[name]
     assert first["default"] == first["given"] != first["plain"]
@@ -98,5 +98,5 @@ def test_a_kept_dtensor_is_watched(facts: dict[str, list[Facts]]) -> None:
 
 def test_derivatives_of_what_a_collective_makes(facts: dict[str, list[Facts]]) -> None:
     for found in facts["tp gathered"]:
-        # Two processes add up: a step of 255 each, of a range of less than 1.3.
+        # Two processes add up: one of 255 steps each, of a range below 1.3.
         assert all(0 < found[name] < 0.02 for name in ("silu", "gelu", "tanh"))

@@ -1,4 +1,4 @@
-"""Runs scenarios in one process of a job, and writes what was found as JSON.
+"""Runs scenarios in one process of a job, and writes their facts as JSON.
 
 By hand: python -m torch.distributed.run --standalone --nproc-per-node 2 \\
     -m tests.distributed.worker FOLDER SCENARIO...
@@ -25,7 +25,7 @@ SCENARIOS = {
 
 
 def run(name: str, folder: Path) -> Facts:
-    """One scenario; an error is a fact too."""
+    """Runs one scenario; an error is a fact too."""
     start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -38,7 +38,7 @@ def run(name: str, folder: Path) -> Facts:
 
 
 def main(arguments: list[str]) -> int:
-    """All scenarios, in order, in one process group; the first error ends the job."""
+    """Runs all scenarios, in order, in one process group; the first error ends the job."""
     folder, *names = arguments
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=180))
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     for name in names:
         results[name] = run(name, Path(folder))
         if "error" in results[name]:
-            # The others may wait for this one in a collective.
+            # The other processes may wait for this one in a collective.
             print(f"{name}:\n{results[name]['error']}", file=sys.stderr, flush=True)
             break
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Makes the example scripts importable: they import one another as plain modules, as when run."""
+"""Makes the example scripts importable: they import each other as plain modules, as when run."""
 
 import sys
 from pathlib import Path

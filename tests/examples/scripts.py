@@ -1,4 +1,4 @@
-"""Imports benchmarks, which import one another as plain modules, as when run."""
+"""Imports benchmarks, which import each other as plain modules, as when run."""
 
 import importlib
 import sys
@@ -9,10 +9,10 @@ FOLDER = str(Path(__file__).parents[2] / "examples" / "benchmarks")
 
 
 def benchmark(name: str) -> ModuleType:
-    """A script of examples/benchmarks.
+    """Imports a script of examples/benchmarks.
 
-    Their folder does not stay on the path: ``kernels`` is also the name of a package, which
-    transformers would believe to be installed.
+    Their folder does not stay on the path. ``kernels`` is also the name of a package, and transformers
+    would believe that it is installed.
     """
     sys.path.insert(0, FOLDER)
     try:

@@ -1,4 +1,4 @@
-"""The benchmarks run, at sizes at which their figures mean nothing, and write what plots.py draws."""
+"""The benchmarks run, at sizes too small for meaningful figures, and write what plots.py draws."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ def threads() -> Any:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that takes no time."""
+    """A network that runs in no time."""
     def task(batch: int, size: int) -> Any:
         model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
         return sys.modules["networks"].Task(model, torch.randn(batch, 64), [model])
@@ -53,7 +53,7 @@ def draw(out: Path) -> list[str]:
 
 
 def stand_in(bits: int) -> Any:
-    """Another library: the reference, to nearest, with a byte a code."""
+    """A replacement for another library: the reference, to nearest, with one byte per code."""
     spec = BucketQuantSpec(bits, libraries.BUCKET, rounding=NEAREST)
 
     def decode(encoded: Any) -> Tensor:
@@ -76,7 +76,7 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -
     tables = tables_of(out)
     assert list(tables) == list(kernels.TABLES)
     ratios = {row["what"]: row["bytes ratio"] for row in tables["widths"]}
-    # A bucket of 256: 64 bytes of codes and 8 of metadata for 1024 bytes of floats.
+    # A bucket of 256: 64 bytes of codes and 8 of metadata, for 1024 bytes of floats.
     assert ratios[kernels.USUAL] == 1024 / 72
     assert {row["dtype"] for row in tables["codecs"]} == {"float32", "float16", "bfloat16", "bool"}
     exact, few = (next(row for row in tables["codecs"] if row["what"] == name)
@@ -114,7 +114,7 @@ def test_step_time_has_every_variant(tmp_path: Path) -> None:
     step_time.main(["--model", "tiny", "--rounds", "1", "--threads", "1", "--out", str(out)])
     rows = {row["variant"]: row for row in tables_of(out)["step_time"]}
     assert list(rows) == list(step_time.variants.EAGER)
-    # The input and what comes in and out of GELU: 256 x 64 floats each.
+    # The input, and the input and output of GELU: 256 x 64 floats each.
     assert rows["plain"]["saved MiB"] == rows["save_on_cpu"]["saved MiB"] == 3 * 256 * 64 * 4 / 2**20
     assert rows["ours, 2 bits, policy all"]["bytes ratio"] > 12
     assert draw(out) == ["step_time.png"]
@@ -126,7 +126,7 @@ def test_parts_of_a_step(tmp_path: Path) -> None:
     step_parts.main(["--model", "tiny", "--rounds", "1", "--threads", "1", "--out", str(out)])
     rows = {row["what"]: row for row in tables_of(out)["step_parts"]}
     assert rows["step: plain"]["x plain"] == 1
-    # The two inputs of the layers and the derivative; the weight of the second layer.
+    # Forward stores the inputs of both layers and the derivative. It keeps the second layer's weight.
     for part in ("forward: stored tensors, beside kernels", "forward: kernels", "backward: kernels"):
         assert rows[part]["calls"] == 3
     assert rows["forward: kept tensors"]["calls"] == 1
@@ -172,7 +172,7 @@ def test_memory_counts_and_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             name: str, variant: str, batch: int, size: int, *, steps: int = 1, count: bool = False,
             launched: bool = True) -> dict[str, float]:
         found = memory.worker(name, variant, batch, size, steps, count)
-        # In one process the peak is that of whatever ran before: a line stands in for it.
+        # Within one process, the peak includes earlier tests. A straight line replaces it here.
         return {**found, "peak": batch * (2**20 if variant == "plain" else 2**18)}
 
     monkeypatch.setattr(memory, "run", run)
@@ -194,7 +194,7 @@ def test_memory_worker_is_a_process_of_its_own() -> None:
 
 def test_labels_of_steps_cover_nothing() -> None:
     names = list(step_time.variants.EAGER)
-    # All but one in a corner, where labels next to their points would lie on one another.
+    # All points but one lie in a corner, where labels next to their points would overlap.
     rows = [{"model": "net", "variant": name, "x plain": 1 + 0.01 * i, "saved MiB": 10.0 + 0.1 * i}
             for i, name in enumerate(names)]
     rows[-1]["x plain"] = 2.0

@@ -1,4 +1,4 @@
-"""The command lines: bad arguments, existing runs, and what a good run leaves behind."""
+"""The command lines: bad arguments, existing runs, and the files of a good run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Official file layouts, read from tiny synthetic files; damaged ones are refused by name."""
+"""Official file layouts, read from tiny synthetic files. Errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vision import import_torchvision
 
 
 def cifar_records(count: int, label_bytes: int, classes: int) -> tuple[bytes, Tensor, Tensor]:
-    """`count` records of the CIFAR binary version with the images and labels they hold."""
+    """Return `count` records of the CIFAR binary version, and their images and labels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(classes, (count, label_bytes), dtype=torch.uint8, generator=generator)
@@ -114,7 +114,7 @@ def idx_bytes(array: Tensor) -> bytes:
 
 
 def write_fashion_mnist(folder: Path, suffix: str) -> dict[str, Tensor]:
-    """Five training and three test images of 4x4 pixels in the idx layout."""
+    """Write five training and three test images of 4x4 pixels in the idx layout."""
     folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     for prefix, count in (("train", 5), ("t10k", 3)):

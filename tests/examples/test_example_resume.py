@@ -43,7 +43,7 @@ def knobs_for(kind: str, out: Path, **changes: Any) -> train.Knobs:
 
 
 def interrupt_at(epoch: int, step: int) -> Callable[[Progress], object]:
-    """A step hook that presses Ctrl-C after the given step."""
+    """Return a step hook that presses Ctrl-C after the given step."""
 
     def press(progress: Progress) -> None:
         if (progress.epoch, progress.step) == (epoch, step):
@@ -57,7 +57,7 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every tensor and plain value of a nested state, by its path."""
+    """Return every tensor and plain value of a nested state, by its path."""
     if isinstance(value, dict):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, list | tuple):
@@ -78,7 +78,7 @@ def assert_same_state(left: dict[str, Any], right: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module", params=QUANTIZERS)
 def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was never interrupted, named for its quantizer."""
+    """Return the folder of a run that was never interrupted, named for its quantizer."""
     folder = tmp_path_factory.mktemp("straight") / request.param
     train.run(knobs_for(request.param, folder))
     return folder
@@ -135,7 +135,7 @@ def test_an_epoch_repeated_after_a_kill_counts_once(tmp_path: Path) -> None:
     log = tmp_path / "run" / "log.jsonl"
     log.write_text(log.read_text() * 2)
     assert train.run(replace(knobs, resume=True)) == first
-    assert len(log.read_text().splitlines()) == 2  # append-only: nothing was taken away
+    assert len(log.read_text().splitlines()) == 2  # append-only: no row was removed
 
 
 def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:

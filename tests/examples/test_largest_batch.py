@@ -1,4 +1,4 @@
-"""The search for the largest batch that fits: against a naive scan, with few probes."""
+"""The search for the largest batch that fits agrees with a naive scan, in few probes."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ Largest, largest_batch = module.Largest, module.largest_batch
 
 
 def scan(peak: Callable[[int], float], limit: float) -> int:
-    """The naive way: every batch, one after another."""
+    """Finds the batch naively: tries every batch, one after another."""
     batch = 0
     while peak(batch + 1) <= limit:
         batch += 1
@@ -30,7 +30,7 @@ def test_finds_what_a_scan_finds_to_a_16th(fixed: float, each: float, start: int
     assert found.too_large is not None
     assert found.fits <= largest < found.too_large
     assert found.too_large - found.fits <= max(1, found.fits / 16)
-    # A line is known after its second point; one more probe on either side of the limit.
+    # Two points determine the line. One more probe is needed on each side of the limit.
     assert found.probes <= 4
 
 

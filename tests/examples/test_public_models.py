@@ -1,4 +1,4 @@
-"""The study of published models: what it counts, keeps and prints, on models that take no time."""
+"""The study of published models: its counts, files and tables, on models that run in no time."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script."""
+    """Imports the script."""
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(str(STUDIES))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -32,12 +32,12 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def in_process(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No forks: what has run backward here cannot run it in one."""
+    """Prevents forks: autograd has run in this process, and does not survive a fork."""
     monkeypatch.setattr(study, "measure_apart", study.measure_model)
 
 
 class Counting(nn.Module):
-    """Never gives the same twice."""
+    """A module that never gives the same result twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_every_model_is_in_the_table_or_named(own: ModuleType, tmp_path: Path, c
     assert "| own | 2 | " in printed and f"| own/usual | {usual['error_2']:.3g} | " in printed
     assert "no gradient: 2 (frozen, zero)." in printed
     assert "Not bit-identical" not in printed
-    # A second run measures nothing anew.
+    # A second run measures nothing again.
     own.main(words)
     assert len(out.read_text().splitlines()) == len(rows)
     assert capsys.readouterr().out == printed
@@ -130,7 +130,7 @@ def test_what_differs_is_seen(own: ModuleType) -> None:
     other = measure.Step([ones, ones], [2 * ones], (2,), {**gradients, "b": 9 * ones[:1]}, None)
     assert measure.differences(plain, other, "exact", gradients=True) == [
         "outputs, exact", "buffers, exact", "random state, exact", "gradients, exact"]
-    # |g| = 5, and b is off by 5.
+    # |g| = 5, and the gradient of b is off by 5.
     assert measure.gradient_error(plain, other) == (1.0, "b", 1.0)
     broken = replace(other, gradients={**gradients, "a": math.nan * ones[:1]})
     assert measure.gradient_error(plain, broken) == (math.inf, "a", 1.0)
@@ -151,7 +151,7 @@ def test_failure_of_the_wrapper_is_not_that_of_the_model(
     assert (row.status, row.detail) == ("FAILS WRAPPED", "RuntimeError: no wrapper")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # about forks beside threads
 def test_child_that_dies_or_hangs_has_a_row(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "measure_model", lambda model, knobs: os._exit(3))
     row = study.measure_apart("own/x", study.Knobs())
@@ -161,7 +161,7 @@ def test_child_that_dies_or_hangs_has_a_row(study: ModuleType, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.filterwarnings("ignore")  # of the models' own libraries
+@pytest.mark.filterwarnings("ignore")  # from the models' own libraries
 def test_public_models(study: ModuleType, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "models.jsonl"
@@ -188,7 +188,7 @@ def test_smallest_of_a_family(study: ModuleType) -> None:
 
 
 @pytest.mark.usefixtures("study")
-@pytest.mark.filterwarnings("ignore")  # of the models' own libraries
+@pytest.mark.filterwarnings("ignore")  # from the models' own libraries
 def test_configurations_shrink() -> None:
     pytest.importorskip("transformers")
     tiny = importlib.import_module("public_models_transformers")

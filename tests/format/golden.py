@@ -1,9 +1,9 @@
-"""Bytes of every way to store a tensor, as digests: any machine must find the same.
+"""Digests of the bytes of every way to store a tensor: they must be equal on every machine.
 
     python -m tests.format.golden [--write]
 
-Without ``--write`` it prints what differs from ``golden.json``. Values are made of integers by exact
-operations, so they are the same everywhere; so are all seeds.
+Without ``--write``, it prints what differs from ``golden.json``. Values are made from integers by exact
+operations, so they are equal everywhere. Seeds are fixed.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from brevitas_bp.kernels import dispatch
 
 FILE = Path(__file__).with_name("golden.json")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: Elements: several chunks of a thread, several rows, a padded bucket at the end.
+#: This shape gives several chunks per thread, several rows, and a padded last bucket.
 SHAPE = (6, 5, 331)
 
 
 def values(*shape: int, salt: int = 1) -> Tensor:
-    """Float32 values of sizes 2**-6 to 2**6, zeros among them."""
+    """Returns float32 values of sizes 2**-6 to 2**6, including zeros."""
     n = torch.Size(shape).numel()
     x = (torch.arange(n, dtype=torch.int64) * 2654435761 + salt * 40503) % (1 << 32)
     x = (x ^ (x >> 15)) * 2246822519 % (1 << 32)
@@ -47,7 +47,7 @@ def values(*shape: int, salt: int = 1) -> Tensor:
 
 
 def digest(packed: Packed) -> str:
-    """Of all that is stored, and of what it decodes to."""
+    """Returns a digest of all stored tensors and of the decoded tensor."""
     total = hashlib.sha256()
     for tensor in (*packed.tensors, packed.decode()):
         total.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -87,7 +87,7 @@ def _others() -> Iterator[tuple[str, Codec]]:
 
 
 def digests() -> dict[str, str]:
-    """Name -> digest of what is stored."""
+    """Returns name -> digest of the stored bytes."""
     found: dict[str, str] = {}
     x = values(*SHAPE)
     for name, codec in _configs():
@@ -108,7 +108,7 @@ def digests() -> dict[str, str]:
         assert isinstance(codec, LoweredCodec)
         found[f"derivative of {function}"] = digest(codec.encode_derivative(x, function, seed=7))
     for even in (False, True):
-        # Tables are solved, with exponentials: here is a fixed one.
+        # Few-bit tables are solved with exponentials, which differ by machine. This table is fixed.
         table = FewBitTable("fixed", (0.25, 0.5, 1.5), (0.0, 0.3, 0.7, 1.0), even)
         for dtype in DTYPES:
             packed = FewBitCodec(table).encode(x.to(dtype))
@@ -117,20 +117,20 @@ def digests() -> dict[str, str]:
 
 
 def without_compiled_kernels(function: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """The same through the torch reference."""
+    """Computes the digests by the torch reference."""
     with dispatch.use("reference"):
         return function()
 
 
 def differing(found: dict[str, str]) -> list[str]:
-    """Names whose digest is not that of the file."""
+    """Returns the names whose digest differs from the file."""
     expected: dict[str, str] = json.loads(FILE.read_text())
     return sorted(
         name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
 def main() -> int:
-    """Compares, or writes."""
+    """Compares with the file, or writes it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--reference", action="store_true", help="through the torch reference")

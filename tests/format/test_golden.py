@@ -1,4 +1,4 @@
-"""Bytes of every config are those of a file: the same on any processor, compiled or not."""
+"""The bytes of every config equal those in a file, on any processor, compiled or not."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 
 from tests.format import golden
 
-#: What torch may be told to use at most, from the least on.
+#: Limits on the instructions that torch may use, from the lowest.
 CAPABILITIES = ["default", "avx2", "avx512"]
 
 

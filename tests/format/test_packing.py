@@ -11,7 +11,7 @@ LENGTHS = range(71)
 
 
 def all_codes(length: int, bit_width: int) -> Tensor:
-    """Buckets [2**b, length padded to 8] in which every code stands at every position."""
+    """Returns buckets [2**b, length padded to 8] in which every code occurs at every position."""
     size = -(-length // 8) * 8
     codes = torch.arange(2**bit_width).unsqueeze(-1) + torch.arange(size)
     codes = codes.remainder(2**bit_width).to(torch.uint8)
@@ -20,7 +20,7 @@ def all_codes(length: int, bit_width: int) -> Tensor:
 
 
 def planar_bytes(codes: list[int], bit_width: int) -> list[int]:
-    """The layout as the design states it, one bit field at a time."""
+    """Computes the layout as the design defines it, one bit field at a time."""
     out, first = [], 0
     for bits in (8, 4, 2, 1):
         if not bit_width & bits:
@@ -65,7 +65,7 @@ def test_golden_bytes() -> None:
 
 
 def test_an_interleaved_layout_would_be_noticed() -> None:
-    # Positive control: neighbours in one byte, the usual layout, unpacks to a permutation.
+    # Positive control: the usual layout, neighbours in one byte, unpacks to a permutation.
     codes = torch.arange(8, dtype=torch.uint8).unsqueeze(0)
     low, high = codes[:, 0::2], codes[:, 1::2]
     interleaved = low | (high << 4)

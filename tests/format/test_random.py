@@ -1,4 +1,4 @@
-"""Counter-based noise: its numbers, its statistics and where its seeds come from."""
+"""Counter-based noise: its numbers, its statistics, and the origin of its seeds."""
 
 import math
 import pickle
@@ -29,7 +29,7 @@ N = 1 << 20
 
 
 def hashed(index: int, keys: tuple[int, int]) -> float:
-    """The generator in Python integers."""
+    """Computes the generator in Python integers."""
     x = (index + keys[0]) % 2**32
     x = (x ^ (x >> 17)) * 0xED5AD4BB % 2**32
     x ^= keys[1]
@@ -40,7 +40,7 @@ def hashed(index: int, keys: tuple[int, int]) -> float:
 
 
 def test_golden_values() -> None:
-    # Bytes on disk depend on these: they may never change.
+    # Stored bytes depend on these numbers, so they may never change.
     assert (uniform(0, (4,)) * 2**24).tolist() == [4404907, 3776269, 7419967, 15804745]
 
 
@@ -60,7 +60,7 @@ def test_noise_is_float32_in_the_half_open_unit_interval() -> None:
 
 
 def bin_statistic(noise: Tensor, bins: int) -> float:
-    """Pearson's chi-square of equal bins."""
+    """Returns Pearson's chi-square of equal bins."""
     counts = torch.bincount((noise * bins).long().flatten(), minlength=bins)
     expected = noise.numel() / bins
     return float(((counts - expected)**2 / expected).sum())
@@ -79,13 +79,13 @@ def test_pairs_of_neighbours_are_uniform_in_the_square() -> None:
 
 
 def test_uniformity_sees_bfloat16_noise() -> None:
-    # Positive control: 16-bit uniforms, of 256 levels, leave half of 512 bins empty.
+    # Positive control: 16-bit uniforms have 256 levels, so half of 512 bins are empty.
     noise = torch.rand(N, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     assert bin_statistic(noise.float(), 512) > chi_square(511)
 
 
 def correlations(first: Tensor, second: Tensor) -> Tensor:
-    """z of the circular cross-correlation at every lag.
+    """Returns z of the circular cross-correlation at every lag.
 
     The products of centred uniforms have variance 1/144 and, at one lag, no correlation.
     """
@@ -110,7 +110,7 @@ def test_neighbouring_seeds_are_uncorrelated_at_every_lag(first: int, second: in
 
 
 def test_correlation_sees_seeds_that_shift_the_index() -> None:
-    # Positive control: the commonest mistake, a seed that is added to the counter.
+    # Positive control: the most common mistake, which adds the seed to the counter.
     n = 1 << 17
     index = torch.arange(2 * n).to(torch.int32)
     noise = uniform_(index, (0, 0))

@@ -1,4 +1,4 @@
-"""The reference kernels against a naive oracle, and the properties that their users rely on."""
+"""The reference kernels agree with a naive oracle, and have the properties that users rely on."""
 
 import math
 from dataclasses import replace
@@ -50,7 +50,7 @@ from tests.strategies import (
 )
 from tests.support import same_bits, stage_name
 
-# Relative spacing of float32: one operation is off by at most half of it.
+# Relative spacing of float32. The relative error of one operation is at most half of it.
 EPS = 2.0**-23
 AFFINE = BucketQuantSpec(2, 64)
 SPECS = {
@@ -71,14 +71,14 @@ def round_trip(x: Tensor, spec: BucketQuantSpec, seed: int = 0) -> Tensor:
 
 
 def codes_of(encoded: Encoded, spec: BucketQuantSpec, numel: int) -> Tensor:
-    """Codes [N, B] of a quantizer of one width."""
+    """Returns codes [N, B] of a quantizer of one width."""
     n, size = bucket_shape(numel, spec.bucket_size)
     codes = unpack(encoded.payload.view(n, -1), spec.bit_width, size)
     return codes.long() + spec.code_range.lowest(spec.bit_width)
 
 
 def naive_range(bucket: list[float], spec: BucketQuantSpec) -> float:
-    """What the top code stands for."""
+    """Returns the value of the top code."""
     if spec.scale_rule is MIN_MAX:
         return max(bucket) - min(bucket)
     if spec.scale_rule is MAX:
@@ -87,7 +87,7 @@ def naive_range(bucket: list[float], spec: BucketQuantSpec) -> float:
 
 
 def naive_code(u: float, noise: float, spec: BucketQuantSpec) -> int:
-    """Rounding and clamping of a position, in float64."""
+    """Rounds and clamps a position, in float64."""
     rounded = math.floor(u) + (noise < u - math.floor(u)) if spec.rounding is STOCHASTIC else round(u)
     top = spec.code_range.top(spec.bit_width)
     return min(max(rounded, spec.code_range.lowest(spec.bit_width)), top)
@@ -107,13 +107,13 @@ def test_codes_are_those_of_a_naive_oracle(
         scales = encoded.scale.tolist()
         offsets = [0.0] * 5 if encoded.offset is None else encoded.offset.tolist()
         codes = codes_of(encoded, spec, x.numel())
-        # The position is a difference, a reciprocal and a product away from exact, three half
-        # spacings of at most the top code; that is doubled for second-order terms.
+        # The position is computed by a difference, a reciprocal and a product. Each adds half a spacing
+        # of at most the top code. The slack is doubled for second-order terms.
         slack = 3 * EPS * code_range.top(width)
         for b, bucket in enumerate(x.split(64)):
             for i, value in enumerate(bucket.tolist()):
                 u = (value - offsets[b]) / scales[b]
-                # Rounding is monotone: the code lies between those of the two ends of the slack.
+                # Rounding is monotone, so the code lies between the codes of both ends of the slack.
                 low = naive_code(u - slack, noise[b][i], spec)
                 high = naive_code(u + slack, noise[b][i], spec)
                 assert low <= codes[b, i] <= high
@@ -128,7 +128,7 @@ def test_scale_and_offset_are_those_of_a_naive_oracle(
     encoded = encode(x, spec, seed=0)
     for bucket, scale in zip(x.split(64), encoded.scale.tolist()):
         exact = naive_range(bucket.tolist(), spec) / code_range.top(width)
-        # Two operations, each off by half a spacing: the range (or norm) and the division.
+        # Two operations, each off by half a spacing: the range (or norm), and the division.
         assert scale == pytest.approx(exact, rel=EPS)
     if encoded.offset is not None:
         assert encoded.offset.tolist() == [float(bucket.min()) for bucket in x.split(64)]
@@ -151,11 +151,11 @@ def test_the_error_is_at_most_one_step(x: Tensor, spec: BucketQuantSpec, seed: i
     top = max(spec.code_range.top(width) for width in spec.bit_widths)
     info, computed = torch.finfo(x.dtype), torch.finfo(encoded.scale.dtype)
     reach = flat.double().abs().max() + top * scale.max()
-    # Rounding in the dtype computed in (four operations at the largest magnitude reached) and to the
-    # dtype of the data.
+    # Rounding errors: in the computing dtype, four operations at the largest magnitude reached; and in
+    # the conversion to the dtype of the data.
     eps = 2.0**-52 if x.dtype == torch.float64 else EPS
     slack = 4 * eps * reach + info.eps * flat.double().abs() + info.smallest_normal
-    # A step below the smallest normal number cannot be divided by: the bucket decodes to code 0.
+    # Dividing by a step below the smallest normal number is impossible: the bucket decodes to code 0.
     tiny = computed.smallest_normal
     steps = torch.where(scale < tiny, top * scale + tiny, scale)
     assert ((decoded - flat.double()).abs() <= steps + slack).all()
@@ -178,7 +178,7 @@ def test_decoding_twice_gives_the_same_bits(
 @each_spec
 @pytest.mark.parametrize("exponent", [-100, -30, 3, 60])
 def test_powers_of_two_scale_through(spec: BucketQuantSpec, exponent: int) -> None:
-    # 2**-100 is about 1e-30: small data quantize as well as data of size 1.
+    # 2**-100 is about 1e-30: such small data quantize as well as data of size 1.
     x = normals((1000,), 2).float()
     plain, scaled = (encode(t, spec, seed=4) for t in (x, x * 2.0**exponent))
     assert torch.equal(plain.payload, scaled.payload)
@@ -222,7 +222,7 @@ def test_values_on_the_grid_are_exact_at_every_seed(code_range: CodeRange, width
 
 
 def test_the_smallest_draw_does_not_move_a_grid_point() -> None:
-    # It comes once in 2**24 draws.
+    # Noise of exactly zero occurs once in 2**24 draws.
     x, scale = torch.tensor([[-1.0, 0.0, 2.0, 0.001]]), torch.ones(1, 1)
     codes = STOCHASTIC.round_(scaled(x, scale, None), torch.zeros(1, 4))
     assert codes.tolist() == [[-1, 0, 2, 1]]
@@ -230,7 +230,7 @@ def test_the_smallest_draw_does_not_move_a_grid_point() -> None:
 
 @pytest.mark.parametrize("name", [n for n in SPECS if "nearest" in n and "l2" not in n])
 def test_quantizing_again_gives_the_same_bytes(name: str) -> None:
-    # Not for norms: quantized values have another norm.
+    # This does not hold for norms: quantized values have another norm.
     spec = SPECS[name]
     x = normals((1000,), 3).float()
     first = encode(x, spec, seed=0)
@@ -239,7 +239,7 @@ def test_quantizing_again_gives_the_same_bytes(name: str) -> None:
 
 
 def bytes_of_bucket(spec: BucketQuantSpec, numel: int, seed: int, bucket: int) -> slice:
-    """Where the codes of one bucket lie in the payload."""
+    """Returns the slice of the payload with the codes of one bucket."""
     n, size = bucket_shape(numel, spec.bucket_size)
     layout = draw_layout(n, spec, seed)
     slot, position = int(layout.slots()[bucket]), 0
@@ -288,7 +288,7 @@ def test_the_tail_has_its_own_range() -> None:
 
 
 def test_padding_with_zeros_would_be_noticed() -> None:
-    # Positive control: the references' padding brings 0 into the range.
+    # Positive control: padding with zero, as other implementations do, brings 0 into the range.
     tail = to_buckets(torch.linspace(5, 6, 7), 64, pad_with_zero=True)
     assert tail.max() - tail.min() == 6
 
@@ -338,7 +338,7 @@ def test_working_in_pieces_of_a_bucket_changes_no_byte(
 
 
 def test_square_roots_of_float64_are_correctly_rounded() -> None:
-    """As numpy's are; ``torch.sqrt`` is off by one place for a share of values with AVX-512."""
+    """They equal numpy's. With AVX-512, ``torch.sqrt`` is off by one place for some values."""
     x = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     whole = torch.arange(100_000, dtype=torch.float64)
     values = torch.cat((
@@ -368,7 +368,7 @@ def test_the_tree_of_a_norm_is_that_of_a_naive_oracle(
 
 
 def test_a_sum_from_left_to_right_would_be_noticed() -> None:
-    # Positive control: float64 sums in another order are others in some bits.
+    # Positive control: float64 sums in another order differ in some bits.
     x = normals((64, 70), 1)
     assert not torch.equal(arithmetic.l2_norm(x), (x * x).cumsum(-1)[:, -1:].sqrt())
 
@@ -391,12 +391,12 @@ def test_temporaries_are_a_few_chunks(
 
     monkeypatch.setattr(reference, "_CHUNK", 512)
     monkeypatch.setattr(arithmetic, "_RUN", 64)
-    # At most eight tensors of a chunk in the dtype computed in, and the runs of a norm: one a level,
-    # each new in a few copies. Padding and the slots of buckets are as small.
+    # At most eight tensors of a chunk in the computing dtype, and the partial sums of a norm: one per
+    # level, each with a few copies. Padding and slots of buckets are as small.
     computed = compute_dtype(dtype).itemsize
     bound = 8 * 512 * computed + (10 + 6) * 64 * 8 + 1024
     assert most() <= bound
-    # Positive control: in one chunk.
+    # Positive control: everything in one chunk.
     monkeypatch.setattr(reference, "_CHUNK", 1 << 20)
     assert most() > 4 * bound
 
@@ -421,25 +421,25 @@ def test_bfloat16_metadata_enclose_the_range(x: Tensor) -> None:
     low, step = encoded.offset.double(), encoded.scale.double()
     assert encoded.scale.dtype == encoded.offset.dtype == torch.bfloat16
     assert (low <= buckets.amin(-1)).all()
-    # The range is a subtraction and a division in float32 before it is rounded up.
+    # The range is a float32 subtraction and division, then it is rounded up.
     top = low + step * 3 * (1 + EPS) + torch.finfo(torch.float32).smallest_normal
     assert (top >= buckets.amax(-1)).all()
 
 
 def mean_error_of_buckets(decode_as: torch.dtype, encode_as: torch.dtype) -> tuple[float, float]:
-    """Mean error in steps of 64 equal buckets in [5, 6] at 8 bits, and the tolerance for it."""
+    """Returns mean error, in steps, of 64 equal buckets in [5, 6] at 8 bits, and its tolerance."""
     spec = BucketQuantSpec(8, 256, metadata_dtype=encode_as)
     generator = torch.Generator().manual_seed(1)
     bucket = 5 + torch.rand(256, generator=generator)
     x = bucket.repeat(64)
     encoded = encode(x, spec, seed=0)
     assert encoded.affine
-    # What ActNN, EXACT and DIVISION do: cast after the codes are made.
+    # ActNN, EXACT and DIVISION do this: cast the metadata after making the codes.
     cast = Encoded(encoded.payload, encoded.metadata.to(decode_as).to(encode_as), affine=True)
     error = (decode(cast, spec, 0, x.numel(), x.dtype).double() - x).mean()
     step = encoded.scale.double().mean()
-    # In steps each error lies in an interval of length 1; float32 arithmetic at size 6 adds two
-    # half spacings of 2**-21.
+    # In steps, each error lies in an interval of length 1. Float32 arithmetic at size 6 adds two half
+    # spacings of 2**-21.
     return abs(float(error / step)), hoeffding(x.numel()) + 2.0**-21 / float(step)
 
 
@@ -464,7 +464,7 @@ def test_float64_data_keep_float64_metadata() -> None:
 
 # The size of the error.
 
-# algorithms.md 13, measured on N(0, 1): (rule, bits) -> mean squared error for each bucket size.
+# From algorithms.md 13, measured on N(0, 1): (rule, bits) -> mean squared error for each bucket size.
 GOLDEN_ERRORS = {
     ("unsigned", 2): {64: 0.401, 128: 0.500, 256: 0.597, 512: 0.689},
     ("unsigned", 4): {64: 0.0160, 128: 0.0199, 256: 0.0238, 512: 0.0274},
@@ -491,9 +491,9 @@ def many_normals() -> Tensor:
 def test_the_squared_error_is_the_golden_one(
         many_normals: Tensor, code_range: str, width: int, size: int, error: float) -> None:
     measured = squared_error(many_normals, code_range, width, size, STOCHASTIC)
-    # Relative standard deviations: of a bucket's squared range 0.3 at G >= 64 (that of a Gumbel
-    # maximum), of an element's squared error 2.4 (at most D**4 / 6 against a mean of D**2 / 6).
-    # Six of them, twice because the golden number was sampled too, and its last digit.
+    # Relative standard deviations: 0.3 for a bucket's squared range at G >= 64 (that of a Gumbel
+    # maximum), 2.4 for an element's squared error (at most D**4 / 6, with a mean of D**2 / 6). The
+    # tolerance is six of them, doubled because the golden number was sampled too, plus its last digit.
     deviation = math.hypot(0.3 / math.sqrt(many_normals.numel() / size), 2.4 / 1024)
     digit = 0.5 * 10.0**-(3 if error > 0.2 else 4)
     assert measured == pytest.approx(error, rel=2 * 6 * deviation, abs=digit)
@@ -502,7 +502,7 @@ def test_the_squared_error_is_the_golden_one(
 @pytest.mark.parametrize(("code_range", "width"), GOLDEN_ERRORS)
 def test_nearest_rounding_has_half_the_squared_error(
         many_normals: Tensor, code_range: str, width: int) -> None:
-    # Positive control of the golden numbers: D**2 / 12 instead of D**2 / 6.
+    # Positive control for the golden numbers: D**2 / 12 instead of D**2 / 6.
     stochastic, nearest = (
         squared_error(many_normals, code_range, width, 256, rounding)
         for rounding in (STOCHASTIC, NEAREST))

@@ -1,4 +1,4 @@
-"""What a bucket quantizer may be."""
+"""Valid and invalid specs of bucket quantizers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rows of stages: names and numbers, copies, and which kernels serve them."""
+"""Rows of stages: their names and numbers, copies, and the kernels that serve them."""
 
 import copy
 import pickle
@@ -36,14 +36,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def upwards() -> Iterator[Rounding]:
-    """A rounding that no kernel knows."""
+    """A rounding that no kernel supports."""
     yield Rounding("upwards", 1000, lambda u, noise: u.ceil_())
     del Rounding.rows["upwards"]
 
 
 @pytest.fixture
 def dither() -> Iterator[Rounding]:
-    """Subtractive dither: decoding draws the noise of encoding again."""
+    """Subtractive dither: decode draws the noise of encode again."""
     yield Rounding(
         "dither", 1001, lambda u, noise: u.add_(_some(noise)).floor_(), encoding_draws=True,
         decoding_draws=True, restore=lambda codes, noise: codes - (_some(noise) - 0.5))
@@ -52,7 +52,7 @@ def dither() -> Iterator[Rounding]:
 
 @pytest.fixture
 def reversal() -> Iterator[Transform]:
-    """Buckets backwards, shifted by the number of the bucket and by the seed."""
+    """Reverses buckets, and shifts them by the bucket's number and by the seed."""
     def shifts(buckets: Tensor, seed: int, size: int) -> Tensor:
         return (torch.arange(size) + buckets.unsqueeze(-1) + seed) % size
 

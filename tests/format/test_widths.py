@@ -1,4 +1,4 @@
-"""Which buckets take the second width: a bijection, a fixed count, an exact probability."""
+"""Buckets that take the second width: a bijection, a fixed count, an exact probability."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_mixed_buckets_own_the_first_slots() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 256])
 def test_over_all_shifts_every_bucket_is_mixed_equally_often(n: int) -> None:
-    # Exhaustive: with a uniform shift each bucket is mixed with probability mixed / n exactly.
+    # Exhaustive: under a uniform shift, each bucket is mixed with probability mixed / n exactly.
     drawn = WidthLayout.draw(n, 0.5, "bucket", seed=1)
     for mixed in (0, 1, n // 3, n):
         layouts = [
@@ -55,7 +55,7 @@ def test_over_all_shifts_every_bucket_is_mixed_equally_often(n: int) -> None:
 
 
 def frequencies(n: int, probability: float, per: str) -> Tensor:
-    """How often each bucket is mixed, over ``SEEDS`` seeds."""
+    """Returns how often each bucket is mixed, over ``SEEDS`` seeds."""
     layouts = [WidthLayout.draw(n, probability, per, derive(seed)) for seed in range(SEEDS)]
     return torch.stack([layout.is_mixed() for layout in layouts]).double().mean(0)
 
@@ -87,8 +87,8 @@ def test_per_tensor_all_buckets_share_one_draw() -> None:
 
 
 def test_mixed_buckets_are_spread_over_the_tensor() -> None:
-    # The multiplier is near n times the golden section: the gaps are two neighbouring Fibonacci numbers
-    # and their sum, and the longest is at most 2.62 (the ratio squared) times the shortest.
+    # The multiplier is near n times the golden section. So gaps have three lengths: two neighbouring
+    # Fibonacci numbers and their sum. The longest is at most 2.62 (the ratio squared) shortest gaps.
     for n in (100, 1000, 4097):
         layout = WidthLayout.draw(n, 0.25, "bucket", seed=n)
         gaps = torch.diff(layout.is_mixed().nonzero().flatten())

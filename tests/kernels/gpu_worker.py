@@ -1,7 +1,7 @@
-"""Runs the Triton kernels without a device, in a process of its own (see test_gpu.py).
+"""Runs the Triton kernels without a device, in a separate process (see test_gpu.py).
 
-Triton reads TRITON_INTERPRET when it is first imported, and Brevitas imports it: a test session
-cannot change its mind.
+Triton reads TRITON_INTERPRET when it is first imported, and Brevitas imports Triton. So a test session
+cannot switch the interpreter on later.
 """
 
 import os
@@ -24,7 +24,7 @@ from brevitas_bp.format.spec import BucketQuantSpec
 
 
 class Worker:
-    """One process with an environment of its own, that runs functions one after another."""
+    """A process with its own environment that runs functions one after another."""
 
     def __init__(self, **environment: str) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
@@ -32,7 +32,7 @@ class Worker:
             self._pool.submit(os.getpid).result()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of ``function``, which is picklable by name."""
+        """Returns the result of ``function``, which must be picklable by name."""
         return self._pool.submit(function, *arguments).result()
 
     def close(self) -> None:
@@ -40,7 +40,7 @@ class Worker:
         self._pool.shutdown()
 
 
-# Tensors travel as numpy arrays: torch would put each into shared memory.
+# Tensors are sent as numpy arrays: torch would put each into shared memory.
 Array = tuple[Any, torch.dtype]
 Statistics = tuple[Array, Array | None, int] | None
 
@@ -73,7 +73,7 @@ def from_statistics(statistics: Statistics) -> Affine | None:
 
 
 class Interpreted:
-    """The kernels in Triton's interpreter: CPU tensors, numpy arithmetic."""
+    """The kernels in Triton's interpreter: CPU tensors and numpy arithmetic."""
 
     def __init__(self) -> None:
         self._worker = Worker(TRITON_INTERPRET="1")
@@ -94,7 +94,7 @@ class Interpreted:
 
     @contextmanager
     def constant(self, name: str, value: int) -> Iterator[None]:
-        """Kernels with another value of one of their constants."""
+        """Sets one of the kernels' constants to another value within the block."""
         before = self._worker.run(_set_constant, name, value)
         try:
             yield
@@ -110,8 +110,8 @@ def _interpreted_kernels() -> Any:
 
     from brevitas_bp.kernels.gpu import launch as gpu
 
-    # numpy warns of the overflows that the kernels handle. The launch options switch the check for
-    # integer overflow off, but the interpreter has options of its own.
+    # numpy warns of overflows that the kernels handle. The launch options switch off the check for
+    # integer overflow, but the interpreter has its own options.
     warnings.simplefilter("ignore", RuntimeWarning)
     builder: Any = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
@@ -146,11 +146,11 @@ def _set_constant(name: str, value: int) -> int:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel was compiled to.
+    """A compiled kernel.
 
     Attributes:
-        name: of the kernel.
-        ptx: the assembly.
+        name: name of the kernel.
+        ptx: its assembly.
         key: identifies the kernel among those compiled from one function.
     """
 
@@ -159,12 +159,12 @@ class Compiled:
     key: str
 
     def operations(self, pattern: str) -> set[str]:
-        """Mnemonics of the assembly that match a regular expression."""
+        """Returns mnemonics of the assembly that match a regular expression."""
         return set(re.findall(rf"^\s*(?:@!?%p\d+ )?({pattern}\S*)\s", self.ptx, re.MULTILINE))
 
 
 class _NoDevice:
-    """Stands for Triton's driver: compiles for a device that is not there."""
+    """Replaces Triton's driver: compiles for a device that is not present."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
@@ -182,7 +182,7 @@ class _NoDevice:
 
 
 class _CompileOnly:
-    """Stands for a kernel: a launch compiles it, with the arguments of the launch, and records it."""
+    """Replaces a kernel: a launch compiles it with the launch's arguments, and records the result."""
 
     def __init__(self, kernel: Any, found: list[Compiled], **options: Any) -> None:
         self._kernel, self._found, self._options = kernel, found, options
@@ -200,7 +200,7 @@ def compile_kernels(
         capability: int, dtype: torch.dtype, spec: BucketQuantSpec,
         calls: list[tuple[int, int]], affine: Affine | None = None,
         **options: Any) -> list[Compiled]:
-    """What encode and decode are compiled to for calls (number of elements, seed)."""
+    """Compiles encode and decode for calls (number of elements, seed)."""
     from triton.runtime import driver
 
     from brevitas_bp.kernels.gpu import launch as gpu

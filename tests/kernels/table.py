@@ -1,4 +1,4 @@
-"""The table of cases that every fast form of the kernels is held against the reference with."""
+"""The cases with which every fast form of the kernels is compared with the reference."""
 
 from itertools import product
 from typing import Protocol
@@ -25,7 +25,7 @@ SPECS += [
     BucketQuantSpec(base, 24, mix_bit_width=mix, mix_prob=p, mix_per=per)
     for base, mix in ((2, 4), (4, 2), (3, 6), (4, 8)) for p in (0.0, 0.3, 1.0)
     for per in ("bucket", "tensor")]
-# Buckets that are worked on in pieces: of a whole tensor, or larger than the cache.
+# Buckets that kernels process in pieces: whole tensors, or buckets larger than the cache.
 LARGE_SPECS = [
     BucketQuantSpec(width, size, rule, code_range, rounding, metadata_dtype=metadata)
     for width, (rule, code_range), size, (rounding, metadata) in product(
@@ -38,7 +38,7 @@ LARGE_SPECS += [
 
 
 class Form(Protocol):
-    """A module of kernels, or something that stands for one."""
+    """A module of kernels, or a replacement for one."""
 
     def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded: ...
 
@@ -48,7 +48,7 @@ class Form(Protocol):
 
 
 def samples(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Flat tensors of all kinds of values."""
+    """Returns flat tensors with all kinds of values."""
     generator = torch.Generator().manual_seed(0)
     largest, computed = torch.finfo(dtype).max, compute_dtype(dtype)
     normal = torch.randn(1000, generator=generator, dtype=computed)
@@ -65,24 +65,24 @@ def samples(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def joined(dtype: torch.dtype, numel: int) -> Tensor:
-    """All kinds of values in one tensor, in equal parts."""
+    """Returns one tensor with all kinds of values, in equal parts."""
     parts = [x for x in samples(dtype).values() if x.numel() >= 200]
     broken = samples(dtype)["broken"][[4, 5, 6, 700, 701, 1500]]
     size = -(-numel // (len(parts) + 1))
-    # What is broken comes last, one kind in a bucket of its own at most sizes.
+    # Broken values come last. At most sizes, each kind of them has its own bucket.
     filled = [part.repeat(-(-size // part.numel()))[:size] for part in [*parts, parts[0].clone()]]
     filled[-1][torch.linspace(0, size - 1, 6).long()] = broken
     return torch.cat(filled)[:numel]
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two stored tensors are the same, those bits of a NaN included."""
+    """Whether two stored tensors are equal, including the bits of a NaN."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
         a.view(torch.uint8), b.view(torch.uint8))
 
 
 def check(form: Form, x: Tensor, spec: BucketQuantSpec, seed: int = 3) -> None:
-    """Asserts that ``form`` stores the reference's bytes and decodes them to the same values."""
+    """Asserts that ``form`` stores the reference's bytes, and decodes them to equal values."""
     expected, got = reference.encode(x, spec, seed), form.encode(x, spec, seed)
     for name, a, b in zip(("payload", "metadata"), expected.tensors, got.tensors):
         assert same_bytes(a, b), (name, spec)

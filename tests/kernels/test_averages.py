@@ -1,4 +1,4 @@
-"""Means of groups: against arithmetic without rounding, and every form against the reference."""
+"""Means of groups agree with exact arithmetic, and every form agrees with the reference."""
 
 from fractions import Fraction
 from itertools import product
@@ -18,7 +18,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
 def cases(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors [A, L, I] whose rows end within a group, and values of all sizes."""
+    """Returns tensors [A, L, I] whose rows end within a group, with values of all sizes."""
     largest = torch.finfo(dtype).max
     out = {
         f"{shape}": normals(shape).to(dtype)
@@ -61,7 +61,7 @@ def test_a_mean_is_the_exact_one_rounded(dtype: torch.dtype, size: int) -> None:
         values = x[a, group * size:(group + 1) * size, i].tolist()
         exact = sum(map(Fraction, values)) / len(values)
         # Float32: up to `size` float64 roundings, then half a unit in the last place. Float64: two
-        # roundings per element, none larger than half a unit of the sum of magnitudes.
+        # roundings per element, each at most half a unit of the sum of magnitudes.
         peak = max(map(abs, values))
         slack = 2.0**-24 * abs(exact) if dtype == torch.float32 else 0
         assert abs(Fraction(float(means[a, group, i])) - exact) <= slack + 2 * size * 2.0**-53 * peak

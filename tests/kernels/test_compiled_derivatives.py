@@ -1,4 +1,4 @@
-"""Compiled derivatives have the bits of their definition, wherever they are computed."""
+"""Compiled derivatives have the bits of their definition, in every kernel that computes them."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_any_floats_have_the_bits_of_the_definition(name: str, values: list[floa
 @each_function
 def test_encoding_a_derivative_gives_the_bytes_of_the_reference(name: str) -> None:
     cpu = pytest.importorskip("brevitas_bp.kernels.cpu.launch")
-    # Of several groups, chunks and threads, and with a last bucket that is padded.
+    # Several groups, chunks and threads, and a padded last bucket.
     large = torch.randn(5 * 2**14 + 3, generator=torch.Generator().manual_seed(1)) * 3
     cases = [(spec, x) for spec in SPECS[::3] for x in samples(torch.float32).values()]
     for spec, x in [*cases, *((spec, large) for spec in SPECS[::17])]:
@@ -52,7 +52,7 @@ def test_encoding_a_derivative_gives_the_bytes_of_the_reference(name: str) -> No
 @each_function
 @pytest.mark.parametrize(("size", "numel"), [(256, 3000), (None, 3000), (None, 70_000)])
 def test_every_plan_encodes_derivatives(name: str, size: int | None, numel: int) -> None:
-    """With compiled kernels, those for large tensors among them, and without any."""
+    """With compiled kernels, including those for large tensors, and without any."""
     x, spec = torch.randn(numel) * 3, reference.BucketQuantSpec(3, size)
     expected = reference.encode(derivative(x, name), spec, 5)
     for preference in ("fastest", "reference"):

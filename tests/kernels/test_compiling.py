@@ -1,4 +1,4 @@
-"""What numba keeps on disk: it serves again, until any kernel source changes."""
+"""The disk cache of numba is reused until any kernel source changes."""
 
 import importlib.util
 import shutil
@@ -36,7 +36,7 @@ nothing = make()
 
 
 def load(path: Path) -> ModuleType:
-    """A module as another process would load it."""
+    """Loads a module as another process would."""
     spec = importlib.util.spec_from_file_location("kept", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -45,7 +45,7 @@ def load(path: Path) -> ModuleType:
 
 
 def hits(module: ModuleType) -> tuple[int, int]:
-    """How many compiled functions came from disk: those of Python, and C functions."""
+    """Returns how many compiled functions came from disk: Python functions, and C functions."""
     return sum(module.add_one.stats.cache_hits.values()), module.nothing.cache_hits
 
 

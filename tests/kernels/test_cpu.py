@@ -23,7 +23,7 @@ cpu_whole = pytest.importorskip("brevitas_bp.kernels.cpu.large")
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
 def test_bytes_equal_the_reference(dtype: torch.dtype) -> None:
-    # Other input has the same source, or differs in its conversion: a part of the specs will do.
+    # Other dtypes share the source and differ in a conversion only: a part of the specs will do.
     specs = SPECS if dtype == torch.float32 else SPECS[::3]
     for spec, x in product(specs, samples(dtype).values()):
         check(cpu, x, spec)
@@ -31,7 +31,7 @@ def test_bytes_equal_the_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [256, None])
 def test_bytes_do_not_depend_on_the_number_of_threads(size: int | None) -> None:
-    # Enough for two threads to pay.
+    # Large enough that two threads are used.
     x = torch.randn((1 << 20) + 5, generator=torch.Generator().manual_seed(0))
     spec = BucketQuantSpec(3, size, mix_bit_width=4, mix_prob=0.5)
     form = cpu if size else cpu_whole
@@ -100,7 +100,7 @@ def test_an_empty_tensor_has_no_large_bucket() -> None:
 
 
 class Plans:
-    """Encodes and decodes as codecs do, through the plan for a size."""
+    """Encodes and decodes as codecs do, by the launcher for a size."""
 
     def encode(self, flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
         plan = dispatch.launcher(spec, flat.numel(), flat.dtype, flat.device)

@@ -1,4 +1,4 @@
-"""The Triton kernels give the reference's bytes: interpreted, compiled without a device, on one."""
+"""The Triton kernels give the reference's bytes: interpreted, compiled without a device, and on one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,9 +29,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 MIXED = BucketQuantSpec(3, 24, mix_bit_width=6, mix_prob=0.3)
 
 
-# Rows that do and do not fill their buckets: (bucket_size, row_size, rows). Most are several programs.
+# Rows that do and do not fill their buckets: (bucket_size, row_size, rows). Most need several programs.
 ROWS = [(8, 1, 600), (8, 40, 14), (24, 17, 140), (56, 49, 70), (104, 1001, 2), (256, 300, 12)]
-# Of NUMEL elements: (statistics, elements of each in a run, bucket_size, row_size).
+# Cases of NUMEL elements: (statistics, elements of each in a run, bucket_size, row_size).
 NUMEL = 2520
 STATISTICS = {
     "one for all": (1, NUMEL, 256, None),
@@ -47,7 +47,7 @@ STATISTICS = {
 
 
 def row_specs(bucket_size: int | None, row_size: int | None) -> list[BucketQuantSpec]:
-    """One quantizer of each rule."""
+    """Returns one quantizer of each scale rule."""
     return [
         BucketQuantSpec(3, bucket_size, row_size=row_size),
         BucketQuantSpec(5, bucket_size, MAX, NARROW, NEAREST, row_size=row_size),
@@ -56,7 +56,7 @@ def row_specs(bucket_size: int | None, row_size: int | None) -> list[BucketQuant
 
 
 def normalized_cases(name: str) -> list[tuple[Tensor, BucketQuantSpec, Affine]]:
-    """Of one of ``STATISTICS``: with shifts and without; rules and dtypes differ from name to name."""
+    """Returns cases of one of ``STATISTICS``, with and without shifts; rules and dtypes vary by name."""
     kinds, inner, size, row = STATISTICS[name]
     number = list(STATISTICS).index(name)
     return [
@@ -66,7 +66,7 @@ def normalized_cases(name: str) -> list[tuple[Tensor, BucketQuantSpec, Affine]]:
 
 
 class Normalizing(Protocol):
-    """As ``table.Form``, of kernels that normalize."""
+    """A ``table.Form`` with kernels that normalize."""
 
     def encode(
         self, flat: Tensor, spec: BucketQuantSpec, seed: int,
@@ -83,12 +83,12 @@ def statistics(kinds: int, inner: int, shifted: bool) -> Affine:
 
 
 def normalized_reference(spec: BucketQuantSpec, x: Tensor) -> Launcher:
-    """Rows and normalization in torch operations."""
+    """Returns rows and normalization in torch operations."""
     return StepwiseLauncher(reference, spec, x.numel(), x.dtype, derivative)
 
 
 def check_normalized(form: Normalizing, x: Tensor, spec: BucketQuantSpec, affine: Affine) -> None:
-    """As ``table.check``, of a normalized tensor."""
+    """Runs ``table.check`` for a normalized tensor."""
     oracle = normalized_reference(spec, x)
     expected, got = oracle.encode(x, 3, affine=affine), form.encode(x, spec, 3, affine)
     for name, a, b in zip(("payload", "metadata"), expected, got.tensors):
@@ -110,7 +110,7 @@ def interpreted() -> Iterator[Interpreted]:
 
 @pytest.mark.parametrize("part", range(3))
 def test_interpreted_bytes_equal_the_reference(interpreted: Interpreted, part: int) -> None:
-    # The interpreter is slow, and dtypes differ only in conversions: each spec runs with one.
+    # The interpreter is slow, and dtypes differ in conversions only: each spec runs with one dtype.
     x = joined(DTYPES[part], 2311)
     for spec in SPECS[part::3]:
         check(interpreted, x, spec)
@@ -119,7 +119,7 @@ def test_interpreted_bytes_equal_the_reference(interpreted: Interpreted, part: i
 @each_dtype
 @pytest.mark.parametrize("name", ["one", "seven", "whole", "broken"])
 def test_interpreted_lengths(interpreted: Interpreted, name: str, dtype: torch.dtype) -> None:
-    # "whole" fills programs to the last element, the others are tails.
+    # "whole" fills programs to the last element; the other cases leave tails.
     check(interpreted, samples(dtype)[name], BucketQuantSpec(5, 256))
 
 
@@ -134,16 +134,16 @@ def test_interpreted_tensors_of_several_programs(
 @pytest.mark.parametrize("rule", [MIN_MAX, MAX, L2], ids=stage_name)
 def test_interpreted_bucket_sizes(interpreted: Interpreted, size: int, rule: ScaleRule) -> None:
     code_range = NARROW if rule.signed else UNSIGNED
-    # Not all values: the norms of a tensor with large and broken ones would be equal by chance.
+    # Do not use all values: norms of a tensor with large and broken values would be equal by chance.
     check(interpreted, normals((2100,)).float(), BucketQuantSpec(7, size, rule, code_range))
 
 
 def norms_on_the_edge(size: int) -> Tensor:
-    """Buckets [20000, size] whose norms lie within a few spacings of float64 of a float32 tie.
+    """Returns buckets [20000, size] whose norms lie within a few float64 spacings of a float32 tie.
 
     Two elements make the tie: ``(k + 1/2)**2 = k**2 + odd**2 / 4`` with ``k = (odd**2 - 1) / 4``, times
-    ``2**-23``. The others are less than a float64 spacing each, and some of them are lost, depending on
-    the order of the sum.
+    ``2**-23``. The other elements are less than a float64 spacing each. Some of them are lost, depending
+    on the order of the sum.
     """
     generator = torch.Generator().manual_seed(0)
     n, odd = 20_000, 5801
@@ -155,14 +155,14 @@ def norms_on_the_edge(size: int) -> Tensor:
 
 
 def swapped_norm(x: Tensor) -> Tensor:
-    """``arithmetic.l2_norm`` with its first two halvings in the wrong order."""
+    """Computes ``arithmetic.l2_norm`` with its first two halvings in the wrong order."""
     eighths = x.view(x.shape[0], 8, -1)
     order = [0, 1, 4, 5, 2, 3, 6, 7]
     return arithmetic.l2_norm(eighths[:, order].reshape(x.shape))
 
 
 def shuffled_norm(x: Tensor) -> Tensor:
-    """``arithmetic.l2_norm`` with other partners within an eighth."""
+    """Computes ``arithmetic.l2_norm`` with other partners within an eighth."""
     eighths = x.view(x.shape[0], 8, -1)
     parts = torch.cat([eighths[..., ::2], eighths[..., 1::2]], -1)
     return arithmetic.l2_norm(parts.reshape(x.shape))
@@ -212,7 +212,7 @@ def test_interpreted_tensors_are_normalized(interpreted: Interpreted, name: str)
 
 
 def test_only_the_end_of_a_long_period_matters(interpreted: Interpreted) -> None:
-    # Of several programs, which are shorter than a period.
+    # Several programs, each shorter than a period.
     x, (spec, *_) = joined(torch.float32, 6600), row_specs(24, None)
     long_rows = replace(spec, row_size=3300)
     cases = [statistics(2, 3300, True), statistics(6600, 1, True)]
@@ -221,7 +221,7 @@ def test_only_the_end_of_a_long_period_matters(interpreted: Interpreted) -> None
             check_normalized(interpreted, x, spec, affine)
     with interpreted.constant("_LONG", 130):
         check(interpreted, x, long_rows)
-    # Positive control: a slice reaches further.
+    # Positive control: a slice that reaches further.
     with interpreted.constant("_LONG", 2):
         for case, affine in ((spec, cases[0]), (spec, cases[1]), (long_rows, None)):
             expected = normalized_reference(case, x).encode(x, 3, affine=affine)
@@ -243,7 +243,7 @@ def test_another_padding_or_statistic_gives_other_bytes(interpreted: Interpreted
             assert not same_bytes(expected, interpreted.encode(x, spec, 3, wrong).payload)
 
 
-# Compiled for devices that are not there: what the interpreter cannot see.
+# Compiled for devices that are not present: this shows what the interpreter cannot see.
 
 
 @pytest.fixture(scope="module")
@@ -276,13 +276,13 @@ COMPILED_STATISTICS = {
 def compiled(
         compiler: Worker, name: str, capability: int = 90,
         calls: list[tuple[int, int]] | None = None) -> list[Compiled]:
-    """The kernels of one of ``COMPILED``."""
+    """Compiles the kernels of one of ``COMPILED``."""
     affine = statistics(*COMPILED_STATISTICS[name]) if name in COMPILED_STATISTICS else None
     return compiler.run(compile_kernels, capability, *COMPILED[name], calls or [(5000, 1)], affine)
 
 
 def inexact(kernel: Compiled) -> set[str]:
-    """Operations that do not give the reference's bits."""
+    """Returns operations that do not give the reference's bits."""
     return kernel.operations(r"fma\.") | kernel.operations(r"(?:div|rcp|sqrt)\.(?!rn|[us]\d)") | (
         kernel.operations(r"\w+\.(?:\w+\.)*ftz"))
 
@@ -293,7 +293,7 @@ def test_compiled_arithmetic_is_exact(compiler: Worker, name: str) -> None:
     assert [kernel.name for kernel in kernels] == ["encode_kernel", "decode_kernel"]
     assert [inexact(kernel) for kernel in kernels] == [set(), set()]
     assert kernels[0].operations(r"div\.rn\.f32")
-    # Without it a NaN would be left out of a range; numpy's maximum cannot tell.
+    # A plain max would leave a NaN out of a range. numpy's maximum cannot show this.
     assert kernels[0].operations(r"max\.NaN\.f32")
 
 
@@ -314,7 +314,7 @@ def test_fused_arithmetic_would_be_seen(compiler: Worker) -> None:
 
 
 def fused() -> list[Compiled]:
-    """Kernels compiled as Triton does by default; runs in the worker."""
+    """Compiles kernels with Triton's defaults; runs in the worker."""
     return compile_kernels(90, *COMPILED["2 bits"], [(5000, 1)], enable_fp_fusion=True)
 
 
@@ -322,7 +322,7 @@ def test_memory_is_accessed_by_vectors(compiler: Worker) -> None:
     encode, decode = compiled(compiler, "2 bits", calls=[(1 << 16, 1)])
     assert any(".v4" in name for name in encode.operations(r"ld\.global"))
     assert any(".v4" in name for name in decode.operations(r"st\.global"))
-    # Four bytes of packed codes at once.
+    # Packed codes are stored four bytes at a time.
     assert not encode.operations(r"st\.global\S*b8")
     assert not decode.operations(r"ld\.global\S*b8")
 
@@ -345,7 +345,7 @@ def test_rows_and_statistics_of_all_lengths_share_one_kernel(compiler: Worker) -
     assert len(found) == 2
 
 
-# Which kernels serve a tensor.
+# The kernels that serve a tensor.
 
 
 def test_double_and_whole_tensors_go_to_the_reference() -> None:
@@ -379,7 +379,7 @@ def test_without_a_device_there_is_one_hint() -> None:
 
 
 class OnDevice:
-    """The kernels on a CUDA device, CPU tensors in and out."""
+    """The kernels on a CUDA device, with CPU tensors as input and output."""
 
     def __init__(self, device: str = "cuda") -> None:
         self._device = device
@@ -407,7 +407,7 @@ class OnDevice:
 
 
 def kernels() -> dispatch.ModuleType:
-    """The kernels that CUDA tensors go to."""
+    """Returns the kernels that serve CUDA tensors."""
     form = dispatch.backend(torch.device("cuda"), BucketQuantSpec(), 1000, torch.float32)
     assert form.__name__ == "brevitas_bp.kernels.gpu.launch"
     return form
@@ -428,7 +428,7 @@ def gpu_test(function: object) -> object:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(3))
 def test_device_bytes_equal_the_reference(part: int) -> None:
-    # Compiling takes most of the time: each spec runs with one of the dtypes.
+    # Compiling takes most of the time, so each spec runs with one of the dtypes.
     dtype = DTYPES[part]
     x, tail = joined(dtype, 20_000), samples(dtype)["seven"]
     for spec in SPECS[part::3]:
@@ -483,7 +483,7 @@ def test_every_half_float_decodes_and_encodes_alike() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         x = every.view(dtype)
         check(OnDevice(), x, BucketQuantSpec(8, 8))
-        # Negative numbers are shuffled among the positive, so that ranges are wide.
+        # Mix negative numbers with positive ones, so that ranges are wide.
         order = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0))
         check(OnDevice(), x[order], BucketQuantSpec(8, 8))
 
@@ -538,7 +538,7 @@ def test_kernels_run_on_the_current_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # A kernel on another stream would overtake the delay and read what is not there yet.
+        # A kernel on another stream would overtake the delay and read unwritten memory.
         torch.cuda._sleep(100_000_000)
         got = kernels().encode(2 * x, spec, 3)
         decoded = kernels().decode(got, spec, 3, x.numel(), x.dtype)
@@ -558,7 +558,7 @@ def test_kernels_run_on_the_device_of_the_tensor() -> None:
 @gpu_test
 def test_kernels_can_be_captured_in_a_graph() -> None:
     x = normals((10_000,)).float().cuda()
-    # The first call of a kernel loads it, which a capture does not allow.
+    # The first call of a kernel loads it, and loading is not allowed in a capture.
     kernels().decode(kernels().encode(x, MIXED, 3), MIXED, 3, x.numel(), x.dtype)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

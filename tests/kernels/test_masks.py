@@ -1,4 +1,4 @@
-"""Masks and window indices: the layout, and the compiled forms against the reference."""
+"""Masks and window indices: the layout, and compiled forms compared with the reference."""
 
 import math
 from types import ModuleType
@@ -27,7 +27,7 @@ BACKENDS: list[ModuleType] = [masks, masks_cpu]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=["reference", "cpu"])
 
-# Up to 70 exhaustively, and beyond the blocks and chunks.
+# All lengths up to 70, and lengths beyond the blocks and chunks.
 LENGTHS = (*range(71), 8 * 4096, 8 * 4096 + 1, 300_007)
 
 
@@ -91,7 +91,7 @@ def test_decoded_bools_are_bools(backend: ModuleType) -> None:
     for length in LENGTHS[1:]:
         bits = torch.rand(length, generator=torch.Generator().manual_seed(length)) > 0.5
         packed = backend.pack_bits(bits)
-        # One bucket of 1-bit codes, the last one repeated.
+        # The mask is one bucket of 1-bit codes, padded with the last bit.
         assert torch.equal(packed, pack(to_buckets(bits.to(torch.uint8), None), 1).view(-1))
         assert torch.equal(backend.unpack_select(packed, length, 0, 1, torch.bool), bits)
 
@@ -115,7 +115,7 @@ def test_window_codes_invert_and_agree(name: str) -> None:
     codes = torch.randint(0, volume, shape, generator=generator, dtype=torch.uint8)
     indices = [backend.window_indices(codes, windows) for backend in BACKENDS]
     assert torch.equal(*indices)
-    # Only those inside the plane are ever saved; in the padding an index has no meaning.
+    # Only indices inside the plane are ever saved; in the padding an index has no meaning.
     d, h, w = (torch.tensor(s).view(-1, *[1] * n) for s, n in zip(windows.starts, (3, 2, 1)))
     kd, kh, kw = codes // (windows.kernel[1] * windows.kernel[2]), (
         codes // windows.kernel[2] % windows.kernel[1]), codes % windows.kernel[2]

@@ -1,4 +1,4 @@
-"""Buckets that end with rows, and normalized input: compiled kernels and reference store the same."""
+"""Buckets that end with rows, and normalized input: compiled kernels store the reference's bytes."""
 
 from itertools import product
 
@@ -86,7 +86,7 @@ def test_no_row_is_rounded_at_the_scale_of_another() -> None:
         y = y.view_as(x)
         assert not y[4].any()
         assert ((y - x).norm(dim=1) <= x.norm(dim=1)).all()
-    # The control: buckets through the whole tensor.
+    # The control: flat buckets through the whole tensor.
     flat = BucketQuantSpec(2, 256)
     y = dispatch.decode(dispatch.encode(x.view(-1), flat, 1), flat, 1, x.numel(), x.dtype).view_as(x)
     assert y[4].any() and ((y - x).norm(dim=1) > 10 * x.norm(dim=1)).any()
@@ -97,12 +97,12 @@ def test_buckets_of_a_row_are_equal_and_no_larger_than_asked_for() -> None:
         bucket = row_bucket(length, size)
         parts = -(-length // size)
         assert bucket % 8 == 0 and bucket <= size
-        # None is empty, and less than a multiple of 8 elements is padding.
+        # No bucket is empty, and each has less than 8 elements of padding.
         assert length <= bucket * parts < length + 8 * parts
 
 
 def test_the_bytes_of_rows_follow_from_their_number() -> None:
-    # 49 elements: a bucket of 56 with two float32 numbers.
+    # A row of 49 elements: a bucket of 56 with two float32 numbers.
     spec = BucketQuantSpec(2, 256).in_rows(49)
     encoded = dispatch.encode(torch.randn(490), spec, 1)
     assert [t.numel() for t in encoded.tensors] == [10 * 56 * 2 // 8, 10 * 2]

@@ -1,4 +1,4 @@
-"""The threads of the compiled CPU kernels: torch's own, or a pool where there are none to be had."""
+"""Threads of the compiled CPU kernels: torch's own threads, or a pool if torch's cannot be used."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_without_openmp_a_pool_gives_the_same_bytes(
     monkeypatch.setattr(threads, "_openmp", lambda: None)
     monkeypatch.setattr(threads, "_pool", lambda: used.append(1) or pool())
     assert bytes_are_the_references()
-    assert used  # the control: it is the pool that ran
+    assert used  # the control: the pool ran
 
 
 def test_a_missing_chunk_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,12 +70,12 @@ def test_a_missing_chunk_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(kernel, numbers, most)
 
     monkeypatch.setattr(cpu, "launch", all_but_the_last)
-    # Of a seed of its own: memory of another test may hold the bytes that are missing.
+    # Use another seed: reused memory of another test may hold the missing bytes.
     assert not bytes_are_the_references(seed=4)
 
 
 def _in_child(expected: list[torch.Tensor], queue: Any) -> None:
-    # torch's own operations would wait for threads that a child does not have.
+    # torch's own operations would wait for threads that a forked child does not have.
     torch.set_num_threads(1)
     threads.torch.get_num_threads = lambda: 4
     ours = cpu.encode(sample(), SPEC, 3)
@@ -84,7 +84,7 @@ def _in_child(expected: list[torch.Tensor], queue: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own(four_threads: None) -> None:
-    # The parent's threads exist, and the child has none of them.
+    # The parent has threads; the child has none of them.
     expected = list(cpu.encode(sample(), SPEC, 3).tensors)
     assert bytes_are_the_references()
     context = multiprocessing.get_context("fork")

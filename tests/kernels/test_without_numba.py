@@ -1,4 +1,4 @@
-"""CPU tensors where numba is missing, broken, switched off, or has nowhere to keep what it compiles."""
+"""CPU tensors if numba is missing, broken or switched off, or has no folder for its cache."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ print(found, *(str(w.message) for w in told if "numba" in str(w.message)), sep="
 
 
 def run(**environ: str) -> list[str]:
-    """Digest, and what was said of numba."""
+    """Returns the digest, and the warnings about numba."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True,
         env={**os.environ, **environ}, cwd=Path(__file__).parents[2])

@@ -1,4 +1,4 @@
-"""EfficientNetV2 against torchvision's, and its small variants on their own."""
+"""EfficientNetV2 compared with torchvision's, and tests of the small variants."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +40,7 @@ CIFAR_BATCH = (128, 3, 32, 32)
 
 
 def theirs(name: str, **kwargs: Any) -> nn.Module:
-    """torchvision's model with random weights."""
+    """Returns torchvision's model with random weights."""
     return getattr(import_torchvision().models, name)(weights=None, **kwargs)
 
 
@@ -60,7 +60,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 
 def drop_probabilities(model: nn.Module) -> list[float]:
-    """Of stochastic depth and dropout, ours or torchvision's: both call it `p`."""
+    """Returns the probabilities of stochastic depth and dropout; both libraries call it `p`."""
     return [float(vars(module)["p"]) for module in model.modules() if "p" in vars(module)]
 
 
@@ -75,7 +75,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train_step(model: nn.Module, images: Tensor, seed: int) -> Tensor:
-    """Output of one forward pass in training mode; gradients are left on the parameters."""
+    """Returns the output of a forward pass in training mode; leaves gradients on the parameters."""
     model.train()
     model.zero_grad()
     torch.manual_seed(seed)
@@ -91,7 +91,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def pair() -> tuple[nn.Module, nn.Module]:
-    """Ours and torchvision's S, each built under the same seed; ten classes to be quick."""
+    """Returns our S and torchvision's, each built with one seed; ten classes keep it quick."""
     ours = seeded(1, partial(efficientnet_v2_s, num_classes=10))
     return ours, seeded(1, partial(theirs, "efficientnet_v2_s", num_classes=10))
 
@@ -109,7 +109,7 @@ def test_names_order_shapes_and_settings_are_torchvisions(build: Build) -> None:
     assert list(ours_state) == list(reference_state)
     for name, tensor in reference_state.items():
         assert (ours_state[name].shape, ours_state[name].dtype) == (tensor.shape, tensor.dtype)
-    # What no tensor shows: strides, padding, groups and epsilons, then the drops.
+    # Settings that no tensor shows: strides, padding, groups and epsilons, then the drops.
     assert layer_settings(ours) == layer_settings(reference)
     assert drop_probabilities(ours) == drop_probabilities(reference)
 
@@ -143,7 +143,7 @@ def test_training_matches_torchvision_bit_for_bit(
     ours_gradients = gradients(ours)
     assert len(ours_gradients) == len(list(reference.parameters()))
     assert differing(ours_gradients, gradients(reference)) == []
-    # Batch-norm statistics moved alike, so that evaluation agrees after training too.
+    # Batch-norm statistics changed alike, so evaluation agrees after training too.
     assert differing(ours.state_dict(), reference.state_dict()) == []
     with torch.no_grad():
         assert torch.equal(ours.eval()(images), reference.eval()(images))
@@ -173,7 +173,7 @@ def test_options_reach_the_network() -> None:
     )
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    # Five blocks, linear from 0; then the classifier.
+    # Five blocks, with probabilities linear from 0; then the classifier.
     assert drop_probabilities(model) == [0.0, 0.1, 0.2, 0.3, 0.4, 0.25]
 
 
@@ -264,7 +264,7 @@ def test_bad_input_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 def test_measuring_shapes_leaves_the_model_as_it_was() -> None:
     model = efficientnet_v2_nano(dropout=0.5, stochastic_depth_prob=0.5)
-    model.features[1].eval()  # a mixture of modes must survive
+    model.features[1].eval()  # a mixture of modes must be preserved
     modes = [module.training for module in model.modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
@@ -275,7 +275,7 @@ def test_measuring_shapes_leaves_the_model_as_it_was() -> None:
     assert differing(model.state_dict(), state) == []
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(module._forward_hooks for module in model.modules())
-    # What the meta device says is what a real pass gives.
+    # The meta device must report what a real pass gives.
     x = torch.zeros(1, 3, 16, 16)
     for name, module in model.eval().named_stages().items():
         x = module(x)
@@ -307,7 +307,7 @@ def test_every_variant_names_its_stages_and_can_be_measured(build: Build) -> Non
     ],
 )
 def test_small_variants_train(build: Build, shape: tuple[int, ...]) -> None:
-    """Every parameter gets a finite gradient, and eight images are learnt by heart."""
+    """Every parameter gets a finite gradient, and the model overfits eight images."""
     torch.manual_seed(0)
     model = build(in_channels=shape[1])
     assert 50_000 <= sum(parameter.numel() for parameter in model.parameters()) <= 600_000

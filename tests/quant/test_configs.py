@@ -1,4 +1,4 @@
-"""Ready-made configs are what their names say."""
+"""Ready-made configs do what their names say."""
 
 import re
 from typing import Any
@@ -17,12 +17,12 @@ GRAMMAR = re.compile(
     r"(?P<shifted>Shifted)?(?P<kind>Uint|Int)(?P<bits>\d)(Mix(?P<mix>\d)|Avg(?P<avg>\d))?"
     r"DynamicActPer(?P<per>Tensor|Bucket)Float(?P<l2>L2)?(?P<stochastic>Stochastic)?")
 NAMED = [name for name in quant.act.__all__ if not name.startswith("Thesis")]
-# Li, 2025: the four mixes of two widths, with the probability of the second.
+# Li, 2025: the four mixes of two widths -> probability of the second width.
 MIXES = {(2, 4): 0.5, (2, 6): 0.3, (3, 6): 0.4, (4, 8): 0.2}
 
 
 def spec_of(name: str) -> tuple[BucketQuantSpec, int]:
-    """What the kernel does, and how many elements it gets as one."""
+    """Returns the kernel's spec, and how many elements are averaged into one."""
     codec = codec_from(getattr(quant, name))
     lowered = codec.per_element
     assert isinstance(lowered, LoweredCodec)

@@ -1,4 +1,4 @@
-"""Fragments: what they compose to, and in which order."""
+"""Fragments: the configs that they compose to, and the order of bases."""
 
 from typing import Any
 
@@ -115,7 +115,7 @@ def test_a_fragment_right_of_a_complete_config_is_ignored() -> None:
 
 
 def test_a_solver_on_the_left_hides_the_fragments() -> None:
-    # Brevitas' own choice of a proxy wins, and then nothing of a bucket quantizer is checked.
+    # Brevitas' own choice of a proxy wins, and then no check of a bucket quantizer runs.
     class Config(ActQuantSolver, PerBucketMinMax):
         pass
 
@@ -126,7 +126,7 @@ def test_a_solver_on_the_left_hides_the_fragments() -> None:
     GroupAverage, StochasticRounding, TwoBitWidth, PerBucketMinMax, PerBucketMax, PerBucketL2,
     SignMagnitude])
 def test_no_fragment_inherits_the_solver(fragment: Any) -> None:
-    # It would override what stands to its right.
+    # A solver in a fragment would override the bases to its right.
     assert not issubclass(fragment, ActQuantSolver)
 
 
@@ -158,7 +158,7 @@ def mean_error_in_steps(config: Any, x: Tensor, steps: Tensor | float) -> float:
 
 @pytest.mark.parametrize("config", [StochasticInt8, StochasticMXInt8])
 def test_a_stock_integer_quantizer_becomes_unbiased(config: Any) -> None:
-    # One row: scale 2**-7 (both take 1 as the largest magnitude), all other values between two codes.
+    # One row, scale 2**-7 (both take 1 as the largest magnitude). All other values lie between codes.
     x = torch.full((1 << 16, 32), 10.3 / 128)
     x[:, 0] = -1.0
     tolerance = hoeffding(x.numel()) + 1e-4
@@ -168,7 +168,7 @@ def test_a_stock_integer_quantizer_becomes_unbiased(config: Any) -> None:
 
 
 def test_a_stock_minifloat_quantizer_becomes_unbiased() -> None:
-    # The values of e4m3 around 0.3 of a largest value of 448 / 448 lie 2**-5 apart.
+    # Near 0.3 of a largest value of 448 / 448, the values of e4m3 are 2**-5 apart.
     x = torch.full((1 << 16,), 0.31)
     x[0] = 1.0
     layer = QuantIdentity(StochasticFp8, return_quant_tensor=False)
@@ -177,7 +177,7 @@ def test_a_stock_minifloat_quantizer_becomes_unbiased() -> None:
         values = layer(x)[1:].double()
     low, high = values.unique().tolist()
     assert low < 0.31 < high
-    # Float32 scaling by 448 adds a few spacings.
+    # Scaling by 448 in float32 adds a few spacings.
     assert abs(float(values.mean()) - 0.31) < (high - low) * hoeffding(len(values)) + 1e-6
 
 

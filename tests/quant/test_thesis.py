@@ -21,7 +21,7 @@ LEVELS = ThesisLevels4DynamicActPerBucketFloatStochastic
 
 
 def listing(x: list[float], levels: int, noise: list[float], size: int) -> list[float]:
-    """Listing 5.1 with the maximum as scale, one element at a time, in float64."""
+    """Computes Listing 5.1 with the maximum as scale, one element at a time, in float64."""
     out = []
     for start in range(0, len(x), size):
         bucket = x[start:start + size]
@@ -34,17 +34,17 @@ def listing(x: list[float], levels: int, noise: list[float], size: int) -> list[
 
 
 def test_positive_elements_are_those_of_the_listing() -> None:
-    # The listing rounds magnitudes; so do we, where all values are positive, with equal noise.
+    # The listing rounds magnitudes. For positive values and equal noise, the library does so too.
     x = normals((1300,), 1).abs().float()
     noise = uniform(3, (1536,)).tolist()
     expected = torch.tensor(listing(x.tolist(), 4, noise, 512), dtype=torch.float64)
     decoded = codec_from(LEVELS).encode(x, seed=3).decode()
-    # Three float32 operations; a draw within that of the fraction would show as a whole level.
+    # Three float32 operations. If a draw were that close to the fraction, a whole level would differ.
     torch.testing.assert_close(decoded.double(), expected, rtol=4 * 2.0**-23, atol=0)
 
 
 def test_negative_elements_have_the_distribution_of_the_listing() -> None:
-    # The listing rounds -t to -floor(t) or -ceil(t), we to floor(-t) or ceil(-t): one law, mirrored.
+    # The listing rounds -t to -floor(t) or -ceil(t), this library to floor(-t) or ceil(-t): mirrored.
     x = torch.full((1 << 16,), -0.3)
     x[::512] = 1.0
     decoded = codec_from(LEVELS).encode(x, seed=0).decode()
@@ -59,7 +59,7 @@ def test_signed_data_take_two_levels_and_one_values(bit_width: int, levels: int)
     codec = codec_from(LEVELS, bit_width=bit_width, bucket_size=None)
     values = codec.encode(normals((1 << 16,)).float(), seed=0).decode().unique()
     grid = torch.arange(-levels, levels + 1) / levels * values.abs().max()
-    # Few reach the outer levels; those that occur are on the grid.
+    # Few values reach the outer levels; all values that occur are on the grid.
     assert len(values) > levels
     assert (values[:, None] - grid).abs().amin(-1).max() < 1e-6
 
@@ -73,7 +73,7 @@ def test_four_levels_need_four_bits() -> None:
 
 def test_a_bucket_of_zeros_stays_zero() -> None:
     for dtype in (torch.float16, torch.float32):
-        # The listing's floor of 1e-8 underflows in float16 and gives NaN.
+        # The listing's lower bound of 1e-8 underflows in float16 and gives NaN.
         x = torch.zeros(600, dtype=dtype)
         assert torch.equal(codec_from(LEVELS).encode(x, seed=0).decode(), x)
 
@@ -89,7 +89,7 @@ def test_the_default_of_the_listing_is_a_mix() -> None:
     packed = codec_from(ThesisLevels4Mix16DynamicActPerBucketFloatStochastic).encode(
         normals((512 * 100,)).float(), seed=0)
     bits = packed.tensors[0].numel() * 8 / (512 * 100)
-    # 30 buckets (0.3 * 100, rounded by chance by at most one) of 6 bits, the others of 4.
+    # 30 buckets of 6 bits (0.3 * 100, randomly rounded by at most one); the others have 4 bits.
     assert bits == pytest.approx(4.6, abs=0.02)
 
 
@@ -108,7 +108,7 @@ def test_the_baseline_is_a_freshly_built_quant_identity(bit_width: int) -> None:
     fresh = QuantIdentity(bit_width=bit_width, return_quant_tensor=False)
     decoded = codec_from(ThesisInt2DynamicActPerTensorFloat, bit_width=bit_width).encode(
         x, seed=0).decode()
-    # Integer codes have one zero, Brevitas' values two.
+    # Compare values: integer codes have one zero, Brevitas' values have two.
     assert torch.equal(decoded, fresh(x))
 
 

@@ -1,4 +1,4 @@
-"""Misspelt settings are refused wherever they are given; Brevitas would ignore them."""
+"""Misspelt settings are refused wherever they can be given; Brevitas would ignore them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -72,7 +72,7 @@ def test_a_setting_of_a_part_that_is_absent_is_refused() -> None:
 KNOWN: list[tuple[Any, dict[str, Any]]] = [
     (Nearest, {"bit_width": 4, "bucket_size": 64, "metadata_dtype": torch.bfloat16}),
     (Nearest, {"quantize_zero_point": True, "float_to_int_impl_type": "stochastic_round"}),
-    # Not in the config: optional arguments of its components.
+    # These are not in the config: they are optional arguments of its components.
     (Stochastic, {"deterministic_inference": True}),
     (Mixed, {"mix_bit_width": 8, "mix_prob": 0.1, "mix_per": "tensor"}),
     (Int8ActPerTensorFloat, {"collect_stats_steps": 5, "high_percentile_q": 90.0}),

@@ -1,7 +1,7 @@
-"""PyTorch's own samples of its operators and modules, as things to run twice.
+"""PyTorch's own samples of its operators and modules, as cases to run twice.
 
-The sample databases are imported inside of functions: their import forbids changes of backend flags and
-loads a hypothesis profile, in the whole process.
+The sample databases are imported inside functions. Importing them forbids changes of backend flags and
+loads a hypothesis profile, for the whole process.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-#: What is to be run, and its arguments: a fresh copy at every call.
+#: Returns a module to run and its arguments: a fresh copy at every call.
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 
 
@@ -29,8 +29,8 @@ class Case:
         op: full name of the operator or module.
         variant: how it is called, a key of :data:`VARIANTS` or "module".
         index: number of the sample.
-        build: makes module and arguments anew.
-        differentiable: what of the output a loss may depend on, as PyTorch's own tests say.
+        build: makes new module and arguments.
+        differentiable: the part of the output that a loss may use, as in PyTorch's own tests.
     """
 
     op: str
@@ -48,7 +48,7 @@ class Called(nn.Module):
 
     Args:
         function: the operator, or its method.
-        prepare: ``(first, args, kwargs) -> (first, args, kwargs, what is returned beside the output)``.
+        prepare: ``(first, args, kwargs) -> (first, args, kwargs, extra output)``.
     """
 
     def __init__(self, function: Callable[..., Any], prepare: Callable[..., Any]) -> None:
@@ -63,7 +63,7 @@ class Called(nn.Module):
 
 
 class OfItself(nn.Module):
-    """An operator whose other arguments are computed from its first one, by linear layers."""
+    """An operator whose other arguments are computed from its first argument, by linear layers."""
 
     def __init__(self, function: Callable[..., Any], arguments: Any) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def _as_given(first: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
 
 
 def _views_of_results(first: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Every input is a view, with an offset, of what another operation made."""
+    """Makes every input a view, with an offset, of another operation's result."""
     return *tree_map_only(Tensor, _view_of_result, (first, args, kwargs)), None
 
 
@@ -108,12 +108,12 @@ def _view_of_result(x: Tensor) -> Tensor:
 
 
 def _saved_before(first: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """The first input was saved by another operation: overwriting it must be noticed."""
+    """Lets another operation save the first input: overwriting it must be noticed."""
     made = first.clone()
     return made, args, kwargs, made * made
 
 
-#: name -> (attribute of an OpInfo, how its inputs come about).
+#: name -> (attribute of an OpInfo, function that prepares the inputs).
 VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "function": ("op", _as_given),
     "function of views": ("op", _views_of_results),
@@ -126,12 +126,12 @@ VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 @dataclass(frozen=True)
 class Selection:
-    """Which operators and modules are run, by their full names.
+    """Selects operators and modules by their full names.
 
     Attributes:
-        only: these; none means all.
-        part: one of the disjoint parts that the names are divided into, from 0.
-        parts: how many there are.
+        only: names to run; none means all.
+        part: number, from 0, of one of the disjoint parts that the names are divided into.
+        parts: number of parts.
     """
 
     only: Container[str] = ()
@@ -139,7 +139,7 @@ class Selection:
     parts: int = 1
 
     def __contains__(self, name: str) -> bool:
-        # By a checksum: another version of PyTorch moves no operator to another part.
+        # Use a checksum, so another version of PyTorch moves no operator to another part.
         return zlib.crc32(name.encode()) % self.parts == self.part and (
             not self.only or name in self.only)
 
@@ -147,13 +147,13 @@ class Selection:
 def op_cases(
         dtype: torch.dtype, variants: Sequence[str], limit: int | None,
         selection: Selection) -> Iterator[Case]:
-    """Samples of ``op_db``, on CPU.
+    """Returns samples of ``op_db``, on CPU.
 
     Args:
-        dtype: of the samples.
+        dtype: dtype of the samples.
         variants: keys of :data:`VARIANTS`.
         limit: most samples of one operator; None: all.
-        selection: of operators.
+        selection: operators to include.
     """
     for name, op in _ops().items():
         if name not in selection or not op.supports_autograd or (
@@ -176,24 +176,24 @@ def _ops() -> dict[str, Any]:
     return {op.full_name: op for op in op_db}
 
 
-# Of how many one is taken where there is a limit: to make all takes longer than to run some.
+# With a limit, one of so many samples is taken: making all samples takes longer than running some.
 _DRAWN_FROM = 5
 
 
 @functools.cache
 def _samples(name: str, dtype: torch.dtype, most: int | None) -> list[Any]:
-    """The first samples of an operator. Nobody writes to them, see :func:`_copied`."""
+    """Returns the first samples of an operator. They must not be written to, see :func:`_copied`."""
     from torch.testing._internal.common_utils import set_rng_seed
 
     set_rng_seed(0)  # NumPy's and Python's too
     op = _ops()[name]
-    # What op.sample_inputs calls, which also looks for a test in the stack: slower than the rest.
+    # op.sample_inputs calls this function too, but also searches the stack for a test, which is slow.
     made = op.sample_inputs_func(op, "cpu", dtype, True)
     return list(itertools.islice(made, most))
 
 
 def _can_run(op: Any, variant: str, sample: Any) -> bool:
-    """Whether there is such a variant; methods need a tensor, of full size where it is overwritten."""
+    """Whether the variant exists; methods need a tensor, of full size if it is overwritten."""
     attribute = VARIANTS[variant][0]
     if getattr(op, attribute) is None or (
             attribute != "op" and not isinstance(sample.input, Tensor)):
@@ -220,7 +220,7 @@ def _op_build(op: Any, variant: str, sample: Any) -> Build:
 
 def module_cases(
         dtype: torch.dtype, limit: int | None, selection: Selection) -> Iterator[Case]:
-    """Samples of ``module_db``, on CPU, in training and in evaluation mode; arguments as above."""
+    """Returns samples of ``module_db``, on CPU, in training and evaluation mode; arguments as above."""
     from torch.testing._internal.common_modules import module_db
 
     for info in module_db:
@@ -254,10 +254,10 @@ def _module_build(info: Any, sample: Any, dtype: torch.dtype, training: bool) ->
 
 
 def _copied(arguments: Any) -> Any:
-    """Copies at once: arguments that share memory share it in the copy."""
+    """Copies everything at once: arguments that share memory share it in the copy."""
     memo: dict[int, Any] = {}
     for x in tree_leaves(arguments):
-        # Others have a deep copy of their own, which keeps strides.
+        # Other tensors have their own deep copy, which keeps strides.
         if isinstance(x, Tensor) and not (x.is_leaf and x.layout in _COPYABLE):
             memo[id(x)] = x.detach().clone().requires_grad_(x.requires_grad)
     return copy.deepcopy(arguments, memo)
@@ -267,7 +267,7 @@ _COPYABLE = (torch.strided, torch.sparse_coo)
 
 
 def _spread(total: int, limit: int | None) -> list[int]:
-    """At most ``limit`` of ``range(total)``, from the middle of equal parts."""
+    """Returns at most ``limit`` of ``range(total)``, from the middle of equal parts."""
     if limit is None or total <= limit:
         return list(range(total))
     return [(2 * part + 1) * total // (2 * limit) for part in range(limit)]

@@ -1,4 +1,4 @@
-"""What is asked of each case; every check says what is wrong, or None."""
+"""Checks of each case. Every check returns what is wrong, or None."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -17,22 +17,22 @@ from tests.referee.cases import Case
 from tests.referee.forced import Nudge, Recorder, encoding_forced
 from tests.referee.outcome import Outcome, Wrap, difference, misfit, outcome_of, strided
 
-#: Buckets so small that the small samples have several.
+#: A bucket size so small that small samples have several buckets.
 BUCKET = 8
 
 #: Most tensors of one sample that are moved, one at a time.
 MOST_MOVED = 24
 
-#: How far: no small step, for a linear function is one at any distance.
+#: Size of a move. It need not be small: a linear function is linear at any distance.
 STEP = 0.5
 
-#: Operators that give other bits when plain autograd runs them again; a few of their samples.
+#: Operators that give other bits when plain autograd repeats them, for a few of their samples.
 IRREPRODUCIBLE = {"linalg.lstsq", "linalg.lstsq.grad_oriented"}
 
 
 @dataclass
 class Tally:
-    """Counts of one variant, and the cases that failed."""
+    """Counts for one variant, and the cases that failed."""
 
     ops: set[str] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
@@ -40,7 +40,7 @@ class Tally:
     irreproducible: Counter[str] = field(default_factory=Counter)
 
     def note(self, case: Case, expected: Outcome) -> None:
-        """Counts what plain autograd gave."""
+        """Counts the outcome of plain autograd."""
         self.ops.add(case.op)
         self.counts["samples"] += 1
         self.counts["outputs"] += len(expected.outputs)
@@ -49,7 +49,7 @@ class Tally:
         self.counts["nothing to differentiate"] += expected.error is None and not expected.backward
 
 
-#: (case, what plain autograd gave, tally) -> what is wrong.
+#: (case, outcome of plain autograd, tally) -> what is wrong, or None.
 Check = Callable[[Case, Outcome, Tally], str | None]
 
 
@@ -59,7 +59,7 @@ def check_exact(case: Case, expected: Outcome, tally: Tally) -> str | None:
 
 
 def check_hooks(hooks: Callable[[], saved_tensors_hooks]) -> Check:
-    """The control: a hook pair of a few lines in place of the wrapper."""
+    """The control: a pair of hooks of a few lines, in place of the wrapper."""
     def check(case: Case, expected: Outcome, tally: Tally) -> str | None:
         return difference(outcome_of(case, lambda module: _UnderHooks(module, hooks)), expected)
 
@@ -67,10 +67,10 @@ def check_hooks(hooks: Callable[[], saved_tensors_hooks]) -> Check:
 
 
 def check_quantized(policy: str) -> Check:
-    """Under a quantizing policy, with every encoding forced.
+    """Checks a quantizing policy, with every encoding forced.
 
-    Outputs and errors are those of plain autograd; gradients have its shape and dtype and are finite
-    where its are; and where no quantizer was used, they are equal bit for bit.
+    Outputs and errors must equal plain autograd's. Gradients must have its shape and dtype, and be
+    finite if its gradients are. If no quantizer was used, gradients must be equal bit for bit.
     """
     def check(case: Case, expected: Outcome, tally: Tally) -> str | None:
         recorder = Recorder(explained(POLICIES[policy]))
@@ -78,7 +78,7 @@ def check_quantized(policy: str) -> Check:
             actual = outcome_of(case, _wrapped(recorder, bucket_size=BUCKET))
         tally.counts["samples with rounded tensors"] += bool(recorder.rounded)
         if expected.error is not None and actual.error is None:
-            # What was encoded may be overwritten: plain autograd has to refuse, ours need not.
+            # An encoded tensor may be overwritten. Plain autograd has to refuse; the wrapper need not.
             overwritten = "modified by an inplace operation" in str(expected.error)
             tally.counts["overwritten, and saved by the encoding"] += overwritten
             return None if overwritten else difference(actual, expected)
@@ -87,19 +87,19 @@ def check_quantized(policy: str) -> Check:
         wrong = difference(actual, expected, grads=untouched)
         if wrong or expected.error is not None:
             return wrong
-        # The others round divisors to zero, and the like.
+        # The other policies round divisors to zero, for example.
         return misfit(actual.grads, expected.grads, finite=policy == "op_aware")
 
     return check
 
 
 def check_linear(policy: str, *, all_shared: bool = False) -> Check:
-    """Where a policy rounds, the gradient is linear in what is rounded.
+    """Checks that the gradient is linear in every tensor that a policy rounds.
 
-    One saved tensor at a time is moved by ``d`` and by ``-d``: the two gradients have to average to
-    that of the tensor itself. That is what makes stochastic rounding unbiased: roundings of different
-    tensors are independent, and so are those that the policy does not share. With ``all_shared``
-    operations share them whatever it says.
+    The check moves one saved tensor at a time by ``d`` and by ``-d``. The two gradients must average to
+    the unmoved gradient. Linearity makes stochastic rounding unbiased: roundings of different tensors
+    are independent, and so are roundings that the policy does not share. With ``all_shared``, operations
+    share roundings whatever the policy says.
     """
     def check(case: Case, expected: Outcome, tally: Tally) -> str | None:
         if expected.error is not None or not expected.backward:
@@ -136,18 +136,18 @@ def _nudged(
 
 
 def _flat(outcome: Outcome) -> list[Tensor]:
-    """The gradients as vectors, whatever their layout; an empty one for none."""
+    """Returns the gradients as vectors, in any layout; an empty vector for a missing gradient."""
     return [
         torch.empty(0) if grad is None else torch.cat([x.reshape(-1) for x in strided(grad)])
         for grad in outcome.grads]
 
 
 def _apart(actual: list[Tensor], expected: list[Tensor], terms: list[Tensor]) -> str | None:
-    """How far two sets of gradients are apart, if further than the rounding of ``terms`` explains.
+    """Returns how far two sets of gradients are apart, if rounding of ``terms`` cannot explain it.
 
-    Samples are float64 with up to some thousands of terms in a sum: 1e4 roundings of 2**-53 each are
-    1e-12 of the largest term; a further 1e3 for what one operation cancels, and gradients that are
-    small beside the others are what they cancel. A second-order term is of the order of ``STEP ** 2``.
+    Samples are float64 with up to some thousands of terms in a sum. 1e4 roundings of 2**-53 each are
+    1e-12 of the largest term. A further 1e3 covers cancellation within one operation, and gradients that
+    are small because larger ones cancel. A second-order term is of the order of ``STEP ** 2``.
     """
     of_all = max((float(t.abs().nan_to_num(posinf=0).max()) for t in terms if len(t)), default=0.0)
     for ours, theirs, term in zip(actual, expected, terms, strict=True):
@@ -179,14 +179,14 @@ class _UnderHooks(nn.Module):
             return self.module(*args, **kwargs)
 
 
-#: name -> check; the names that ``--policy`` takes.
+#: name -> check. ``--policy`` takes these names.
 CHECKS: dict[str, Check] = {
     "exact": check_exact,
     "op_aware": check_quantized("op_aware"),
     "all": check_quantized("all"),
     "all_but_relu": check_quantized("all_but_relu"),
     "linear": check_linear("op_aware"),
-    # Controls: what these find is what the checks can see.
+    # Controls: their failures show what the checks can see.
     "naive hooks": check_hooks(naive_hooks),
     "identity hooks": check_hooks(identity_hooks),
     "linear, of all": check_linear("all"),
@@ -195,7 +195,7 @@ CHECKS: dict[str, Check] = {
 
 
 def tallies_of(check: Check, cases: Iterable[Case]) -> dict[str, Tally]:
-    """Runs every case plain and checked; variant -> what came of it."""
+    """Runs every case plain and checked; returns variant -> tally."""
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
     for case in cases:
         tally, expected = tallies[case.variant], outcome_of(case)
@@ -203,7 +203,7 @@ def tallies_of(check: Check, cases: Iterable[Case]) -> dict[str, Tally]:
         wrong = check(case, expected, tally)
         if wrong is None:
             continue
-        # Kept alive, so that each run gets other memory.
+        # Keep the results alive, so that each run gets other memory.
         again = [outcome_of(case) for _ in range(40 if case.op in IRREPRODUCIBLE else 3)]
         if any(difference(other, expected) for other in again):
             tally.irreproducible[case.op] += 1

@@ -1,4 +1,4 @@
-"""Encoding whatever could be encoded: the samples are tiny, and the break-even rule would keep them."""
+"""Forces every possible encoding: the break-even rule would keep the tiny samples."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from brevitas_bp.codec.signed import SignExact
 
 @contextmanager
 def encoding_forced() -> Iterator[None]:
-    """Within the block, size is no reason to keep a tensor or not to rewrite an operation."""
+    """Within the block, small tensors are encoded too, and operations on them rewritten."""
     def encode(
             self: Encodings, saved: SavedTensor, codec: Codec,
             in_units: Callable[[Codec], Codec] | None) -> Packed:
@@ -43,16 +43,16 @@ def encoding_forced() -> Iterator[None]:
 
 @dataclass
 class Recorder:
-    """A policy that decides as another one, and notes what it said.
+    """A policy that decides as another policy, and records the decisions.
 
     Attributes:
-        inner: decides.
-        unbiased_only: whether tensors are kept of which the bias of rounding is stated: those of norms
-            (the normalized input enters a gradient twice) and of prelu (cut at 0 when it is decoded).
+        inner: the policy that decides.
+        unbiased_only: whether to keep tensors whose rounding has a documented bias: inputs of norms (the
+            normalized input enters a gradient twice) and of prelu (cut at 0 when it is decoded).
         all_shared: whether operations share their roundings, whatever the policy says.
         rounded: names of the operations whose saved tensor goes through a quantizer.
-        left_out: tensors kept for the sake of ``unbiased_only``.
-        replaced: whether an operation saved something that plain autograd does not.
+        left_out: tensors kept because of ``unbiased_only``.
+        replaced: whether an operation saved something that plain autograd does not save.
     """
 
     inner: ExplainedPolicy
@@ -85,11 +85,11 @@ _LOSSLESS = (BitMask, Copy, NarrowInt, Region, ScaledMask, ShapeOnly, Sign, Wind
 
 
 class Nudge(Codec):
-    """Keeps a copy, and moves one of the tensors that it is given.
+    """Keeps copies, and moves one of the tensors that it encodes.
 
     Args:
-        which: number of the encoding that is moved; None moves none.
-        step: how far, as a part of the tensor's largest value.
+        which: number of the encoding to move; None moves none.
+        step: size of the move, as a fraction of the tensor's largest value.
     """
 
     name = "nudge"
@@ -104,7 +104,7 @@ class Nudge(Codec):
         flat = layout.flatten(x.detach()).clone()
         if self.encoded == self.which:
             angle = torch.arange(flat.numel(), dtype=flat.dtype)
-            # No constant: some backwards subtract the mean, which would hide it.
+            # Do not add a constant: some backwards subtract the mean, which would hide it.
             flat += self.step * flat.abs().nan_to_num().max() * (1.7 * angle + 0.4).sin()
         self.encoded += 1
         return Packed(self, (flat,), layout, None, where)

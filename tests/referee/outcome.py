@@ -1,4 +1,4 @@
-"""One forward and backward of a case, and everything that two of them can be compared on."""
+"""One forward and backward of a case, and every result that two runs can be compared on."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,20 +12,20 @@ from torch.utils._pytree import tree_leaves
 from tests.referee.cases import Case
 from tests.support import same_bits
 
-#: What is done to a module before it runs: wrapping it, or nothing.
+#: Prepares a module before it runs: wraps it, or returns it unchanged.
 Wrap = Callable[[nn.Module], nn.Module]
 
 
 @dataclass
 class Outcome:
-    """What a run gave.
+    """Results of a run.
 
     Attributes:
         outputs: tensors of the output.
-        grads: of every input and parameter that wants one; None where it got none.
+        grads: gradients of every input and parameter that requires one; None if it got none.
         state: inputs, parameters and buffers after the forward pass.
         rng: state of torch's generator after the forward pass.
-        error: what was raised instead, if anything.
+        error: the exception that was raised instead, if any.
         backward: whether there was something to differentiate.
     """
 
@@ -44,15 +44,15 @@ def outcome_of(case: Case, wrap: Wrap = lambda module: module) -> Outcome:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     leaves = [x for x in (*tensors, *module.parameters()) if x.requires_grad]
     outcome = Outcome()
-    # torch.manual_seed notes the stack for each kind of device: slower than many a sample.
+    # torch.manual_seed records the stack for each kind of device: slower than many samples.
     torch.default_generator.manual_seed(0)
     try:
         with warnings.catch_warnings():
-            # PyTorch's own, of old functions; ours would be a failure.
+            # Warnings of PyTorch about old functions. A warning of the library would be a failure.
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="brevitas_bp")
             _run(case, module, args, kwargs, leaves, outcome)
-    except Exception as error:  # Whatever it is: plain autograd has to raise the same.
+    except Exception as error:  # any error: plain autograd has to raise the same one
         outcome.error = error
     outcome.state = _plain([*tensors, *module.parameters(), *module.buffers()])
     return outcome
@@ -77,13 +77,13 @@ def _run(
 
 
 def _cotangent(x: Tensor) -> Tensor:
-    """A gradient that treats no two elements alike."""
+    """Returns a gradient whose elements all differ."""
     angle = torch.linspace(-1, 2, x.numel(), dtype=torch.float64).view(x.shape)
     return (torch.polar(angle.cos(), angle) if x.is_complex() else angle.cos()).to(x.dtype)
 
 
 def strided(x: Tensor) -> Iterator[Tensor]:
-    """Strided tensors with the values of ``x``."""
+    """Yields strided tensors with the values of ``x``."""
     if x.is_nested:
         yield from x.unbind()
     else:
@@ -91,19 +91,19 @@ def strided(x: Tensor) -> Iterator[Tensor]:
 
 
 def _plain(values: Sequence[Any]) -> list[Tensor]:
-    """Copies that later runs cannot change."""
+    """Returns copies that later runs cannot change."""
     with torch.no_grad():
         return [
             part.detach().clone() for x in values if isinstance(x, Tensor) for part in strided(x)]
 
 
 def difference(actual: Outcome, expected: Outcome, grads: bool = True) -> str | None:
-    """Says in which way two outcomes differ in any bit; None if they do not.
+    """Describes the first difference in any bit between two outcomes; None if they are equal.
 
     Args:
-        actual: of ours.
-        expected: of plain autograd.
-        grads: whether the gradients are compared.
+        actual: outcome with the wrapper.
+        expected: outcome of plain autograd.
+        grads: whether to compare the gradients.
     """
     if expected.error is not None or actual.error is not None:
         return _other_error(actual.error, expected.error)
@@ -121,12 +121,12 @@ def difference(actual: Outcome, expected: Outcome, grads: bool = True) -> str | 
 def misfit(
         actual: Sequence[Tensor | None], expected: Sequence[Tensor | None],
         finite: bool) -> str | None:
-    """In which way quantized gradients are not of the kind of the exact ones.
+    """Describes how the kind of quantized gradients differs from the exact gradients' kind.
 
     Args:
-        actual: ours.
-        expected: of plain autograd.
-        finite: whether ours have to be finite where the exact ones are.
+        actual: gradients with the wrapper.
+        expected: gradients of plain autograd.
+        finite: whether gradients have to be finite if the exact ones are.
     """
     for ours, theirs in zip(actual, expected, strict=True):
         if (ours is None) != (theirs is None):
@@ -155,7 +155,7 @@ def _same(actual: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def _other_error(actual: Exception | None, expected: Exception | None) -> str | None:
-    """Ours may be a subclass with a message of its own where a tensor was overwritten."""
+    """Says how errors differ; ours may be a subclass with another text if a tensor was overwritten."""
     if actual is None or expected is None:
         return f"plain autograd gave {_shown(expected)}, ours {_shown(actual)}"
     overwritten = "modified by an inplace operation"

@@ -1,11 +1,14 @@
-"""PyTorch's own gradient samples, through the wrapper: counts, and what failed.
+"""Runs PyTorch's own gradient samples through the wrapper; reports counts and failures.
 
     python -m tests.referee.run --policy exact --json out.json
 
-"exact": all is bit-equal to plain autograd. "op_aware", "all", "all_but_relu": every encoding is forced;
-outputs are bit-equal, nothing crashes, and gradients are exact where nothing was rounded. "linear":
-where the default policy rounds, backward is linear in it (use --dtype float64). The other policies
-are controls: each failure is a case that the comparison caught.
+Policies:
+
+- "exact": all results are bit-equal to plain autograd.
+- "op_aware", "all", "all_but_relu": every encoding is forced. Outputs are bit-equal, nothing crashes,
+  and gradients are exact if nothing was rounded.
+- "linear": backward is linear in every tensor that the default policy rounds (use --dtype float64).
+- Other policies are controls: each failure is a case that the comparison caught.
 """
 
 import argparse
@@ -43,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def referee(
         policy: str, dtype: str, variants: Sequence[str], limit: int | None,
         selection: Selection | None = None) -> dict[str, Any]:
-    """Everything that was counted, ready for JSON.
+    """Returns all counts, ready for JSON.
 
     Args:
         policy: key of :data:`CHECKS`.
-        dtype: of the samples.
-        variants: of :data:`ALL_VARIANTS`.
+        dtype: dtype of the samples.
+        variants: some of :data:`ALL_VARIANTS`.
         limit: most samples of one operator or module; None: all.
-        selection: of operators and modules; None: all.
+        selection: operators and modules to run; None: all.
     """
     in_dtype, selection = getattr(torch, dtype), selection or Selection()
     of_ops = [variant for variant in variants if variant in VARIANTS]
@@ -59,7 +62,7 @@ def referee(
         module_cases(in_dtype, limit, selection) if MODULE in variants else ())
     started = time.perf_counter()
     with warnings.catch_warnings():
-        # PyTorch's own, of how its samples are made.
+        # Warnings of PyTorch about how it makes samples.
         warnings.simplefilter("ignore")
         tallies = tallies_of(CHECKS[policy], cases)
     failed = [(case, text) for tally in tallies.values() for case, text in tally.failures]
@@ -107,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", action="append", default=[], help="full name of one operator")
     parser.add_argument(
         "--part", type=_part, default=(0, 1), metavar="I/N",
-        help="the I-th, from 0, of N disjoint parts of the operators")
+        help="run only part I, from 0, of N disjoint parts of the operators")
     parser.add_argument("--json", type=Path)
     return parser
 

@@ -1,8 +1,9 @@
 """PyTorch's own gradient samples through the wrapper: one of each operator and module.
 
-All of them run under the exact policy; under each other check one of three parts, which together are
-all. Everything: see ``tests/referee/run.py``. They run in a process of their own, because PyTorch's
-internal test modules forbid changes of backend flags and load a hypothesis profile when imported.
+All samples run under the exact policy. The names are divided into three parts; each other check runs one
+part, and together they cover all names. To run everything, see ``tests/referee/run.py``. The samples run
+in their own process, because importing PyTorch's internal test modules forbids changes of backend flags
+and loads a hypothesis profile.
 """
 
 from collections import defaultdict
@@ -16,13 +17,13 @@ from tests.referee.cases import Selection
 from tests.referee.run import ALL_VARIANTS, referee
 
 FORWARD = ["function", "module"]
-# Arguments that are computed from one another say something of roundings alone.
+# Samples whose arguments are computed from one another test roundings only.
 COMPUTED = ["function of itself"]
 OTHERS = [variant for variant in ALL_VARIANTS if variant not in (*FORWARD, *COMPUTED)]
 EVERYTHING = Selection()
 THIRDS = [Selection(part=part, parts=3) for part in range(3)]
 
-#: Names that there are, at least. In PyTorch 2.13 540 functions, 459 of them in bfloat16.
+#: Least number of names. PyTorch 2.13 has 540 functions, 459 of them in bfloat16.
 LEAST: defaultdict[tuple[str, str], int] = defaultdict(lambda: 100, {
     ("function", "float32"): 400, ("function", "float64"): 400, ("function", "bfloat16"): 350,
     ("function of views", "float32"): 400, ("method", "float32"): 200, ("module", "bfloat16"): 1})
@@ -44,7 +45,7 @@ def run(
     return report
 
 
-# Each operator is quantized by one of the three, and each check has its own part.
+# One of three policies quantizes each operator; each check has its own part.
 @pytest.mark.parametrize(("policy", "dtype", "variants", "selection"), [
     ("exact", "float32", FORWARD, EVERYTHING), ("exact", "float32", OTHERS, THIRDS[0]),
     ("exact", "bfloat16", FORWARD, THIRDS[1]), ("op_aware", "float32", [*FORWARD, *OTHERS], THIRDS[0]),
@@ -65,7 +66,7 @@ def test_the_parts_are_all() -> None:
 
 
 def test_naive_hooks_are_caught(worker: Worker) -> None:
-    # Of all 654 names 293: the others save no floats, or integers that two bits hold.
+    # Of all 654 names, 293 fail: the others save no floats, or integers that two bits hold.
     assert len(run(worker, "naive hooks", THIRDS[2])["failing_ops"]) > 250 / 3
 
 

@@ -1,4 +1,4 @@
-"""Shows what was counted."""
+"""Prints the counts of the robustness tests."""
 
 from typing import Any
 

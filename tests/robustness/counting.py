@@ -1,6 +1,6 @@
-"""How much the robustness tests tried: shown at the end of a run, and quoted in the documentation."""
+"""Counts of what the robustness tests tried: printed after a run, and quoted in the documentation."""
 
 from collections import Counter
 
-#: what -> how many, for the whole session.
+#: event -> count, for the whole session.
 COUNTS: Counter[str] = Counter()

@@ -1,7 +1,8 @@
 """Small networks as programs: lines that can be printed, parsed and run again.
 
-A program is a start (shapes, dtype, layout of three inputs) and steps ``operation i j k``: apply it to
-values ``i`` and ``j`` (modulo how many there are), in variant ``k``. Every result is a new value.
+A program is a start (shapes, dtype, layout of three inputs) and steps ``operation i j k``. A step
+applies the operation to values ``i`` and ``j`` (modulo the number of values), in variant ``k``. Every
+result is a new value.
 """
 
 import zlib
@@ -57,7 +58,7 @@ class Program:
 
 
 class Network(nn.Module):
-    """Runs a program. Parameters are made when a step first asks for them, and shared by like steps."""
+    """Runs a program. Steps that need equal parameters share them; the first such step makes them."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -71,10 +72,10 @@ class Network(nn.Module):
         return values
 
     def apply_step(self, step: Step, values: list[Tensor]) -> Tensor:
-        """The result of a step.
+        """Returns the result of a step.
 
         Raises:
-            ValueError: it is too large, empty or no float tensor; torch raises others of its own.
+            ValueError: the result is too large, empty or not a float tensor. torch raises other errors.
         """
         a, b = values[step.i % len(values)], values[step.j % len(values)]
         y = OPS[step.op](self, a, b, step.k)
@@ -83,7 +84,7 @@ class Network(nn.Module):
         return y
 
     def weight(self, k: int, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-        """One of two parameters of this shape and dtype."""
+        """Returns one of two parameters of this shape and dtype."""
         key = f"{k % 2} {shape} {dtype}".replace(".", "_")
         if key not in self.weights:
             values = normals(shape, zlib.crc32(key.encode())) * 0.5
@@ -91,7 +92,7 @@ class Network(nn.Module):
         return self.weights[key]
 
     def layer(self, make: Callable[[int], nn.Module], x: Tensor) -> nn.Module:
-        """A layer with state, one for each number of channels and dtype."""
+        """Returns a layer with state, one for each number of channels and dtype."""
         key = f"{make.__name__} {x.shape[1]} {x.dtype}".replace(".", "_")
         if key not in self.layers:
             self.layers[key] = make(x.shape[1]).to(x.dtype)
@@ -131,7 +132,7 @@ def _prelu(net: Network, a: Tensor, b: Tensor, k: int) -> Tensor:
 
 
 def _tied(net: Network, a: Tensor, b: Tensor, k: int) -> Tensor:
-    """One weight as a layer, and transposed as another."""
+    """Uses one weight in a layer, and transposed in another."""
     weight = net.weight(k, (8, a.shape[-1]), a.dtype)
     return F.linear(F.linear(a, weight).tanh(), weight.t())
 
@@ -164,7 +165,7 @@ def _checkpointed(net: Network, a: Tensor, b: Tensor, k: int) -> Tensor:
 
 
 def _written(net: Network, a: Tensor, b: Tensor, k: int) -> Tensor:
-    """A part of a value is overwritten."""
+    """Overwrites a part of a value."""
     a[..., ::2] *= 0.5
     return a
 

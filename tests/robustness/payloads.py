@@ -27,7 +27,7 @@ from tests.strategies import normals
 
 
 def activation() -> Tensor:
-    """Float32 [2, 6, 5, 5], which no bucket divides."""
+    """Returns float32 [2, 6, 5, 5], a size that no bucket divides."""
     return normals((2, 6, 5, 5)).float()
 
 
@@ -92,7 +92,7 @@ LOSSLESS: dict[str, Callable[[], tuple[Codec, Tensor]]] = {
     "per sample, of one width": lambda: _per_sample(1),
     "per sample": lambda: _per_sample(100)}
 
-#: name -> payload: all ready-made configs, Brevitas' own, and everything lossless.
+#: name -> payload: all ready-made configs, Brevitas' own, and all lossless codecs.
 PAYLOADS: dict[str, Callable[[], Packed]] = {
     **{name: lambda name=name: codec_from(getattr(quant, name)).encode(
         activation(), seed=1, where="conv2d in stem")
@@ -107,17 +107,17 @@ def _encoded(codec: Codec, x: Tensor) -> Packed:
 
 @cache
 def payload(name: str) -> Packed:
-    """A payload of :data:`PAYLOADS`; shared, so not to be written to."""
+    """Returns a payload of :data:`PAYLOADS`. It is shared, so do not write to it."""
     return PAYLOADS[name]()
 
 
 def with_tensor(packed: Packed, i: int, tensor: Tensor) -> Packed:
-    """``packed`` with another tensor ``i``."""
+    """Returns ``packed`` with stored tensor ``i`` replaced."""
     return replace(packed, tensors=(*packed.tensors[:i], tensor, *packed.tensors[i + 1:]))
 
 
 def _other_dtype(x: Tensor) -> Tensor:
-    """The same bytes, read as another dtype of the same width where there is one."""
+    """Reads the bytes as another dtype, of the same width if there is one."""
     pairs = {torch.uint8: torch.int8, torch.int8: torch.uint8,
              torch.float32: torch.int32, torch.float64: torch.int64,
              torch.int16: torch.float16, torch.int32: torch.float32, torch.int64: torch.float64,
@@ -130,13 +130,13 @@ def _gapped(x: Tensor) -> Tensor:
 
 
 def _resized(x: Tensor) -> Tensor:
-    """The memory is taken away, and the shape is not."""
+    """Frees the memory, and keeps the shape."""
     x = x.clone()
     x.untyped_storage().resize_(max(0, x.untyped_storage().nbytes() - 1))
     return x
 
 
-#: Corruptions of one stored tensor; the number says how far.
+#: Corruptions of one stored tensor; the number sets the amount.
 OF_TENSOR: dict[str, Callable[[Tensor, int], Tensor]] = {
     "truncated": lambda x, k: x.reshape(-1)[:max(0, x.numel() - k)],
     "extended": lambda x, k: torch.cat([x.reshape(-1), x.reshape(-1)[:1].expand(k)]),

@@ -1,8 +1,8 @@
-"""Trains for thousands of steps with exceptions and interrupts on the way; what is left is counted.
+"""Trains for thousands of steps with exceptions and interrupts, and counts what they leave behind.
 
     python -m tests.robustness.soak --steps 5000 --faults 2000
 
-prints figures, and fails where a gradient is wrong, anything stays installed or memory grows.
+Prints figures. Fails if a gradient is wrong, an object stays installed or memory grows.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class FaultError(Exception):
 
 @dataclass
 class Trigger:
-    """Raises at the ``n``-th time it is passed, at one kind of place."""
+    """Raises at the ``n``-th pass through one kind of place."""
 
     place: str = ""
     left: int = 0
@@ -67,7 +67,7 @@ class Mine(nn.Module):
 
 
 class Raising(Codec):
-    """Copies, and passes the trigger in encode and decode."""
+    """Copies tensors, and passes the trigger in encode and decode."""
 
     name = "raising"
     compresses = False
@@ -85,7 +85,7 @@ class Raising(Codec):
         return packed.layout.restore_flat(packed.tensors[0])
 
 
-#: Where exceptions are raised, and how often one step passes there.
+#: Places where exceptions are raised -> how often one step passes there.
 PLACES = {
     "before an operation": 5, "after an operation": 5, "hook of a gradient": 5, "pack": 8, "unpack": 8}
 
@@ -110,8 +110,8 @@ class Soak:
     """A plain network and wrapped copies of it, stepped on the same data.
 
     Attributes:
-        counts: what happened.
-        left: kinds of things found installed after an interrupt, before the next step.
+        counts: events and their numbers.
+        left: kinds of objects found installed after an interrupt, before the next step.
     """
 
     policy: str
@@ -129,13 +129,13 @@ class Soak:
         self.expected = [self.gradients(self.plain, i) for i in range(4)]
 
     def gradients(self, model: nn.Module, i: int) -> list[Tensor]:
-        """Of batch ``i``, with dropout masks of its own."""
+        """Returns the gradients of batch ``i``, with dropout masks of that batch."""
         torch.manual_seed(i)
         x = self.batches[i].clone().requires_grad_()
         return list(torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()]))
 
     def step(self, i: int) -> None:
-        """One step without a fault, compared with plain autograd."""
+        """Runs a step without a fault, and compares it with plain autograd."""
         grads = self.gradients(self.model, i % 4)
         expected = self.expected[i % 4]
         assert len(grads) == len(expected)
@@ -148,7 +148,7 @@ class Soak:
         self.counts["steps"] += 1
 
     def exception(self, rng: random.Random) -> None:
-        """An exception at a random place of a step."""
+        """Raises an exception at a random place of a step."""
         place = rng.choice(list(PLACES))
         if self.policy != "exact" and place in ("pack", "unpack"):
             place = "after an operation"
@@ -164,7 +164,7 @@ class Soak:
         assert not installed(), installed()
 
     def interrupt(self, rng: random.Random, interrupting: "Interrupting") -> None:
-        """An interrupt at a random moment of a step."""
+        """Interrupts a step at a random moment."""
         i = rng.randrange(4)
         try:
             with interrupting(rng.uniform(0, 2500e-6)):
@@ -195,7 +195,7 @@ Interrupting = Callable[[float], Any]
 
 @contextmanager
 def by_signal(delay: float) -> Iterator[None]:
-    """Ctrl-C after ``delay`` seconds, if the block still runs."""
+    """Sends Ctrl-C after ``delay`` seconds, if the block still runs."""
     try:
         signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
         yield
@@ -205,7 +205,7 @@ def by_signal(delay: float) -> Iterator[None]:
 
 @contextmanager
 def by_thread(delay: float) -> Iterator[None]:
-    """``PyThreadState_SetAsyncExc`` from another thread after ``delay`` seconds, if the block runs."""
+    """Calls ``PyThreadState_SetAsyncExc`` from another thread after ``delay`` s, if the block runs."""
     target, done, lock = ctypes.c_ulong(threading.get_ident()), threading.Event(), threading.Lock()
 
     def send() -> None:
@@ -232,7 +232,7 @@ def _raise_interrupt(number: int, frame: Any) -> None:
 
 @contextmanager
 def alarms() -> Iterator[None]:
-    """Timer signals are interrupts within the block, and switches between threads come often."""
+    """Within the block, timer signals are interrupts, and threads switch often."""
     before, interval = signal.signal(signal.SIGALRM, _raise_interrupt), sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
@@ -243,7 +243,7 @@ def alarms() -> Iterator[None]:
 
 
 def live() -> tuple[int, int, int]:
-    """Tensors, their bytes, and other objects of ours that the collector knows."""
+    """Returns counts of tensors, of their bytes, and of the library's other tracked objects."""
     gc.collect()
     tensors = nbytes = ours = 0
     for thing in gc.get_objects():
@@ -256,12 +256,12 @@ def live() -> tuple[int, int, int]:
 
 
 def resident() -> int:
-    """Bytes of physical memory."""
+    """Returns bytes of physical memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def soak(steps: int, faults: int, policies: tuple[str, ...] = ("exact", "op_aware")) -> Counter[str]:
-    """``steps`` steps, ``faults`` exceptions and as many interrupts, of each policy in turn."""
+    """Runs ``steps`` steps, ``faults`` exceptions and as many interrupts, for each policy in turn."""
     total: Counter[str] = Counter()
     for policy in policies:
         state, rng = Soak(policy), random.Random(0)
@@ -285,7 +285,7 @@ def soak(steps: int, faults: int, policies: tuple[str, ...] = ("exact", "op_awar
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--faults", type=int, default=2000)

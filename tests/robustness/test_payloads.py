@@ -1,4 +1,4 @@
-"""A corrupted payload is refused, not decoded: structure always, single bits with ``verify=True``."""
+"""Decoding refuses a corrupt payload: wrong structure always, single bits with ``verify=True``."""
 
 from dataclasses import replace
 from itertools import product
@@ -27,14 +27,14 @@ from tests.robustness.payloads import (
 from tests.support import same_bits
 
 each_payload = pytest.mark.parametrize("name", PAYLOADS)
-# In the thorough profile: every amount, and most bits of each stored tensor.
+# The thorough profile tests every amount, and most bits of each stored tensor.
 THOROUGH = settings.default.max_examples >= 1000
 AMOUNTS = range(1, 301) if THOROUGH else (1, 8, 300)
 BITS = 8000 if THOROUGH else 100
 
 
 def naive_decode(packed: Packed) -> Tensor:
-    """Decodes without a look at what is there."""
+    """Decodes without any check of the payload."""
     return packed.codec.decode(packed)
 
 
@@ -93,7 +93,7 @@ def test_a_payload_of_other_tensors_or_layout_is_refused(name: str) -> None:
         if not packed.tensors and how in ("dropped", "swapped", "of another kind", "larger"):
             continue
         corrupt = corruption(packed, amount)
-        # Two tensors of one form are told apart by a checksum only.
+        # Only a checksum can tell two tensors of one form apart.
         if how == "swapped" and forms_of(corrupt) == forms_of(packed):
             continue
         assert is_refused(corrupt), (how, amount)
@@ -120,7 +120,7 @@ def test_another_quantizers_facts_are_refused() -> None:
 
 
 def test_missing_nan_marks_would_be_numbers() -> None:
-    # The control: without them a NaN is silently gone.
+    # The control: without flags a NaN silently disappears.
     packed = hardtanh_region().encode(activation() * torch.nan, where="conv2d in stem")
     dropped = replace(packed, tensors=packed.tensors[:1])
     assert packed.decode().isnan().all() and not naive_decode(dropped).isnan().any()
@@ -135,7 +135,7 @@ def test_every_flipped_bit_is_refused_if_sealed(name: str) -> None:
     packed = payload(name).sealed()
     for i, tensor in enumerate(packed.tensors):
         bits = tensor.numel() * tensor.element_size() * 8
-        # An odd step, so that each place within a byte has its turn.
+        # The step is odd, so each position within a byte has its turn.
         for bit in range(0, bits, bits // BITS | 1):
             assert is_refused(with_tensor(packed, i, flipped(tensor, bit))), (i, bit)
             COUNTS["flipped bits refused"] += 1
@@ -143,7 +143,7 @@ def test_every_flipped_bit_is_refused_if_sealed(name: str) -> None:
 
 @each_payload
 def test_flipped_bits_would_be_wrong_numbers(name: str) -> None:
-    # The control: without a seal flips decode to something else, and nobody is told.
+    # The control: without a seal, flipped bits silently decode to something else.
     packed = payload(name)
     if name == "shape only":
         assert not packed.tensors
@@ -152,10 +152,10 @@ def test_flipped_bits_would_be_wrong_numbers(name: str) -> None:
     for bit in range(64):
         try:
             decoded = with_tensor(packed, 0, flipped(packed.tensors[0], bit)).decode()
-        except CorruptPayloadError:  # an index that points nowhere is refused all the same
+        except CorruptPayloadError:  # an index out of range is refused even so
             continue
         wrong += not same_bits(decoded, right)
-    # Codes of constant buckets and of padding show nowhere.
+    # Flips in codes of constant buckets and of padding do not show.
     assert wrong >= 16
     COUNTS["flipped bits that silently decode to other numbers (control)"] += wrong
 
@@ -173,7 +173,7 @@ def test_every_swap_of_two_words_changes_the_checksum(words: list[int], data: st
 
 
 def test_the_checksum_does_not_depend_on_how_it_is_chunked() -> None:
-    # Words 65536 and more have weights of their own: swaps across a chunk are seen.
+    # Words from 65536 on have their own weights, so swaps across a chunk are seen.
     x = torch.arange(3 << 16, dtype=torch.int32)
     swapped = torch.cat([x[1 << 16:2 << 16], x[:1 << 16], x[2 << 16:]])
     assert int(checksum([x])) != int(checksum([swapped]))
@@ -195,7 +195,7 @@ def test_a_layout_that_fits_as_well_is_refused_if_sealed(name: str) -> None:
 
 
 class Flipping(Codec):
-    """The memory of its payloads loses a bit, which no version counter notices."""
+    """Flips a bit in the memory of its payloads, which no version counter notices."""
 
     name = "flipping"
 
@@ -225,7 +225,7 @@ def gradients(verify: bool, flip: bool) -> list[Tensor]:
 def test_a_flipped_bit_raises_in_backward_and_names_the_place() -> None:
     right = gradients(verify=True, flip=False)
     silent = gradients(verify=False, flip=True)
-    assert not same_bits(right[0], silent[0])  # the control: a wrong gradient and no word
+    assert not same_bits(right[0], silent[0])  # the control: a wrong gradient without an error
     with pytest.raises(CorruptPayloadError, match="saved by linear in 0, is corrupt: expected check"):
         gradients(verify=True, flip=True)
 
@@ -245,7 +245,7 @@ def test_verify_changes_no_gradient(policy: str, storage: str) -> None:
 
 
 def test_unpack_itself_refuses() -> None:
-    # What autograd calls is what was tested above.
+    # Autograd calls the decode that was tested above.
     packed = payload("relu")
     with pytest.raises(CorruptPayloadError):
         unpack(with_tensor(packed, 0, packed.tensors[0][1:]))

@@ -1,4 +1,4 @@
-"""Random networks, wrapped and not: the same bits with ``policy="exact"``, the same forward with any.
+"""Random networks, wrapped and plain: equal bits with ``policy="exact"``, equal outputs with any policy.
 
 A failure prints the program; ``compare(Program.parse("..."))`` runs it again.
 """
@@ -27,7 +27,7 @@ CODEC = codec_from(Stochastic2, bucket_size=16, metadata_dtype=torch.bfloat16)
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that two runs can be compared on; ``grads`` are None where backward raised."""
+    """Every result to compare two runs on; ``grads`` are None if backward raised."""
 
     outputs: list[Tensor]
     buffers: list[Tensor]
@@ -37,7 +37,7 @@ class Result:
 
 
 def run(network: nn.Module, program: Program) -> Result:
-    """Forward and backward, with torch's generator at 0."""
+    """Runs forward and backward, with torch's generator at 0."""
     inputs = program.inputs()
     torch.manual_seed(0)
     values = network(*inputs)
@@ -46,7 +46,7 @@ def run(network: nn.Module, program: Program) -> Result:
     buffers = [b.clone() for b in network.buffers()]
     leaves = [*inputs, *network.parameters()]
     try:
-        # Each element of each value has a weight of its own. Some views that were written to raise here.
+        # Each element of each value has its own weight. Some overwritten views raise here.
         loss = sum(
             (v.double() * torch.linspace(-1, 2, v.numel(), dtype=torch.double).cos().view(v.shape)).sum()
             for v in values if v.requires_grad)
@@ -61,14 +61,14 @@ def all_same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def same_grads(first: list[Tensor | None], second: list[Tensor | None]) -> bool:
-    """Equal bits, and None at the same places."""
+    """Whether bits are equal, and None occurs at the same places."""
     return all(
         (a is None and b is None) or (a is not None and b is not None and same_bits(a, b))
         for a, b in zip(first, second, strict=True))
 
 
 def network_of(program: Program) -> Network:
-    """The network with all its parameters, which the first run makes; buffers as they were made."""
+    """Returns the network with all parameters, which the first run makes, and the initial buffers."""
     network = Network(program)
     network(*program.inputs())
     for module in network.modules():
@@ -78,7 +78,7 @@ def network_of(program: Program) -> Network:
 
 
 def compare(program: Program) -> Result:
-    """Asserts that a network does the same wrapped; returns what plain autograd does."""
+    """Asserts that the wrapped network does the same; returns the result of plain autograd."""
     network = network_of(program)
     plain = run(copy.deepcopy(network), program)
     for policy in ("exact", "op_aware", "all"):
@@ -93,7 +93,7 @@ def compare(program: Program) -> Result:
 
 
 def compare_gradients(policy: str, ours: Result, plain: Result) -> None:
-    """Bits under "exact"; elsewhere shapes and dtypes. What was packed may be modified in place."""
+    """Compares bits under "exact", else shapes and dtypes. Packed tensors may be modified in place."""
     if plain.grads is None:
         assert ours.grads is None or policy != "exact", (policy, "plain autograd raised", plain.error)
         return
@@ -143,7 +143,7 @@ class RandomNetwork(RuleBasedStateMachine):
         try:
             self.values.append(self.network.apply_step(step, self.values))
         except (RuntimeError, ValueError, IndexError, UserWarning):
-            self.extend(self.program)  # it may have written to something before it raised
+            self.extend(self.program)  # the step may have written to a value before it raised
         else:
             self.program = Program(self.program.start, (*self.program.steps, step))
 
@@ -163,7 +163,7 @@ class RandomNetwork(RuleBasedStateMachine):
             event(step.op)
 
 
-# Another part of the library may have something to say about checkpoints.
+# Another part of the library may warn about checkpoints.
 @pytest.mark.filterwarnings("ignore:.*checkpoint")
 class TestRandomNetworks(RandomNetwork.TestCase):
     settings = settings(
@@ -190,13 +190,13 @@ class Hooked(nn.Module):
 
 
 def test_naive_hooks_fail_the_comparison() -> None:
-    # The control: quantizing what is saved shows in the gradients ...
+    # The control: quantizing saved tensors shows in the gradients ...
     program = Program.parse("start 0 2 0; linear 0 0 1; gelu 3 0 0")
     plain = run(network_of(program), program)
     naive = run(Hooked(network_of(program), naive_hooks), program)
     with pytest.raises(AssertionError, match="gradients"):
         compare_gradients("exact", naive, plain)
-    # ... and hooks that keep the tensor itself are silent where plain autograd raises.
+    # ... and hooks that keep the tensor itself raise nothing where plain autograd raises.
     program = Program.parse("start 0 2 0; linear 0 0 1; tanh 3 0 0; double_ 4 0 0")
     plain = run(network_of(program), program)
     kept = run(Hooked(network_of(program), identity_hooks), program)

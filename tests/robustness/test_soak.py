@@ -1,4 +1,4 @@
-"""Steps, exceptions and interrupts: nothing stays installed, memory is flat, the next gradient is right.
+"""After exceptions and interrupts nothing stays installed, memory is flat, the gradient is right.
 
 Thousands of each: ``python -m tests.robustness.soak --steps 5000 --faults 2000``.
 """
@@ -22,10 +22,10 @@ from tests.robustness.soak import Soak, live, resident, soak
 
 @pytest.fixture
 def only_new_objects() -> Iterator[None]:
-    """The collector, and so ``live``, passes over what other tests left: there may be millions.
+    """Makes the collector, and so ``live``, skip objects of other tests: there may be millions.
 
-    Not where interrupts fall: garbage that they leave may hang together with older objects, and would
-    then not be collected.
+    Do not use it with interrupts. Garbage that they leave may be linked to older objects, and would then
+    not be collected.
     """
     gc.collect()
     gc.freeze()
@@ -33,7 +33,7 @@ def only_new_objects() -> Iterator[None]:
     gc.unfreeze()
 
 
-#: Functions whose every bytecode is a place for an interrupt, and their files: what installs or removes.
+#: Functions that install or remove something, and their files: every bytecode is interrupted once.
 FILES = (
     "backward/hooks.py", "backward/location.py", "backward/wrapper.py", "torch/overrides.py",
     "torch/nn/modules/module.py", "torch/autograd/graph.py", "torch/utils/hooks.py")
@@ -66,7 +66,7 @@ class InterruptAt:
 
 
 def interrupted_everywhere(step: Callable[[], object]) -> Iterator[int]:
-    """Runs ``step`` again and again, interrupted one bytecode later each time, until it ends."""
+    """Runs ``step`` again and again, interrupted one bytecode later each time, until it completes."""
     n = 0
     while True:
         n += 1
@@ -105,7 +105,7 @@ def test_an_interrupt_before_any_bytecode_leaves_nothing(policy: str, nested: bo
 
 
 def test_torchs_own_hooks_stay_where_an_interrupt_falls_between() -> None:
-    # The control: the same interrupts, without our order of leaving.
+    # The control: the same interrupts, without the library's order of cleaning up.
     def step() -> None:
         with identity_hooks():
             torch.ones(3, requires_grad=True).sin()
@@ -119,8 +119,8 @@ def test_torchs_own_hooks_stay_where_an_interrupt_falls_between() -> None:
 
 
 def test_soak(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ctrl-C that falls into a destructor (torch's weak references have one) is reported and ignored.
-    # pytest keeps such reports until the test ends, with the frames of the step and their tensors.
+    # Ctrl-C inside a destructor (torch's weak references have one) is reported and ignored. pytest keeps
+    # such reports until the test ends, with the frames of the step and their tensors.
     monkeypatch.setattr(sys, "unraisablehook", lambda report: None)
     counts = soak(steps=100, faults=100)
     for name, count in counts.items():
@@ -138,7 +138,7 @@ def test_resident_memory_does_not_grow_with_steps(only_new_objects: None) -> Non
     before = resident()
     for i in range(200):
         state.step(i)
-    # Had each step left one activation: 200 * 8 KiB. The allocator may keep a few pages more.
+    # If each step leaked one activation: 200 * 8 KiB. The allocator may keep a few more pages.
     assert resident() - before < 200 * saved
 
 

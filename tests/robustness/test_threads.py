@@ -1,4 +1,4 @@
-"""Threads: models of their own, one model in several threads, backward on autograd's threads."""
+"""Threads: one model per thread, one model in several threads, backward on autograd's threads."""
 
 import copy
 import threading
@@ -20,7 +20,7 @@ THREADS, STEPS = 4, 5
 
 
 class Outcome(threading.Thread):
-    """Runs a function at the same time as others, and keeps its result or exception."""
+    """Runs a function concurrently with others, and keeps its result or exception."""
 
     def __init__(self, barrier: threading.Barrier, function: Callable[[], Any]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Outcome(threading.Thread):
 
 
 def together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Results of functions that run at once, each in a thread of its own."""
+    """Returns the results of functions that run concurrently, each in its own thread."""
     barrier = threading.Barrier(len(functions))
     threads = [Outcome(barrier, function) for function in functions]
     for thread in threads:
@@ -52,7 +52,7 @@ def together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def body() -> nn.Module:
-    """Without dropout, whose global generator threads share with or without us."""
+    """Returns a network without dropout: threads share its global generator even without a wrapper."""
     torch.manual_seed(0)
     module = network(Trigger())
     for layer in module.modules():
@@ -74,7 +74,7 @@ def gradients(model: nn.Module, i: int) -> dict[str, Tensor]:
 
 
 def trained(module: nn.Module, i: int) -> dict[str, Tensor]:
-    """Parameters after some steps of SGD on batch ``i``."""
+    """Returns the parameters after some steps of SGD on batch ``i``."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -120,7 +120,7 @@ def test_every_tensor_that_one_model_saves_in_several_threads_is_counted() -> No
         together([lambda i=i: [gradients(model, i) for _ in range(STEPS)] for i in range(threads)])
         return sorted((module, op or "") for module, op in spy.places)
 
-    # Names of modules and operations too: each thread has its own.
+    # Names of modules and operations are also separate for each thread.
     one = packs(1)
     assert len(one) > 5 * STEPS
     assert packs(THREADS) == sorted(one * THREADS)
@@ -185,7 +185,7 @@ def test_hooks_that_share_what_they_pack_mix_up_threads() -> None:
 
     def step(i: int) -> Tensor:
         x = batch(i).requires_grad_()
-        # The first packs before the second, and goes backward before it.
+        # The first thread packs before the second, and runs backward before it.
         if i == 1:
             turn.wait()
         with saved_tensors_hooks(lambda t: kept.append(t.detach()), lambda none: kept.pop()):

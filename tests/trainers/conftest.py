@@ -1,4 +1,4 @@
-"""Makes the trainers' examples importable, offline, on one thread: what they compute is small."""
+"""Makes the trainers' examples importable, offline, on one thread: their computations are small."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ sys.path[:0] = [str(EXAMPLES / folder) for folder in ("trainers", "studies", "ef
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As it was afterwards."""
+    """Runs a test on one thread, and restores the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps its precision for the life of a process, in singletons and in the environment."""
+    """Accelerate keeps its precision for the whole process, in singletons and in the environment."""
     before = dict(os.environ)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,4 +1,4 @@
-"""What the tests of the trainers share."""
+"""Shared by the tests of the trainers."""
 
 import torch
 from torch import nn

@@ -21,7 +21,7 @@ KNOBS = Knobs(epochs=2, limit=200)
 
 
 class WithoutNoise:
-    """The control: stands where the noise's state would."""
+    """The control: takes the place of the noise state."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -47,7 +47,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 def step(model: nn.Module, precision: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """A prepared model's loss, and gradients after accumulation over two batches and clipping."""
+    """Returns a prepared model's loss, and gradients after accumulating two batches and clipping."""
     accelerator = Accelerator(
         cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -64,7 +64,7 @@ def step(model: nn.Module, precision: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def pair(policy: str) -> tuple[nn.Module, QuantBackwardWrapper]:
-    """One network twice, the second wrapped."""
+    """Returns one network twice; the second is wrapped."""
     torch.manual_seed(0)
     plain = network().module
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_prepared_models_have_the_losses_and_gradients_of_plain_ones(precision: 
         assert all(torch.equal(g, our_grads[n]) for n, g in grads.items()) is same
         assert torch.equal(loss, ours) or not same
         total = torch.stack([g.square().sum() for g in our_grads.values()]).sum().sqrt()
-        # Clipping divides by the norm + 1e-6; sums of float32.
+        # Clipping divides by the norm + 1e-6; the sums are in float32.
         assert float(total) <= 0.5 * (1 + 1e-5)
 
 

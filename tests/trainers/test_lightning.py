@@ -1,4 +1,4 @@
-"""PyTorch Lightning: the wrapper in a LightningModule, and a callback that carries the noise."""
+"""PyTorch Lightning: the wrapper in a LightningModule, and a callback that saves the noise."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ STEPS = 4 * 50
 
 
 class OnlyTorch(BackwardMemory):
-    """The control: torch's random state is restored, the noise is not."""
+    """The control: torch's random state is restored, but the noise is not."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         torch.set_rng_state(state_dict["torch"])
@@ -44,7 +44,7 @@ def test_what_is_saved_is_logged(tmp_path: Path) -> None:
     _, trainer = train(tmp_path, 1, limit=STEPS)
     logged = trainer.callback_metrics
     assert logged["saved_ratio"] > 8
-    # At least the outputs of convolutions and norms: 50 images, 64 pixels, 32 + 64 + 64 channels.
+    # At least outputs of convolutions and norms are saved: 50 images, 64 pixels, 32 + 64 + 64 channels.
     floats = 2 * 50 * 64 * 160
     assert logged["saved_mib"] * logged["saved_ratio"] > 4 * floats / 2**20
 

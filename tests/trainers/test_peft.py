@@ -1,4 +1,4 @@
-"""Adapters on frozen models: what is saved, and whose keys a checkpoint has."""
+"""Adapters on frozen models: saved tensors, and the keys of checkpoints."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def small() -> nn.Module:
     return base(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
 
 
-#: How the wrapper and PEFT may be put around each other.
+#: Orders in which the wrapper and PEFT may be applied.
 ORDERS: dict[str, Callable[[], nn.Module]] = {
     "body, then PEFT": lambda: with_peft(wrap_body(small()), ALL),
     "PEFT, then body": lambda: wrapped_inside(with_peft(small(), ALL)),
@@ -38,7 +38,7 @@ def wrapped_inside(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def trained() -> Iterator[nn.Module]:
-    """Adapters that do something, without a wrapper."""
+    """Yields a model without a wrapper, whose adapters have an effect."""
     with pytest.MonkeyPatch.context():
         model = with_peft(small(), ALL)
     generator = torch.Generator().manual_seed(1)
@@ -78,12 +78,12 @@ def test_adapters_merge_into_the_wrapped_model(order: str, trained: nn.Module) -
     set_peft_model_state_dict(of_peft, get_peft_model_state_dict(trained))
     merged = model.merge_and_unload()
     assert merged.state_dict().keys() == small().state_dict().keys()
-    # The merged weight is rounded once more: some tens of float32 sums of values below 10.
+    # Merging rounds the weight once more: some tens of float32 sums of values below 10.
     torch.testing.assert_close(logits(merged), logits(trained), rtol=0, atol=1e-4)
 
 
 class Recorded(nn.Module):
-    """The control: a module inside another adds a step to every name."""
+    """The control: a module inside another adds a part to every name."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_gradients_of_what_trains(way: str) -> None:
 
 
 def saved(model: nn.Module, **inputs: Tensor) -> dict[str, tuple[int, int]]:
-    """Operation -> exact and stored bytes."""
+    """Returns operation -> exact and stored bytes."""
     with track_saved_memory(model.train()) as report:
         kept = model(**inputs)
     assert kept.loss.requires_grad

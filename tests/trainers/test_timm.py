@@ -1,4 +1,4 @@
-"""Models of timm without their weights: forward, exact gradients, and what the default policy stores."""
+"""Models of timm without pretrained weights: forward, exact gradients, and what the policy stores."""
 
 import copy
 from typing import Any
@@ -14,10 +14,10 @@ from brevitas_bp import QuantBackwardWrapper
 
 _WINDOWS = {"img_size": 56, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 64}
 
-#: One of each family, small: model -> (settings, pixels, least ratio of a batch of two).
+#: One small model per family: model -> (settings, pixels, least ratio for a batch of two).
 MODELS: dict[str, tuple[dict[str, Any], int, float]] = {
     "resnet10t": ({}, 64, 9.0),
-    # Batch norms with fewer than 16 elements to a statistic, as of two small images, are exact.
+    # With two small images, batch norms have fewer than 16 elements per statistic and are exact.
     "tf_efficientnetv2_b0": ({}, 64, 5.0),
     "convnext_atto": ({}, 64, 8.0),
     "vit_tiny_patch16_224": ({"img_size": 64, "depth": 4}, 64, 4.0),
@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, float]] = {
     "mixer_s32_224": ({}, 224, 8.0),
     "regnetx_002": ({}, 64, 5.0),
     "mobilenetv3_small_050": ({}, 64, 7.0),
-    # Standardised weights are exact, and weigh much beside two small images.
+    # Standardised weights are exact, and large compared with two small images.
     "nf_regnet_b0": ({}, 64, 1.0),
     "maxvit_rmlp_pico_rw_256": ({"img_size": 64}, 64, 4.0),
     "xcit_nano_12_p16_224": ({"depth": 4}, 64, 4.0),

@@ -37,7 +37,7 @@ def fit(name: str, out: Path, **changes: Any) -> PreTrainedModel:
 
 
 class StopAfterOne(TrainerCallback):
-    """Ends a run of two epochs after the first: the learning rate is that of the whole run."""
+    """Ends a run of two epochs after the first; the learning rate is that of the whole run."""
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = True
@@ -68,7 +68,7 @@ def test_trainer_sees_the_model_it_knows(name: str, tmp_path: Path) -> None:
 
 
 def test_wrapped_as_a_whole_trainer_finds_no_columns(tmp_path: Path) -> None:
-    """The control for wrapping the body."""
+    """The control for wrapping the body only."""
     run = trainer(QuantBackwardWrapper(build("bert")), tmp_path, KNOBS)
     with pytest.raises(ValueError, match="The batch received was empty"):
         run.train()
@@ -96,7 +96,7 @@ def test_saved_models_are_plain_ones(name: str, tmp_path: Path) -> None:
     assert torch.equal(plain(**batch(name)).logits, model.eval()(**batch(name)).logits)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__]
-    if name == "gpt2":  # tied, so one of the two is left out
+    if name == "gpt2":  # tied weights, so one of the two is left out
         assert model.lm_head.weight is model.transformer.wte.weight
         assert "lm_head.weight" not in keys
 
@@ -125,7 +125,7 @@ def test_outputs_are_identical_and_exact_gradients_equal(name: str, attention: s
         assert equal is (policy == "exact")
 
 
-#: Saved bytes over stored ones, at least; the shapes are small, so statistics and heads weigh.
+#: Least ratio of saved to stored bytes. Shapes are small, so statistics and heads take a large part.
 LEAST = {"bert": 5.0, "gpt2": 3.0, "llama": 3.5}
 
 
