@@ -102,8 +102,7 @@ def fit_few_bit_table(
             tensors.
         bits: 1..8.
         interval: the interval on which the error counts. The outermost levels continue beyond it.
-        cells: cells of the first grid, more where the derivative varies. Cost:
-            O(2**bits * cells**2).
+        cells: cells of the first grid, more where the derivative varies. Cost: O(2**bits * cells**2).
         weight: density of the inputs, not necessarily normalised; uniform by default.
         even: indexes ``|x|``, which resolves twice as finely; for even derivatives.
         breaks: points at which your own derivative jumps; named functions know theirs.

@@ -24,7 +24,8 @@ _RESOLUTION = 1e-9
 # and the farthest step, both as shares of the interval; and the rise of the derivative over this
 # distance that counts as a jump.
 _STEPS, _NEAR, _OPEN, _JUMP = 4, 1e-6, 1e-6, 1e-3
-# Rounds of refinement in which windows may keep their width; more than 5 bits would use.
+# Rounds of refinement in which windows may keep their width. Fits of more than 5 bits would use more
+# rounds.
 _TRIES = 40
 # Borders this close (as a share of the interval) to a jump or to zero are moved onto it.
 _SNAP = 1e-7
@@ -183,8 +184,8 @@ def _polished(integrals: Integrals, borders: Tensor) -> Tensor:
     """Applies Newton's method to the condition ``f'(c_i) = (y_{i-1} + y_i) / 2``.
 
     The error is flat around its optimum. Comparing errors therefore finds a border only to some 1e-7,
-    and differently on another processor. The condition finds the border to some 1e-12. Borders at a
-    jump do not move. Borders do not move either if the step would exceed what the search left open.
+    and differently on another processor. The condition finds the border to some 1e-12. Two kinds of
+    borders stay: borders at a jump, and borders whose step would exceed what the search left open.
     """
     width = float(integrals.nodes[-1] - integrals.nodes[0])
     for _ in range(_STEPS):
@@ -216,7 +217,7 @@ def _snapped(integrals: Integrals, borders: Tensor, breaks: Sequence[float]) -> 
 
 
 def _canonical(integrals: Integrals, borders: Tensor) -> Tensor:
-    """Returns the mirror image of :func:`fit_few_bit_table`, if two mirror images are equally good."""
+    """Returns, of two equally good mirror images, the image that :func:`fit_few_bit_table` documents."""
     mirrored = -borders.flip(0)
     lo, hi = float(integrals.nodes[0]), float(integrals.nodes[-1])
     if lo != -hi or int((borders < 0).sum()) % 2 or (borders == 0).any():

@@ -1,4 +1,4 @@
-"""The activation functions of torch: this table holds everything that the library knows of each one.
+"""The activation functions of torch: the single place for everything the library knows of each one.
 
 To add an activation of torch, add its entry to :data:`ACTIVATIONS`. The entry alone gives its few-bit
 tables and the rule that stores its derivative in place of its input. An entry with ``compiled=True``

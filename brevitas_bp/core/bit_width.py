@@ -163,7 +163,7 @@ def selectors(root: nn.Module) -> Iterator[TwoBitWidthSelector]:
 
 
 class MixProbScheduler:
-    """Moves the probability of every :class:`TwoBitWidthSelector` below a module.
+    """Sets the probability of every :class:`TwoBitWidthSelector` below a module by a schedule.
 
     Args:
         root: a model with ``QuantIdentity`` layers or a ``QuantBackwardWrapper``.

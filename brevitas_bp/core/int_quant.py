@@ -129,8 +129,8 @@ class BucketRescalingIntQuant(nn.Module):
 
     The module composes a bucket quantizer from replaceable parts. ``forward`` returns Brevitas'
     ``(value, scale, zero_point, bit_width)``. The value is like the input, and the others are [N, 1];
-    the bit width is 0-d if all buckets share one. :meth:`quantize` and :meth:`dequantize` stop at the
-    codes.
+    the bit width is 0-d if all buckets share one width. :meth:`quantize` and :meth:`dequantize` stop
+    at the codes.
 
     The module computes in float32 (float64 for float64 input) for every input dtype. Special cases:
 

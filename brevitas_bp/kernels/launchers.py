@@ -44,7 +44,7 @@ class Kernels(Protocol):
 
 
 class StepwiseLauncher:
-    """Launches kernels that do not handle rows, derivatives and normalization: it does these separately.
+    """Launches kernels that do not handle rows, derivatives or normalization; does these steps itself.
 
     Args:
         kernels: encode and decode flat tensors.

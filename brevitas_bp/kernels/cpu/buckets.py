@@ -64,8 +64,8 @@ def encode(
         inner: Any, largest: Any, divides: Any) -> None:
     """Encodes buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
 
-    If ``function`` is not 0, the kernel encodes its derivative at ``x``. With :data:`NORMALIZED` it
-    encodes ``x`` normalized by :func:`normalize`. Rows are those of :func:`place`.
+    If ``function`` is not 0, the kernel encodes the derivative of that function at ``x``. With
+    :data:`NORMALIZED` it encodes ``x`` normalized by :func:`normalize`. :func:`place` explains rows.
 
     ``metadata`` holds the scales, then for affine codes the offsets, as :func:`store` writes them.
 

@@ -65,10 +65,10 @@ inline = numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="
 
 @intrinsic
 def _wide_vectors(context: Any) -> Any:
-    """Makes the loops of a function that calls it use full vector registers.
+    """Lets the loops of the calling function use full vector registers.
 
-    LLVM uses 256 bits on processors with 512-bit registers, because the first of them lowered their
-    clock for 512 bits.
+    On processors with 512-bit registers, LLVM uses only 256 bits, because the first of these processors
+    lowered their clock for 512 bits.
     """
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         # llvmlite's own set refuses attributes that it does not know.

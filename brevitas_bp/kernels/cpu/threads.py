@@ -2,14 +2,15 @@
 
 NOTE [ The threads are torch's ]
 1. torch's OpenMP threads wait for torch's next parallel region in a busy loop. Threads of our own would
-   share the cores with them, at half their speed or less. So a kernel is run by the OpenMP runtime that
-   torch has loaded: ``GOMP_parallel``, which GNU's, LLVM's and Intel's runtimes all have on Linux.
-2. Each thread takes chunks of buckets from a common counter until none is left. So neither the number
-   of threads matters, nor the speed of each.
-3. If the function is not found, a pool of Python threads calls the kernel instead. The same applies in
-   a forked child, which has lost its threads. Calls of C functions release the interpreter lock. The
-   pool also runs kernels that are not C functions. numba's own parallel layer is not used: its default
-   one aborts the process if two Python threads enter it.
+   share the cores with them and run at half their speed or less. So a kernel is run by the OpenMP
+   runtime that torch has loaded: ``GOMP_parallel``, which GNU's, LLVM's and Intel's runtimes all have
+   on Linux.
+2. Each thread takes chunks of buckets from a common counter until none is left. So the number of
+   threads does not matter, and neither does the speed of each.
+3. If the function is not found, a pool of Python threads calls the kernel instead. A forked child also
+   uses this pool, because it has lost its threads. Calls of C functions release the interpreter lock.
+   The pool also runs kernels that are not C functions. numba's own parallel layer is not used: its
+   default one aborts the process if two Python threads enter it.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-# Elements that a thread takes at a time, and least elements for each thread: about 20 us of work.
+# Elements that a thread takes at a time, and the fewest elements for each thread: about 20 us of work.
 _CHUNK = 1 << 14
 _LEAST = 1 << 14
 # Below this many elements, a second thread of the pool costs more than it saves.

@@ -2,7 +2,7 @@
 
 # NOTE [ The device and Triton's interpreter ]
 # The tests on CPU run these kernels in Triton's interpreter, which is numpy. A device may compute
-# something else in some operations. The kernels avoid these operations:
+# something else in some operations. The kernels rule out each of these differences:
 # 1. Contraction to fused multiply-add is switched off at launch (``enable_fp_fusion`` in launch.py).
 # 2. ``/`` is an approximation on float32: divisions are ``div_rn``. Subnormal numbers stay subnormal.
 # 3. ``tl.minimum`` of a NaN is the other operand on a device, and NaN in numpy. Ranges use
