@@ -1,1 +1,1 @@
-"""Activation functions: their derivatives, and few-bit tables of these."""
+"""Activation functions: their derivatives, and few-bit tables of these derivatives."""

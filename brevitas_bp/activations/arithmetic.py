@@ -1,13 +1,14 @@
-"""The functions that derivatives of activations are made of; those of float32 are defined to the bit.
+"""Building blocks for derivatives of activations; the float32 versions are defined to the bit.
 
-An activation's derivative is stored in place of its input. The compiled CPU kernels compute it while
-they encode, without writing it to memory. They must find the same numbers as the torch operations do,
-but torch's own exponential differs between processors in its last bits. So float32 has an exponential of
-its own: Cody and Waite's reduction and the polynomial of Cephes' ``expf``. Each operation is rounded by
-itself; no multiplication is fused with an addition.
+The derivative of an activation is stored in place of its input. The compiled CPU kernels compute it
+while they encode, without writing it to memory. They must find the same numbers as the torch
+operations. torch's own exponential differs between processors in its last bits.
 
-Other dtypes use torch's functions. So one formula serves both: the derivative in float32 that is stored,
-and the derivative in float64 that few-bit tables are fitted to.
+float32 therefore has its own exponential: Cody and Waite's reduction and the polynomial of Cephes'
+``expf``. Each operation is rounded by itself; no multiplication is fused with an addition.
+
+Other dtypes use torch's functions. So one formula serves both purposes: the stored derivative in
+float32, and the derivative in float64 that few-bit tables are fitted to.
 """
 
 import math
@@ -22,13 +23,13 @@ def _f32(value: float) -> float:
 
 
 LOG2_E = _f32(math.log2(math.e))
-#: ln 2 in two parts: products of the first with small integers are exact.
+#: ln 2 in two parts: products of the first part with small integers are exact.
 LN2 = (0.693359375, _f32(-2.12194440e-4))
 #: Coefficients of (exp(r) - 1 - r) / r**2 on [-ln 2 / 2, ln 2 / 2], from the highest down.
 EXP = tuple(map(_f32, (
     1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1,
     5.0000001201e-1)))
-#: The exponential is computed on [-LIMIT, LIMIT]. Below, it counts as zero.
+#: The exponential is computed on [-LIMIT, LIMIT]. Below this range it counts as zero.
 LIMIT = 87.0
 #: Abramowitz and Stegun 7.1.26: erfc(z) = t (a1 + t (a2 + ...)) exp(-z**2), t = 1 / (1 + p z), z >= 0.
 ERFC_P = _f32(0.3275911)
@@ -38,7 +39,7 @@ NORMAL = _f32(1 / math.sqrt(2 * math.pi))
 
 
 def _exp(x: Tensor) -> Tensor:
-    """The exponential of float32 values in [-LIMIT, LIMIT]."""
+    """Returns the exponential of float32 values in [-LIMIT, LIMIT]."""
     n = torch.round(x * LOG2_E)
     r = x - n * LN2[0]
     r = r - n * LN2[1]
@@ -50,7 +51,7 @@ def _exp(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """``1 / (1 + exp(-x))``."""
+    """Returns ``1 / (1 + exp(-x))``."""
     if x.dtype != torch.float32:
         return torch.sigmoid(x)
     s = 1.0 / (1.0 + _exp((-x).clamp(-LIMIT, LIMIT)))
@@ -58,7 +59,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def normal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cumulative distribution and density of the standard normal distribution at ``x``."""
+    """Returns cumulative distribution and density of the standard normal distribution at ``x``."""
     if x.dtype != torch.float32:
         return torch.special.ndtr(x), torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     t = 1.0 / (1.0 + x.abs() * SQRT_HALF * ERFC_P)

@@ -1,7 +1,7 @@
-"""Derivatives of float32 tensors on a CPU: the same bits from torch operations and compiled kernels.
+"""Derivatives of float32 CPU tensors: torch operations and compiled kernels give the same bits.
 
-The formulas are those of :data:`~brevitas_bp.activations.functions.ACTIVATIONS` and define the bits. The
-largest absolute errors are those of float32 itself: 7e-7 for ``gelu_tanh``, less for the others.
+The formulas of :data:`~brevitas_bp.activations.functions.ACTIVATIONS` define the bits. The largest
+absolute errors are those of float32 itself: 7e-7 for ``gelu_tanh``, less for the other functions.
 """
 
 import torch
@@ -12,21 +12,21 @@ from brevitas_bp.activations.functions import ACTIVATIONS
 #: Names of the functions that the compiled CPU kernels differentiate.
 COMPILED = tuple(name for name, activation in ACTIVATIONS.items() if activation.compiled)
 
-# Elements computed at once, which stay in cache.
+# Elements computed at once; they stay in the cache.
 _CHUNK = 1 << 16
 
 
 def supports(x: Tensor) -> bool:
-    """Whether derivatives at ``x`` have the bits of this module: kernels read its memory."""
+    """Returns whether derivatives at ``x`` have this module's bits; kernels read the memory of ``x``."""
     return type(x) in (Tensor, nn.Parameter) and x.dtype is torch.float32 and x.device.type == "cpu"
 
 
 def derivative(flat: Tensor, name: str) -> Tensor:
-    """The derivative of a function at each element, float32 and contiguous.
+    """Computes the derivative of a function at each element, float32 and contiguous.
 
     Args:
-        flat: a tensor that :func:`supports` accepts. Where the function's derivative follows from its
-            output, it is the output.
+        flat: a tensor that :func:`supports` accepts. It is the function's output if the derivative
+            follows from the output.
         name: one of :data:`COMPILED`.
     """
     function = ACTIVATIONS[name].derivative

@@ -1,14 +1,15 @@
 """Optimal piecewise-constant derivatives: the tables of Few-Bit Backward.
 
-The backward of ``y = f(x)`` multiplies by ``f'(x)``. A table cuts the line into ``2**bits`` intervals
-with one level each, so that an interval's index is all that has to be saved of ``x``. It minimises
+The backward pass of ``y = f(x)`` multiplies by ``f'(x)``. A table cuts the line into ``2**bits``
+intervals with one level each, so only the index of an interval has to be saved for ``x``. The table
+minimises
 
     ``sum_i int_{c_i}^{c_{i+1}} (f'(x) - y_i)**2 w(x) dx``
 
-whose conditions are ``y_i = int f' w / int w`` over the interval and ``f'(c_i) = (y_{i-1} + y_i) / 2``.
-:mod:`brevitas_bp.activations.fitting` searches until both conditions hold. Other grids find the same
-tables up to 6 bits; at 7 and 8 a grid cell is no longer small beside an interval, and errors may be
-0.2 % above the optimum.
+The conditions for the minimum are ``y_i = int f' w / int w`` over the interval and
+``f'(c_i) = (y_{i-1} + y_i) / 2``. :mod:`brevitas_bp.activations.fitting` searches until both conditions
+hold. Other grids find the same tables up to 6 bits. At 7 and 8 bits, a grid cell is no longer small
+compared to an interval, and errors may be 0.2 % above the optimum.
 
 Source: Novikov et al., "Few-bit backward: quantized gradients of activation functions for memory
 footprint reduction", 2022. Its published tables were fitted by descent, and several are local optima.
@@ -28,25 +29,26 @@ from brevitas_bp.activations.functions import ACTIVATIONS
 from brevitas_bp.errors import UnknownNameError, nearest
 
 _WHERE = "brevitas_bp.activations.few_bit"
-# Processors differ in the last bits of exponentials, and tables must not: digits of borders, around
-# which the error is flat, beside the width of the interval; and of levels, beside the largest.
+# Processors differ in the last bits of exponentials; tables must not differ. These are the digits of
+# borders relative to the width of the interval (the error is flat around a border), and the digits of
+# levels relative to the largest level.
 _BORDER_DIGITS, _LEVEL_DIGITS = 7, 11
 
 
 @dataclass(frozen=True)
 class FewBitTable:
-    """A derivative that takes one constant level per interval.
+    """A derivative with one constant level per interval.
 
     Attributes:
-        name: of the function, for reports.
+        name: name of the function, for reports.
         borders: K - 1 inner borders, ascending. ``x`` equal to a border is in the lower interval.
         levels: K derivatives. The outermost two continue to infinity.
-        even: intervals are those of ``|x|``.
-        error: integral of the squared error over the whole fitted interval, weighted if the fit was;
-            None where unknown.
+        even: the intervals are those of ``|x|``.
+        error: integral of the squared error over the whole fitted interval, weighted if the fit was
+            weighted; None if unknown.
 
     Raises:
-        ValueError: levels that are not 2..256, or borders that do not fit them.
+        ValueError: the number of levels is not in 2..256, or the borders do not fit the levels.
 
     >>> FewBitTable("relu", (0.0,), (0.0, 1.0)).derivative(torch.tensor([-2.0, 0.0, 3.0])).tolist()
     [0.0, 0.0, 1.0]
@@ -71,11 +73,11 @@ class FewBitTable:
 
     @property
     def bits(self) -> int:
-        """Bits of an index."""
+        """The bits of an index."""
         return (len(self.levels) - 1).bit_length()
 
     def derivative(self, x: Tensor) -> Tensor:
-        """The level of every element, in the dtype of ``x``; NaN for NaN."""
+        """Returns the level of every element, in the dtype of ``x``; NaN for NaN."""
         inner = torch.float64 if x.dtype == torch.float64 else torch.float32
         borders = torch.tensor(self.borders, dtype=inner, device=x.device)
         levels = torch.tensor(self.levels, dtype=torch.float64, device=x.device)
@@ -90,29 +92,30 @@ def fit_few_bit_table(
         cells: int = 1024, weight: Function | None = None, even: bool = False,
         breaks: Sequence[float] = (), check_tails: bool = True, name: str | None = None,
         **parameters: float) -> FewBitTable:
-    """The optimal table of ``2**bits`` levels for a derivative on an interval.
+    """Finds the optimal table of ``2**bits`` levels for a derivative on an interval.
 
-    Where several tables are equally good (mirror images), the one whose interval around zero has an
-    odd index is taken, so that every machine finds the same one.
+    If several tables are equally good (mirror images), this function takes the table whose interval
+    around zero has an odd index. So every machine finds the same table.
 
     Args:
         function: one of :func:`named_functions`, or the derivative itself, elementwise on float64
             tensors.
         bits: 1..8.
-        interval: where the error counts. Beyond it the outermost levels continue.
-        cells: of the first grid, more where the derivative varies: O(2**bits * cells**2).
+        interval: the interval on which the error counts. The outermost levels continue beyond it.
+        cells: cells of the first grid, more where the derivative varies. Cost: O(2**bits * cells**2).
         weight: density of the inputs, not necessarily normalised; uniform by default.
-        even: index ``|x|``, which resolves twice as finely; for even derivatives.
-        breaks: where a derivative of your own jumps; named ones know.
-        check_tails: refuse a derivative that leaves the outermost levels beyond the interval. Switch
-            it off only where no input can lie there.
-        name: for reports; by default that of the function.
-        parameters: of the named function, such as ``alpha`` of ELU.
+        even: indexes ``|x|``, which resolves twice as finely; for even derivatives.
+        breaks: points at which your own derivative jumps; named functions know theirs.
+        check_tails: refuses a derivative that leaves the outermost levels beyond the interval. Switch
+            it off only if no input can lie there.
+        name: name for reports; by default the name of the function.
+        parameters: parameters of the named function, such as ``alpha`` of ELU.
 
     Raises:
-        UnknownNameError: a name or parameter that is not known.
-        ValueError: settings out of range; ``even`` for a derivative that is not; a derivative that is
-            not finite, or far from the outermost levels beyond the interval (``x**2``, periodic ones).
+        UnknownNameError: a name or parameter is not known.
+        ValueError: a setting is out of range; ``even`` is set and the derivative is not even; the
+            derivative is not finite, or is far from the outermost levels beyond the interval
+            (``x**2``, periodic derivatives).
 
     >>> fit_few_bit_table("gelu", 1).borders
     (0.0,)
@@ -121,7 +124,7 @@ def fit_few_bit_table(
     _check(bits, interval, cells, even)
     lo, hi = (0.0, float(interval[1])) if even else interval
     inner = [b for b in (*breaks, *own_breaks) if lo < b < hi]
-    # A few small float64 tensors, wherever the user's own are made by default.
+    # The fit makes a few small float64 tensors here, whatever the user's default device is.
     with torch.device("cpu"):
         integrals = Integrals(derivative, weight, lo, hi, inner)
         if even:
@@ -140,10 +143,10 @@ def fit_few_bit_table(
 def few_bit_table(
         name: str, bits: int, *, interval: tuple[float, float] = (-10.0, 10.0), even: bool = False,
         **settings: Any) -> FewBitTable:
-    """:func:`fit_few_bit_table` of a named function, solved at first use and kept.
+    """Calls :func:`fit_few_bit_table` for a named function; solves at first use, then caches.
 
-    Takes a few hundredths of a second up to 4 bits, under a second at 8. ``settings`` are the others of
-    that function, and parameters of the named one.
+    A fit takes a few hundredths of a second up to 4 bits, and under a second at 8 bits. ``settings``
+    are the other settings of :func:`fit_few_bit_table`, and the parameters of the named function.
 
     >>> few_bit_table("silu", 3) is few_bit_table("silu", 3)
     True
@@ -152,12 +155,12 @@ def few_bit_table(
 
 
 def named_functions() -> list[str]:
-    """Names of the functions that have few-bit tables."""
+    """Returns the names of the functions that have few-bit tables."""
     return [name for name, activation in ACTIVATIONS.items() if activation.derivative is not None]
 
 
 def _rounded(x: Tensor, size: float, digits: int) -> Tensor:
-    """Values of order ``size`` at most, to so many digits behind its first."""
+    """Rounds values of at most order ``size`` to ``digits`` digits after the first digit of ``size``."""
     if size == 0:
         return x
     digits -= math.floor(math.log10(size))
@@ -167,12 +170,12 @@ def _rounded(x: Tensor, size: float, digits: int) -> Tensor:
 def _resolve(
         function: str | Function,
         parameters: dict[str, float]) -> tuple[Function, tuple[float, ...], str]:
-    """The derivative, where it jumps, and its name."""
+    """Returns the derivative, the points at which it jumps, and its name."""
     if not isinstance(function, str):
         if parameters:
             raise TypeError(
-                f"{_WHERE}: {sorted(parameters)} would do nothing: a derivative given as a function "
-                "has its parameters bound; use functools.partial")
+                f"{_WHERE}: {sorted(parameters)} would do nothing, because a derivative given as a "
+                "function takes no parameters here; bind them with functools.partial")
         return function, (), getattr(function, "__name__", "function")
     _check_name("function", function, named_functions())
     activation = ACTIVATIONS[function]
@@ -211,12 +214,12 @@ def _check_even(integrals: Integrals, name: str) -> None:
     if not all(torch.allclose(f(-nodes), f(nodes), rtol=1e-9, atol=1e-12) for f in functions):
         raise ValueError(
             f"{_WHERE}: even=True indexes |x|, but the derivative of {name}, or the weight, is not "
-            "even; leave it out")
+            "even; leave even=True out")
 
 
 def _check_tails(
         integrals: Integrals, borders: Tensor, levels: Tensor, even: bool, name: str) -> None:
-    """Beyond the interval the derivative must stay as near to the outermost level as within it."""
+    """Raises if the derivative is further from its outermost levels beyond the interval than within."""
     nodes, lo, hi = integrals.nodes, integrals.nodes[0], integrals.nodes[-1]
     values = integrals.derivative(nodes)
     away = nodes.new_tensor([0.25, 0.5, 1.0, 2.0, 5.0, 20.0]) * (hi - lo)

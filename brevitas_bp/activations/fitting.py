@@ -1,8 +1,9 @@
-"""The optimal borders of a piecewise-constant function: a search on a grid, then refinement.
+"""Finds the optimal borders of a piecewise-constant function: a grid search, then refinement.
 
-Dynamic programming on a grid finds the basin of the global optimum. The same program on ever finer
-windows around each border refines it, and Newton's method finds where the conditions of
-:mod:`brevitas_bp.activations.few_bit` hold.
+1. Dynamic programming on a grid finds the basin of the global optimum.
+2. The same program on ever finer windows around each border refines it.
+3. Newton's method finds the borders at which the conditions of :mod:`brevitas_bp.activations.few_bit`
+   hold.
 """
 
 import math
@@ -19,26 +20,28 @@ _GAUSS_POINTS = (0.5 - math.sqrt(0.15), 0.5, 0.5 + math.sqrt(0.15))
 _GAUSS_WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
 # Refinement stops at this share of the interval: the error is flat there, to float64 precision.
 _RESOLUTION = 1e-9
-# Newton's steps after it; half the distance over which a slope is taken, and the farthest step, as
-# shares of the interval; and what the derivative rises by on that distance where it jumps.
+# Newton's method: the number of steps after the refinement; half the distance for estimating a slope,
+# and the farthest step, both as shares of the interval; and the rise of the derivative over this
+# distance that counts as a jump.
 _STEPS, _NEAR, _OPEN, _JUMP = 4, 1e-6, 1e-6, 1e-3
-# Rounds of refinement in which windows may stay as wide; more than 5 bits would use.
+# Rounds of refinement in which windows may keep their width. Fits of more than 5 bits would use more
+# rounds.
 _TRIES = 40
-# Borders this close (as a share of the interval) to a jump or to zero are meant to be there.
+# Borders this close (as a share of the interval) to a jump or to zero are moved onto it.
 _SNAP = 1e-7
 
 
 def optimal_cuts(prefix: Tensor, intervals: int) -> list[int]:
-    """The best cuts of a grid into intervals, by dynamic programming.
+    """Finds the best cuts of a grid into intervals, by dynamic programming.
 
     Args:
-        prefix: [3, n + 1], integrals of ``w``, ``f' w`` and ``f'**2 w`` up to each of the grid's nodes.
+        prefix: [3, n + 1], integrals of ``w``, ``f' w`` and ``f'**2 w`` up to each node of the grid.
         intervals: K, at most n.
 
     Returns:
         Indices of the K - 1 inner nodes, ascending.
     """
-    # [right, left], so that each minimum runs along contiguous memory.
+    # The cost is [right, left], so each minimum runs along contiguous memory.
     cost = _cost(prefix.unsqueeze(1), prefix.unsqueeze(2))
     cost.masked_fill_(torch.ones_like(cost, dtype=torch.bool).triu(), torch.inf)
     return _cheapest_path([cost[:, :1], *[cost] * (intervals - 2), cost[-1:]])
@@ -61,7 +64,7 @@ class Integrals:
         self.prefix = torch.cat([cells.new_zeros(3, 1), cells.cumsum(1)], 1)
 
     def _between(self, left: Tensor, right: Tensor) -> Tensor:
-        """The integrals [3, ...] from ``left`` to ``right``, both within one cell."""
+        """Returns the integrals [3, ...] from ``left`` to ``right``, both within one cell."""
         width = (right - left).unsqueeze(-1)
         x = left.unsqueeze(-1) + width * left.new_tensor(_GAUSS_POINTS)
         w = width * left.new_tensor(_GAUSS_WEIGHTS)
@@ -70,39 +73,39 @@ class Integrals:
         return torch.stack([w, f * w, f * f * w]).sum(-1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The integrals [3, ...] up to ``x`` [...]."""
+        """Returns the integrals [3, ...] up to ``x`` [...]."""
         cell = (torch.searchsorted(self.nodes, x, right=True) - 1).clamp(0, len(self.nodes) - 2)
         return self.prefix[:, cell] + self._between(self.nodes[cell], x)
 
     def ends(self, borders: Tensor) -> Tensor:
-        """The borders with both ends of the interval."""
+        """Returns the borders with both ends of the interval."""
         return torch.cat([self.nodes[:1], borders, self.nodes[-1:]])
 
     def levels(self, borders: Tensor) -> Tensor:
-        """The mean of the derivative on each interval."""
+        """Returns the mean of the derivative on each interval."""
         ends = self.ends(borders)
         mass, first, _ = self(ends).diff(dim=1)
         middle = self.derivative((ends[:-1] + ends[1:]) / 2)
-        # Where no input ever falls any level is optimal: one that the derivative takes.
+        # If no input ever falls into an interval, any level is optimal. Take a value of the derivative.
         mean = torch.where(mass > 0, first / mass, middle)
         f = self.derivative(self.nodes)
         return mean.clamp(f.min(), f.max())
 
     def error(self, borders: Tensor) -> float:
-        """The squared error of the best levels for these borders."""
+        """Returns the squared error of the best levels for these borders."""
         prefix = self(self.ends(borders))
         return float(_cost(prefix[:, :-1], prefix[:, 1:]).sum())
 
 
 def _cost(left: Tensor, right: Tensor) -> Tensor:
-    """Squared error of one interval with its mean as level, from prefix integrals at its ends."""
+    """Returns the squared error of an interval with its mean as level, from prefix integrals."""
     mass, first, second = (right[i] - left[i] for i in range(3))
     explained = torch.where(mass > 0, first.square_().div_(mass), 0)
     return second.sub_(explained).clamp_(min=0)
 
 
 def _cheapest_path(costs: Sequence[Tensor]) -> list[int]:
-    """One node per layer between ``costs[k]`` [to, from], ends excluded, with the least total cost."""
+    """Returns one node per layer between ``costs[k]`` [to, from], ends excluded, at least total cost."""
     best, choices = costs[0][:, 0], []
     for cost in costs[1:]:
         best, chosen = (cost + best).min(1)
@@ -115,13 +118,13 @@ def _cheapest_path(costs: Sequence[Tensor]) -> list[int]:
 
 def optimal_borders(
         integrals: Integrals, intervals: int, cells: int, breaks: Sequence[float]) -> Tensor:
-    """The inner borders of the intervals that give the least squared error.
+    """Finds the inner borders of the intervals that give the least squared error.
 
     Args:
-        integrals: of the function that is fitted.
-        intervals: how many.
-        cells: of the first grid.
-        breaks: points within the interval where the function jumps or has a kink.
+        integrals: integrals of the function that is fitted.
+        intervals: number of intervals.
+        cells: cells of the first grid.
+        breaks: points within the interval at which the function jumps or has a kink.
 
     Returns:
         float64 [intervals - 1], ascending.
@@ -137,11 +140,11 @@ def optimal_borders(
 
 
 def _grid(integrals: Integrals, cells: int, breaks: Sequence[float]) -> Tensor:
-    """Which fine nodes the first grid takes: half spread evenly, half where borders will be dense."""
+    """Returns the fine nodes of the first grid: half spread evenly, half where borders will be dense."""
     nodes = integrals.nodes
     widths = nodes.diff()
     slope = integrals.derivative(nodes).diff() / widths
-    # Bennett: many optimal intervals have the density (w f''**2) ** (1/3).
+    # Bennett: if there are many optimal intervals, they have the density (w f''**2) ** (1/3).
     dense = (integrals.prefix[0].diff() / widths * slope.square()).pow(1 / 3) * widths
     total = dense.sum()
     share = widths / widths.sum() + (dense / total if total > 0 else 0)
@@ -153,9 +156,10 @@ def _grid(integrals: Integrals, cells: int, breaks: Sequence[float]) -> Tensor:
 
 
 def _refine(integrals: Integrals, borders: Tensor, step: Tensor) -> Tensor:
-    """Dynamic programming on windows of nine points around each border, halved until they are fine.
+    """Refines borders by dynamic programming on windows of nine points around each, until they are fine.
 
-    A border at the edge of its window may want to go further: windows stay as wide until none does.
+    The windows are halved in each round. A border at the edge of its window may want to go further:
+    windows then keep their width until no border does.
     """
     lo, hi = integrals.nodes[0], integrals.nodes[-1]
     offsets = torch.arange(-4, 5, dtype=torch.float64)
@@ -177,11 +181,11 @@ def _refine(integrals: Integrals, borders: Tensor, step: Tensor) -> Tensor:
 
 
 def _polished(integrals: Integrals, borders: Tensor) -> Tensor:
-    """Newton's method on the condition ``f'(c_i) = (y_{i-1} + y_i) / 2``.
+    """Applies Newton's method to the condition ``f'(c_i) = (y_{i-1} + y_i) / 2``.
 
-    The error is flat around its optimum: comparing errors finds a border to some 1e-7, which is another
-    1e-7 on another processor. The condition finds it to some 1e-12. Borders at a jump stay, and those
-    that a step would move further than the search left open.
+    The error is flat around its optimum. Comparing errors therefore finds a border only to some 1e-7,
+    and differently on another processor. The condition finds the border to some 1e-12. Two kinds of
+    borders stay: borders at a jump, and borders whose step would exceed what the search left open.
     """
     width = float(integrals.nodes[-1] - integrals.nodes[0])
     for _ in range(_STEPS):
@@ -191,9 +195,9 @@ def _polished(integrals: Integrals, borders: Tensor) -> Tensor:
         near = torch.stack((borders - _NEAR * width, borders + _NEAR * width))
         rise = integrals.derivative(near).diff(dim=0)[0]
         slope = rise / (2 * _NEAR * width)
-        # How far the levels below and above a border move with it.
+        # The rate at which the levels below and above a border move with the border.
         below, above = w * (f - levels[:-1]) / mass[:-1], w * (levels[1:] - f) / mass[1:]
-        # The lower level moves with the border below, too; the upper one with the border above.
+        # The lower level also moves with the border below, and the upper level with the border above.
         jacobian = torch.diag(slope - (below + above) / 2)
         jacobian += torch.diag(-w[:-1] * (levels[1:-1] - f[:-1]) / mass[1:-1] / 2, -1)
         jacobian += torch.diag(-w[1:] * (f[1:] - levels[1:-1]) / mass[1:-1] / 2, 1)
@@ -205,7 +209,7 @@ def _polished(integrals: Integrals, borders: Tensor) -> Tensor:
 
 
 def _snapped(integrals: Integrals, borders: Tensor, breaks: Sequence[float]) -> Tensor:
-    """Borders next to zero or to a jump moved there."""
+    """Moves borders next to zero or to a jump onto it."""
     near = _SNAP * float(integrals.nodes[-1] - integrals.nodes[0])
     for point in (0.0, *breaks):
         borders = torch.where((borders - point).abs() < near, point, borders)
@@ -213,7 +217,7 @@ def _snapped(integrals: Integrals, borders: Tensor, breaks: Sequence[float]) -> 
 
 
 def _canonical(integrals: Integrals, borders: Tensor) -> Tensor:
-    """Of two mirror images that are equally good, the one of :func:`fit_few_bit_table`."""
+    """Returns, of two equally good mirror images, the image that :func:`fit_few_bit_table` documents."""
     mirrored = -borders.flip(0)
     lo, hi = float(integrals.nodes[0]), float(integrals.nodes[-1])
     if lo != -hi or int((borders < 0).sum()) % 2 or (borders == 0).any():

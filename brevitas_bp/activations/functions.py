@@ -1,12 +1,12 @@
-"""The activation functions of torch: what the library knows of each stands here, once.
+"""The activation functions of torch: the single place for everything the library knows of each one.
 
-To add an activation of torch, add its entry to :data:`ACTIVATIONS`. The rule by which its derivative is
-stored in place of its input, and its few-bit tables, follow from the entry. An entry with
-``compiled=True`` also needs a function in :mod:`brevitas_bp.kernels.cpu.derivatives`, which gives the
-same bits without writing the derivative to memory.
+To add an activation of torch, add its entry to :data:`ACTIVATIONS`. The entry alone gives its few-bit
+tables and the rule that stores its derivative in place of its input. An entry with ``compiled=True``
+also needs a function in :mod:`brevitas_bp.kernels.cpu.derivatives`, which gives the same bits without
+writing the derivative to memory.
 
-Derivatives are in closed form: they do not run autograd. A few-bit table is fitted when it is first
-used, which may be within the user's forward pass, where saved-tensor hooks see what autograd saves.
+Derivatives are in closed form and do not run autograd. A few-bit table is fitted when it is first used.
+This may be within the user's forward pass, where saved-tensor hooks see what autograd saves.
 """
 
 import math
@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 _SELU_ALPHA = 1.6732632423543772
 _SELU_SCALE = 1.0507009873554805
 
-#: ``gelu_tanh(x) = x sigmoid(x (a + b x**2))``: a and b, then 3 b, which its derivative has.
+#: ``gelu_tanh(x) = x sigmoid(x (a + b x**2))``: a and b, then 3 b, which appears in the derivative.
 GELU_TANH = (
     2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715,
     6 * math.sqrt(2 / math.pi) * 0.044715)
@@ -40,12 +40,12 @@ class Parameter(NamedTuple):
     default: Any
 
     def read(self, arguments: Arguments) -> Any:
-        """Its value in a call, in the type of the default."""
+        """Returns its value in a call, in the type of the default."""
         return type(self.default)(arguments(self.position, self.name, self.default))
 
 
 class Variant(NamedTuple):
-    """Calls in which ``parameter`` is ``value`` compute another function, whose entry is ``name``."""
+    """A variant: calls with ``parameter == value`` compute another function, with the entry ``name``."""
 
     parameter: Parameter
     value: Any
@@ -66,24 +66,24 @@ def _at_lambda(lambd: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Activation:
-    """What the library knows of an activation function.
+    """An activation function, and everything that the library knows of it.
 
     Attributes:
-        name: of the function in torch, and of its few-bit tables.
-        derivative: ``(x, **parameters) -> dy/dx`` in closed form, elementwise. Of ``compiled`` functions
-            it defines the bits that float32 has on a CPU. None: there are no few-bit tables.
+        name: name of the function in torch, and of its few-bit tables.
+        derivative: ``(x, **parameters) -> dy/dx`` in closed form, elementwise. For ``compiled``
+            functions it defines the bits of float32 on a CPU. None means: no few-bit tables.
         parameters: the arguments that the derivative depends on, read from each call.
-        breaks: ``(**parameters) -> points`` where the derivative jumps or has a kink.
-        kernel: torch's own kernel of the same derivative: one pass over memory where the closed form
-            takes several. It serves all tensors that the compiled kernels do not. Without it the closed
-            form serves them; without both, autograd.
-        of_output: the function itself, where ``derivative`` and ``kernel`` take ``y`` in place of ``x``.
-        even: whether the derivative at ``-x`` is that at ``x``: few-bit tables then index ``|x|``.
-        bounded: whether the derivative is of order 1 at most, whatever the input. Then any elements may
+        breaks: ``(**parameters) -> points`` at which the derivative jumps or has a kink.
+        kernel: torch's own kernel of the same derivative. It reads memory once; the closed form reads
+            it several times. It serves all tensors that the compiled kernels do not serve. Without it,
+            the closed form serves them; without both, autograd.
+        of_output: the function itself, if ``derivative`` and ``kernel`` take ``y`` in place of ``x``.
+        even: whether the derivatives at ``-x`` and ``x`` are equal; few-bit tables then index ``|x|``.
+        bounded: whether the derivative is of order 1 at most for every input. Any elements may then
             share a bucket.
         stepwise: the derivative is constant in each of a few regions. A mask of the regions stores it
-            exactly: :mod:`brevitas_bp.backward.torch_rules` says which.
-        halves: the function halves the dimension that its parameter ``dim`` names, and the derivative
+            exactly; :mod:`brevitas_bp.backward.torch_rules` says which mask.
+        halves: the function halves the dimension that its parameter ``dim`` names. The derivative
             holds both halves.
         inplace: position of ``inplace`` among the arguments of the function in ``torch.nn.functional``.
         compiled: whether the CPU kernels compute the derivative of float32 while they encode.
@@ -111,28 +111,28 @@ class Activation:
     aliases: tuple[str, ...] = ()
 
     def defaults(self) -> dict[str, Any]:
-        """The parameters of a call that passes none."""
+        """Returns the parameters of a call that passes none."""
         return {parameter.name: parameter.default for parameter in self.parameters}
 
     def read(self, arguments: Arguments) -> dict[str, Any]:
-        """The parameters of a call."""
+        """Returns the parameters of a call."""
         return {parameter.name: parameter.read(arguments) for parameter in self.parameters}
 
     def called(self, arguments: Arguments) -> "Activation":
-        """The entry of what a call computes: this one, or that of its variant."""
+        """Returns the entry of the function that a call computes: this entry, or the variant's entry."""
         if self.variant is None or self.variant.parameter.read(arguments) != self.variant.value:
             return self
         return ACTIVATIONS[self.variant.name]
 
     def at(self, x: Tensor, **parameters: Any) -> Tensor:
-        """The derivative at ``x``; parameters that are not given have torch's defaults."""
+        """Returns the derivative at ``x``; parameters that are not given have torch's defaults."""
         assert self.derivative is not None
         source = x if self.of_output is None else self.of_output(x)
         return self.derivative(source, **(self.defaults() | parameters))
 
 
 def _ones(x: Tensor) -> Tensor:
-    """A gradient of ones in the shape of ``x``, which takes the memory of one value."""
+    """Returns a gradient of ones in the shape of ``x``, which takes the memory of one value."""
     return x.new_ones(()).expand(x.shape)
 
 
@@ -169,7 +169,7 @@ def _derivative_of_shrinking(x: Tensor, lambd: float) -> Tensor:
 _ALPHA = Parameter("alpha", 1, 1.0)
 _LAMBDA = Parameter("lambd", 1, 0.5)
 
-#: What is known of each function, by its name.
+#: Name of a function -> its entry.
 ACTIVATIONS: dict[str, Activation] = {activation.name: activation for activation in (
     Activation(
         "silu", _derivative_of_silu, inplace=1, compiled=True,
@@ -198,7 +198,7 @@ ACTIVATIONS: dict[str, Activation] = {activation.name: activation for activation
         "softplus",
         lambda x, beta, threshold: torch.where(beta * x > threshold, 1, torch.sigmoid(beta * x)),
         (Parameter("beta", 1, 1.0), Parameter("threshold", 2, 20.0)),
-        # From there on torch takes a straight line.
+        # torch computes a straight line from this point on.
         breaks=lambda beta, threshold: (threshold / beta,) if beta else (),
         kernel=lambda x, beta, threshold: _aten.softplus_backward(_ones(x), x, beta, threshold)),
     Activation("logsigmoid", lambda x: torch.sigmoid(-x), aliases=("log_sigmoid",)),

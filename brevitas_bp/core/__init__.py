@@ -1,1 +1,1 @@
-"""Modules that fill Brevitas' injector slots: values <-> codes."""
+"""Modules that fill Brevitas' injector slots: they convert values <-> codes."""

@@ -13,20 +13,21 @@ from brevitas_bp.format.arithmetic import compute_dtype
 
 
 def check_average_size(where: str, size: Any) -> int:
-    """Returns ``size``, a positive int, or raises."""
+    """Returns ``size`` if it is a positive int, or raises."""
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
-            f"{where}: average_size must be a positive integer, the elements that share one code, got "
-            f"{size!r}; 1 averages nothing")
+            f"{where}: average_size must be a positive integer, the number of elements that share one "
+            f"code, got {size!r}; 1 averages nothing")
     return size
 
 
 # NOTE [ Groups are logical, wherever they lie in memory ]
 # A group is `average_size` neighbours along the last dimension as the user indexes it: the width of an
-# NCHW image, the features of a linear layer. In channels_last memory the neighbours lie C elements
-# apart and are found there without a copy of the tensor. Groups along memory would be groups of
-# channels: other values for the same image, and the channels of an image are less alike than its pixels.
-# The means are stored in logical order, so that both memory formats decode to the same values.
+# NCHW image, or the features of a linear layer. In channels_last memory, these neighbours are C
+# elements apart, and are read there without a copy of the tensor.
+# Groups along memory would be groups of channels. The same image would get other values, and the
+# channels of an image are less alike than its pixels. The means are stored in logical order, so both
+# memory formats decode to the same values.
 
 
 Kernel = Callable[[Tensor, int], Tensor]
@@ -34,12 +35,12 @@ Repeat = Callable[[Tensor, int, int], Tensor]
 
 
 def group_means(x: Tensor, size: int, kernel: Kernel = averages.means) -> Tensor:
-    """Means of ``size`` neighbours along the last dimension, the last group of a row perhaps smaller.
+    """Computes the means of ``size`` neighbours along the last dimension; the last may have fewer.
 
     Args:
-        x: [..., L], any layout in memory; 0-d counts as one element.
+        x: [..., L], any layout in memory; a 0-d tensor counts as one element.
         size: elements of a group.
-        kernel: of contiguous [A, L, I].
+        kernel: computes the means of contiguous [A, L, I] along the middle dimension.
 
     Returns:
         [..., ceil(L / size)], contiguous, in float32 (float64 for float64).
@@ -59,14 +60,14 @@ def group_means(x: Tensor, size: int, kernel: Kernel = averages.means) -> Tensor
 def spread(
         means: Tensor, size: int, length: int, order: list[int] | None,
         kernel: Repeat = averages.spread) -> Tensor:
-    """Repeats each mean for its group: a flat tensor whose elements are in memory order.
+    """Repeats each mean for its group, and returns a flat tensor with its elements in memory order.
 
     Args:
         means: [..., ceil(L / size)].
         size: elements of a group.
         length: L.
-        order: dimensions from the slowest to the fastest in memory; None for their own order.
-        kernel: of contiguous [A, ceil(L / size), I].
+        order: dimensions from the slowest to the fastest in memory; None keeps their own order.
+        kernel: repeats contiguous [A, ceil(L / size), I] along the middle dimension.
     """
     order = order or list(range(means.dim()))
     return kernel(
@@ -74,24 +75,29 @@ def spread(
 
 
 def _around(x: Tensor, place: int) -> Tensor:
-    """[A, shape[place], I]: what lies before and after a dimension as one each."""
+    """Merges the dimensions before ``place``, and those after it: returns [A, shape[place], I]."""
     shape = x.shape
     return x.reshape(prod(shape[:place]), shape[place], prod(shape[place + 1:])).contiguous()
 
 
 class AverageQuant(nn.Module):
-    """Means of groups of neighbours, quantized by a bucket quantizer. Fills ``tensor_quant``.
+    """Quantizes the means of groups of neighbours with a bucket quantizer. Fills ``tensor_quant``.
 
-    ``x~[i] = Q(mean of the group of i)``: a group is ``g`` neighbours along the last dimension (width
-    of NCHW, features of a linear layer; NOTE [ Groups are logical, wherever they lie in memory ]), never
-    across two rows; the last group of a row has what is left. So an element takes ``bit_width / g``
-    bits, and more where rows are no multiple of ``g``; a last dimension of 1 is not averaged.
+    ``x~[i] = Q(mean of the group of i)``. A group is ``g`` neighbours along the last dimension (the
+    width of NCHW, the features of a linear layer; see NOTE [ Groups are logical, wherever they lie in
+    memory ]). A group never spans two lines along that dimension. The last group of a line has the
+    remaining elements.
 
-    **Biased for elements**: with stochastic rounding ``E[x~]`` is the mean of the group, not ``x``. What
-    is unbiased is the sum over a group. Of independent data the share ``1 - 1/g`` of the variance is
-    lost; of smooth data less. The gradient of a weight is that for the averaged input: each feature
-    (pixel) of a group gets the mean of the group. The gradient of this module's input is, likewise, the
-    mean over each group of the gradient of its output.
+    An element therefore takes ``bit_width / g`` bits, and more if the length of the last dimension is
+    not a multiple of ``g``. A last dimension of 1 is not averaged.
+
+    **Biased for elements**: with stochastic rounding, ``E[x~]`` is the mean of the group, not ``x``.
+    The sum over a group is unbiased. Independent data lose the share ``1 - 1/g`` of their variance;
+    smooth data lose less.
+
+    The gradient of a weight is the gradient for the averaged input: each feature (pixel) of a group
+    gets the mean of the group. The gradient of this module's input is, likewise, the mean over each
+    group of the gradient of its output.
 
     NaN or Inf spreads to the bucket of its group's mean. Empty tensors are returned as they are.
 
@@ -103,7 +109,7 @@ class AverageQuant(nn.Module):
         ValueError: ``average_size`` is not a positive integer.
 
     Source: "Average Quantization: High-Quality 0.x-bit Activation" (OpenReview BG7H1XsMG0), later ALAM,
-    2024. There groups run over the flattened tensor.
+    2024. In that work, groups run over the flattened tensor.
     """
 
     def __init__(self, bucket_quant: nn.Module, average_size: int) -> None:
@@ -113,7 +119,7 @@ class AverageQuant(nn.Module):
         self.observer_only = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns value, like ``x``; and scale, zero point and bit width of the means' buckets."""
+        """Returns a value like ``x``, and scale, zero point and bit width of the means' buckets."""
         if x.numel() == 0:
             return self.bucket_quant(x)
         means, *metadata = self.bucket_quant(
@@ -122,7 +128,7 @@ class AverageQuant(nn.Module):
         return value, *metadata
 
     def restore(self, means: Tensor, like: Tensor) -> Tensor:
-        """Repeats ``means`` for each element; shaped, typed and laid out as ``like``."""
+        """Repeats ``means`` for each element, with the shape, dtype and memory layout of ``like``."""
         length = like.shape[-1] if like.dim() else 1
         flat = spread(
             to_dtype(means, like.dtype), self.average_size, length, memory_order(like))
@@ -133,7 +139,7 @@ class AverageQuant(nn.Module):
 
 
 def to_dtype(means: Tensor, dtype: torch.dtype) -> Tensor:
-    """``means`` in the dtype of the tensor, finite wherever they are."""
+    """Clamps ``means`` to the finite range of ``dtype`` and converts them."""
     if means.dtype == dtype:
         return means
     limit = torch.finfo(dtype).max

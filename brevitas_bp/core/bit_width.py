@@ -16,12 +16,12 @@ from brevitas_bp.format.widths import WidthLayout
 class TwoBitWidthSelector(nn.Module):
     """Gives each bucket ``mix_bit_width`` with probability ``mix_prob``. Fills ``bit_width_impl``.
 
-    Which buckets they are follows from the seed alone (systematic sampling, see
-    :mod:`brevitas_bp.format.widths`): their number is ``floor(p * n + U)`` and every bucket is mixed
-    with probability exactly ``p``. Conditional on the choice each width rounds without bias, so the
-    mixture does, with the mean of the two variances.
+    The seed alone determines the mixed buckets (systematic sampling, see
+    :mod:`brevitas_bp.format.widths`). Their number is ``floor(p * n + U)``, and every bucket is mixed
+    with probability exactly ``p``. Given the choice, each width rounds without bias. The mixture is
+    therefore unbiased too, and its variance is the mean of the two variances.
 
-    The probability is a buffer, so that a schedule can move it and a checkpoint keeps it.
+    The probability is a buffer, so a schedule can change it and a checkpoint saves it.
 
     Args:
         bit_width: base width in bits, 1..8.
@@ -30,7 +30,7 @@ class TwoBitWidthSelector(nn.Module):
         mix_per: one draw per "bucket" or one per "tensor".
 
     Raises:
-        ValueError: a width outside 1..8, equal widths, or a probability outside [0, 1].
+        ValueError: a width is outside 1..8, the widths are equal, or the probability is outside [0, 1].
 
     Example:
         >>> from brevitas_bp.format.random import seeded
@@ -40,8 +40,9 @@ class TwoBitWidthSelector(nn.Module):
         >>> widths.unique(return_counts=True)
         (tensor([2., 8.]), tensor([6, 2]))
 
-    Maps to the fragment :class:`brevitas_bp.quant.TwoBitWidth`; with ``bit_width_impl_type ==
-    BitWidthImplType.CONST`` alone the slot has ``brevitas.core.bit_width.BitWidthConst``.
+    The fragment :class:`brevitas_bp.quant.TwoBitWidth` selects this module. With
+    ``bit_width_impl_type == BitWidthImplType.CONST`` alone, the slot holds
+    ``brevitas.core.bit_width.BitWidthConst``.
 
     Source: Li, 2025, chapter 5.
     """
@@ -73,7 +74,7 @@ class TwoBitWidthSelector(nn.Module):
 
     @property
     def probability(self) -> float:
-        """``mix_prob`` as a float; read from the buffer only after it changed."""
+        """``mix_prob`` as a float; the buffer is read only after it has changed."""
         buffer = self.mix_prob
         assert isinstance(buffer, Tensor)
         if self._seen is None or self._seen[0] is not buffer or self._seen[1] != buffer._version:
@@ -81,17 +82,17 @@ class TwoBitWidthSelector(nn.Module):
         return self._seen[2]
 
     def set_mix_prob(self, probability: float) -> None:
-        """Moves the probability; the next draw uses it."""
+        """Sets the probability; the next draw uses it."""
         check_probability("brevitas_bp.core.TwoBitWidthSelector.set_mix_prob", "mix_prob", probability)
         assert isinstance(self.mix_prob, Tensor)
         self.mix_prob.fill_(probability)
 
     def draw(self, n: int) -> WidthLayout:
-        """The widths of ``n`` buckets."""
+        """Draws the widths of ``n`` buckets."""
         return WidthLayout.draw(n, self.probability, self.mix_per, next_seed(WIDTHS))
 
     def forward(self, num_buckets: int | None = None, device: torch.device | None = None) -> Tensor:
-        """Widths as floats: [num_buckets, 1], or one 0-d draw where no number is given."""
+        """Returns widths as floats: [num_buckets, 1], or one 0-d draw if no number is given."""
         layout = self.draw(1 if num_buckets is None else num_buckets)
         mixed = layout.is_mixed(device or "cpu")
         base, mix = self.bit_widths
@@ -99,7 +100,7 @@ class TwoBitWidthSelector(nn.Module):
         return widths[0] if num_buckets is None else widths.unsqueeze(-1)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has another buffer: what was read from this one says nothing about it.
+        # A copy has another buffer, so the value read from this buffer does not apply to the copy.
         return {**self.__dict__, "_seen": None}
 
     def extra_repr(self) -> str:
@@ -110,13 +111,13 @@ MixSchedule = Callable[[int], float]
 
 
 def constant(probability: float) -> MixSchedule:
-    """``probability`` at every step."""
+    """Returns a schedule with ``probability`` at every step."""
     check_probability("brevitas_bp.core.constant", "probability", probability)
     return lambda step: probability
 
 
 def linear(start: float, end: float, steps: int) -> MixSchedule:
-    """From ``start`` to ``end`` in equal parts over ``steps`` steps, then ``end``.
+    """Returns a schedule from ``start`` to ``end`` in equal parts over ``steps`` steps, then ``end``.
 
     >>> [linear(1.0, 0.0, 4)(s) for s in (0, 1, 4, 9)]
     [1.0, 0.75, 0.0, 0.0]
@@ -126,14 +127,14 @@ def linear(start: float, end: float, steps: int) -> MixSchedule:
 
 
 def cosine(start: float, end: float, steps: int) -> MixSchedule:
-    """From ``start`` to ``end`` along half a cosine over ``steps`` steps, then ``end``."""
+    """Returns a schedule from ``start`` to ``end``: half a cosine over ``steps`` steps, then ``end``."""
     _check_schedule("cosine", start, end, steps)
     return lambda step: end + (start - end) * (
         1 + math.cos(math.pi * min(max(step, 0) / steps, 1.0))) / 2
 
 
 def stepwise(start: float, factor: float, every: int) -> MixSchedule:
-    """``start * factor ** (step // every)``."""
+    """Returns the schedule ``start * factor ** (step // every)``."""
     _check_schedule("stepwise", start, factor, every)
     return lambda step: start * factor**(max(step, 0) // every)
 
@@ -147,9 +148,9 @@ def _check_schedule(name: str, first: float, second: float, steps: int) -> None:
 
 
 def selectors(root: nn.Module) -> Iterator[TwoBitWidthSelector]:
-    """All selectors below ``root``, those of wrappers included.
+    """Yields all selectors below ``root``, including those inside wrappers.
 
-    Found anew at each call: Brevitas rebuilds quantizers when a checkpoint is loaded.
+    Each call searches anew, because Brevitas rebuilds quantizers when a checkpoint is loaded.
     """
     for module in root.modules():
         if isinstance(module, TwoBitWidthSelector):
@@ -162,7 +163,7 @@ def selectors(root: nn.Module) -> Iterator[TwoBitWidthSelector]:
 
 
 class MixProbScheduler:
-    """Moves the probability of every :class:`TwoBitWidthSelector` below a module.
+    """Sets the probability of every :class:`TwoBitWidthSelector` below a module by a schedule.
 
     Args:
         root: a model with ``QuantIdentity`` layers or a ``QuantBackwardWrapper``.
@@ -171,7 +172,7 @@ class MixProbScheduler:
     Call :meth:`step` once per training step or epoch.
 
     Raises:
-        ValueError: there is no selector below ``root``: the schedule would do nothing.
+        ValueError: no selector is below ``root``, so the schedule would have no effect.
     """
 
     def __init__(self, root: nn.Module, schedule: MixSchedule) -> None:
@@ -181,16 +182,16 @@ class MixProbScheduler:
         self._apply()
 
     def step(self) -> float:
-        """Advances by one and returns the probability now in force."""
+        """Advances by one step and returns the new probability."""
         self.steps += 1
         return self._apply()
 
     def state_dict(self) -> dict[str, int]:
-        """The number of steps taken."""
+        """Returns the number of steps taken."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where :meth:`state_dict` was taken."""
+        """Continues from the step at which :meth:`state_dict` was called."""
         self.steps = int(state["steps"])
         self._apply()
 

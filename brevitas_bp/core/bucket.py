@@ -8,9 +8,9 @@ from brevitas_bp.format.stages import NEUTRAL, Neutral
 
 
 def memory_order(x: Tensor) -> list[int] | None:
-    """Dimensions from the slowest to the fastest in memory; None where that is their own order.
+    """Returns dimensions from the slowest to the fastest in memory; None if that is their own order.
 
-    Buckets run along memory, so that a channels_last tensor is read without a copy.
+    Buckets run along memory, so a channels_last tensor is read without a copy.
 
     >>> import torch
     >>> memory_order(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last))
@@ -23,13 +23,13 @@ def memory_order(x: Tensor) -> list[int] | None:
 
 
 def flatten(x: Tensor) -> Tensor:
-    """All elements of ``x`` in memory order, 1-D; a view where ``x`` is dense."""
+    """Returns all elements of ``x`` in memory order, 1-D; a view if ``x`` is dense."""
     order = memory_order(x)
     return (x if order is None else x.permute(order)).reshape(-1)
 
 
 def unflatten(flat: Tensor, like: Tensor) -> Tensor:
-    """Inverse of :func:`flatten`: shaped, and laid out in memory, as ``like``."""
+    """Inverts :func:`flatten`: the result has the shape and the memory layout of ``like``."""
     order = memory_order(like)
     if order is None:
         return flat.view(like.shape)
@@ -38,15 +38,15 @@ def unflatten(flat: Tensor, like: Tensor) -> Tensor:
 
 
 class OverBucketView(nn.Module):
-    """Buckets [N, B] of consecutive elements. Fills ``input_view_impl``.
+    """Views a tensor as buckets [N, B] of consecutive elements. Fills ``input_view_impl``.
 
-    The tensor is flattened in memory order and the last bucket padded by repeating the last element,
-    which changes no minimum, maximum or magnitude; for norms it is padded with zeros. A contiguous
+    The tensor is flattened in memory order. The last bucket is padded by repeating the last element,
+    which changes no minimum, maximum or magnitude. For norms it is padded with zeros. A contiguous
     [N, B] tensor is its own view, so the module may be applied twice.
 
     Args:
         bucket_size: elements of a bucket, a positive multiple of 8; None makes one bucket.
-        bucket_pad_zero: pad with zeros.
+        bucket_pad_zero: pads with zeros.
 
     Raises:
         ValueError: ``bucket_size`` is not a positive multiple of 8.

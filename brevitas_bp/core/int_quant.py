@@ -13,10 +13,11 @@ from brevitas_bp.format.stages import NEUTRAL, SIGN_MAGNITUDE, CodeRange, Neutra
 
 
 class SignMagnitudeIntScaling(nn.Module):
-    """Largest code ``2**(b-2)`` of the thesis' sign-magnitude codes. Fills ``int_scaling_impl``.
+    """Computes the top code ``2**(b-2)`` of sign-magnitude codes. Fills ``int_scaling_impl``.
 
-    Listing 5.1 of Li, 2025, calls ``L`` levels of magnitude "log2(L) bits"; with the sign they are
-    ``2L + 1`` values and take ``log2(L) + 2`` bits, which is the ``bit_width`` here.
+    These are the codes of the thesis. Listing 5.1 of Li, 2025, calls ``L`` levels of magnitude "log2(L)
+    bits". With the sign they are ``2L + 1`` values and take ``log2(L) + 2`` bits. This number of bits
+    is the ``bit_width`` here.
     """
 
     def __init__(self) -> None:
@@ -27,27 +28,27 @@ class SignMagnitudeIntScaling(nn.Module):
         return SIGN_MAGNITUDE if slot == "int_scaling_impl" else None
 
     def forward(self, bit_width: Tensor) -> Tensor:
-        """Bits -> largest code, same shape."""
+        """Converts bits to the largest code, in the same shape."""
         return torch.exp2(bit_width - 2).round()
 
 
 class BucketIntQuant(nn.Module):
-    """Codes of buckets for a given scale and offset. Fills ``int_quant``.
+    """Converts buckets to codes for a given scale and offset. Fills ``int_quant``.
 
-    ``q = clamp(round((x - offset) * (1 / s)), lowest, top)``, ``x~ = q * s + offset`` where the top
-    code is ``int_scaling_impl(bit_width)`` and the lowest 0, or ``-top`` for signed codes. The offset
-    is ``-zero_point * s``; :class:`BucketRescalingIntQuant` passes it as it is stored.
+    ``q = clamp(round((x - offset) * (1 / s)), lowest, top)``, ``x~ = q * s + offset``. The top code is
+    ``int_scaling_impl(bit_width)``. The lowest code is 0, or ``-top`` for signed codes. The offset is
+    ``-zero_point * s``; :class:`BucketRescalingIntQuant` passes it as it is stored.
 
     Args:
         int_scaling_impl: bit width -> top code.
         float_to_int_impl: the rounding.
         input_view_impl: the bucket view.
         signed: whether codes have a sign.
-        narrow_range: must be set for signed codes: with one more level on the negative side the
-            positive end of a symmetric range clips.
+        narrow_range: must be set for signed codes. With one more level on the negative side, the
+            positive end of a symmetric range would clip.
 
     Raises:
-        ValueError: signed codes without ``narrow_range``.
+        ValueError: codes are signed and ``narrow_range`` is not set.
 
     Example:
         >>> from brevitas.core.function_wrapper import Identity, RoundSte
@@ -62,8 +63,8 @@ class BucketIntQuant(nn.Module):
         >>> int_quant.dequantize(codes, scale, offset)
         tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
 
-    Maps to ``quant_type == QuantType.INT`` in configs of :class:`brevitas_bp.quant.BucketQuant`, where
-    Brevitas' own configs have ``brevitas.core.quant.IntQuant``.
+    ``quant_type == QuantType.INT`` selects this module in configs of
+    :class:`brevitas_bp.quant.BucketQuant`. Brevitas' own configs use ``brevitas.core.quant.IntQuant``.
     """
 
     def __init__(
@@ -90,64 +91,67 @@ class BucketIntQuant(nn.Module):
         return NEUTRAL if slot == "int_quant" else None
 
     def max_int(self, bit_width: Tensor) -> Tensor:
-        """Top code."""
+        """Returns the top code."""
         return self.int_scaling_impl(bit_width)
 
     def min_int(self, bit_width: Tensor) -> Tensor:
-        """Lowest code."""
+        """Returns the lowest code."""
         return self._lowest(self.int_scaling_impl(bit_width))
 
     def _lowest(self, top: Tensor) -> Tensor:
         return -top if self.signed else torch.zeros_like(top)
 
     def quantize(self, x: Tensor, scale: Tensor, offset: Tensor, bit_width: Tensor) -> Tensor:
-        """Buckets [N, B] -> codes as floats [N, B]."""
+        """Converts buckets [N, B] to codes as floats [N, B]."""
         u = (x - offset) * reciprocal(scale)
         codes = self.float_to_int_impl(u)
         top = self.int_scaling_impl(bit_width).to(x.dtype)
-        # Not torch.clamp: from torch 2.14 on, it passes half of the gradient where a code is at an end.
+        # torch.clamp from torch 2.14 on passes only half of the gradient if a code is at an end.
         return tensor_clamp(codes, self._lowest(top), top)
 
     def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        """Codes as floats [N, B] -> values [N, B]."""
+        """Converts codes as floats [N, B] to values [N, B]."""
         return codes * scale + offset
 
     def to_int(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
-        """Codes in Brevitas' convention, ``zero_point`` in codes."""
+        """Returns codes in Brevitas' convention; ``zero_point`` is in units of codes."""
         return self.quantize(
             self.input_view_impl(x), scale, (0 - zero_point) * scale, bit_width)
 
     def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
-        """Quantized values [N, B] in Brevitas' convention."""
+        """Returns quantized values [N, B] in Brevitas' convention."""
         return self.dequantize(
             self.to_int(scale, zero_point, bit_width, x), scale, (0 - zero_point) * scale)
 
 
 class BucketRescalingIntQuant(nn.Module):
-    """Scale, offset and width of each bucket, then codes. Fills ``tensor_quant``.
+    """Computes scale, offset and width of each bucket, then its codes. Fills ``tensor_quant``.
 
-    The composition of a bucket quantizer from replaceable parts. ``forward`` returns Brevitas'
-    ``(value, scale, zero_point, bit_width)``: value like the input, the others [N, 1] (bit width 0-d
-    where all buckets share one). :meth:`quantize` and :meth:`dequantize` stop at the codes.
+    The module composes a bucket quantizer from replaceable parts. ``forward`` returns Brevitas'
+    ``(value, scale, zero_point, bit_width)``. The value is like the input, and the others are [N, 1];
+    the bit width is 0-d if all buckets share one width. :meth:`quantize` and :meth:`dequantize` stop
+    at the codes.
 
-    Computes in float32 (float64 for float64 input) whatever the input dtype. NaN or Inf makes every
-    element of its bucket NaN; a constant bucket is exact (affine codes, float32 metadata); an empty
-    tensor is returned as it is.
+    The module computes in float32 (float64 for float64 input) for every input dtype. Special cases:
+
+    * NaN or Inf makes every element of its bucket NaN.
+    * A constant bucket is exact (affine codes, float32 metadata).
+    * An empty tensor is returned as it is.
 
     Args:
-        int_quant: codes from scale and offset.
+        int_quant: computes codes from scale and offset.
         scaling_impl: (buckets, top code) -> scale [N, 1].
         int_scaling_impl: bit width -> top code.
-        zero_point_impl: Brevitas' slot; one with a method ``offset`` is asked for that.
+        zero_point_impl: Brevitas' slot; a module with a method ``offset`` gives the offset directly.
         bit_width_impl: the width, or a :class:`TwoBitWidthSelector`.
         input_view_impl: the bucket view.
-        metadata_dtype: stored dtype of scale and offset; with bfloat16 they are rounded outwards
-            before any code is computed, so that rounding stays unbiased.
+        metadata_dtype: stored dtype of scale and offset. bfloat16 metadata are rounded outwards before
+            any code is computed, so rounding stays unbiased.
         transform_impl: a linear map of each bucket, with methods ``forward(buckets)`` and
             ``inverse(values)``; None quantizes values as they are.
 
     Raises:
-        ValueError: a bit width outside 1..8, at construction where the width is constant.
+        ValueError: a bit width is outside 1..8; raised at construction if the width is constant.
 
     Example:
         >>> from brevitas.nn import QuantIdentity
@@ -163,8 +167,9 @@ class BucketRescalingIntQuant(nn.Module):
         >>> value.reshape(2, 8)[1].unique()
         tensor([ 64.0000, 117.6667, 171.3333, 225.0000])
 
-    Maps to ``quant_type == QuantType.INT`` in configs of :class:`brevitas_bp.quant.BucketQuant`, where
-    Brevitas' own configs have ``brevitas.core.quant.RescalingIntQuant``.
+    ``quant_type == QuantType.INT`` selects this module in configs of
+    :class:`brevitas_bp.quant.BucketQuant`. Brevitas' own configs use
+    ``brevitas.core.quant.RescalingIntQuant``.
     """
 
     int_quant: BucketIntQuant
@@ -210,11 +215,11 @@ class BucketRescalingIntQuant(nn.Module):
 
     def quantize(
             self, x: Tensor, bit_width: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes as floats [N, B], scale [N, 1], offset [N, 1] or 0-d, bit width [N, 1] or 0-d.
+        """Returns codes as floats [N, B], scale [N, 1], and offset and bit width, each [N, 1] or 0-d.
 
         Args:
             x: any shape.
-            bit_width: the widths of the buckets, where they are drawn already.
+            bit_width: the widths of the buckets, if they have been drawn already.
         """
         buckets = self.input_view_impl(x.to(compute_dtype(x.dtype)))
         if self.transform_impl is not None:
@@ -228,7 +233,7 @@ class BucketRescalingIntQuant(nn.Module):
         return self.int_quant.quantize(buckets, scale, offset, bit_width), scale, offset, bit_width
 
     def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor, like: Tensor) -> Tensor:
-        """Values of ``codes`` [N, B], shaped, typed and laid out as ``like``."""
+        """Converts ``codes`` [N, B] to values with the shape, dtype and memory layout of ``like``."""
         values = self.int_quant.dequantize(codes, scale, offset)
         if self.transform_impl is not None:
             values = self.transform_impl.inverse(values)  # pyright: ignore[reportCallIssue]

@@ -11,17 +11,22 @@ from brevitas_bp.format.stages import STOCHASTIC, Rounding
 class StochasticRound(nn.Module):
     """Rounds up with the probability of the fractional part. Fills ``float_to_int_impl``.
 
-    ``q = floor(u) + (noise < u - floor(u))`` with ``noise`` uniform in [0, 1): ``E[q] = u`` up to
-    2**-24 and integers are fixed points. NaN and Inf pass through. The gradient is straight through.
+    ``q = floor(u) + (noise < u - floor(u))`` with ``noise`` uniform in [0, 1). ``E[q] = u`` up to
+    2**-24, and integers are fixed points. NaN and Inf pass through. The gradient is straight through.
 
-    The noise is float32 whatever the input dtype (16-bit uniforms bias the rounding), and each call
-    draws a new seed: within :func:`brevitas_bp.seeded` from that seed, else from torch's global
-    generator, so that ``torch.manual_seed`` and checkpointing govern it as they govern dropout.
-    Unlike Brevitas' ``StochasticRoundSte`` two modules never share their draws, copies are
-    independent, and the module pickles, scripts and does not change in ``eval()`` unless asked to.
+    The noise is float32 for every input dtype, because 16-bit uniforms bias the rounding. Each call
+    draws a new seed. Within :func:`brevitas_bp.seeded`, the seed is derived from the given seed; else
+    from torch's global generator. So ``torch.manual_seed`` and checkpointing govern the noise as they
+    govern dropout.
+
+    The module differs from Brevitas' ``StochasticRoundSte``:
+
+    * Two modules never share their draws, and copies are independent.
+    * The module can be pickled and scripted.
+    * ``eval()`` changes nothing unless asked to.
 
     Args:
-        deterministic_inference: round to nearest in ``eval()``. Off by default: a frozen module that
+        deterministic_inference: rounds to nearest in ``eval()``. Off by default: a frozen module that
             is still differentiated needs unbiased gradients.
 
     >>> bool((StochasticRound()(torch.full((1000,), 0.25)).mean() - 0.25).abs() < 0.1)

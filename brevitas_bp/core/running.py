@@ -1,30 +1,30 @@
-"""A statistic that follows earlier tensors."""
+"""A statistic that follows the statistics of earlier tensors."""
 
 import torch
 from torch import Tensor, nn
 
 
 class RunningStatistic(nn.Module):
-    """The moving average of a statistic over the tensors seen before. One bucket per tensor.
+    """Averages a statistic over the tensors seen before (a moving average). One bucket per tensor.
 
-    With the statistic ``s_t`` of the t-th tensor and momentum ``m`` the result is ``r_t``::
+    With the statistic ``s_t`` of the t-th tensor and the momentum ``m``, the result is ``r_t``::
 
-        r_1 = s_1,    r_(t+1) = (1 - m) r_t + m s_t      what comes out does not depend on s_t, t > 1
+        r_1 = s_1,    r_(t+1) = (1 - m) r_t + m s_t      for t > 1, r_t does not depend on s_t
 
-    so a tensor is encoded in the range of those before it. Values outside of ``[lo, hi]`` are clipped:
-    **biased**, by exactly ``min(max(x, lo), hi) - x``; those inside are not. Where the statistic grows
-    by a factor ``g`` per tensor, ``r_t / s_t`` tends to ``m / (m + g - 1)``.
+    A tensor is thus encoded in the range of the tensors before it. Values outside of ``[lo, hi]`` are
+    clipped, which is **biased** by exactly ``min(max(x, lo), hi) - x``; values inside are unbiased. If
+    the statistic grows by a factor ``g`` per tensor, ``r_t / s_t`` tends to ``m / (m + g - 1)``.
 
-    * A constant tensor has its own statistic (it is stored exactly) and leaves the average alone.
-    * NaN or Inf: the result is NaN, so the tensor decodes to NaN; the average is left alone.
-    * In ``eval()`` the average stands still.
+    * A constant tensor uses its own statistic (it is stored exactly), and does not change the average.
+    * NaN or Inf make the result NaN, so the tensor decodes to NaN. The average does not change.
+    * In ``eval()`` the average does not change.
 
     Args:
         statistic: buckets [1, B] -> [1, 1], NaN where it is not finite.
         range_momentum: weight of the newest tensor, in (0, 1].
 
     Raises:
-        ValueError: ``range_momentum`` out of range.
+        ValueError: ``range_momentum`` is out of range.
     """
 
     running_stats: Tensor
@@ -38,11 +38,11 @@ class RunningStatistic(nn.Module):
                 "quantizer with a constant scale")
         self.statistic = statistic
         self.range_momentum = range_momentum
-        # NaN until the first tensor.
+        # The average is NaN until the first tensor.
         self.register_buffer("running_stats", torch.full((1, 1), torch.nan, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, B] -> [1, 1]; the tensor counts from the next call on."""
+        """Converts [1, B] to [1, 1]; this tensor enters the average from the next call on."""
         with torch.no_grad():
             own: Tensor = self.statistic(x)
             before = self.running_stats.to(x.device)
@@ -50,13 +50,13 @@ class RunningStatistic(nn.Module):
             varies = x.amax(-1, keepdim=True) != x.amin(-1, keepdim=True)
             used = torch.where(finite & varies & before.isfinite(), before.to(own.dtype), own)
             if self.training:
-                # A new tensor: nothing that was made from the old one changes.
+                # A new tensor, so nothing that was made from the old tensor changes.
                 self.running_stats = torch.where(
                     finite & varies, self._averaged(before, own.double()), before)
         return used
 
     def _averaged(self, before: Tensor, own: Tensor) -> Tensor:
-        # Not lerp: the difference of two large numbers overflows.
+        # lerp would overflow on the difference of two large numbers.
         average = (1 - self.range_momentum) * before + self.range_momentum * own
         return torch.where(before.isfinite(), average, own)
 

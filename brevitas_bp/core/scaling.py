@@ -6,17 +6,19 @@ from brevitas_bp.format.stages import NEUTRAL, Neutral
 
 
 class RuntimeDynamicBucketScaling(nn.Module):
-    """Scale ``statistic / threshold`` of each bucket, restricted. Fills ``scaling_impl``.
+    """Computes the scale ``statistic / threshold`` of each bucket, restricted. Fills ``scaling_impl``.
 
-    What Brevitas' ``RuntimeDynamicGroupStatsScaling`` computes, with two differences. There is no
-    absolute minimum, so data of size 1e-30 keeps its levels. And it is plain Python: the stock module
-    is a ScriptModule under ``BREVITAS_JIT=1`` and would have to script the statistics.
+    This is what Brevitas' ``RuntimeDynamicGroupStatsScaling`` computes, with two differences:
+
+    * There is no absolute minimum, so data of size 1e-30 keeps its levels.
+    * The module is plain Python. The stock module is a ScriptModule under ``BREVITAS_JIT=1`` and would
+      have to script the statistics.
 
     Args:
         scaling_stats_impl: buckets [N, B] -> range [N, 1].
         input_view_impl: the bucket view.
-        restrict_scaling_impl: what scales are allowed, for instance powers of two. It restricts the
-            scale itself, so one that rounds up never clips.
+        restrict_scaling_impl: the allowed scales, for instance powers of two. It restricts the scale
+            itself, so a restriction that rounds up never clips.
     """
 
     def __init__(
@@ -28,7 +30,7 @@ class RuntimeDynamicBucketScaling(nn.Module):
         self.scaling_stats_impl = scaling_stats_impl
         self.input_view_impl = input_view_impl
         self.restrict_scaling_impl = restrict_scaling_impl
-        # The restriction may work on another quantity than the scale, for instance its logarithm.
+        # The restriction may work on a quantity other than the scale, for instance its logarithm.
         self.restrict_scaling_pre = restrict_scaling_impl.restrict_init_module()  # pyright: ignore[reportCallIssue]
 
     def stage(self, slot: str) -> Neutral | None:
@@ -36,6 +38,6 @@ class RuntimeDynamicBucketScaling(nn.Module):
         return NEUTRAL if slot == "scaling_impl" else None
 
     def forward(self, x: Tensor, threshold: Tensor) -> Tensor:
-        """Scale [N, 1] of ``x`` for the top code ``threshold``, [N, 1] or 0-d."""
+        """Returns the scale [N, 1] of ``x`` for the top code ``threshold``, which is [N, 1] or 0-d."""
         scale = self.scaling_stats_impl(self.input_view_impl(x)) / threshold
         return self.restrict_scaling_impl(self.restrict_scaling_pre(scale))

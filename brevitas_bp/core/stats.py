@@ -9,10 +9,10 @@ from brevitas_bp.format.stages import L2, MAX, MIN_MAX, ScaleRule
 
 
 class BucketMin(nn.Module):
-    """Smallest element of each bucket, rounded down to ``metadata_dtype``.
+    """Computes the smallest element of each bucket, rounded down to ``metadata_dtype``.
 
-    Fills ``zero_point_stats_impl``. Unlike Brevitas' ``NegativeMinOrZero`` the range is not stretched
-    to contain 0: a bucket in [3, 4] keeps all its levels.
+    Fills ``zero_point_stats_impl``. Unlike Brevitas' ``NegativeMinOrZero``, the module does not stretch
+    the range to contain 0: a bucket in [3, 4] keeps all its levels.
     """
 
     def __init__(self, metadata_dtype: torch.dtype = torch.float32) -> None:
@@ -24,14 +24,14 @@ class BucketMin(nn.Module):
         return MIN_MAX if slot in ("zero_point_stats_impl", "minimum") else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, B] -> [N, 1]."""
+        """Converts [N, B] to [N, 1]."""
         lo, hi = x.amin(-1, keepdim=True) + 0, x.detach().amax(-1, keepdim=True)
         rounded = lo + (round_down(lo.detach(), self.metadata_dtype) - lo).detach()
         return torch.where(torch.isfinite(lo) & torch.isfinite(hi), rounded, torch.nan)
 
 
 class BucketMinMaxRange(nn.Module):
-    """``max - min`` of each bucket, with the minimum as :class:`BucketMin` stores it.
+    """Computes ``max - min`` of each bucket, with the minimum as :class:`BucketMin` stores it.
 
     Fills ``scaling_stats_impl``. Finite ends never give Inf: the range is limited near the largest
     float.
@@ -46,12 +46,12 @@ class BucketMinMaxRange(nn.Module):
         return MIN_MAX if slot == "scaling_stats_impl" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, B] -> [N, 1]."""
+        """Converts [N, B] to [N, 1]."""
         return finite_range(self.minimum(x), x.amax(-1, keepdim=True) + 0)
 
 
 class BucketAbsMax(nn.Module):
-    """Largest magnitude of each bucket. Fills ``scaling_stats_impl``."""
+    """Computes the largest magnitude of each bucket. Fills ``scaling_stats_impl``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,15 +61,15 @@ class BucketAbsMax(nn.Module):
         return MAX if slot == "scaling_stats_impl" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, B] -> [N, 1]."""
+        """Converts [N, B] to [N, 1]."""
         peak = x.abs().amax(-1, keepdim=True)
         return finite_norm(peak, peak)
 
 
 class BucketL2Norm(nn.Module):
-    """Euclidean norm of each bucket. Fills ``scaling_stats_impl``.
+    """Computes the Euclidean norm of each bucket. Fills ``scaling_stats_impl``.
 
-    Never clips, and is coarse: the norm of B values is about sqrt(B) times their size. Source:
+    The norm never clips, and is coarse: the norm of B values is about sqrt(B) times their size. Source:
     Alistarh et al., "QSGD", 2017.
     """
 
@@ -81,5 +81,5 @@ class BucketL2Norm(nn.Module):
         return L2 if slot == "scaling_stats_impl" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, B] -> [N, 1]."""
+        """Converts [N, B] to [N, 1]."""
         return finite_norm(l2_norm(x), x.abs().amax(-1, keepdim=True))

@@ -7,17 +7,17 @@ from brevitas_bp.format.stages import NEUTRAL, Neutral
 
 
 class RuntimeDynamicBucketZeroPoint(nn.Module):
-    """Zero point ``z = -lo / s`` of each bucket. Fills ``zero_point_impl``.
+    """Computes the zero point ``z = -lo / s`` of each bucket. Fills ``zero_point_impl``.
 
-    By default ``z`` is a float: every element, the ends included, is rounded without bias and nothing
-    clips. :meth:`offset` is the value of code 0, ``lo`` itself; bytes are made from it, because
-    ``z`` loses digits where ``|lo|`` is large beside the range.
+    By default, ``z`` is a float. Every element, the ends included, is then rounded without bias, and
+    nothing clips. :meth:`offset` is the value of code 0, ``lo`` itself. The bytes are made from the
+    offset, because ``z`` loses digits if ``|lo|`` is large compared to the range.
 
     Args:
         zero_point_stats_impl: buckets [N, B] -> minimum [N, 1].
         input_view_impl: the bucket view.
-        quantize_zero_point: round ``z`` to an integer, as printed in Li, 2025. Zero is then on the
-            grid, and the elements within half a step of one end of the range are clipped: biased.
+        quantize_zero_point: rounds ``z`` to an integer, as printed in Li, 2025. Zero is then on the
+            grid. The elements within half a step of one end of the range are clipped: biased.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class RuntimeDynamicBucketZeroPoint(nn.Module):
         return NEUTRAL if slot == "zero_point_impl" else None
 
     def offset(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The value of code 0, [N, 1]."""
+        """Returns the value of code 0, [N, 1]."""
         lo = self.zero_point_stats_impl(self.input_view_impl(x))
         return integer_offset(lo, scale) if self.quantize_zero_point else lo
 
     def forward(self, x: Tensor, scale: Tensor, bit_width: Tensor) -> Tensor:
-        """The zero point in codes, [N, 1]; 0 for a constant bucket."""
+        """Returns the zero point in codes, [N, 1]; 0 for a constant bucket."""
         return -self.offset(x, scale) * reciprocal(scale)

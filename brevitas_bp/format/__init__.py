@@ -1,1 +1,1 @@
-"""The byte format: what a quantizer is, and every byte it writes, in torch operations."""
+"""The byte format: defines a quantizer and every byte that it writes, in torch operations."""

@@ -1,9 +1,14 @@
 """Means of groups of neighbours: the definition, in torch operations.
 
-A group of ``k`` values has the mean ``(x[0] + x[1] + ... + x[k-1]) / k``, added in this order in float64
-and rounded to float32 at the end. So a constant group is exact, values near the largest float do not
-overflow, and every backend gives the same bits. Of float64 data ``x[0]/k + x[1]/k + ...`` is limited to
-the range of the group, to the same ends. NaN and Inf give NaN or Inf in their own group.
+A group of ``k`` values has the mean ``(x[0] + x[1] + ... + x[k-1]) / k``. The values are added in this
+order in float64, and the result is rounded to float32. This has three effects:
+
+* A constant group is exact.
+* Values near the largest float do not overflow.
+* Every backend gives the same bits.
+
+The mean of float64 data is ``x[0]/k + x[1]/k + ...``, limited to the range of the group, which has the
+same effects. NaN and Inf give NaN or Inf in their own group.
 """
 
 import torch
@@ -11,22 +16,22 @@ from torch import Tensor
 
 from brevitas_bp.format.arithmetic import compute_dtype
 
-# Elements of a CPU tensor handled at once, so that float64 temporaries stay in the cache. Elsewhere a
+# Elements handled at once. On CPU, the float64 temporaries then stay in the cache. On other devices, a
 # launch costs more than memory.
 _CHUNK, _LARGE_CHUNK = 1 << 17, 1 << 25
 
 
 def group_count(length: int, size: int) -> int:
-    """Groups of ``size`` neighbours among ``length``, the last one perhaps smaller."""
+    """Returns how many groups of ``size`` neighbours ``length`` has; the last group may be smaller."""
     return -(-length // size)
 
 
 def means(x: Tensor, size: int) -> Tensor:
-    """Means of groups along the middle dimension; differentiable.
+    """Computes the means of groups along the middle dimension; differentiable.
 
     Args:
         x: [A, L, I], any float dtype.
-        size: elements of a group; the last one of a row may be smaller.
+        size: elements of a group; the last group along the dimension may be smaller.
 
     Returns:
         [A, ceil(L / size), I] in float32 (float64 for float64).
@@ -41,7 +46,7 @@ def means(x: Tensor, size: int) -> Tensor:
 
 
 def _mean(groups: Tensor) -> Tensor:
-    """[A, n, k, I] -> [A, n, I]."""
+    """Averages over the third dimension: [A, n, k, I] -> [A, n, I]."""
     count = groups.shape[2]
     if groups.dtype == torch.float64:
         return _mean_of_double(groups, count)
@@ -67,12 +72,12 @@ def spread(means: Tensor, size: int, length: int) -> Tensor:
 
 
 def group_means(x: Tensor, size: int) -> Tensor:
-    """As :func:`means`, for large tensors: in chunks, without a graph."""
+    """Computes :func:`means` of a large tensor in chunks, without an autograd graph."""
     rows, length, inner = x.shape
     out = x.new_empty(
         (rows, group_count(length, size), inner), dtype=compute_dtype(x.dtype))
     chunk = _CHUNK if x.device.type == "cpu" else _LARGE_CHUNK
-    # Whole groups of a row, and as many rows as make a chunk.
+    # A chunk takes whole groups, and as many entries of the first dimension as fit.
     step = max(1, chunk // max(size * inner, 1))
     height = max(1, chunk // max(length * inner, 1))
     for row in range(0, rows, height):

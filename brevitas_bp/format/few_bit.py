@@ -1,12 +1,15 @@
 """Values <-> interval indices <-> levels: the definition of the bytes of Few-Bit Backward.
 
-``index = number of borders strictly below x`` (of ``|x|`` where folded), compared in float32 (float64
-for float64), so that ``x`` equal to a border belongs to the lower interval.
+``index = number of borders strictly below x`` (below ``|x|`` if folded). An ``x`` equal to a border
+therefore belongs to the lower interval. The comparison runs in float32 (float64 for float64).
 
-A tensor is cut into blocks of :data:`BLOCK` elements, each packed in the planar layout of
-:mod:`~brevitas_bp.format.packing`; the last one is padded with zero codes to a multiple of 8 only. All
-codes may be in use, so NaN has none of its own: beside the codes stands one byte per block, 1 where the
-block holds a NaN, and such a block decodes to NaN. Its size depends on no value: no synchronisation.
+A tensor is cut into blocks of :data:`BLOCK` elements. Each block is packed in the planar layout of
+:mod:`~brevitas_bp.format.packing`. The last block is padded with zero codes, only up to a multiple of
+8.
+
+All codes may be in use, so NaN has no code of its own. Instead, each block has a flag byte, which is 1
+if the block holds a NaN. A flagged block decodes to NaN. The size of the flags depends on no value, so
+nothing synchronises.
 """
 
 import torch
@@ -17,12 +20,12 @@ from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.packing import pack, packed_nbytes, unpack
 
 BLOCK = 4096
-# Elements handled at once: temporaries stay in the cache and small beside the tensor.
+# Elements handled at once: temporaries stay in the cache and are small compared to the tensor.
 _CHUNK = 32 * BLOCK
 
 
 def few_bit_nbytes(numel: int, bit_width: int) -> tuple[int, int]:
-    """Bytes of the packed codes and of the NaN flags.
+    """Returns the number of bytes of the packed codes and of the NaN flags.
 
     >>> few_bit_nbytes(4097, 3)
     (1539, 2)
@@ -33,18 +36,18 @@ def few_bit_nbytes(numel: int, bit_width: int) -> tuple[int, int]:
 def encode(
         flat: Tensor, borders: tuple[float, ...], bit_width: int,
         folded: bool) -> tuple[Tensor, Tensor]:
-    """Indices of a flat float tensor [numel], packed, and the NaN flags of its blocks.
+    """Returns the packed indices of a flat float tensor [numel], and the NaN flags of its blocks.
 
     Args:
         flat: float16, bfloat16, float32 or float64, of any stride.
         borders: ascending, at most ``2**bit_width - 1``.
         bit_width: 1..8.
-        folded: compare the magnitude.
+        folded: compares the magnitude ``|x|`` with the borders.
     """
     inner = compute_dtype(flat.dtype)
     edges = torch.tensor(borders, dtype=inner, device=flat.device)
     nbytes, blocks = few_bit_nbytes(flat.numel(), bit_width)
-    # Encoding may run within a forward pass: nothing here is to be differentiated.
+    # Encoding may run within a forward pass. Autograd must not record what happens here.
     flat = flat.detach()
     payload = flat.new_empty(nbytes, dtype=torch.uint8)
     flags = flat.new_empty(blocks, dtype=torch.uint8)
@@ -68,8 +71,8 @@ def encode(
 def decode(
         payload: Tensor, flags: Tensor, levels: tuple[float, ...], bit_width: int, numel: int,
         dtype: torch.dtype) -> Tensor:
-    """The level of every element: a flat tensor [numel] of ``dtype``; NaN in flagged blocks."""
-    # A level for every code: a device would abort on an index without one.
+    """Returns the level of every element, a flat tensor [numel] of ``dtype``; NaN in flagged blocks."""
+    # Pad to a level for every code: a device aborts on an index without one.
     levels += levels[-1:] * (2**bit_width - len(levels))
     values = torch.tensor(levels, dtype=torch.float64, device=payload.device).to(dtype)
     out = torch.empty(numel, dtype=dtype, device=payload.device)
@@ -90,7 +93,7 @@ def decode(
 
 
 def _runs(numel: int) -> list[tuple[int, int, int]]:
-    """(begin, end, padded block size) of the whole blocks and of the rest."""
+    """Returns (begin, end, padded block size) of the whole blocks and of the rest."""
     whole = numel // BLOCK * BLOCK
     runs = [(0, whole, BLOCK), (whole, numel, -(-(numel - whole) // 8) * 8)]
     return [run for run in runs if run[0] < run[1]]

@@ -1,9 +1,11 @@
 """Tests on elements -> bits -> two values; max-pool indices <-> positions in their windows.
 
-This is the reference, in torch ops; :mod:`brevitas_bp.kernels.cpu.masks` gives the same bytes in one
-pass. A mask is one bucket of 1-bit codes, laid out as in :mod:`brevitas_bp.format.packing`: with
-``n = ceil(numel / 8)`` bytes, bit ``i`` of byte ``j`` belongs to element ``i * n + j``; bits past the
-end repeat the last element's.
+This is the reference, in torch operations. :mod:`brevitas_bp.kernels.cpu.masks` gives the same bytes
+and reads memory once.
+
+A mask is one bucket of 1-bit codes, in the layout of :mod:`brevitas_bp.format.packing`. With
+``n = ceil(numel / 8)`` bytes, bit ``i`` of byte ``j`` belongs to element ``i * n + j``. Bits past the
+end repeat the bit of the last element.
 """
 
 import math
@@ -14,16 +16,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Elements handled at once: temporaries stay small beside large tensors.
+# Elements handled at once: temporaries stay small compared to large tensors.
 _CHUNK = 1 << 18
 
-#: Signed integers as wide as a dtype.
+#: Bytes of a dtype -> the signed integer dtype of that size.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The values ``lo <= x <= hi`` of one dtype, and NaN if ``nan``; empty where ``lo > hi``."""
+    """The values ``lo <= x <= hi`` of one dtype, and NaN if ``nan`` is set; empty if ``lo > hi``."""
 
     lo: float
     hi: float
@@ -34,7 +36,7 @@ class Interval:
 
 
 def order_of(value: float, dtype: torch.dtype) -> int:
-    """Place of a value in the order of a dtype's values: neighbours differ by 1, -0 is before +0.
+    """Returns the place of a value in the order of its dtype: neighbours differ by 1, -0 is before +0.
 
     >>> order_of(0.0, torch.float16), order_of(-0.0, torch.float16)
     (0, -1)
@@ -45,7 +47,7 @@ def order_of(value: float, dtype: torch.dtype) -> int:
 
 
 def next_value(value: float, dtype: torch.dtype, step: int) -> float:
-    """The next larger (``step`` 1) or smaller (-1) value of a dtype; both zeros are one value.
+    """Returns the next larger (``step`` 1) or smaller (-1) value of a dtype; both zeros are one value.
 
     >>> next_value(1.0, torch.bfloat16, 1), next_value(0.0, torch.float16, -1)
     (1.0078125, -5.960464477539063e-08)
@@ -57,18 +59,18 @@ def next_value(value: float, dtype: torch.dtype, step: int) -> float:
 
 
 def mask_nbytes(numel: int) -> int:
-    """Bytes of a mask."""
+    """Returns the number of bytes of a mask."""
     return -(-numel // 8)
 
 
 def pack_interval(
         flat: Tensor, interval: Interval, *, watch_nan: bool = False) -> tuple[Tensor, bool]:
-    """Packs whether each element of ``flat`` [numel] lies in ``interval``.
+    """Packs one bit for each element of ``flat`` [numel]: whether it lies in ``interval``.
 
     Args:
         flat: floats in contiguous memory.
-        interval: bounds must be values of their dtype.
-        watch_nan: look for NaN; reads the answer, which synchronises a device.
+        interval: its bounds must be values of the dtype of ``flat``.
+        watch_nan: also looks for NaN; reading the answer synchronises a device.
 
     Returns:
         The mask, uint8 [ceil(numel / 8)], and whether NaN was seen.
@@ -82,7 +84,7 @@ def pack_interval(
 
 
 def pack_bits(flat: Tensor) -> Tensor:
-    """Packs bools."""
+    """Packs bools into a mask."""
     return _pack(flat, lambda x: x)
 
 
@@ -104,9 +106,9 @@ def _pack(flat: Tensor, test: Callable[[Tensor], Tensor]) -> Tensor:
 
 def unpack_select(
         packed: Tensor, numel: int, outside: float, inside: float, dtype: torch.dtype) -> Tensor:
-    """A tensor [numel] of ``inside`` where the bit is set and ``outside`` elsewhere."""
+    """Returns a tensor [numel] with ``inside`` where the bit is set and ``outside`` elsewhere."""
     out = torch.empty(numel, dtype=dtype, device=packed.device)
-    # Scalars, which a device reads without waiting for the host; rounded once, here.
+    # A device reads these 0-d tensors without waiting for the host. They are rounded once, here.
     zero, one = (torch.full((), v, dtype=dtype, device=packed.device) for v in (outside, inside))
     nbytes = mask_nbytes(numel)
     for i in range(8):
@@ -119,9 +121,10 @@ def unpack_select(
 
 
 def least_positive(dtype: torch.dtype) -> float:
-    """What stands for a positive value that was rounded to zero.
+    """Returns the value that replaces a positive value which was rounded to zero.
 
-    Not the smallest number: products with that are subnormal, and take processors many times as long.
+    It is not the smallest number: products with the smallest number are subnormal, and those take
+    processors many times as long.
     """
     return 2.0**-24 if dtype == torch.float16 else 2.0**-64
 
@@ -131,7 +134,7 @@ def rectify_(
         select: Callable[..., Tensor] = unpack_select) -> Tensor:
     """Makes ``x`` [numel] positive where the bit is set, and zero elsewhere.
 
-    NaN stays; what is infinite may become anything.
+    NaN stays NaN. An infinite value may become anything.
     """
     mask = select(packed, x.numel(), 0.0, 1.0, x.dtype)
     return x.clamp_(min=least_positive(x.dtype)).mul_(mask)
@@ -139,10 +142,10 @@ def rectify_(
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the windows of a pooling lie, per spatial dimension; three of them, outer ones of size 1.
+    """The windows of a pooling in three spatial dimensions; missing outer dimensions have size 1.
 
     Attributes:
-        sizes: of the pooled plane.
+        sizes: size of the pooled plane.
         kernel: positions in a window.
         dilation: steps between positions.
         starts: first position of each window, negative in the padding.
@@ -155,12 +158,12 @@ class Windows:
 
 
 def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
-    """Indices into the plane -> positions in the windows, ``(kd * KH + kh) * KW + kw``.
+    """Converts indices into the plane to positions in the windows, ``(kd * KH + kh) * KW + kw``.
 
     Args:
         index: int64 [outer, D, H, W, inner], one index of each window.
-        windows: of the pooling.
-        dtype: of the result.
+        windows: the windows of the pooling.
+        dtype: dtype of the result.
     """
     (_, height, width), (_, kernel_h, kernel_w) = windows.sizes, windows.kernel
     d0, h0, w0 = _starts(windows, index.device)
@@ -176,7 +179,7 @@ def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
 
 
 def window_indices(codes: Tensor, windows: Windows) -> Tensor:
-    """Inverse of :func:`window_codes`: codes [outer, D, H, W, inner] to int64 indices."""
+    """Inverts :func:`window_codes`: codes [outer, D, H, W, inner] to int64 indices."""
     (_, height, width), (_, kernel_h, kernel_w) = windows.sizes, windows.kernel
     d0, h0, w0 = _starts(windows, codes.device)
     index = torch.empty(codes.shape, dtype=torch.int64, device=codes.device)
@@ -193,7 +196,7 @@ def window_indices(codes: Tensor, windows: Windows) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _starts(windows: Windows, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    # Cached: a copy from the host would make it wait for the device each time.
+    # Cached: each copy from the host would make the host wait for the device.
     d, h, w = (torch.tensor(s, dtype=torch.int64, device=device) for s in windows.starts)
     return d.view(-1, 1, 1, 1), h.view(-1, 1, 1), w.view(-1, 1)
 

@@ -1,10 +1,12 @@
 """Codes <-> bytes: the planar layout of one bucket.
 
-A width is split into planes of 8, 4, 2 and 1 bits (5 = 4 + 1), stored one after another, the widest
-first and holding the lowest bits. In a plane of ``w`` bits, with ``k = 8 / w``, byte ``j`` holds the
-codes of elements ``j, j + B/k, j + 2B/k, ...``, the first in the lowest bits: both sides are
-contiguous vector loads, and a bucket of ``B`` codes (a multiple of 8) takes exactly ``B * b / 8``
-bytes.
+A width is split into planes of 8, 4, 2 and 1 bits (5 = 4 + 1). The planes are stored one after another.
+The widest comes first and holds the lowest bits.
+
+In a plane of ``w`` bits, with ``k = 8 / w``, byte ``j`` holds the codes of elements
+``j, j + B/k, j + 2B/k, ...``, the first in the lowest bits. Codes and bytes are therefore both
+contiguous vector loads. A bucket of ``B`` codes (a multiple of 8) takes exactly ``B * b / 8`` bytes at
+a width of ``b`` bits.
 """
 
 import torch
@@ -14,7 +16,7 @@ from brevitas_bp.format.spec import check_bit_width
 
 
 def planes(bit_width: int) -> tuple[tuple[int, int], ...]:
-    """The planes of a width as (bits, first bit of the code).
+    """Returns the planes of a width as (bits, first bit of the code).
 
     >>> planes(5), planes(8)
     (((4, 0), (1, 4)), ((8, 0),))
@@ -28,7 +30,7 @@ def planes(bit_width: int) -> tuple[tuple[int, int], ...]:
 
 
 def packed_nbytes(bucket_size: int, bit_width: int) -> int:
-    """Bytes of one packed bucket."""
+    """Returns the number of bytes of one packed bucket."""
     return bucket_size * bit_width // 8
 
 
@@ -41,7 +43,7 @@ def pack(codes: Tensor, bit_width: int) -> Tensor:
         bit_width: 1..8.
 
     Raises:
-        ValueError: ``bit_width`` outside 1..8, another dtype, or B not a multiple of 8.
+        ValueError: ``bit_width`` is outside 1..8, the dtype is not uint8, or B is no multiple of 8.
 
     >>> pack(torch.tensor([[0, 1, 2, 3, 0, 0, 0, 1]], dtype=torch.uint8), 2).tolist()
     [[8, 77]]
@@ -67,10 +69,10 @@ def pack(codes: Tensor, bit_width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bit_width: int, bucket_size: int) -> Tensor:
-    """Inverse of :func:`pack`: bytes [N, B * bit_width / 8] to uint8 codes [N, B].
+    """Inverts :func:`pack`: bytes [N, B * bit_width / 8] to uint8 codes [N, B].
 
     Raises:
-        ValueError: sizes that do not belong together.
+        ValueError: the sizes do not fit together.
     """
     bit_width = check_bit_width("brevitas_bp.format.unpack", bit_width)
     n, nbytes = packed.shape

@@ -1,10 +1,11 @@
 """Counter-based noise: (seed, flat index) -> the same float32 on every backend.
 
 The generator is a keyed 32-bit integer hash (three xor-shift-multiply rounds) of the element's flat
-index. Its two 32-bit keys come from the 64-bit seed through SplitMix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", 2014), so neighbouring seeds give unrelated noise.
-A counter-based generator needs no state and no order: every element can be drawn alone, in any
-thread, and a decoder can repeat what an encoder drew.
+index. Its two 32-bit keys come from the 64-bit seed through SplitMix64 (Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", 2014), so neighbouring seeds give unrelated noise.
+
+A counter-based generator needs no state and no order. Every element can be drawn alone, in any thread,
+and a decoder can repeat the draws of an encoder.
 
 Within one tensor the noise repeats after 2**32 elements.
 """
@@ -30,13 +31,13 @@ HASH_LAST_SHIFT = 14
 NOISE_BITS = 24
 NOISE_STEP = 2.0**-NOISE_BITS
 
-# Streams that one encode draws from. Rounding and the choice of widths must not share noise.
+# One encode draws from these streams. Rounding and the choice of widths must not share noise.
 ROUNDING = 0
 WIDTHS = 1
 
 
 def splitmix64(value: int) -> int:
-    """One SplitMix64 output for the 64-bit state ``value``.
+    """Returns the SplitMix64 output for the 64-bit state ``value``.
 
     >>> hex(splitmix64(0))
     '0xe220a8397b1dcdaf'
@@ -60,7 +61,7 @@ def derive(seed: int, *path: int) -> int:
 
 
 def noise_keys(seed: int, occurrence: int = 0) -> tuple[int, int]:
-    """The two 32-bit keys of the rounding noise of one encode."""
+    """Returns the two 32-bit keys of the rounding noise of one encode."""
     return _split(derive(seed, ROUNDING, occurrence))
 
 
@@ -69,25 +70,30 @@ def _split(key: int) -> tuple[int, int]:
 
 
 def _indices(numel: int, device: torch.device | str) -> Tensor:
-    """Flat indices modulo 2**32, as the bits of int32."""
+    """Returns the flat indices modulo 2**32, as the bits of int32."""
     return torch.arange(numel, dtype=torch.int64, device=device).to(torch.int32)
 
 
 def row_numbers(rows: Tensor | slice, device: torch.device | str) -> Tensor:
-    """Rows as int64 [r]."""
+    """Returns ``rows`` as int64 [r]."""
     if isinstance(rows, Tensor):
         return rows
     return torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
 
 
 def row_indices(starts: Tensor, length: int) -> Tensor:
-    """Flat indices modulo 2**32, as the bits of int32, of rows that start at ``starts`` [r, 1]."""
+    """Returns flat indices modulo 2**32, as the bits of int32, of parts that begin at ``starts``.
+
+    Args:
+        starts: flat indices [r, 1].
+        length: elements of a part.
+    """
     inside = torch.arange(length, dtype=torch.int32, device=starts.device)
     return starts.to(torch.int32) + inside
 
 
 def unit_float(seed: int) -> float:
-    """A float64 in [0, 1) made of the top 53 bits of ``seed``."""
+    """Returns a float64 in [0, 1) made of the top 53 bits of ``seed``."""
     return (seed >> 11) * 2.0**-53
 
 
@@ -102,17 +108,18 @@ def _xor_shift_(x: Tensor, shift: int) -> Tensor:
 
 
 def uniform_(index: Tensor, keys: tuple[int, int]) -> Tensor:
-    """Uniform float32 noise in [0, 1), a multiple of 2**-24, for int32 flat indices.
+    """Returns uniform float32 noise in [0, 1), a multiple of 2**-24, for int32 flat indices.
 
     Args:
-        index: int32 tensor of any shape; destroyed (it is the scratch of the hash).
+        index: int32 tensor of any shape; overwritten (it is the scratch memory of the hash).
         keys: the two keys of :func:`noise_keys`.
     """
     x = index.add_(_int32(keys[0]))
     for step, (shift, multiplier) in enumerate(HASH_ROUNDS):
         x = _xor_shift_(x, shift).mul_(_int32(multiplier))
         if step == 0:
-            # The second key enters between rounds: two seeds are not shifts of one another.
+            # The second key enters between rounds, so two seeds do not give shifted copies of the same
+            # noise.
             x = x.bitwise_xor_(_int32(keys[1]))
     x = _xor_shift_(x, HASH_LAST_SHIFT)
     bits = (x >> (32 - NOISE_BITS)).bitwise_and_((1 << NOISE_BITS) - 1)
@@ -120,7 +127,7 @@ def uniform_(index: Tensor, keys: tuple[int, int]) -> Tensor:
 
 
 def uniform(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Noise for flat indices ``0 .. prod(shape) - 1``, shaped ``shape``.
+    """Returns noise for flat indices ``0 .. prod(shape) - 1``, shaped ``shape``.
 
     >>> bool((uniform(7, (4,)) == uniform(7, (8,))[:4]).all())
     True
@@ -132,7 +139,7 @@ def uniform(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu
 
 
 class _Ambient(threading.local):
-    """Per thread: the stack of seeds set by :func:`seeded`, with what each has handed out."""
+    """The stack of seeds set by :func:`seeded`, one per thread, with the draws that each handed out."""
 
     def __init__(self) -> None:
         self.stack: list[tuple[int, Counter[int]]] = []
@@ -144,10 +151,10 @@ _ambient = _Ambient()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within the block (this thread only) stochastic components draw from ``seed``.
+    """Makes stochastic components draw from ``seed`` within the block, in this thread only.
 
-    The k-th draw of a stream is a pure function of ``(seed, stream, k)``; torch's generators are
-    not touched. Outside any block each draw takes its seed from torch's global generator.
+    The k-th draw of a stream is a pure function of ``(seed, stream, k)``. torch's generators are not
+    touched. Outside any block, each draw takes its seed from torch's global generator.
     """
     rows, _ambient.rows = _ambient.rows, None
     _ambient.stack.append((seed, Counter()))
@@ -160,9 +167,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def seeded_rows(seed: int, rows: Tensor | slice) -> Iterator[None]:
-    """As :func:`seeded`, for tensors that are some rows of a larger one.
+    """Works like :func:`seeded`, for tensors that are some rows of a larger tensor.
 
-    Noise of a tensor [r, ...] is that which these rows of the larger tensor would get.
+    A tensor [r, ...] gets the noise that these rows would get within the larger tensor.
 
     >>> whole = torch.zeros(5, 3)
     >>> with seeded(1):
@@ -177,19 +184,19 @@ def seeded_rows(seed: int, rows: Tensor | slice) -> Iterator[None]:
 
 
 def next_seed(stream: int) -> int:
-    """The seed of the next draw of ``stream``: from :func:`seeded`, else from torch's generator."""
+    """Returns the seed of the next draw of ``stream``; from torch's generator outside :func:`seeded`."""
     if _ambient.stack:
         seed, used = _ambient.stack[-1]
         occurrence = used[stream]
         used[stream] += 1
     else:
-        # CPU generator: no device synchronisation, and torch.manual_seed governs it.
+        # The CPU generator needs no device synchronisation, and torch.manual_seed governs it.
         seed, occurrence = int(torch.empty((), dtype=torch.int64, device="cpu").random_()), 0
     return derive(seed, stream, occurrence)
 
 
 def noise_like_reference(x: Tensor) -> Tensor:
-    """Noise shaped like ``x`` (flat index in row-major order), seeded by :func:`next_seed`."""
+    """Returns noise shaped like ``x`` (flat index in row-major order), seeded by :func:`next_seed`."""
     keys = _split(next_seed(ROUNDING))
     if _ambient.rows is None:
         return uniform_(_indices(x.numel(), x.device), keys).view(x.shape)
@@ -209,8 +216,8 @@ def _indices_of_rows(x: Tensor, rows: Tensor | slice) -> Tensor:
 
 
 # NOTE [ The noise is an operator ]
-# Stock Brevitas components script their children under BREVITAS_JIT=1, and torch.compile traces
-# them. A torch.library operator is opaque to both, so the thread's seed is read when it runs.
+# Stock Brevitas components script their children under BREVITAS_JIT=1, and torch.compile traces them. A
+# torch.library operator is opaque to both, so it reads the thread's seed when it runs.
 _library = torch.library.Library("brevitas_bp", "DEF")
 _library.define("noise_like(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _library.impl("noise_like", noise_like_reference, "CompositeExplicitAutograd")
@@ -222,7 +229,7 @@ def _noise_like_fake(x: Tensor) -> Tensor:
 
 
 def noise_like(x: Tensor) -> Tensor:
-    """The operator ``brevitas_bp::noise_like`` (callable from TorchScript as well)."""
+    """Calls the operator ``brevitas_bp::noise_like``, which is callable from TorchScript as well."""
     return torch.ops.brevitas_bp.noise_like(x)
 
 
@@ -237,11 +244,12 @@ class SeedStream:
         self._lock = threading.Lock()
         self._base = base & _MASK64
         self._position = 0
-        # Of the rank that asks, which is mostly the same: where its seeds are derived from.
+        # The rank that asked last (mostly the same rank), and the state that its seeds are derived
+        # from.
         self._start = 0, splitmix64(self._base)
 
     def next(self, rank: int = 0) -> int:
-        """The next seed; processes with another ``rank`` get other ones at the same position."""
+        """Returns the next seed; processes of other ``rank`` get other seeds at the same position."""
         with self._lock:
             position = self._position
             self._position += 1
@@ -252,7 +260,7 @@ class SeedStream:
         return splitmix64(start ^ position)
 
     def state(self) -> dict[str, int]:
-        """Base and position, enough to continue the sequence elsewhere."""
+        """Returns base and position, enough to continue the sequence elsewhere."""
         return {"base": self._base, "position": self._position}
 
     def __getstate__(self) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """The definition of every byte, in torch operations.
 
-One bucket ``x`` of ``B`` elements, top code ``T`` (see :class:`~brevitas_bp.format.stages.CodeRange`),
-all arithmetic in float32 (float64 for float64 input), no fused multiply-add::
+This is one bucket ``x`` of ``B`` elements with the top code ``T`` (see
+:class:`~brevitas_bp.format.stages.CodeRange`). All arithmetic is in float32 (float64 for float64
+input), without fused multiply-add::
 
     min_max  lo = min(x) + 0, hi = max(x) + 0          NaN propagates; + 0 turns -0 into 0
              lo = down(lo)                             bfloat16 metadata only: towards -inf
@@ -11,16 +12,18 @@ all arithmetic in float32 (float64 for float64 input), no fused multiply-add::
              x~ = q * s + lo
     max, l2  s = up(range(0, norm(x)) / T), q = clamp(round(x * inv), -T, T), x~ = q * s + 0
 
-``round`` is to nearest (ties to even) or ``floor(u) + (noise < u - floor(u))`` with noise from
-(seed, flat index). ``range`` is NaN where an end is not finite, and is limited to ``RANGE_LIMIT`` of
-the largest float so that finite data never decodes to Inf. A NaN scale stores zero codes and decodes
-to NaN. Decoded values are clamped to the finite range of the output dtype.
+``round`` is to nearest (ties to even) or ``floor(u) + (noise < u - floor(u))`` with noise from (seed,
+flat index).
 
-Where buckets end with a row (``spec.row_size``), each row is padded to whole buckets first; flat indices
+``range`` is NaN if an end is not finite. It is limited to ``RANGE_LIMIT`` of the largest float, so
+finite data never decodes to Inf. A NaN scale stores zero codes and decodes to NaN. Decoded values are
+clamped to the finite range of the output dtype.
+
+If buckets end with a row (``spec.row_size``), each row is padded to whole buckets first. Flat indices
 are those of the padded tensor.
 
 The rules and roundings are rows of :mod:`brevitas_bp.format.stages`, which has their formulas. A
-transform is applied to the padded bucket before all this, and undone after it.
+transform is applied to the padded bucket before all these steps, and undone after them.
 """
 
 from dataclasses import dataclass, replace
@@ -53,19 +56,19 @@ from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import NO_TRANSFORM
 from brevitas_bp.format.widths import WidthLayout
 
-# Elements handled at once: temporaries are small beside the tensor, and on CPU stay in the cache.
-# Elsewhere a launch costs more than memory.
+# Elements handled at once. Temporaries are small compared to the tensor, and on CPU they stay in the
+# cache. On other devices, a launch costs more than memory.
 _CHUNK, _LARGE_CHUNK = 1 << 17, 1 << 22
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Bytes of one tensor.
+    """The bytes of one tensor.
 
     Attributes:
-        payload: uint8, the packed codes; with two widths those of mixed buckets come first.
-        metadata: in the metadata dtype: scales [n_buckets]; after them, where codes are unsigned,
-            offsets [n_buckets].
+        payload: uint8, the packed codes; with two widths, the codes of mixed buckets come first.
+        metadata: in the metadata dtype, scales [n_buckets]; if codes are unsigned, offsets [n_buckets]
+            follow.
         affine: whether there are offsets.
     """
 
@@ -75,27 +78,27 @@ class Encoded:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """What is stored."""
+        """The stored tensors: payload and metadata."""
         return self.payload, self.metadata
 
     @property
     def scale(self) -> Tensor:
-        """[n_buckets], a view."""
+        """Scales [n_buckets], a view."""
         return self.metadata[:len(self.metadata) // 2] if self.affine else self.metadata
 
     @property
     def offset(self) -> Tensor | None:
-        """[n_buckets], a view; None where codes are signed."""
+        """Offsets [n_buckets], a view; None if codes are signed."""
         return self.metadata[len(self.metadata) // 2:] if self.affine else None
 
 
 def bucket_shape(
         numel: int, bucket_size: int | None, row_size: int | None = None) -> tuple[int, int]:
-    """Number and size of the buckets of ``numel`` elements; size is padded to a multiple of 8.
+    """Returns number and size of the buckets of ``numel`` elements; pads the size to a multiple of 8.
 
     Args:
         numel: elements of the tensor.
-        bucket_size: elements of a bucket; None: one bucket.
+        bucket_size: elements of a bucket; None means one bucket.
         row_size: elements after which a bucket ends early, see :class:`BucketQuantSpec`.
 
     >>> bucket_shape(1000, 256), bucket_shape(1000, None), bucket_shape(0, 256)
@@ -111,7 +114,7 @@ def bucket_shape(
 
 
 def pad_rows(flat: Tensor, row_size: int, bucket_size: int, pad_with_zero: bool) -> Tensor:
-    """Rows of ``row_size`` elements, each padded to whole buckets; flat."""
+    """Pads each row of ``row_size`` elements to whole buckets, and returns a flat tensor."""
     rows = flat.view(-1, row_size)
     padded = flat.new_empty((len(rows), -(-row_size // bucket_size) * bucket_size))
     padded[:, :row_size] = rows
@@ -120,13 +123,13 @@ def pad_rows(flat: Tensor, row_size: int, bucket_size: int, pad_with_zero: bool)
 
 
 def cut_rows(padded: Tensor, row_size: int, bucket_size: int) -> Tensor:
-    """Inverse of :func:`pad_rows`."""
+    """Inverts :func:`pad_rows`."""
     length = -(-row_size // bucket_size) * bucket_size
     return padded.view(-1, length)[:, :row_size].contiguous().view(-1)
 
 
 def padded_rows(flat: Tensor, spec: BucketQuantSpec) -> tuple[Tensor, BucketQuantSpec]:
-    """The rows of a tensor, padded, and the quantizer of that, which knows no rows."""
+    """Returns the tensor with padded rows, and its quantizer, which has no ``row_size``."""
     if spec.row_size is None:
         return flat, spec
     assert spec.bucket_size is not None
@@ -136,35 +139,35 @@ def padded_rows(flat: Tensor, spec: BucketQuantSpec) -> tuple[Tensor, BucketQuan
 
 @lru_cache(maxsize=256)
 def without_rows(spec: BucketQuantSpec) -> BucketQuantSpec:
-    """The quantizer of what :func:`pad_rows` returns."""
+    """Returns the quantizer for a tensor that :func:`pad_rows` returned."""
     return replace(spec, row_size=None)
 
 
 def to_buckets(flat: Tensor, bucket_size: int | None, pad_with_zero: bool = False) -> Tensor:
-    """Buckets [n, B] of a flat tensor; a view where nothing has to be padded."""
+    """Returns the buckets [n, B] of a flat tensor; a view if nothing has to be padded."""
     n, size = bucket_shape(flat.numel(), bucket_size)
     missing = n * size - flat.numel()
     if missing:
-        # Repeating the last element leaves every minimum, maximum and magnitude as it is.
+        # Repeating the last element does not change the minimum, the maximum or a magnitude.
         pad = flat.new_zeros(missing) if pad_with_zero else flat[-1:].expand(missing)
         flat = torch.cat([flat, pad])
     return flat.reshape(n, size)
 
 
 def draw_layout(n: int, spec: BucketQuantSpec, seed: int) -> WidthLayout:
-    """The widths of ``n`` buckets: all base, or the two-width layout of ``seed``."""
+    """Draws the widths of ``n`` buckets: all the base width, or the two-width layout of ``seed``."""
     if spec.mix_bit_width is None:
         return WidthLayout(n, 0)
     return WidthLayout.draw(n, spec.mix_prob, spec.mix_per, derive(seed, WIDTHS, 0))
 
 
 def width_runs(layout: WidthLayout, spec: BucketQuantSpec) -> list[tuple[int, int, int]]:
-    """Runs of slots of one width: (first slot, stop, bit width), in the order of the payload."""
+    """Returns the runs of slots of one width, in payload order: (first slot, stop, bit width)."""
     return [(start, stop, spec.bit_widths[which]) for start, stop, which in layout.runs()]
 
 
 def payload_nbytes(layout: WidthLayout, spec: BucketQuantSpec, size: int) -> int:
-    """Bytes of all packed codes."""
+    """Returns the number of bytes of all packed codes."""
     return sum((stop - start) * packed_nbytes(size, width)
                for start, stop, width in width_runs(layout, spec))
 
@@ -211,7 +214,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
 def decode(
         encoded: Encoded, spec: BucketQuantSpec, seed: int, numel: int,
         dtype: torch.dtype) -> Tensor:
-    """Unpacks and dequantizes: the flat tensor [numel] of ``dtype`` that :func:`encode` was given."""
+    """Unpacks and dequantizes the bytes of :func:`encode`: a flat tensor [numel] of ``dtype``."""
     if spec.row_size is not None:
         n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
         padded = decode(encoded, without_rows(spec), seed, n * size, dtype)
@@ -247,13 +250,16 @@ def decode(
 def bucket_metadata(
         x: Tensor, spec: BucketQuantSpec, bit_width: int,
         size: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Scale and offset [n, 1] of buckets [n, B] in the dtype computed in; offset None if signed.
+    """Returns scale and offset [n, 1] of buckets [n, B], in the computation dtype.
 
     Args:
         x: buckets of any float dtype.
         spec: the quantizer.
-        bit_width: of these buckets.
-        size: elements of a bucket, where ``x`` is without its padding and too large for temporaries.
+        bit_width: bit width of these buckets.
+        size: elements of a full bucket, if ``x`` lacks its padding and is too large for temporaries.
+
+    Returns:
+        The scale; and the offset, or None if codes are signed.
     """
     scale, offset = spec.scale_rule.measure(x, spec.code_range.top(bit_width), spec.metadata_dtype, size)
     if spec.integer_zero_point and offset is not None:
@@ -264,7 +270,7 @@ def bucket_metadata(
 def _codes(
         x: Tensor, scale: Tensor, offset: Tensor | None, starts: Tensor, spec: BucketQuantSpec,
         width: int, seed: int) -> Tensor:
-    """Codes of rows ``x`` [r, L], whose first elements have the flat indices ``starts`` [r, 1]."""
+    """Returns the codes of parts ``x`` [r, L], which begin at the flat indices ``starts`` [r, 1]."""
     noise = _noise(starts, x.shape[-1], seed) if spec.rounding.encoding_draws else None
     top, lowest = spec.code_range.top(width), spec.code_range.lowest(width)
     codes = spec.rounding.round_(scaled(x.to(scale.dtype), scale, offset), noise).clamp_(lowest, top)
@@ -274,14 +280,14 @@ def _codes(
 def _values(
         packed: Tensor, size: int, scale: Tensor, offset: Tensor | None, starts: Tensor,
         spec: BucketQuantSpec, width: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Bytes to values [r, size]; the rows are those of :func:`_codes`."""
+    """Unpacks and dequantizes bytes to values [r, size]; the parts are those of :func:`_codes`."""
     return _dequantized(unpack(packed, width, size), scale, offset, starts, spec, width, seed, dtype)
 
 
 def _dequantized(
         codes: Tensor, scale: Tensor, offset: Tensor | None, starts: Tensor, spec: BucketQuantSpec,
         width: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Stored codes [r, L] to values; the rows are those of :func:`_codes`."""
+    """Dequantizes stored codes [r, L]; the parts are those of :func:`_codes`."""
     lowest = spec.code_range.lowest(width)
     codes = codes.to(scale.dtype)
     codes = codes.add_(lowest) if lowest else codes
@@ -300,25 +306,25 @@ def _chunks(start: int, stop: int, size: int, chunk: int) -> list[tuple[int, int
 
 
 def _bucket_at(layout: WidthLayout, slot: int) -> int:
-    """The bucket that owns a slot."""
+    """Returns the bucket that owns a slot."""
     return (slot - layout.shift) * layout.inverse % layout.n
 
 
 def rows_of(
         layout: WidthLayout, first: int, last: int, device: torch.device) -> Tensor | slice:
-    """The buckets of a run of slots: a slice where slots are in bucket order."""
+    """Returns the buckets of a run of slots; a slice if slots are in bucket order."""
     if layout.multiplier == 1 and layout.shift == 0:
         return slice(first, last)
     return layout.buckets(first, last, device)
 
 
 def _starts(rows: Tensor | slice, size: int, device: torch.device) -> Tensor:
-    """Flat index of the first element of each bucket, int64 [r, 1]."""
+    """Returns the flat index of the first element of each bucket, int64 [r, 1]."""
     return row_numbers(rows, device).unsqueeze(-1) * size
 
 
 def take(flat: Tensor, rows: Tensor | slice, size: int, pad_with_zero: bool) -> Tensor:
-    """Buckets [r, size] of a flat tensor; only the last of all is copied in order to be padded."""
+    """Returns buckets [r, size] of a flat tensor; pads a copy of the last bucket only."""
     if isinstance(rows, slice):
         return to_buckets(flat[rows.start * size:rows.stop * size], size, pad_with_zero)
     whole = flat.numel() // size
@@ -333,7 +339,7 @@ def take(flat: Tensor, rows: Tensor | slice, size: int, pad_with_zero: bool) -> 
 
 
 def _noise(starts: Tensor, length: int, seed: int) -> Tensor:
-    """Rounding noise [r, length] of rows whose first elements have the flat indices ``starts``."""
+    """Returns rounding noise [r, length] of parts that begin at the flat indices ``starts`` [r, 1]."""
     return uniform_(row_indices(starts, length), noise_keys(seed))
 
 
@@ -360,7 +366,7 @@ def _encode_large(
 def _decode_large(
         packed: Tensor, scale: Tensor, offset: Tensor | None, index: int, spec: BucketQuantSpec,
         width: int, seed: int, out: Tensor) -> None:
-    """Inverse of :func:`_encode_large`; ``out`` [size]."""
+    """Inverts :func:`_encode_large`; writes ``out`` [size]."""
     segments = out.view(segments_of(width), -1)
     period = segments.shape[1]
     starts = torch.arange(segments_of(width), device=out.device).unsqueeze(-1) * period + index

@@ -1,4 +1,4 @@
-"""The static facts of one bucket quantizer: what a fused kernel needs to know."""
+"""The static facts of one bucket quantizer: everything that a fused kernel needs to know."""
 
 import json
 from collections.abc import Set
@@ -28,7 +28,7 @@ METADATA_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_bit_width(where: str, bit_width: Any) -> int:
-    """Returns ``bit_width``, an int in 1..8, or raises."""
+    """Returns ``bit_width`` if it is an int in 1..8, or raises."""
     if not isinstance(bit_width, int) or isinstance(bit_width, bool) or not (
             1 <= bit_width <= MAX_BIT_WIDTH):
         raise ValueError(
@@ -75,21 +75,21 @@ class BucketQuantSpec:
 
     Attributes:
         bit_width: bits of a stored code, 1..8.
-        bucket_size: elements of a bucket, a multiple of 8; None is one bucket for each tensor.
-        scale_rule: how scale and offset follow from the values of a bucket.
-        code_range: the codes that a width has.
-        rounding: how scaled values become codes.
-        integer_zero_point: round the affine zero point to an integer (biased at the range ends).
-        metadata_dtype: stored dtype of scale and offset; float32 means "the dtype computed in".
+        bucket_size: elements of a bucket, a multiple of 8; None means one bucket for each tensor.
+        scale_rule: computes scale and offset from the values of a bucket.
+        code_range: the codes of each width.
+        rounding: turns scaled values into codes.
+        integer_zero_point: rounds the affine zero point to an integer (biased at the range ends).
+        metadata_dtype: stored dtype of scale and offset; float32 means "the computation dtype".
         mix_bit_width: second width, or None.
         mix_prob: probability of the second width.
         mix_per: one draw for each "bucket" or one for each "tensor".
-        row_size: elements of a row. The last bucket of each row is padded, so that no bucket holds
-            elements of two rows. None: buckets follow one another through the whole tensor.
+        row_size: elements of a row. The last bucket of each row is padded, so no bucket holds elements
+            of two rows. None: buckets follow one another through the whole tensor.
         transform: applied to each bucket before it is quantized.
 
     Raises:
-        ValueError: a size or width out of range, or rows that do not go together.
+        ValueError: a size or width is out of range, or the rows do not fit together.
     """
 
     bit_width: int = 2
@@ -106,7 +106,7 @@ class BucketQuantSpec:
     transform: Transform = NO_TRANSFORM
 
     def __hash__(self) -> int:
-        # Computed for every saved tensor: these fields tell most specs apart.
+        # The hash is computed for every saved tensor. These fields suffice to tell most specs apart.
         return hash((self.bit_width, self.bucket_size, self.row_size, self.mix_prob))
 
     def __post_init__(self) -> None:
@@ -133,19 +133,19 @@ class BucketQuantSpec:
                 f"{self.metadata_dtype}; a rounded offset would move zero off the grid")
         if self.row_size is not None and (self.bucket_size is None or self.row_size < 1):
             raise ValueError(
-                f"{where}: row_size must be a positive number of elements, beside a bucket_size, got "
+                f"{where}: row_size must be a positive number of elements and needs a bucket_size, got "
                 f"row_size={self.row_size!r} and bucket_size={self.bucket_size!r}")
         if self.transform is not NO_TRANSFORM and self.bucket_size is None:
             raise ValueError(
-                f"{where}: the transform {self.transform.name!r} needs a bucket_size, because it makes "
-                "temporaries of the size of a bucket, which would be the whole tensor; set for instance "
-                "256")
+                f"{where}: the transform {self.transform.name!r} needs a bucket_size, because its "
+                "temporaries are as large as a bucket, and without a bucket_size that is the whole "
+                "tensor; set for instance bucket_size=256")
 
     def in_rows(self, length: int) -> "BucketQuantSpec":
-        """The same quantizer with buckets that end with each row of ``length`` elements.
+        """Returns this quantizer with buckets that end with each row of ``length`` elements.
 
         The buckets of a row are equally large, and no larger than ``bucket_size``. One bucket for the
-        whole tensor stays one.
+        whole tensor stays one bucket.
 
         >>> rows = BucketQuantSpec(bucket_size=256).in_rows
         >>> [(spec.bucket_size, spec.row_size) for spec in (rows(768), rows(300), rows(49))]
@@ -154,12 +154,12 @@ class BucketQuantSpec:
         if self.bucket_size is None:
             return self
         size = row_bucket(length, self.bucket_size)
-        # Buckets that fill a row need not know of it.
+        # Buckets that fill a row exactly need no row_size.
         return replace(
             self, bucket_size=size, row_size=None if length % size == 0 else length)
 
     def to_text(self) -> str:
-        """All of it as text, for operators of compiled graphs, which take no objects.
+        """Returns the spec as text, for operators of compiled graphs, which take no objects.
 
         >>> BucketQuantSpec.from_text(BucketQuantSpec(3).to_text()) == BucketQuantSpec(3)
         True
@@ -169,12 +169,12 @@ class BucketQuantSpec:
 
     @classmethod
     def from_text(cls, text: str) -> "BucketQuantSpec":
-        """What :meth:`to_text` wrote."""
+        """Reads a spec that :meth:`to_text` wrote."""
         return _from_text(text)
 
     @property
     def bit_widths(self) -> tuple[int, ...]:
-        """The widths a bucket can have; the first is the base width."""
+        """The widths that a bucket can have; the first is the base width."""
         if self.mix_bit_width is None:
             return (self.bit_width,)
         return (self.bit_width, self.mix_bit_width)
@@ -186,21 +186,21 @@ class BucketQuantSpec:
 
     @property
     def pads_with_zero(self) -> bool:
-        """Whether a bucket that is not full is padded with zeros; otherwise with its last element."""
+        """Whether a partial bucket is padded with zeros; otherwise it repeats its last element."""
         return self.scale_rule.pads_with_zero or self.transform.pads_with_zero
 
     @property
     def decoding_draws(self) -> bool:
-        """Whether decoding repeats what encoding drew from the seed."""
+        """Whether decoding repeats the draws that encoding made from the seed."""
         return self.rounding.decoding_draws or self.transform.draws or self.mix_bit_width is not None
 
     def is_covered_by(self, stages: Set[Stage]) -> bool:
-        """Whether all stages are among these."""
+        """Returns whether ``stages`` contains all stages of this quantizer."""
         return {getattr(self, field) for field in _TABLES} <= stages
 
 
 def row_bucket(length: int, bucket_size: int) -> int:
-    """Size of the buckets of a row: equal parts of it, padded to a multiple of 8 elements.
+    """Returns the size of the buckets of a row: equal parts of it, padded to a multiple of 8 elements.
 
     >>> [row_bucket(length, 256) for length in (1, 49, 192, 256, 1000)]
     [8, 56, 192, 256, 256]
@@ -218,7 +218,7 @@ def _from_text(text: str) -> BucketQuantSpec:
 
 
 def check_code_range(where: str, code_range: CodeRange, bit_width: int) -> None:
-    """Raises where ``bit_width`` leaves no level on both sides of zero."""
+    """Raises if ``bit_width`` leaves no level on both sides of zero."""
     if bit_width < code_range.least_width:
         raise ValueError(
             f"{where}: {code_range.name} codes need bit_width >= {code_range.least_width}, got "

@@ -1,20 +1,23 @@
 """The stages of a bucket quantizer: transform, scale rule, code range and rounding.
 
 Each kind of stage is a table of frozen rows. A row has the name and the number of the stage, the facts
-that others need, and the formula in torch operations that defines its bytes. A quantizer is made of one
-row of each kind (:class:`~brevitas_bp.format.spec.BucketQuantSpec`).
+that other code needs, and the formula in torch operations that defines its bytes. A quantizer is made
+of one row of each kind (:class:`~brevitas_bp.format.spec.BucketQuantSpec`).
 
-The formulas are those of Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation
-Compressed Training", 2021, without its absolute epsilon, and of Li, "Mix-Precision Stochastic
-Quantization of Activations during Backpropagation", 2025, with metadata rounded before the codes.
+The formulas come from two papers:
+
+* Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed Training",
+  2021, without its absolute epsilon.
+* Li, "Mix-Precision Stochastic Quantization of Activations during Backpropagation", 2025, with metadata
+  rounded before the codes.
 
 NOTE [ Adding a stage ]
-1. Add a row here. The torch reference computes it from then on, on every device.
+1. Add a row here. From then on, the torch reference computes the stage on every device.
 2. Compiled kernels list the rows that they implement (``COVERED`` in :mod:`brevitas_bp.kernels.cpu` and
-   :mod:`brevitas_bp.kernels.gpu`), and take the numbers of the rows as constants. A quantizer with
-   another row goes to the reference.
-3. A module in :mod:`brevitas_bp.core` says with ``stage(slot)`` which row it computes. A quantizer with
-   a part that says nothing runs through its modules, not through a kernel.
+   :mod:`brevitas_bp.kernels.gpu`), and take the numbers of the rows as constants. The reference serves
+   a quantizer with any other row.
+3. A module in :mod:`brevitas_bp.core` says with ``stage(slot)`` which row it computes. If a part of a
+   quantizer says nothing, the quantizer runs through its modules, not through a kernel.
 """
 
 from collections.abc import Callable
@@ -40,20 +43,20 @@ _Row = TypeVar("_Row", bound="Stage")
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A row of one of the tables. Rows are compared by identity; copies and pickles keep it.
+    """A row of one of the tables. Rows are compared by identity; copies and pickles keep the identity.
 
     Attributes:
-        name: in messages, in compiled graphs and in pickles.
-        number: constant that stands for the row in compiled kernels.
+        name: used in messages, in compiled graphs and in pickles.
+        number: constant that identifies the row in compiled kernels.
 
     Raises:
-        ValueError: the table has another row of this name or number.
+        ValueError: the table already has a row of this name or number.
     """
 
     name: str
     number: int
 
-    #: Name -> row, of each kind.
+    #: Name -> row; each kind of stage has its own table.
     rows: ClassVar[dict[str, Any]]
 
     def __init_subclass__(cls) -> None:
@@ -65,20 +68,20 @@ class Stage:
         for row in self.rows.values():
             if row.name == self.name or row.number == self.number:
                 raise ValueError(
-                    f"brevitas_bp.format.stages.{kind}: {self.name!r} (number {self.number}) would "
-                    f"stand beside {row.name!r} (number {row.number}); names and numbers must differ")
+                    f"brevitas_bp.format.stages.{kind}: {self.name!r} (number {self.number}) clashes "
+                    f"with {row.name!r} (number {row.number}); names and numbers must differ")
         self.rows[self.name] = self
 
     @classmethod
     def named(cls: type[_Row], name: str) -> _Row:
-        """The row called ``name``.
+        """Returns the row called ``name``.
 
         Raises:
-            UnknownNameError: there is none.
+            UnknownNameError: no row has this name.
         """
         if name not in cls.rows:
             raise UnknownNameError(
-                f"brevitas_bp.format.stages.{cls.__name__}: there is no row {name!r}"
+                f"brevitas_bp.format.stages.{cls.__name__}: unknown row {name!r}"
                 f"{nearest(name, cls.rows)}")
         return cls.rows[name]
 
@@ -95,11 +98,11 @@ def _unchanged(x: Tensor, buckets: Tensor | None, seed: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Transform(Stage):
-    """An invertible linear map of a bucket, applied before it is quantized and undone after.
+    """An invertible linear map of a bucket, applied before quantizing and undone after dequantizing.
 
     Attributes:
-        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the dtype computed in.
-        undo: the inverse, with the same arguments.
+        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the computation dtype.
+        undo: the inverse of ``apply``, with the same arguments.
         pads_with_zero: a bucket that is not full is padded with zeros, not with its last element.
         draws: the map depends on the seed.
     """
@@ -111,14 +114,14 @@ class Transform(Stage):
 
 
 class Neutral:
-    """The answer of a part that computes no stage, such as the view of the buckets."""
+    """The type of :data:`NEUTRAL`: the part computes no stage, for example the view of the buckets."""
 
 
-#: What ``stage(slot)`` of a part returns that changes nothing.
+#: ``stage(slot)`` of a part returns this if the part changes nothing.
 NEUTRAL = Neutral()
 
 
-#: Values are quantized as they are.
+#: No transform: values are quantized as they are.
 NO_TRANSFORM = Transform("none", 0)
 
 
@@ -129,7 +132,7 @@ class CodeRange(Stage):
     Attributes:
         signed: codes run from ``-top`` to ``top``; otherwise from 0.
         least_width: narrower widths have no code on both sides of zero.
-        top: width -> largest code, by which a scale rule divides.
+        top: width -> largest code, which the scale rule divides by.
     """
 
     signed: bool
@@ -137,7 +140,7 @@ class CodeRange(Stage):
     top: Callable[[int], int]
 
     def lowest(self, bit_width: int) -> int:
-        """The smallest code. Stored codes are counted from it.
+        """Returns the smallest code. Stored codes are counted from the smallest code.
 
         >>> [r.lowest(4) for r in (UNSIGNED, NARROW, SIGN_MAGNITUDE)]
         [0, -7, -4]
@@ -154,15 +157,16 @@ SIGN_MAGNITUDE = CodeRange("sign_magnitude", 2, True, 2, lambda width: 2**(width
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaleRule(Stage):
-    """How the scale of a bucket, and perhaps an offset, follow from its values.
+    """Computes the scale of a bucket, and an offset if the rule is affine, from the bucket's values.
 
     Attributes:
         affine: an offset is stored beside the scale.
         pads_with_zero: a bucket that is not full is padded with zeros, not with its last element.
-        signed: goes with signed codes; otherwise with unsigned ones.
-        measure: ``(x [n, B], top code, metadata dtype, B or None) -> (scale [n, 1], offset [n, 1] or
-            None)`` in the dtype computed in. ``B`` is given where ``x`` lacks its padding and is too
-            large for temporaries. Metadata are rounded outwards, to what their dtype holds.
+        signed: the rule needs signed codes; otherwise it needs unsigned codes.
+        measure:
+            ``(x [n, B], top code, metadata dtype, B or None) -> (scale [n, 1], offset [n, 1] or None)``
+            in the computation dtype. ``B`` is passed if ``x`` lacks its padding and is too large for
+            temporaries. Metadata are rounded outwards, to values that their dtype holds.
     """
 
     affine: bool
@@ -176,7 +180,7 @@ def _min_max(
         size: int | None) -> tuple[Tensor, Tensor | None]:
     """``lo = min``, ``scale = (max - lo) / top``."""
     computed = compute_dtype(x.dtype)
-    # Not aminmax, which takes eight times as long on CPU.
+    # aminmax takes eight times as long on CPU.
     lo, hi = (m.to(computed) for m in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
     lo = round_down(lo + 0, metadata_dtype)
     scale = round_up(finite_range(lo, hi + 0) / top, metadata_dtype)
@@ -210,14 +214,14 @@ def _as_they_are(codes: Tensor, noise: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rounding(Stage):
-    """How scaled values become integers.
+    """Turns scaled values into integers.
 
     Attributes:
-        round_: ``(u, noise) -> integers``, as floats; may destroy ``u``. The noise is uniform in [0, 1),
-            None where none is drawn.
+        round_: ``(u, noise) -> integers``, as floats; may overwrite ``u``. The noise is uniform in [0,
+            1), or None if none is drawn.
         encoding_draws: :attr:`round_` takes noise.
         decoding_draws: :attr:`restore` takes the noise that :attr:`round_` took, drawn again.
-        restore: ``(codes, noise) -> what is multiplied by the scale``.
+        restore: ``(codes, noise) -> factors``; dequantizing multiplies the factors by the scale.
     """
 
     round_: Callable[[Tensor, Tensor | None], Tensor]
@@ -237,6 +241,6 @@ def _stochastically(u: Tensor, noise: Tensor | None) -> Tensor:
     return floor.add_(noise < u.sub_(floor))
 
 
-#: To nearest, ties to even.
+#: Rounds to nearest, ties to even.
 NEAREST = Rounding("nearest", 0, _to_nearest)
 STOCHASTIC = Rounding("stochastic", 1, _stochastically, encoding_draws=True)

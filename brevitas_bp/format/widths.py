@@ -1,11 +1,12 @@
-"""Which buckets take the second bit width: recomputed from the seed, never stored.
+"""Chooses the buckets that take the second bit width: recomputed from the seed, never stored.
 
-Systematic sampling: bucket ``i`` of ``n`` owns slot ``(multiplier * i + shift) mod n`` and is mixed
-when its slot lies below ``mixed = floor(p * n + U)``. The shift is uniform, so every bucket is mixed
-with probability exactly ``p``; the number of mixed buckets is fixed by the seed; and the slot is
-also the bucket's place among the packed bytes (mixed ones first), so no flag bit, prefix sum or
-device synchronisation is needed. The multiplier, near ``n`` times the golden ratio, spreads the
-mixed buckets evenly over the tensor.
+The choice is systematic sampling. Bucket ``i`` of ``n`` owns slot ``(multiplier * i + shift) mod n``.
+The bucket is mixed if its slot lies below ``mixed = floor(p * n + U)``. The shift is uniform, so every
+bucket is mixed with probability exactly ``p``. The seed fixes the number of mixed buckets.
+
+The slot is also the place of the bucket among the packed bytes, mixed buckets first. No flag bit,
+prefix sum or device synchronisation is therefore needed. The multiplier, near ``n`` times the golden
+ratio, spreads the mixed buckets evenly over the tensor.
 """
 
 import math
@@ -21,7 +22,7 @@ from brevitas_bp.format.spec import MixPer
 
 @lru_cache(maxsize=4096)
 def _spreading_multiplier(n: int) -> tuple[int, int]:
-    """A multiplier coprime to ``n`` near its golden section, and its inverse modulo ``n``."""
+    """Returns a multiplier coprime to ``n``, near its golden section, and its inverse modulo ``n``."""
     if n <= 2:
         return 1, 1
     candidate = max(1, round(n * (math.sqrt(5) - 1) / 2))
@@ -36,10 +37,10 @@ class WidthLayout:
 
     Attributes:
         n: number of buckets.
-        mixed: how many have the second width; they own slots ``0 .. mixed - 1``.
-        multiplier: of the map from buckets to slots.
-        inverse: of ``multiplier`` modulo ``n``.
-        shift: of the map from buckets to slots.
+        mixed: number of buckets with the second width; they own slots ``0 .. mixed - 1``.
+        multiplier: factor of the map from buckets to slots.
+        inverse: inverse of ``multiplier`` modulo ``n``.
+        shift: shift of the map from buckets to slots.
     """
 
     n: int
@@ -59,7 +60,7 @@ class WidthLayout:
         return cls(n, mixed, multiplier, inverse, derive(seed, 1) % max(n, 1))
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """Runs of slots of one width, in the order of the payload: (first slot, stop, which width).
+        """Returns the runs of slots of one width, in payload order: (first slot, stop, which width).
 
         >>> WidthLayout(5, 2).runs()
         [(0, 2, 1), (2, 5, 0)]
@@ -68,15 +69,15 @@ class WidthLayout:
         return [run for run in runs if run[0] < run[1]]
 
     def slots(self, device: torch.device | str = "cpu") -> Tensor:
-        """Slot of every bucket, int64 [n]."""
+        """Returns the slot of every bucket, int64 [n]."""
         buckets = torch.arange(self.n, dtype=torch.int64, device=device)
         return (buckets * self.multiplier + self.shift).remainder_(max(self.n, 1))
 
     def is_mixed(self, device: torch.device | str = "cpu") -> Tensor:
-        """Whether each bucket has the second width, bool [n]."""
+        """Returns whether each bucket has the second width, bool [n]."""
         return self.slots(device) < self.mixed
 
     def buckets(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-        """Buckets that own slots ``start .. stop - 1``, int64."""
+        """Returns the buckets that own slots ``start .. stop - 1``, int64."""
         slots = torch.arange(start, stop, dtype=torch.int64, device=device)
         return ((slots - self.shift) * self.inverse).remainder_(max(self.n, 1))

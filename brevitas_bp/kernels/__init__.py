@@ -1,4 +1,4 @@
-"""Fast forms of :mod:`brevitas_bp.format`: numba for CPUs, Triton for CUDA; ``dispatch`` chooses."""
+"""Fast forms of :mod:`brevitas_bp.format`: numba on CPUs, Triton on CUDA; ``dispatch`` chooses."""
 
 from brevitas_bp.kernels.dispatch import use
 

@@ -1,11 +1,11 @@
 """Chooses the kernels of a tensor: by its device, and by what each backend covers.
 
 All backends give the same bytes, those of :mod:`brevitas_bp.format.reference`. A backend is a module
-with ``covers(spec, numel, dtype)`` and ``launcher(spec, numel, dtype)``. The first one of a device that
-covers a quantizer serves it; the reference covers everything. :func:`use` forces the reference.
+with ``covers(spec, numel, dtype)`` and ``launcher(spec, numel, dtype)``. The first backend of a device
+that covers a quantizer serves it. The reference covers everything. :func:`use` forces the reference.
 
-Code that handles many tensors of one size keeps a :func:`launcher`. :func:`encode` and :func:`decode`
-are for single tensors.
+Code that handles many tensors of one size should keep a :func:`launcher`. :func:`encode` and
+:func:`decode` are for single tensors.
 """
 
 import importlib.util
@@ -29,26 +29,26 @@ Preference = Literal["fastest", "reference"]
 
 
 class _Choice:
-    """Which kernels this process uses, see :class:`use`."""
+    """The kernels that this process prefers, see :class:`use`."""
 
     preference: Preference = "fastest"
 
 
-#: Plans made with another preference are out of date.
+#: Launchers made with another preference are out of date.
 CHOICE = _Choice()
 
 
 class use:  # noqa: N801
-    """Says which kernels this process uses from now on; as a context manager, within the block.
+    """Sets the kernels that this process uses from now on; as a context manager, within the block only.
 
-    Bytes and decoded values are the same with either. "reference" is slower. It serves to find out
-    whether a compiled kernel is to blame for an error.
+    Both preferences give the same bytes and decoded values. "reference" is slower. It helps to find
+    out whether a compiled kernel causes an error.
 
     Args:
         preference: "fastest", the default, or "reference": torch operations only.
 
     Raises:
-        UnknownNameError: another preference.
+        UnknownNameError: ``preference`` is neither of the two.
 
     >>> with use("reference"):
     ...     backend(torch.device("cpu"), BucketQuantSpec(), 256, torch.float32).__name__
@@ -80,7 +80,7 @@ def _prefer(preference: Preference) -> None:
 
 @lru_cache(maxsize=1)
 def _numba_works() -> bool:
-    """Whether numba can be used; imported at first use. Hints once where it cannot."""
+    """Returns whether numba is usable; imports it at first use. Warns once if it is not."""
     try:
         if importlib.util.find_spec("numba") is None:
             raise ImportError("it is not installed: pip install brevitas-bp[cpu]")
@@ -91,30 +91,31 @@ def _numba_works() -> bool:
         import brevitas_bp.kernels.cpu.launch  # noqa: F401
     except Exception as error:
         warnings.warn(
-            "brevitas_bp: CPU tensors go through the slower torch reference (same bytes), because numba "
-            f"cannot be used. The reason: {error}", stacklevel=2)
+            "brevitas_bp: CPU tensors use the slower torch reference (same bytes), because numba does "
+            f"not work. The reason: {error}", stacklevel=2)
         return False
     return True
 
 
 @lru_cache(maxsize=1)
 def _triton_works() -> bool:
-    """Whether the Triton kernels can run; imported at first use. Hints once where they cannot."""
+    """Returns whether the Triton kernels can run; imports them at first use. Warns once if not."""
     try:
         if torch.version.hip is not None:
-            raise RuntimeError("they are written for NVIDIA devices")
+            raise RuntimeError("the kernels need an NVIDIA device")
         import triton
 
         if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-            raise RuntimeError(f"they need Triton 3.6, and {triton.__version__} is installed")
-        # Triton compiles a small C extension here, which needs a compiler and Python's headers.
+            raise RuntimeError(f"the kernels need Triton 3.6, but {triton.__version__} is installed")
+        # Triton compiles a small C extension here, which needs a C compiler and Python's headers.
         target: Any = triton.runtime.driver.active.get_current_target()
         if target.arch < 80:
-            raise RuntimeError(f"they need compute capability 8.0, and this device has {target.arch}")
+            raise RuntimeError(
+                f"the kernels need compute capability 8.0, but this device has {target.arch}")
         import brevitas_bp.kernels.gpu.launch  # noqa: F401
     except Exception as error:
         warnings.warn(
-            "brevitas_bp: the Triton kernels cannot run, so CUDA tensors go through the slower torch "
+            "brevitas_bp: the Triton kernels cannot run, so CUDA tensors use the slower torch "
             "reference (same bytes); pip install brevitas-bp[gpu], on a machine with a C compiler. "
             f"The reason: {error!r}", stacklevel=2)
         return False
@@ -122,12 +123,12 @@ def _triton_works() -> bool:
 
 
 def _is_compiled_for(device: torch.device) -> bool:
-    """Whether compiled CPU kernels serve tensors of a device."""
+    """Returns whether compiled CPU kernels serve tensors of a device."""
     return device.type == "cpu" and CHOICE.preference == "fastest" and _numba_works()
 
 
 def _backends(device: torch.device) -> list[ModuleType]:
-    """The compiled backends of a device, in the order of preference."""
+    """Returns the compiled backends of a device, in the order of preference."""
     if _is_compiled_for(device):
         from brevitas_bp.kernels.cpu import large, launch
 
@@ -141,12 +142,12 @@ def _backends(device: torch.device) -> list[ModuleType]:
 
 def backend(
         device: torch.device, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> ModuleType:
-    """The module that serves such tensors: the first that covers them, else the reference."""
+    """Returns the module that serves such tensors: the first that covers them, else the reference."""
     return next((b for b in _backends(device) if b.covers(spec, numel, dtype)), reference)
 
 
 def launcher(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
-    """How tensors of this size, dtype and device are encoded and decoded."""
+    """Returns the launcher that encodes and decodes tensors of this size, dtype and device."""
     chosen = backend(device, spec, numel, dtype)
     if chosen is reference:
         return StepwiseLauncher(reference, spec, numel, dtype, derivative)
@@ -155,13 +156,13 @@ def launcher(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torc
 
 @lru_cache(maxsize=4096)
 def launcher_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
-    """As :func:`launcher`, of a quantizer as :meth:`BucketQuantSpec.to_text` writes it."""
+    """Returns a :func:`launcher` for a quantizer that :meth:`BucketQuantSpec.to_text` wrote."""
     return launcher(BucketQuantSpec.from_text(spec), numel, dtype, device)
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
-    # A flat tensor may have gaps, and the memory of a lazy negation is not negated.
+    # A flat tensor may have gaps. A lazily negated tensor is not yet negated in memory.
     flat = flat.contiguous().resolve_neg()
     made = launcher(spec, flat.numel(), flat.dtype, flat.device)
     return Encoded(*made.encode(flat, seed), spec.affine)
@@ -176,7 +177,7 @@ def decode(
 
 
 def derivative(flat: Tensor, name: str) -> Tensor:
-    """See :func:`brevitas_bp.activations.derivatives.derivative`; for tensors that it supports."""
+    """See :func:`brevitas_bp.activations.derivatives.derivative`, also for the supported tensors."""
     if _is_compiled_for(flat.device):
         from brevitas_bp.kernels.cpu import derivatives as compiled
 
@@ -185,7 +186,7 @@ def derivative(flat: Tensor, name: str) -> Tensor:
 
 
 def mask_backend(device: torch.device) -> ModuleType:
-    """The module whose functions, those of :mod:`brevitas_bp.format.masks`, serve a device."""
+    """Returns the module whose mask functions (:mod:`brevitas_bp.format.masks`) serve a device."""
     if _is_compiled_for(device):
         from brevitas_bp.kernels.cpu import masks as compiled
 
@@ -226,7 +227,7 @@ def window_indices(codes: Tensor, windows: Windows) -> Tensor:
 
 
 def few_bit_backend(device: torch.device) -> ModuleType:
-    """The module whose ``encode`` and ``decode`` serve few-bit tables there."""
+    """Returns the module whose ``encode`` and ``decode`` serve few-bit tables on a device."""
     if _is_compiled_for(device):
         from brevitas_bp.kernels.cpu import few_bit as compiled
 
@@ -250,7 +251,7 @@ def decode_few_bit(
 
 
 def averages_backend(device: torch.device) -> ModuleType:
-    """The module whose ``group_means`` and ``spread`` serve tensors there."""
+    """Returns the module whose ``group_means`` and ``spread`` serve tensors on a device."""
     if _is_compiled_for(device):
         from brevitas_bp.kernels.cpu import averages as compiled
 

@@ -1,4 +1,4 @@
-"""A plan: how tensors of one size, dtype and kind of device are encoded and decoded."""
+"""The launcher interface: encodes and decodes tensors of one size, dtype and kind of device."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -23,17 +23,17 @@ class Launcher(Protocol):
     def encode(
             self, x: Tensor, seed: int, function: str | None = None,
             affine: Affine | None = None) -> tuple[Tensor, Tensor]:
-        """Payload and metadata of a contiguous tensor, which is no lazy negation.
+        """Returns payload and metadata of a contiguous tensor, which must not be lazily negated.
 
-        With a function, see :mod:`~brevitas_bp.activations.derivatives`, its derivative at ``x`` is
-        encoded. With an affine map ``x`` is normalized first.
+        With ``function``, the derivative of this function at ``x`` is encoded, see
+        :mod:`~brevitas_bp.activations.derivatives`. With ``affine``, ``x`` is normalized first.
         """
         ...
 
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
             stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
-        """The tensor, whose strides leave no gaps in memory; ``affine`` undoes a normalization."""
+        """Returns the tensor; its strides leave no gaps in memory. ``affine`` undoes a normalization."""
         ...
 
 
@@ -48,13 +48,13 @@ class Kernels(Protocol):
 
 
 class StepwiseLauncher:
-    """A plan of kernels that know no rows, derivatives and normalization: these are steps of their own.
+    """Launches kernels that do not handle rows, derivatives or normalization; does these steps itself.
 
     Args:
         kernels: encode and decode flat tensors.
         spec: the quantizer.
         numel: elements of a tensor.
-        dtype: of the tensor.
+        dtype: dtype of the tensor.
         derivative: ``(flat tensor, name) -> derivative``.
     """
 

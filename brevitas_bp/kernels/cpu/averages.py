@@ -1,7 +1,7 @@
-"""Fast forms of :mod:`brevitas_bp.format.averages` for CPU tensors: one pass, compiled by numba.
+"""Fast forms of :mod:`brevitas_bp.format.averages` for CPU tensors, by numba; memory is read once.
 
-Indices are unsigned: a signed one could be negative, which numba looks at for every element. What is
-known when compiling (the usual sizes of groups) is passed as a constant to functions that are inlined.
+Indices are unsigned: numba checks each signed index for negative values. Sizes of groups that are known
+at compile time (the usual sizes) are passed as constants to inlined functions.
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from brevitas_bp.format.averages import group_count
 from brevitas_bp.kernels.cpu.compiling import inline, jit
 from brevitas_bp.kernels.cpu.threads import run_in_pool
 
-# Elements converted at once where the input is not float32.
+# Elements converted at once if the input is not float32.
 _CHUNK = 1 << 20
-# Repeating moves bits, whatever they mean.
+# Repeating only moves bits, so words of the element size serve all dtypes.
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _D, _F, _N = np.float64, np.float32, np.uint64
 _1, _2, _3, _4, _8 = _N(1), _N(2), _N(3), _N(4), _N(8)
-# Elements of rows that are read again for each group of a row, while they are in the first cache.
+# Elements of rows that are read again for each group of a row, while they are in the first-level cache.
 _BLOCK = _N(4096)
 
 
@@ -42,7 +42,7 @@ def _means_of(x: Any, begin: Any, end: Any, size: Any, out: Any) -> None:
 
 @jit
 def _whole_means(x: Any, begin: Any, end: Any, size: Any, out: Any) -> None:
-    """Groups ``begin .. end - 1``, none of them smaller."""
+    """Averages groups ``begin .. end - 1``, all of full size."""
     begin, end, size = _N(begin), _N(end), _N(size)
     if size == _2:
         _means_of(x, begin, end, _2, out)
@@ -66,7 +66,7 @@ def _column_of(
 def _column(
         x: Any, begin: Any, end: Any, length: Any, first: Any, count: Any, n: Any, place: Any,
         out: Any) -> None:
-    """One group of each row: all have the same number of elements, so no branch is mispredicted."""
+    """Averages one group of each row. All these groups are equally large: no branch is mispredicted."""
     if count == _1:
         _column_of(x, begin, end, length, first, _1, n, place, out)
     elif count == _2:
@@ -83,7 +83,7 @@ def _column(
 
 @jit
 def _row_means(x: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) -> None:
-    """Rows ``begin .. end - 1``, whose last group is smaller."""
+    """Averages rows ``begin .. end - 1``, whose last group is smaller."""
     begin, end, length, size = _N(begin), _N(end), _N(length), _N(size)
     n = (length + size - _1) // size
     while begin < end:
@@ -97,7 +97,7 @@ def _row_means(x: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) -
 @jit
 def _vector_means(
         x: Any, begin: Any, end: Any, length: Any, size: Any, inner: Any, out: Any) -> None:
-    """Rows ``begin .. end - 1`` of vectors."""
+    """Averages rows ``begin .. end - 1`` of vectors."""
     begin, end, length, size, inner = _N(begin), _N(end), _N(length), _N(size), _N(inner)
     n = (length + size - _1) // size
     total = np.empty(inner, _D)
@@ -130,7 +130,7 @@ def _fill(words: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) ->
 
 @jit
 def _spread(words: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) -> None:
-    """Rows ``begin .. end - 1``, each mean written for its elements."""
+    """Writes each mean of rows ``begin .. end - 1`` for all its elements."""
     begin, end, length, size = _N(begin), _N(end), _N(length), _N(size)
     if size == _2:
         _fill(words, begin, end, length, _2, out)
@@ -145,7 +145,7 @@ def _spread(words: Any, begin: Any, end: Any, length: Any, size: Any, out: Any) 
 @jit
 def _spread_vectors(
         words: Any, begin: Any, end: Any, length: Any, size: Any, inner: Any, out: Any) -> None:
-    """As :func:`_spread`, of vectors."""
+    """Works like :func:`_spread`, on rows of vectors."""
     begin, end, length, size, inner = _N(begin), _N(end), _N(length), _N(size), _N(inner)
     n = (length + size - _1) // size
     for row in range(begin, end):

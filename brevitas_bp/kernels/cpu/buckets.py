@@ -1,10 +1,11 @@
-"""The numba source of the bucket kernels: see :mod:`brevitas_bp.kernels.cpu.launch` for what calls them.
+"""The numba source of the bucket kernels, which :mod:`brevitas_bp.kernels.cpu.launch` calls.
 
-One source for float32 and float64: numba compiles it for the dtype of its arrays, and constants are
-made of that dtype (``x.dtype.type``). A float ``x`` comes with ``bits``, the same memory as integers.
+One source serves float32 and float64: numba compiles it for the dtype of its arrays, and constants take
+this dtype (``x.dtype.type``). Each float array ``x`` has a partner ``bits``, the same memory as
+integers.
 
-They give the bytes of :mod:`brevitas_bp.format.reference`: the same order of operations, and no fused
-multiply-add (no ``fastmath``).
+The kernels give the bytes of :mod:`brevitas_bp.format.reference`: the order of operations is the same,
+and there is no fused multiply-add (no ``fastmath``).
 """
 
 from typing import Any
@@ -38,9 +39,9 @@ from brevitas_bp.kernels.launchers import CODE_RANGES
 #: The stages that these kernels implement.
 COVERED = ROUNDINGS | RULES | CODE_RANGES | {NO_TRANSFORM}
 _U = np.uint32
-# Elements of a group of buckets: half of a first cache.
+# Elements of a group of buckets: half of a first-level cache.
 _GROUP = 1 << 12
-#: In place of the number of a derivative: the input is normalized.
+#: Replaces the number of a derivative: the input is normalized.
 NORMALIZED = -1
 
 
@@ -51,21 +52,21 @@ def encode(
         integer: Any, rounding: Any, k0: Any, k1: Any, payload: Any, metadata: Any,
         function: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
         inner: Any, largest: Any, divides: Any, pads_with_zero: Any, affine: Any) -> None:
-    """Buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
+    """Encodes buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
 
-    Where ``function`` is not 0, its derivative at ``x`` is encoded, or with :data:`NORMALIZED` what
-    :func:`normalize` makes of ``x``. Rows are those of :func:`place`.
+    If ``function`` is not 0, the kernel encodes the derivative of that function at ``x``. With
+    :data:`NORMALIZED` it encodes ``x`` normalized by :func:`normalize`. :func:`place` explains rows.
 
     ``metadata`` holds the scales, then for affine codes the offsets, as :func:`store` writes them.
 
-    Buckets are taken in groups that stay in cache: ranges of all of them, then their scales in vector
-    code, then their codes, then their bytes.
+    Buckets are processed in groups that stay in the cache. For each group, the kernel computes the
+    ranges of all buckets, then their scales in vector code, then their codes, then their bytes.
     """
     number = x.dtype.type
     group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
     buffer = np.empty(group * size, np.uint8)
     scratch = np.empty(scratch_size(rule, size), np.float64)
-    # Of what is computed or padded. Without rows only the last bucket of all is padded.
+    # Buffers for computed or padded values. Without rows, only the last bucket of all is padded.
     apart = function != 0 or row != 0
     copy_bits = np.empty(group * size if apart else size, bits.dtype)
     copies = copy_bits.view(x.dtype)
@@ -107,7 +108,7 @@ def encode(
                 values = window(copies, i * size if apart else 0, size)
             else:
                 values = window(x, start, size)
-            # Of the next group: memory is read while this one is rounded.
+            # Prefetch the next group: its memory is read while this group is rounded.
             ahead = start + group * size
             for j in range(ahead, min(ahead + size, x.size), line):
                 prefetch(x, j)
@@ -118,7 +119,8 @@ def encode(
                 round_codes(
                     rounding, values, codes, lo, inverse, lowests[kind], tops[kind],
                     _U((bucket * size) & 0xFFFFFFFF), k0, k1)
-        # Not right after rounding, whose last codes are on their way to the cache.
+        # Pack in a separate loop: right after rounding, the last codes are still on their way to the
+        # cache.
         for i in range(count):
             kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
             width = widths[kind]
@@ -135,9 +137,10 @@ def decode(
         shift: Any, widths: Any, lowests: Any, bf16: Any, payload: Any, scales: Any, offsets: Any,
         limit: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
         inner: Any, largest: Any, divides: Any) -> None:
-    """Buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``.
+    """Decodes buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``.
 
-    The last eight are those of :func:`encode`; ``scales_of`` is empty where nothing is normalized.
+    The last eight arguments are those of :func:`encode`; ``scales_of`` is empty if nothing is
+    normalized.
     """
     number = out.dtype.type
     codes = np.empty(size, np.uint8)

@@ -1,6 +1,6 @@
 """The compiled bucket kernels as C functions, which :mod:`brevitas_bp.kernels.cpu.threads` runs.
 
-A call passes the address of the numbers of :mod:`brevitas_bp.kernels.cpu.numbers`.
+A call passes the address of an array with the numbers of :mod:`brevitas_bp.kernels.cpu.numbers`.
 """
 
 from functools import cache
@@ -57,7 +57,8 @@ from brevitas_bp.kernels.cpu.numbers import (
 from brevitas_bp.kernels.cpu.threads import Kernel
 
 _F, _D = np.float32, np.float64
-#: Dtypes in the order of their numbers in a call; decoded values stay within the finite range of theirs.
+#: Dtypes in the order of their numbers in a call. Decoded values stay within the finite range of their
+#: dtype.
 LIMITS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LIMIT32, _LIMIT16, _LIMIT_B16 = (_F(torch.finfo(dtype).max) for dtype in LIMITS[:3])
 _LIMIT64 = _D(torch.finfo(torch.float64).max)
@@ -65,13 +66,13 @@ _LIMIT64 = _D(torch.finfo(torch.float64).max)
 
 @cache
 def encoder(computed: torch.dtype) -> Kernel:
-    """:func:`buckets.encode` for the dtype computed in."""
+    """Compiles :func:`buckets.encode` for a computation dtype."""
     real, word = (_F, np.int32) if computed == torch.float32 else (_D, np.int64)
     digest = SOURCES
 
     @c_function
     def encode(data: Any) -> None:
-        _ = digest  # what a closure holds is part of its key on disk
+        _ = digest  # the values of a closure are part of its cache key on disk
         a = memory(data, (COUNT,), np.int64)
         step, last = a[STEP], a[LAST]
         shifts = memory(pointer(a[SHIFTS]), (a[SHIFT_COUNT],), real)
@@ -99,7 +100,7 @@ def encoder(computed: torch.dtype) -> Kernel:
 
 @cache
 def decoder(computed: torch.dtype) -> Kernel:
-    """:func:`buckets.decode` for the dtype computed in."""
+    """Compiles :func:`buckets.decode` for a computation dtype."""
     real, digest = (_F if computed == torch.float32 else _D), SOURCES
 
     @c_function
@@ -112,7 +113,7 @@ def decoder(computed: torch.dtype) -> Kernel:
         largest = real(memory(data, (COUNT,), np.float64)[LARGEST])
         out = memory(pointer(a[VALUES]), (a[NUMEL],), real)
         payload = memory(pointer(a[PAYLOAD]), (a[NBYTES],), np.uint8)
-        # Scales, then where codes are affine as many offsets.
+        # Scales; if codes are affine, as many offsets follow.
         words = a[WORDS] >> a[AFFINE]
         scales = memory(pointer(a[METADATA]), (words,), np.uint16)
         offsets = memory(pointer(a[METADATA] + 2 * words), (a[WORDS] - words,), np.uint16)

@@ -1,6 +1,6 @@
-"""Rounding, packing and dequantizing of one bucket, in numba: see :mod:`brevitas_bp.format`.
+"""Rounds, packs and dequantizes one bucket, in numba: see :mod:`brevitas_bp.format`.
 
-Integers of the noise are cast to 32 bits explicitly, since numba promotes to 64.
+Integers of the noise are cast to 32 bits explicitly, because numba promotes to 64 bits.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ def _splitmix64(value: Any) -> Any:
 
 @jit
 def noise_keys(seed: Any) -> Any:
-    """See ``random.noise_keys``; ``seed`` is its lower 64 bits."""
+    """See ``random.noise_keys``; ``seed`` is the lower 64 bits of the seed."""
     key = _splitmix64(_splitmix64(np.uint64(_splitmix64(seed) ^ _L(ROUNDING))))
     return _U(key & _L(0xFFFFFFFF)), _U(key >> _L(32))
 
@@ -55,7 +55,7 @@ def noise_keys(seed: Any) -> Any:
 def round_stochastic(
         x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any, index: Any, k0: Any,
         k1: Any) -> None:
-    """Codes of ``x``, whose first element has the flat index ``index``, counted from ``lowest``."""
+    """Writes the codes of ``x``, counted from ``lowest``; ``index`` is the flat index of ``x[0]``."""
     wide_vectors()
     number = x.dtype.type
     low, high = number(lowest), number(top)
@@ -72,13 +72,13 @@ def round_stochastic(
         q = floor + (number(1) if noise < u - floor else number(0))
         q = low if q < low else q
         q = high if q > high else q
-        # Of floats: numba would subtract integers of 64 bits.
+        # Subtract floats: numba would subtract integers in 64 bits.
         codes[i] = np.uint8(np.int32(q - low))
 
 
 @jit
 def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any) -> None:
-    """As :func:`round_stochastic`, to nearest."""
+    """Works like :func:`round_stochastic`, rounding to nearest."""
     wide_vectors()
     number = x.dtype.type
     low, high = number(lowest), number(top)
@@ -86,7 +86,7 @@ def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: A
         q = np.rint((x[i] - lo) * inverse)
         q = low if q < low else q
         q = high if q > high else q
-        # Of floats: numba would subtract integers of 64 bits.
+        # Subtract floats: numba would subtract integers in 64 bits.
         codes[i] = np.uint8(np.int32(q - low))
 
 
@@ -103,18 +103,18 @@ def round_codes(
 
 @jit
 def copy_bytes(source: Any, target: Any) -> None:
-    """Copies all of ``source``: an assignment of slices is not turned into vector code."""
+    """Copies all of ``source``; the compiler does not turn a slice assignment into vector code."""
     wide_vectors()
     for i in range(source.size):
         target[i] = source[i]
 
 
-# Each plane is written out: one loop over its bytes, which the compiler turns into vector code.
+# Each plane is written out below as one loop over its bytes, which the compiler turns into vector code.
 
 
 @jit
 def pack(codes: Any, width: Any, out: Any) -> None:
-    """See ``packing.pack``, of one bucket."""
+    """Packs one bucket, see ``packing.pack``."""
     wide_vectors()
     size = codes.size
     if width == 8:
@@ -154,7 +154,7 @@ def pack(codes: Any, width: Any, out: Any) -> None:
 
 @jit
 def unpack(packed: Any, width: Any, codes: Any) -> None:
-    """See ``packing.unpack``, of one bucket."""
+    """Unpacks one bucket, see ``packing.unpack``."""
     wide_vectors()
     size = codes.size
     if width == 8:
@@ -195,8 +195,8 @@ def unpack(packed: Any, width: Any, codes: Any) -> None:
 @jit
 def locate(
         bucket: Any, size: Any, n: Any, mixed: Any, multiplier: Any, shift: Any, widths: Any) -> Any:
-    """Which width a bucket has (1: the mixed one) and where its bytes begin."""
-    # Of one width: no division.
+    """Returns which width a bucket has (1: the mixed width), and where its bytes begin."""
+    # With one width no division is needed.
     slot = bucket if multiplier == 1 and shift == 0 else (multiplier * bucket + shift) % n
     if slot < mixed:
         return 1, slot * (size * widths[1] // 8)
@@ -205,7 +205,7 @@ def locate(
 
 @jit
 def dequantize(codes: Any, lowest: Any, scale: Any, lo: Any, limit: Any, out: Any) -> None:
-    """Values of codes that are counted from ``lowest``; ``out`` may be shorter."""
+    """Dequantizes codes that are counted from ``lowest``; ``out`` may be shorter than ``codes``."""
     wide_vectors()
     number = out.dtype.type
     low = number(lowest)

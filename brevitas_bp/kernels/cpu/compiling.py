@@ -1,9 +1,10 @@
-"""How the numba kernels of this library are compiled, and what numba lacks for them.
+"""Compiles the numba kernels of this library, and provides operations that numba lacks.
 
 NOTE [ Compiled functions on disk ]
-numba keeps what it compiled beside the source, until the file of the function changes: a change of a
-function that it calls, in another file, goes unseen. So what is kept here counts as fresh only while
-:data:`SOURCES` is the same: a number made of the contents of all files that kernels are made of.
+numba caches compiled functions beside the source until the file of the function changes. It does not
+see that a called function in another file has changed. So a cached function counts as fresh only while
+:data:`SOURCES` has not changed. This number is a digest of the contents of all files that kernels are
+made of.
 """
 
 import hashlib
@@ -33,13 +34,13 @@ SOURCES = _digest()
 
 
 def _can_keep() -> bool:
-    """Whether there is a place on disk for what is compiled."""
+    """Returns whether there is a place on disk to cache compiled kernels."""
     try:
         numba.njit(cache=True)(_digest)
     except RuntimeError as error:
         warnings.warn(
-            "brevitas_bp: the CPU kernels are compiled anew in every process, half a minute long, "
-            "because there is nowhere to keep them; set NUMBA_CACHE_DIR to a writable folder. "
+            "brevitas_bp: every process compiles the CPU kernels again (half a minute), because numba "
+            "has no writable cache folder; set NUMBA_CACHE_DIR to a writable folder. "
             f"numba says: {error}", stacklevel=2)
         return False
     return True
@@ -49,27 +50,28 @@ KEPT = _can_keep()
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compiles ``function`` on its first call, and keeps it on disk where it can."""
+    """Compiles ``function`` on its first call, and caches it on disk if possible."""
     compiled: Any = numba.njit(nogil=True, cache=KEPT, error_model="numpy", boundscheck=False)(function)
     if KEPT:
         compiled._cache._cache_file._source_stamp = SOURCES
     return compiled
 
 
-#: Compiles a function of one pointer at once, as a C function for :class:`~.threads.Kernel`. What is
-#: kept on disk has the values of a closure in its key: SOURCES must be one of them.
+#: Compiles a function of one pointer immediately, as a C function for :class:`~.threads.Kernel`. The
+#: cache key on disk includes the values of a closure, so SOURCES must be one of them.
 c_function: Any = numba.cfunc(types.void(types.voidptr), cache=KEPT, error_model="numpy")
 inline = numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")
 
 
 @intrinsic
 def _wide_vectors(context: Any) -> Any:
-    """Lets a function whose loops call it use all of a vector register.
+    """Lets the loops of the calling function use full vector registers.
 
-    LLVM keeps to 256 bits on processors with 512, because the first of them lowered their clock for it.
+    On processors with 512-bit registers, LLVM uses only 256 bits, because the first of these processors
+    lowered their clock for 512 bits.
     """
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        # The set of llvmlite refuses attributes that it does not know.
+        # llvmlite's own set refuses attributes that it does not know.
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')
         return context.get_dummy_value()
 
@@ -78,10 +80,10 @@ def _wide_vectors(context: Any) -> Any:
 
 @intrinsic
 def _window(context: Any, array: Any, start: Any, count: Any) -> Any:
-    """``array[start:start + count]`` of a contiguous vector, which the caller keeps alive.
+    """Returns ``array[start:start + count]`` of a contiguous vector; the caller keeps the vector alive.
 
-    A slice looks whether its ends are negative or too large, and counts references: for a bucket of 256
-    elements that takes as long as the work.
+    A slice checks whether its ends are negative or too large, and counts references. For a bucket of
+    256 elements, the checks take as long as the work.
     """
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0]
@@ -100,14 +102,14 @@ def _window(context: Any, array: Any, start: Any, count: Any) -> Any:
 
 @intrinsic
 def _prefetch(context: Any, array: Any, index: Any) -> Any:
-    """Asks for the memory of ``array[index]``, which may lie beyond the end."""
+    """Prefetches the memory of ``array[index]``; the index may lie beyond the end."""
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = make_array(signature.args[0])(context, builder, arguments[0])
         place = builder.bitcast(builder.gep(source.data, [arguments[1]]), cgutils.voidptr_t)
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        # To be read, into all caches, data.
+        # Arguments: for reading, into all caches, data.
         builder.call(function, [place, number(0), number(3), number(1)])
         return context.get_dummy_value()
 
@@ -116,7 +118,7 @@ def _prefetch(context: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def _float_of(context: Any, bits: Any) -> Any:
-    """The float32 of these bits, an int32."""
+    """Returns the float32 with these bits, an int32."""
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -125,7 +127,7 @@ def _float_of(context: Any, bits: Any) -> Any:
 
 @intrinsic
 def _pointer_to(context: Any, address: Any) -> Any:
-    """An address as a pointer."""
+    """Converts an address to a pointer."""
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
@@ -134,7 +136,7 @@ def _pointer_to(context: Any, address: Any) -> Any:
 
 @intrinsic
 def _next_of(context: Any, counter: Any) -> Any:
-    """The number that a pointer points to, which is one more from then on, for all threads."""
+    """Atomic fetch-and-add on the counter, shared by all threads: returns its value, then adds 1."""
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = context.get_value_type(types.int64)
         place = builder.bitcast(arguments[0], number.as_pointer())
@@ -150,5 +152,5 @@ prefetch: Any = _prefetch
 float_of: Any = _float_of
 pointer: Any = _pointer_to
 next_of: Any = _next_of
-#: (pointer, shape, dtype) -> the array that lies there.
+#: (pointer, shape, dtype) -> the array at this pointer.
 memory: Any = numba.carray  # pyright: ignore[reportPrivateImportUsage]

@@ -1,6 +1,6 @@
-"""Compiled derivatives: the same operations as in :mod:`brevitas_bp.activations.functions`, in order.
+"""Compiled derivatives: the operations of :mod:`brevitas_bp.activations.functions`, in the same order.
 
-Each function that has ``compiled=True`` there needs one here, and a branch in :func:`differentiate`.
+Each function with ``compiled=True`` there needs a function here, and a branch in :func:`differentiate`.
 """
 
 from functools import cache
@@ -37,7 +37,7 @@ _P, _SQRT_HALF, _NORMAL = map(_F, (arithmetic.ERFC_P, arithmetic.SQRT_HALF, arit
 _A5, _A4, _A3, _A2, _A1 = map(_F, arithmetic.ERFC)
 _T0, _T1, _T2 = map(_F, GELU_TANH)
 
-#: Numbers by which kernels know the functions; 0 is none.
+#: Kernels identify functions by these numbers; 0 means no function.
 FUNCTIONS = {name: number for number, name in enumerate(COMPILED, 1)}
 _SILU, _GELU, _GELU_TANH = FUNCTIONS["silu"], FUNCTIONS["gelu"], FUNCTIONS["gelu_tanh"]
 _SIGMOID, _TANH = FUNCTIONS["sigmoid"], FUNCTIONS["tanh"]
@@ -119,7 +119,7 @@ def _tanh(y: Any, out: Any) -> None:
 
 @jit
 def differentiate(function: Any, x: Any, out: Any) -> None:
-    """Writes the derivative of a function, see :data:`FUNCTIONS`, at each element."""
+    """Writes the derivative of a function (a number of :data:`FUNCTIONS`) at each element."""
     if function == _SILU:
         _silu(x, out)
     elif function == _GELU:

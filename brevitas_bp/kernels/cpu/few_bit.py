@@ -1,6 +1,6 @@
-"""Fast form of :mod:`brevitas_bp.format.few_bit` for CPU tensors: one pass over each block in cache.
+"""Fast form of :mod:`brevitas_bp.format.few_bit` for CPU tensors; blocks are processed in the cache.
 
-Search and pack, unpack and look up. Threads, cutting and packing are those of
+The kernels search and pack, or unpack and look up. Threads, cutting and packing are those of
 :mod:`brevitas_bp.kernels.cpu.launch`.
 """
 
@@ -17,9 +17,9 @@ from brevitas_bp.kernels.cpu.codes import pack, unpack
 from brevitas_bp.kernels.cpu.compiling import jit
 from brevitas_bp.kernels.cpu.threads import run_in_pool
 
-# Blocks copied at once where the input is a 16-bit float, or has gaps.
+# Blocks copied at once if the input is a 16-bit float, or has gaps.
 _CHUNK = 64
-# Integers as wide as a float: levels are copied as bit patterns, and numba knows no bfloat16.
+# Integers as wide as a float: levels are copied as bit patterns, because numba has no bfloat16.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _U8 = np.uint8
 
@@ -28,7 +28,7 @@ _U8 = np.uint8
 def _encode(
         x: Any, first: Any, begin: Any, end: Any, borders: Any, width: Any, folded: Any,
         payload: Any, flags: Any) -> None:
-    """Blocks ``begin .. end - 1``; ``x`` starts with block ``first``."""
+    """Encodes blocks ``begin .. end - 1``; ``x`` starts with block ``first``."""
     buffer = np.empty(BLOCK, np.uint8)
     magnitudes = np.empty(BLOCK if folded else 1, x.dtype)
     for block in range(begin, end):
@@ -46,7 +46,7 @@ def _encode(
         size = (count + 7) // 8 * 8
         codes = buffer[:size]
         codes[:] = 0
-        # One pass of compares per border is vector code, which a search per element is not.
+        # One loop of comparisons for each border is vector code; a search for each element is not.
         for k in range(borders.size):
             border = borders[k]
             for i in range(count):
@@ -59,7 +59,7 @@ def _encode(
 def _decode(
         out: Any, begin: Any, end: Any, levels: Any, nan: Any, width: Any, payload: Any,
         flags: Any) -> None:
-    """Blocks ``begin .. end - 1`` of ``out``, as bit patterns."""
+    """Decodes blocks ``begin .. end - 1`` into ``out``, as bit patterns."""
     buffer = np.empty(BLOCK, np.uint8)
     for block in range(begin, end):
         start = block * BLOCK
@@ -112,7 +112,7 @@ def _borders(borders: tuple[float, ...], inner: torch.dtype) -> Any:
 
 @lru_cache(maxsize=256)
 def _levels(levels: tuple[float, ...], bit_width: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Bit patterns of one level per code, and of NaN."""
+    """Returns the bit patterns of one level per code, and of NaN."""
     padded = levels + levels[-1:] * (2**bit_width - len(levels))
     values = torch.tensor((*padded, torch.nan), dtype=torch.float64, device="cpu").to(dtype)
     patterns = values.view(_BITS[dtype.itemsize]).numpy()

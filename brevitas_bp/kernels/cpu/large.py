@@ -1,9 +1,9 @@
-"""Buckets too large for a cache, those of a whole tensor among them, on the compiled CPU kernels.
+"""Compiled CPU kernels for buckets too large for a cache, including a bucket of a whole tensor.
 
-Two passes instead of one: the range of all elements, then codes and bytes, both in pieces that a cache
-holds and that threads share.
+They read the data twice, not once: first for the range of all elements, then for codes and bytes. Both
+steps work in pieces that a cache holds and that threads share.
 
-The pieces are those of NOTE [ A bucket in pieces ] in :mod:`brevitas_bp.format.reference`.
+NOTE [ A bucket in pieces ] in :mod:`brevitas_bp.format.pieces` defines the pieces.
 """
 
 import sys
@@ -44,7 +44,8 @@ from brevitas_bp.kernels.launchers import CODE_RANGES, Launcher, StepwiseLaunche
 
 # Columns of a piece: the codes of eight segments are 8 KiB.
 _PIECE = 1024
-# Elements of a piece of the first pass, and elements converted at once where the input is of 16 bits.
+# Elements of a piece when the range is computed, and elements converted at once if the input has 16
+# bits.
 _RANGE_PIECE = 1 << 14
 _CHUNK = 1 << 20
 
@@ -56,7 +57,7 @@ _INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
 
 
 def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels serve such tensors: all stages, buckets of any size."""
+    """Returns whether these kernels serve such tensors: all stages, and buckets of any size."""
     return dtype.is_floating_point and spec.is_covered_by(COVERED)
 
 
@@ -99,9 +100,9 @@ def _encode_pieces(
         x: Any, first: Any, begin: Any, end: Any, stride: Any, numel: Any, period: Any,
         segments: Any, width: Any, lo: Any, scale: Any, lowest: Any, top: Any, pad: Any,
         rounding: Any, index: Any, k0: Any, k1: Any, payload: Any) -> None:
-    """Pieces ``begin .. end - 1`` of one bucket.
+    """Encodes pieces ``begin .. end - 1`` of one bucket.
 
-    Column ``j`` of segment ``i`` is ``x[i * stride + j - first]``; elements from ``numel`` on are
+    Column ``j`` of segment ``i`` is ``x[i * stride + j - first]``. Elements from ``numel`` on are
     ``pad``. ``index`` is the flat index of the first element of the bucket.
     """
     codes = np.empty(segments * _PIECE, np.uint8)
@@ -137,7 +138,7 @@ def _decode_pieces(
         out: Any, first: Any, begin: Any, end: Any, stride: Any, numel: Any, period: Any,
         segments: Any, width: Any, lo: Any, scale: Any, lowest: Any, limit: Any,
         payload: Any) -> None:
-    """Inverse of :func:`_encode_pieces`."""
+    """Inverts :func:`_encode_pieces`."""
     codes = np.empty(segments * _PIECE, np.uint8)
     packed = np.empty(codes.size * width // 8, np.uint8)
     for piece in range(begin, end):
@@ -204,7 +205,7 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
 def _on_pieces(
         kernel: Any, part: Tensor, size: int, width: int, shared: tuple[Any, ...], *,
         writes: bool) -> None:
-    """Runs ``kernel`` on the pieces of one bucket, of which ``part`` is all but the padding."""
+    """Runs ``kernel`` on the pieces of one bucket; ``part`` is the bucket without its padding."""
     numel, segments = part.numel(), segments_of(width)
     period = size // segments
     pieces = -(-period // _PIECE)
@@ -231,7 +232,7 @@ def _on_pieces(
 def _metadata(
         part: Tensor, size: int, spec: BucketQuantSpec, static: Static,
         top: int) -> tuple[Any, Any]:
-    """Scale and offset of one bucket, in the dtype computed in."""
+    """Returns scale and offset of one bucket, in the computation dtype."""
     number = _NUMBERS[static.computed]
     lows, highs = (np.array([key], _INTEGERS[static.computed]) for key in _extremes(part, static))
     tops = np.array([top], number)
@@ -248,19 +249,19 @@ def _metadata(
 
 
 def _peak(*keys: Any) -> Any:
-    """The largest magnitude of integers that sort like floats, as the bits of the float."""
+    """Returns the largest magnitude of integers that sort like floats, as the bits of the float."""
     info = np.iinfo(keys[0])
     return max((key ^ (key >> (info.bits - 1) & info.max)) & info.max for key in keys)
 
 
 @lru_cache(maxsize=8)
 def _largest(dtype: torch.dtype) -> Any:
-    """The largest float of ``dtype``, in the dtype computed in."""
+    """Returns the largest float of ``dtype``, in the computation dtype."""
     return _NUMBERS[compute_dtype(dtype)](torch.finfo(dtype).max)
 
 
 def _extremes(part: Tensor, static: Static) -> tuple[Any, Any]:
-    """Smallest and largest element, as integers that sort like the floats."""
+    """Returns the smallest and the largest element, as integers that sort like the floats."""
     integers = _INTEGERS[static.computed]
     found = []
     for source in part.split(max(part.numel(), 1) if part.dtype in _INTEGERS else _CHUNK):

@@ -1,11 +1,11 @@
-"""Fast forms for CPU tensors, compiled by numba: one pass over each bucket while it is in cache.
+"""Fast forms for CPU tensors, compiled by numba; they finish each bucket while it is in the cache.
 
-They give the bytes of :mod:`brevitas_bp.format.reference`. Their source is in
-:mod:`brevitas_bp.kernels.cpu.buckets`; here they are called.
+They give the bytes of :mod:`brevitas_bp.format.reference`. The kernels themselves are in
+:mod:`brevitas_bp.kernels.cpu.buckets`. This module calls them.
 
 NOTE [ The threads are torch's ] in :mod:`brevitas_bp.kernels.cpu.threads` says which threads run them.
 
-Larger buckets, those of a large tensor in one bucket among them, have kernels of their own:
+Larger buckets have kernels of their own, including a large tensor in one bucket: see
 :mod:`brevitas_bp.kernels.cpu.large`.
 """
 
@@ -29,25 +29,25 @@ from brevitas_bp.kernels.cpu.derivatives import FUNCTIONS
 from brevitas_bp.kernels.cpu.threads import Kernel, launch, shares
 
 LARGEST_BUCKET = 1 << 16
-# Elements converted at once where the input is of 16 bits.
+# Elements converted at once if the input has 16 bits.
 _CHUNK = 1 << 20
 
 _LIMITS = {dtype: number for number, dtype in enumerate(calls.LIMITS)}
 
 
 def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels serve such tensors: all stages, buckets that a cache holds."""
+    """Returns whether these kernels serve such tensors: all stages, and buckets that a cache holds."""
     size = numel if spec.bucket_size is None else spec.bucket_size
     return dtype.is_floating_point and 0 < size <= LARGEST_BUCKET and spec.is_covered_by(COVERED)
 
 
 class Launcher:
-    """Encodes and decodes tensors of one size: what does not change between them is made once.
+    """Encodes and decodes tensors of one size; the parts that never change are made once.
 
     Args:
         spec: the quantizer.
         numel: elements of a tensor.
-        dtype: of the tensor.
+        dtype: dtype of the tensor.
     """
 
     def __init__(self, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
@@ -62,7 +62,7 @@ class Launcher:
         self._per_row = -(-self._row // size) if size else 0
         self._parts = _converted(dtype, n, size, self._per_row)
         self._step, self._most = shares(n, size)
-        # What differs between calls is 0, and entered for each.
+        # Fields that differ between calls are 0 here; each call sets them.
         common = self._common = array("q", bytes(8 * numbers.COUNT))
         common[numbers.STEP], common[numbers.LAST] = self._step, n
         common[numbers.NUMEL], common[numbers.SIZE], common[numbers.BUCKETS] = numel, size, n
@@ -82,14 +82,14 @@ class Launcher:
     def encode(
             self, x: Tensor, seed: int, function: str | None = None,
             affine: Affine | None = None) -> tuple[Tensor, Tensor]:
-        """Payload and metadata of a contiguous tensor, which is no lazy negation.
+        """Returns payload and metadata of a contiguous tensor, which must not be lazily negated.
 
         Args:
             x: the tensor.
-            seed: of noise and widths.
-            function: encode its derivative at ``x``, which is float32; see
+            seed: seed of noise and widths.
+            function: encodes the derivative of this function at ``x``, which must be float32; see
                 :mod:`brevitas_bp.activations.derivatives`.
-            affine: encode ``x`` normalized, see :mod:`brevitas_bp.format.normalizing`.
+            affine: encodes ``x`` normalized, see :mod:`brevitas_bp.format.normalizing`.
         """
         call, nbytes = self._common[:], self._payload
         if function is not None:
@@ -120,7 +120,7 @@ class Launcher:
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
             stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
-        """The tensor, whose strides leave no gaps in memory; ``affine`` undoes a normalization."""
+        """Returns the tensor; its strides leave no gaps in memory. ``affine`` undoes a normalization."""
         out = torch.empty_strided(shape, stride, dtype=self._dtype, device="cpu")
         self.decode_into(out, payload, metadata, seed, affine)
         return out
@@ -150,7 +150,7 @@ class Launcher:
             part.copy_(values)
 
     def _element(self, bucket: int) -> int:
-        """Flat index of the first element of a bucket with which a row begins."""
+        """Returns the flat index of the first element of a bucket that begins a row."""
         return bucket // self._per_row * self._row if self._row else bucket * self._size
 
     def _launch_part(
@@ -163,7 +163,7 @@ class Launcher:
         launch(kernel, call, shares(last - first, self._size)[1])
 
     def _mix(self, call: "array[int]", seed: int) -> int:
-        """Enters the widths of the buckets; bytes of all codes."""
+        """Enters the widths of the buckets; returns the number of bytes of all codes."""
         layout = draw_layout(self._n, self._spec, seed)
         call[numbers.MIXED:numbers.SHIFT + 1] = array(
             "q", (layout.mixed, layout.multiplier, layout.shift))
@@ -178,7 +178,7 @@ _MASK64, _TWO63, _TWO64 = (1 << 64) - 1, 1 << 63, 1 << 64
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
     """See :func:`brevitas_bp.format.reference.encode`."""
-    # One with gaps may be flat, too, and the memory of a lazy negation is not negated.
+    # A flat tensor may have gaps. A lazily negated tensor is not yet negated in memory.
     flat = flat.contiguous().resolve_neg()
     tensors = launcher(spec, flat.numel(), flat.dtype).encode(flat, seed)
     return Encoded(*tensors, spec.affine)
@@ -211,7 +211,7 @@ def _bits_of(x: float) -> int:
 
 
 class Static(NamedTuple):
-    """What the kernels take of a spec; widths and codes of (base, mixed) buckets."""
+    """The facts of a spec that kernels take; widths and codes are for (base, mixed) buckets."""
 
     widths: tuple[int, int]
     tops: tuple[int, int]
@@ -223,7 +223,7 @@ class Static(NamedTuple):
 
 @lru_cache(maxsize=256)
 def static_of(spec: BucketQuantSpec, computed: torch.dtype) -> Static:
-    """What kernels take of a spec, for the dtype computed in."""
+    """Returns the facts of a spec that kernels take, for the computation dtype."""
     base, mixed = spec.bit_width, spec.mix_bit_width or spec.bit_width
     codes = spec.code_range
     stored = stored_metadata_dtype(spec.metadata_dtype, computed)
@@ -233,8 +233,8 @@ def static_of(spec: BucketQuantSpec, computed: torch.dtype) -> Static:
 
 
 def _converted(dtype: torch.dtype, n: int, size: int, per_row: int) -> list[tuple[int, int]]:
-    """Ranges of buckets handled at once: all of them, or chunks that are converted to float32."""
+    """Returns ranges of buckets handled at once: all of them, or chunks to be converted to float32."""
     step = max(n, 1) if dtype == compute_dtype(dtype) else max(1, _CHUNK // size)
-    # Whole rows.
+    # A chunk ends with a row.
     step = -(-step // max(per_row, 1)) * max(per_row, 1)
     return [(first, min(first + step, n)) for first in range(0, n, step)]

@@ -1,8 +1,8 @@
-"""Fast forms of :mod:`brevitas_bp.format.masks` for CPU tensors: one pass, compiled by numba.
+"""Fast forms of :mod:`brevitas_bp.format.masks` for CPU tensors, compiled by numba; memory is read once.
 
-Floats are read as integers of their width, whose order is that of the floats once negative ones are
-mirrored: one form serves all dtypes, half precision without conversion. So a subnormal number is never
-taken for zero, not even after ``torch.set_flush_denormal(True)``.
+Floats are read as integers of their width. The order of the integers is the order of the floats, once
+negative ones are mirrored. So one form serves all dtypes, half precision without conversion. A
+subnormal number is never taken for zero, not even after ``torch.set_flush_denormal(True)``.
 """
 
 from array import array
@@ -26,10 +26,10 @@ from brevitas_bp.kernels.cpu.compiling import (
 )
 from brevitas_bp.kernels.cpu.threads import Kernel, launch, run, run_in_pool, shares
 
-# Bytes of a mask that a thread writes before it goes on: they stay in the first cache.
+# Bytes of a mask that a thread writes before it goes on; they stay in the first-level cache.
 _BLOCK = 4096
 
-# Where the array of a call says whether a NaN was seen.
+# Position in the array of a call: whether a NaN was seen.
 _SEEN = 7
 
 _WORDS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
@@ -41,7 +41,8 @@ def _pack_block(
     """Sets bit ``shift`` of ``out``."""
     wide_vectors()
     if lo >= 0 and limit == largest:
-        # No NaN and nothing negative, whose integers are negative whatever their order.
+        # Neither NaN nor a negative value can lie inside: negative floats are negative integers in any
+        # order.
         for j in range(x.size):
             out[j] |= np.uint8(np.uint8((x[j] >= lo) & (x[j] <= hi)) << shift)
         return
@@ -63,11 +64,11 @@ def _has_nan(x: Any, largest: Any, infinity: Any) -> Any:
 
 @jit
 def _stream(block: Any, i: Any, n: Any, numel: Any) -> Any:
-    """Of bit ``i`` of the bytes of a block: the first element, and how many there are.
+    """Returns the elements of bit ``i`` of the bytes of a block: the first element, and how many.
 
     Args:
-        block: which block.
-        i: which bit.
+        block: number of the block.
+        i: number of the bit.
         n: bytes of the whole mask.
         numel: elements of the whole tensor.
     """
@@ -79,7 +80,7 @@ def _stream(block: Any, i: Any, n: Any, numel: Any) -> Any:
 @jit
 def _pack_mask(
         begin: Any, end: Any, x: Any, constants: Any, watch: Any, packed: Any) -> Any:
-    """Blocks ``begin .. end - 1`` of a mask; if it is watched for, whether a NaN is in them."""
+    """Packs blocks ``begin .. end - 1`` of a mask; with ``watch``, returns whether they hold a NaN."""
     seen = np.uint8(0)
     n = packed.size
     lo, hi, sign = constants[0], constants[1], constants[2]
@@ -113,7 +114,7 @@ def _select_block(packed: Any, shift: Any, zero: Any, one: Any, out: Any) -> Non
 
 @jit
 def _unpack_mask(begin: Any, end: Any, packed: Any, values: Any, out: Any) -> None:
-    """Blocks ``begin .. end - 1`` of a mask."""
+    """Unpacks blocks ``begin .. end - 1`` of a mask."""
     for block in range(begin, end):
         part = packed[block * _BLOCK:(block + 1) * _BLOCK]
         for i in range(8):
@@ -126,7 +127,7 @@ def _unpack_mask(begin: Any, end: Any, packed: Any, values: Any, out: Any) -> No
 def _rectify_block(packed: Any, shift: Any, least: Any, out: Any) -> None:
     wide_vectors()
     for j in range(out.size):
-        # NaN stays, in both.
+        # NaN stays NaN in both cases.
         positive = least if out[j] < least else out[j]
         zero = out[j] * out.dtype.type(0)
         out[j] = positive if np.uint8(packed[j] >> shift) & np.uint8(1) else zero
@@ -134,7 +135,7 @@ def _rectify_block(packed: Any, shift: Any, least: Any, out: Any) -> None:
 
 @jit
 def _rectify(begin: Any, end: Any, packed: Any, least: Any, out: Any) -> None:
-    """Blocks ``begin .. end - 1`` of a mask."""
+    """Rectifies the elements of blocks ``begin .. end - 1`` of a mask."""
     for block in range(begin, end):
         part = packed[block * _BLOCK:(block + 1) * _BLOCK]
         for i in range(8):
@@ -145,7 +146,7 @@ def _rectify(begin: Any, end: Any, packed: Any, least: Any, out: Any) -> None:
 
 @cache
 def _rectifier(dtype: torch.dtype) -> Kernel:
-    """:func:`_rectify` for floats of 32 or 64 bits."""
+    """Compiles :func:`_rectify` for floats of 32 or 64 bits."""
     sources, number = SOURCES, np.float32 if dtype == torch.float32 else np.float64
     least = number(masks.least_positive(dtype))
 
@@ -167,7 +168,7 @@ def _rectifier(dtype: torch.dtype) -> Kernel:
 
 @cache
 def _packer(word: Any) -> Kernel:
-    """:func:`_pack_mask` for integers of one width."""
+    """Compiles :func:`_pack_mask` for integers of one width."""
     sources = SOURCES
 
     @c_function
@@ -183,7 +184,7 @@ def _packer(word: Any) -> Kernel:
             if begin >= last:
                 break
             if _pack_mask(begin, min(begin + step, last), x, constants, a[8] != 0, packed):
-                # The answer. Whichever threads write it, they write the same.
+                # A NaN was seen. All threads that write here write the same value.
                 a[_SEEN] = 1
 
     return Kernel(pack)
@@ -191,7 +192,7 @@ def _packer(word: Any) -> Kernel:
 
 @cache
 def _unpacker(word: Any) -> Kernel:
-    """:func:`_unpack_mask` for integers of one width."""
+    """Compiles :func:`_unpack_mask` for integers of one width."""
     sources = SOURCES
 
     @c_function
@@ -215,7 +216,7 @@ def _unpacker(word: Any) -> Kernel:
 def _codes(
         begin: Any, end: Any, index: Any, sizes: Any, kernel: Any, dilation: Any, d0: Any, h0: Any,
         w0: Any, codes: Any) -> None:
-    """Planes ``begin .. end - 1`` of indices [outer, D, H, W, inner]."""
+    """Converts planes ``begin .. end - 1`` of indices [outer, D, H, W, inner] to codes."""
     height, width = np.int64(sizes[1]), np.int64(sizes[2])
     inner = index.shape[4]
     for plane in range(begin, end):
@@ -236,7 +237,10 @@ def _codes(
 def _indices(
         begin: Any, end: Any, codes: Any, table: Any, sizes: Any, d0: Any, h0: Any, w0: Any,
         index: Any) -> None:
-    """Planes ``begin .. end - 1``; ``table``: distance of each position from the window's start."""
+    """Converts planes ``begin .. end - 1`` of codes to indices.
+
+    ``table`` has the distance of each position from the start of the window.
+    """
     height, width = np.int64(sizes[1]), np.int64(sizes[2])
     inner = index.shape[4]
     for plane in range(begin, end):
@@ -271,13 +275,13 @@ def _pack(flat: Tensor, constants: tuple[int, ...], watch_nan: bool) -> tuple[Te
     return packed, numbers[_SEEN] != 0
 
 
-# As _constants has them: bytes that are 1.
+# As :func:`_constants` returns them: bytes that are 1 lie inside.
 _BOOLS = (1, 1, 7, 127, 127, 127)
 
 
 @lru_cache(maxsize=256)
 def _constants(interval: Interval, dtype: torch.dtype) -> tuple[int, ...]:
-    """What the kernel compares with."""
+    """Returns the constants that the kernel compares with."""
     integer = INTEGERS[dtype.itemsize]
     largest = torch.iinfo(integer).max
     infinity = order_of(float("inf"), dtype)
@@ -311,7 +315,7 @@ def rectify_(x: Tensor, packed: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _bits(outside: float, inside: float, dtype: torch.dtype) -> list[int]:
-    """Bit patterns of two values."""
+    """Returns the bit patterns of two values."""
     values = torch.tensor([outside, inside], dtype=dtype, device="cpu")
     return values.view(INTEGERS[dtype.itemsize]).tolist()
 

@@ -1,6 +1,6 @@
-"""Scale and offset of buckets, in numba: see :mod:`brevitas_bp.format.stages`.
+"""Computes scale and offset of buckets, in numba: see :mod:`brevitas_bp.format.stages`.
 
-Minima and maxima are taken on the sortable integer form of a float, where NaN is extreme.
+Minima and maxima are taken on the sortable integer form of a float, in which NaN is extreme.
 """
 
 import math
@@ -22,7 +22,7 @@ _MIN_MAX, _L2 = MIN_MAX.number, L2.number
 
 @jit
 def extremes(bits: Any) -> Any:
-    """Smallest and largest element, in the integer form that sorts like the floats."""
+    """Returns the smallest and largest element, in the integer form that sorts like the floats."""
     wide_vectors()
     integer, info = bits.dtype.type, np.iinfo(bits.dtype)
     sign, magnitude = integer(info.bits - 1), integer(info.max)
@@ -36,7 +36,7 @@ def extremes(bits: Any) -> Any:
 
 @jit
 def largest_magnitude(bits: Any) -> Any:
-    """The largest magnitude, as the bits of the float."""
+    """Returns the largest magnitude, as the bits of the float."""
     wide_vectors()
     magnitude = bits.dtype.type(np.iinfo(bits.dtype).max)
     peak = bits.dtype.type(0)
@@ -47,7 +47,7 @@ def largest_magnitude(bits: Any) -> Any:
 
 @jit
 def tree_sum(terms: Any) -> Any:
-    """Sum of ``terms``, which are destroyed: the binary tree of ``arithmetic.l2_norm``."""
+    """Sums ``terms`` by the binary tree of ``arithmetic.l2_norm``; overwrites ``terms``."""
     n = terms.size
     while n > 1:
         half = (n + 1) // 2
@@ -59,7 +59,7 @@ def tree_sum(terms: Any) -> Any:
 
 @jit
 def squares(x: Any, unit: Any, out: Any) -> None:
-    """Squares in float64; float64 data is divided by ``unit`` first."""
+    """Writes the squares in float64; float64 data is divided by ``unit`` first."""
     wide_vectors()
     if np.finfo(x.dtype).bits == 64:
         for i in range(x.size):
@@ -71,7 +71,7 @@ def squares(x: Any, unit: Any, out: Any) -> None:
 
 @jit
 def norm_unit(peak: Any, dtype: Any) -> Any:
-    """What the elements of a norm are divided by."""
+    """Returns the number that the elements of a norm are divided by."""
     return np.float64(peak) if np.finfo(dtype).bits == 64 and peak > 0 else 1.0
 
 
@@ -91,7 +91,7 @@ def reciprocal(scale: Any, dtype: Any) -> Any:
 
 @jit
 def _round_down_bf16(words: Any, sign: Any) -> None:
-    """Floats as integers, each towards -inf (``sign`` 0) or +inf, see ``arithmetic.round_down``."""
+    """Rounds floats, given as integers, towards -inf (``sign`` 0) or +inf: ``arithmetic.round_down``."""
     wide_vectors()
     integer = words.dtype.type
     flip = integer(np.iinfo(words.dtype).min if sign else 0)
@@ -104,11 +104,12 @@ def _round_down_bf16(words: Any, sign: Any) -> None:
 
 @jit
 def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: Any) -> None:
-    """Offsets and scales of buckets with these extremes, in place; NaN where they hold NaN or Inf.
+    """Computes offsets and scales in-place from the extremes of buckets; NaN or Inf give NaN.
 
     Args:
-        lowest: of each bucket, as :func:`extremes` has them; floats of the same memory afterwards.
-        highest: as ``lowest``; the scales afterwards.
+        lowest: of each bucket, the smallest element as :func:`extremes` returns it. Afterwards the
+            memory holds the offsets, as floats.
+        highest: as ``lowest``, with the largest element. Afterwards the memory holds the scales.
         tops: largest code of each bucket, as floats.
         bf16: whether metadata are bfloat16.
         integer: whether the offset is a multiple of the scale.
@@ -119,7 +120,7 @@ def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: An
     sign, magnitude = word(info.bits - 1), word(info.max)
     mantissa = 23 if info.bits == 32 else 52
     infinite = word(info.max - ((1 << mantissa) - 1))
-    # Of no lower bits, which rounding to bfloat16 would carry.
+    # This NaN has no lower bits set, which rounding to bfloat16 would carry.
     nan = word(infinite | word(1 << (mantissa - 1)))
     offsets, scales = lowest.view(tops.dtype), highest.view(tops.dtype)
     for i in range(tops.size):
@@ -148,7 +149,7 @@ def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: An
 
 @jit
 def finish_scales(ranges: Any, tops: Any, bf16: Any) -> None:
-    """Scales of buckets with these ranges (NaN for none), in place."""
+    """Turns the ranges of buckets (NaN for none) into scales, in-place."""
     wide_vectors()
     number = ranges.dtype.type
     limit = number(np.finfo(ranges.dtype).max * RANGE_LIMIT)
@@ -182,7 +183,7 @@ def scales_of_ranges(
 def ranges(
         values: Any, words: Any, i: Any, rule: Any, first: Any, second: Any, norms: Any,
         scratch: Any) -> None:
-    """What the scale of a bucket is made of: extremes, or a norm (NaN if the bucket has none)."""
+    """Computes the range of a bucket: its extremes, or a norm (NaN if the bucket has none)."""
     if rule == _MIN_MAX:
         first[i], second[i] = extremes(words)
         return
@@ -195,15 +196,15 @@ def ranges(
         norms[i] = _norm(values, peak, scratch)
 
 
-# Metadata are stored as 16-bit words, lowest first: one word (the upper half of a float32) where they
-# are bfloat16, else two or four. So one compiled function serves both metadata dtypes.
+# Metadata are stored as 16-bit words, lowest first. bfloat16 metadata take one word (the upper half of
+# a float32), other metadata two or four. So one compiled function serves both metadata dtypes.
 
 
 @jit
 def store(words: Any, begin: Any, values: Any, bf16: Any) -> None:
     """Writes ``values`` from place ``begin`` on."""
     for i in range(values.size):
-        # NaN has one bit pattern, whichever operation made it.
+        # NaN gets one bit pattern, whichever operation made it.
         if np.isnan(values[i]):
             values[i] = np.nan
     parts = values.view(np.uint16)
@@ -218,7 +219,7 @@ def store(words: Any, begin: Any, values: Any, bf16: Any) -> None:
 
 @jit
 def load(words: Any, begin: Any, bf16: Any, values: Any) -> None:
-    """Reads what :func:`store` wrote."""
+    """Reads ``values`` that :func:`store` wrote, from place ``begin`` on."""
     parts = values.view(np.uint16)
     if bf16:
         for i in range(values.size):

@@ -1,34 +1,34 @@
-"""The numbers that a call of a compiled bucket kernel takes: their places in one array of integers.
+"""The arguments of a compiled bucket kernel: their places in one array of integers.
 
-Encoder and decoder have one layout. Addresses, floats (their bits) and switches are integers, too: for a
-small tensor numba's own way of passing forty arguments takes longer than the kernel.
+Encoder and decoder have one layout. Addresses, floats (as bits) and switches are integers, too. For a
+small tensor, numba's own way of passing forty arguments takes longer than the kernel.
 """
 
 (
     # Work: the common counter of all threads; buckets of a chunk; the bucket after the last.
     COUNTER, STEP, LAST,
-    # The floats (address, elements), and the bucket that they begin with.
+    # The floats (address, elements), and the first bucket in them.
     VALUES, NUMEL, FIRST,
     # Elements of a bucket, and buckets of the whole tensor.
     SIZE, BUCKETS,
-    # Where mixed widths lie, see format.widths: mixed buckets, multiplier and shift.
+    # Layout of mixed widths, see format.widths: mixed buckets, multiplier and shift.
     MIXED, MULTIPLIER, SHIFT,
-    # Of base and mixed buckets: bits of a code, largest and smallest code.
+    # For base and mixed buckets: bits of a code, largest and smallest code.
     WIDTH, MIX_WIDTH, TOP, MIX_TOP, LOWEST, MIX_LOWEST,
     # Numbers of the rows of format.stages, and switches.
     RULE, ROUNDING, AFFINE, PADS_WITH_ZERO, BF16, INTEGER_ZERO_POINT,
     SEED,
-    # What is stored: codes (address, bytes); metadata (address, words of 16 bits).
+    # Stored bytes: codes (address, bytes); metadata (address, words of 16 bits).
     PAYLOAD, NBYTES, METADATA, WORDS,
-    # Of the decoder: the number of the dtype whose largest float bounds what is decoded.
+    # Decoder only: the number of the dtype whose largest float bounds the decoded values.
     LIMIT,
-    # Of the encoder: the function whose derivative is encoded, or NORMALIZED, or 0.
+    # Encoder only: the function whose derivative is encoded, or NORMALIZED, or 0.
     FUNCTION,
-    # Rows: their elements (0: there are none) and buckets; flat index of the first element.
+    # Rows: their elements (0: there are no rows) and buckets; flat index of the first element.
     ROW, PER_ROW, INDEX,
-    # The affine map of format.normalizing: shifts and scales (address, number), elements of a statistic,
-    # the largest scale (the bits of a float64), and whether values are divided by scales.
+    # The affine map of format.normalizing: shifts and scales (address, number), elements of a
+    # statistic, the largest scale (the bits of a float64), and whether values are divided by scales.
     SHIFTS, SHIFT_COUNT, SCALES, KINDS, INNER, LARGEST, DIVIDES,
 ) = range(40)
-#: Numbers of a call.
+#: Count of the numbers in a call.
 COUNT = DIVIDES + 1

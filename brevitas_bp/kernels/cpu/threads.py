@@ -1,15 +1,16 @@
 """The threads that run the compiled CPU kernels.
 
 NOTE [ The threads are torch's ]
-1. Threads of OpenMP wait for the next parallel region of torch in a loop, and threads of our own would
-   share the cores with them, at half their speed or less. So a kernel is run by the OpenMP runtime that
-   torch has loaded: ``GOMP_parallel``, which GNU's, LLVM's and Intel's runtimes all have on Linux.
-2. Each thread takes chunks of buckets from a common counter until none is left. So it does not matter
-   how many threads there are, nor how fast each of them is.
-3. Where the function is not found, and in a forked child, whose threads are gone, a pool of Python
-   threads calls the kernel instead: calls of C functions release the interpreter lock. The pool also
-   runs the kernels that are no C functions. numba's own parallel layer is not used: its default one
-   aborts the process when two Python threads enter it.
+1. torch's OpenMP threads wait for torch's next parallel region in a busy loop. Threads of our own would
+   share the cores with them and run at half their speed or less. So a kernel is run by the OpenMP
+   runtime that torch has loaded: ``GOMP_parallel``, which GNU's, LLVM's and Intel's runtimes all have
+   on Linux.
+2. Each thread takes chunks of buckets from a common counter until none is left. So the number of
+   threads does not matter, and neither does the speed of each.
+3. If the function is not found, a pool of Python threads calls the kernel instead. A forked child also
+   uses this pool, because it has lost its threads. Calls of C functions release the interpreter lock.
+   The pool also runs kernels that are not C functions. numba's own parallel layer is not used: its
+   default one aborts the process if two Python threads enter it.
 """
 
 import ctypes
@@ -24,18 +25,18 @@ from typing import Any
 
 import torch
 
-# Elements that a thread takes at a time, and least elements for each thread: about 20 us of work.
+# Elements that a thread takes at a time, and the fewest elements for each thread: about 20 us of work.
 _CHUNK = 1 << 14
 _LEAST = 1 << 14
-# Elements below which a second thread of the pool costs more than it saves.
+# Below this many elements, a second thread of the pool costs more than it saves.
 _LEAST_IN_POOL = 1 << 19
 
 
 class Kernel:
-    """A C function of one address.
+    """A C function with a fixed address.
 
     Args:
-        compiled: by :func:`numba.cfunc`.
+        compiled: the function, compiled by :func:`numba.cfunc`.
     """
 
     def __init__(self, compiled: Any) -> None:
@@ -44,10 +45,10 @@ class Kernel:
 
 
 def shares(buckets: int, size: int) -> tuple[int, int]:
-    """How work is divided: buckets of a chunk, and the number of threads from which more do not pay.
+    """Divides work: buckets per chunk, and the number of threads beyond which more threads do not pay.
 
     Args:
-        buckets: to be worked on.
+        buckets: number of buckets to process.
         size: elements of a bucket.
     """
     step, elements = max(1, _CHUNK // size), buckets * size
@@ -56,13 +57,13 @@ def shares(buckets: int, size: int) -> tuple[int, int]:
 
 
 def launch(kernel: Kernel, numbers: "array[int]", most: int) -> None:
-    """Runs ``kernel``, in threads where it pays.
+    """Runs ``kernel``, in several threads if that pays.
 
     Args:
-        kernel: takes chunks from the counter that ``numbers`` begins with.
-        numbers: 64-bit integers: the counter, which is 0; buckets of a chunk; the bucket after the last;
-            and what the kernel takes besides. One call, one array.
-        most: threads, see :func:`shares`.
+        kernel: takes chunks from the counter at the start of ``numbers``.
+        numbers: 64-bit integers: the counter, which is 0; buckets of a chunk; the bucket after the
+            last; and the other arguments of the kernel. Each call needs an array of its own.
+        most: largest number of threads, see :func:`shares`.
     """
     call = numbers.buffer_info()[0]
     count = 1 if most == 1 else min(torch.get_num_threads(), most)
@@ -84,7 +85,7 @@ def run(kernel: Kernel, first: int, last: int, size: int, arguments: Sequence[in
         first: first bucket.
         last: the bucket after the last.
         size: elements of a bucket.
-        arguments: what the kernel takes besides, from its fourth number on.
+        arguments: the other arguments of the kernel, from its fourth number on.
     """
     step, most = shares(last - first, size)
     launch(kernel, array("q", (0, step, last, *arguments)), most)
@@ -93,7 +94,7 @@ def run(kernel: Kernel, first: int, last: int, size: int, arguments: Sequence[in
 def run_in_pool(
         kernel: Callable[..., None], head: tuple[Any, ...], first: int, last: int, size: int,
         shared: tuple[Any, ...]) -> None:
-    """As :func:`run`, of a compiled function ``kernel(*head, first, last, *shared)``."""
+    """Works like :func:`run`, for a compiled function ``kernel(*head, first, last, *shared)``."""
     threads = min(torch.get_num_threads(), (last - first) * size // _LEAST_IN_POOL, last - first)
     if threads <= 1:
         kernel(*head, first, last, *shared)
@@ -103,7 +104,7 @@ def run_in_pool(
 
 
 def _in_pool(calls: Sequence[Callable[[], None]]) -> None:
-    """Makes all calls at once, the first of them here."""
+    """Makes all calls concurrently; the first call runs in this thread."""
     futures = [_pool().submit(call) for call in calls[1:]]
     try:
         calls[0]()
@@ -112,7 +113,7 @@ def _in_pool(calls: Sequence[Callable[[], None]]) -> None:
 
 
 def _wait_for(futures: list[Future[None]]) -> None:
-    """Waits to the end, whatever interrupts: the kernels write to memory that the caller then frees."""
+    """Waits until all calls end, even if interrupted: kernels write to memory that the caller frees."""
     interrupt = None
     for future in futures:
         while not future.done():
@@ -127,7 +128,7 @@ def _wait_for(futures: list[Future[None]]) -> None:
 
 @cache
 def _openmp() -> Any:
-    """``GOMP_parallel`` of the runtime that torch uses, or None."""
+    """Returns ``GOMP_parallel`` of the runtime that torch uses, or None."""
     if not torch.backends.openmp.is_available():
         return None
     try:
@@ -135,7 +136,7 @@ def _openmp() -> Any:
     except OSError:
         return None
     paths = {line.split()[-1] for line in mapped.splitlines() if "/" in line}
-    # Where there are several, torch's own comes first.
+    # If several runtimes are loaded, torch's own comes first.
     for path in sorted(paths, key=lambda path: ("torch" not in path, path)):
         if Path(path).name.startswith(("libgomp", "libomp", "libiomp")):
             function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)

@@ -11,9 +11,10 @@ from brevitas_bp.kernels.cpu.compiling import inline, jit, wide_vectors, window
 
 @jit
 def place(bucket: Any, first: Any, size: Any, row: Any, per_row: Any) -> Any:
-    """Where a bucket begins in a tensor that starts with bucket ``first``, and its elements at most.
+    """Returns the start of a bucket in a tensor that starts with bucket ``first``, and its limit.
 
-    Rows of ``row`` elements have ``per_row`` buckets each. ``row`` is 0 where there are no rows.
+    The limit is the most elements that the bucket may have. Rows of ``row`` elements have ``per_row``
+    buckets each. ``row`` is 0 if there are no rows.
     """
     if row == 0:
         return (bucket - first) * size, size
@@ -24,7 +25,7 @@ def place(bucket: Any, first: Any, size: Any, row: Any, per_row: Any) -> Any:
 
 @jit
 def multiplier_of(scales: Any, kind: Any, largest: Any, divides: Any) -> Any:
-    """What values of a statistic are multiplied by; see ``normalizing.Affine``."""
+    """Returns the factor that values of a statistic are multiplied by; see ``normalizing.Affine``."""
     scale, number = scales[kind], scales.dtype.type
     if scale >= largest:
         return number(0)
@@ -37,7 +38,7 @@ def normalize(
         out: Any) -> None:
     """See ``normalizing.normalize``; ``x`` begins with element ``index`` of the tensor.
 
-    ``shifts`` is empty where there are none.
+    ``shifts`` is empty if there are no shifts.
     """
     wide_vectors()
     done, kinds = 0, scales.size
@@ -74,7 +75,7 @@ def normalize(
 
 @inline
 def bounded(x: Any, limit: Any) -> Any:
-    """``x`` between ``-limit`` and ``limit``; NaN stays."""
+    """Clamps ``x`` between ``-limit`` and ``limit``; NaN stays NaN."""
     x = limit if x > limit else x
     return -limit if x < -limit else x
 
@@ -83,7 +84,7 @@ def bounded(x: Any, limit: Any) -> Any:
 def denormalize(
         y: Any, index: Any, shifts: Any, scales: Any, inner: Any, largest: Any, divides: Any,
         limit: Any) -> None:
-    """See ``normalizing.denormalize``; in place. ``shifts`` is empty where there are none."""
+    """See ``normalizing.denormalize``; works in-place. ``shifts`` is empty if there are no shifts."""
     wide_vectors()
     done, kinds = 0, scales.size
     run = index // inner

@@ -1,6 +1,6 @@
-"""Noise and packing, in Triton: see ``random`` and ``packing`` of :mod:`brevitas_bp.format`."""
+"""Computes noise and packing, in Triton: see ``random`` and ``packing`` of :mod:`brevitas_bp.format`."""
 
-# Triton's own types are not those that a checker infers from Python.
+# Triton's own types differ from the types that a checker infers from Python.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
@@ -18,8 +18,8 @@ _S3 = tl.constexpr(HASH_LAST_SHIFT)
 #: The roundings that :func:`round_codes` implements.
 ROUNDINGS = frozenset({NEAREST, STOCHASTIC})
 _STOCHASTIC = tl.constexpr(STOCHASTIC.number)
-# Added to a float of less than 2**22 it rounds to the nearest integer, ties to even, and leaves that
-# integer in the low bits. Conversion instructions run at a fraction of the rate of additions.
+# Adding this to a float of less than 2**22 rounds the float to the nearest integer, ties to even. The
+# low bits then hold this integer. Conversion instructions run at a fraction of the rate of additions.
 _MAGIC = tl.constexpr(1.5 * 2**23)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 _TO_NOISE = tl.constexpr(32 - NOISE_BITS)
@@ -61,7 +61,7 @@ def round_codes(
 def locate(
         bucket: tl.tensor, n: tl.tensor, mixed: tl.tensor, multiplier: tl.tensor, shift: tl.tensor,
         size: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr) -> tl.tensor:
-    """Which buckets have the second width, and where the bytes of each begin."""
+    """Returns which buckets have the second width, and where the bytes of each begin."""
     nbytes: tl.constexpr = size * width // 8
     if mix_width == 0:
         is_mixed, start = bucket < 0, bucket * nbytes
@@ -101,7 +101,7 @@ def pack(
 def load_planes(
         pointer: tl.tensor, mask: tl.tensor, width: tl.constexpr,
         slice_size: tl.constexpr) -> tl.tensor:
-    """The ``width`` lines of ``slice_size`` bytes of each bucket, as integers."""
+    """Loads the ``width`` lines of ``slice_size`` bytes of each bucket, as integers."""
     out = ()
     for t in tl.static_range(width):
         out = out + (tl.load(pointer + t * slice_size, mask, 0).to(tl.int32),)
@@ -117,7 +117,7 @@ def _unpack_plane(
 
 @triton.jit
 def unpack(lines: tl.tuple, s: tl.constexpr, width: tl.constexpr) -> tl.tensor:
-    """Codes of slice ``s``."""
+    """Returns the codes of slice ``s``."""
     code = tl.zeros_like(lines[0])
     for p in tl.static_range(4):
         if width & (8 >> p):

@@ -1,6 +1,6 @@
-"""Numbers that the launcher of the Triton kernels and the kernels share."""
+"""Numbers shared by the Triton kernels and their launcher."""
 
 #: Float formats.
 F32, F16, BF16 = 0, 1, 2
-#: Statistics of a bucket where values are normalized: one, or several. (0: values are as they are.)
+#: Statistics of a bucket if values are normalized: one, or several. (0: values are not normalized.)
 ONE, SEVERAL = 1, 2

@@ -1,17 +1,18 @@
-"""Floats and their bits, in Triton: loads, stores, and conversions that a device may not choose."""
+"""Floats and their bits, in Triton: loads, stores, and conversions that a device must not choose."""
 
 # NOTE [ The device and Triton's interpreter ]
-# The tests on CPU run these kernels in Triton's interpreter, which is numpy. Where a device may
-# compute something else, the kernels do not leave it to chance:
-# 1. Contraction to fused multiply-add is switched off at launch (``enable_fp_fusion`` in gpu.py).
-# 2. ``/`` is an approximation on float32: divisions are ``div_rn``. Subnormal numbers are kept.
-# 3. ``tl.minimum`` of a NaN is the other operand on a device and NaN in numpy. Ranges say
-#    ``PropagateNan.ALL``, and are reduced as sortable integers; elsewhere a NaN's result is replaced.
-# 4. Arithmetic makes NaNs of other bits on a device. Stored ones are written as integer constants.
-# 5. The interpreter rounds to bfloat16 wrongly, so that conversion is integer arithmetic.
-# 6. ``tl.floor`` flushes subnormal numbers on a device. Rounding is done by additions.
+# The tests on CPU run these kernels in Triton's interpreter, which is numpy. A device may compute
+# something else in some operations. The kernels rule out each of these differences:
+# 1. Contraction to fused multiply-add is switched off at launch (``enable_fp_fusion`` in launch.py).
+# 2. ``/`` is an approximation on float32: divisions are ``div_rn``. Subnormal numbers stay subnormal.
+# 3. ``tl.minimum`` of a NaN is the other operand on a device, and NaN in numpy. Ranges use
+#    ``PropagateNan.ALL``, and are reduced as sortable integers. Elsewhere, the result for a NaN is
+#    replaced.
+# 4. On a device, arithmetic gives NaNs other bits. Stored NaNs are written as integer constants.
+# 5. The interpreter rounds to bfloat16 wrongly, so integer arithmetic does this conversion.
+# 6. ``tl.floor`` flushes subnormal numbers on a device. Additions do the rounding.
 
-# Triton's own types are not those that a checker infers from Python.
+# Triton's own types differ from the types that a checker infers from Python.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
@@ -31,19 +32,19 @@ _BF16 = tl.constexpr(BF16)
 
 @triton.jit
 def float_of(bits: tl.tensor) -> tl.tensor:
-    """The float of these bits."""
+    """Returns the float with these bits."""
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def bits_of(x: tl.tensor) -> tl.tensor:
-    """The bits of a float."""
+    """Returns the bits of a float."""
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def load(pointer: tl.tensor, mask: tl.tensor, other: tl.tensor, form: tl.constexpr) -> tl.tensor:
-    """Loads floats of a format as float32; bfloat16 is the upper half of one."""
+    """Loads floats of a format as float32; bfloat16 is the upper half of a float32."""
     if form == _BF16:
         half = tl.load(pointer.to(tl.pointer_type(tl.int16), bitcast=True), mask)
         x = float_of(half.to(tl.int32) << 16)
@@ -56,7 +57,7 @@ def load(pointer: tl.tensor, mask: tl.tensor, other: tl.tensor, form: tl.constex
 
 @triton.jit
 def store(pointer: tl.tensor, x: tl.tensor, mask: tl.tensor, form: tl.constexpr) -> None:
-    """Stores float32 in a format, to nearest; there is one bit pattern for NaN."""
+    """Stores float32 in a format, rounded to nearest; NaN has one bit pattern."""
     nan = x != x
     if form == _F16:
         half = x.to(tl.float16).to(tl.int16, bitcast=True)
@@ -76,14 +77,14 @@ def store(pointer: tl.tensor, x: tl.tensor, mask: tl.tensor, form: tl.constexpr)
 
 @triton.jit
 def key_of(x: tl.tensor) -> tl.tensor:
-    """Bits of a float, ordered as integers; NaN above infinity."""
+    """Returns the bits of a float, ordered as integers; NaN lies above infinity."""
     bits = tl.where(x != x, _NAN_BITS, bits_of(x))
     return bits ^ ((bits >> 31) & _MAGNITUDE)
 
 
 @triton.jit
 def from_key(key: tl.tensor) -> tl.tensor:
-    """Inverse of :func:`key_of`."""
+    """Inverts :func:`key_of`."""
     return float_of(key ^ ((key >> 31) & _MAGNITUDE))
 
 
@@ -98,7 +99,7 @@ def round_down_bf16(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def round_half_even(x: tl.tensor) -> tl.tensor:
-    """To nearest, ties to even, at any magnitude."""
+    """Rounds to nearest, ties to even, at any magnitude."""
     size = tl.abs(x)
     rounded = tl.where(size < 2.0**23, (size + 2.0**23) - 2.0**23, size)
     return tl.where(x < 0, -rounded, rounded)

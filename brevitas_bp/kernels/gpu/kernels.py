@@ -1,15 +1,21 @@
 """The Triton functions of :mod:`brevitas_bp.kernels.gpu.launch`: a program handles a few buckets.
 
-Shapes: [buckets] for what a bucket has once; [buckets, lanes] for a slice of each bucket, where lanes
-are the elements of a slice padded to a power of two. Tuples hold the eight slices of each bucket, or
-the lines of bytes (as many as a slice has elements) that a width needs.
+Shapes:
 
-Two switches of a kernel cost nothing where they are off. ``rows``: buckets end with rows of ``row``
-elements, which they do not fill. ``units``: values are normalized, with one or several statistics in a
-bucket; there are ``kinds`` of them, ``scales`` and ``shifts``.
+* [buckets] for a value that each bucket has once.
+* [buckets, lanes] for a slice of each bucket. Lanes are the elements of a slice, padded to a power of
+  two.
+* Tuples hold the eight slices of each bucket, or the lines of bytes that a width needs. A line has as
+  many bytes as a slice has elements.
+
+Two switches of a kernel cost nothing if they are off:
+
+* ``rows``: buckets end with rows of ``row`` elements, which they do not fill.
+* ``units``: values are normalized, with one or several statistics in a bucket. There are ``kinds``
+  statistics, with ``scales`` and ``shifts``.
 """
 
-# Triton's own types are not those that a checker infers from Python.
+# Triton's own types differ from the types that a checker infers from Python.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
@@ -35,7 +41,7 @@ _SLICES = tl.constexpr(8)
 _BF16 = tl.constexpr(BF16)
 _ONE = tl.constexpr(ONE)
 _SEVERAL = tl.constexpr(SEVERAL)
-# Of which a kernel is not compiled for each kind.
+# Arguments for which Triton does not compile a kernel for each kind of value.
 _NUMBERS = ["numel", "n", "mixed", "multiplier", "shift", "row", "inner", "kinds"]
 
 
@@ -51,7 +57,7 @@ def encode_kernel(
         pads_with_zero: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
         rounding: tl.constexpr, rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr,
         meta_form: tl.constexpr) -> None:
-    """Encodes ``buckets`` buckets; ``mix_width`` is 0 where all have one width."""
+    """Encodes ``buckets`` buckets; ``mix_width`` is 0 if all have one width."""
     slice_size: tl.constexpr = size // 8
     padded: tl.constexpr = slice_size != lanes
     numel, n, mixed = numel.to(tl.int64), n.to(tl.int64), mixed.to(tl.int64)
@@ -62,7 +68,7 @@ def encode_kernel(
     bucket = first + number
     is_mixed, start = locate(
         bucket, n, mixed, multiplier.to(tl.int64), shift.to(tl.int64), size, width, mix_width)
-    # Offsets within the program are 32 bits wide, its place in the tensor is 64.
+    # Offsets within the program are 32 bits wide; its place in the tensor is 64 bits wide.
     place, distance, end = place_of(first, number, n, row, size, buckets, rows)
     here, inside = x + place, distance + lane
     far, kind = first_units(
@@ -98,7 +104,7 @@ def encode_kernel(
         u = xs[s]
         if affine:
             u = u - lo[:, None]
-        # The ends are integers, so that clamping first gives the same codes as clamping last.
+        # The ends are integers, so clamping first gives the same codes as clamping last.
         u = tl.minimum(tl.maximum(u * inverse[:, None], low), high)
         code = round_codes(u, index + s * slice_size, k0, k1, rounding) - lowest
         codes = codes + (code,)
@@ -155,7 +161,7 @@ def decode_kernel(
         buckets: tl.constexpr, lanes: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr,
         lowest: tl.constexpr, mix_lowest: tl.constexpr, affine: tl.constexpr, largest: tl.constexpr,
         rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr, meta_form: tl.constexpr) -> None:
-    """Decodes ``buckets`` buckets; ``mix_width`` is 0 where all have one width."""
+    """Decodes ``buckets`` buckets; ``mix_width`` is 0 if all have one width."""
     slice_size: tl.constexpr = size // 8
     padded: tl.constexpr = slice_size != lanes
     numel, n, mixed = numel.to(tl.int64), n.to(tl.int64), mixed.to(tl.int64)

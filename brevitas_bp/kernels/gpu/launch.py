@@ -1,15 +1,18 @@
 """Fast forms for CUDA tensors, compiled by Triton: one launch each way, one read of the input.
 
 They give the bytes of :mod:`brevitas_bp.format.reference`. A program handles a few buckets, each as
-eight slices of ``B / 8`` elements: every byte of every plane is made of codes at one place of different
-slices, so that packing stays within a thread and each slice is a contiguous vector load. Rows are padded
-and values normalized on the way: nothing is copied.
+eight slices of ``B / 8`` elements. Every byte of every plane is made of codes at one place of different
+slices. So packing stays within a thread, and each slice is a contiguous vector load. Padding of rows
+and normalizing happen on the way: nothing is copied.
 
-Nothing synchronises: sizes follow from the spec and the seed, and a bucket finds its width and its
-bytes by the arithmetic of :mod:`brevitas_bp.format.widths`.
+Nothing synchronises. Sizes follow from the spec and the seed. A bucket finds its width and its bytes by
+the arithmetic of :mod:`brevitas_bp.format.widths`.
 
-Not here, but in the reference: float64, and buckets of a whole tensor or of more than
-``LARGEST_BUCKET`` elements.
+The reference serves these cases:
+
+* float64
+* buckets of a whole tensor
+* buckets of more than ``LARGEST_BUCKET`` elements
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +44,7 @@ _PER_THREAD = 4
 _FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 #: The stages that these kernels implement.
 COVERED = ROUNDINGS | RULES | CODE_RANGES | {NO_TRANSFORM}
-# The hash of the noise wraps around: that is no error, also where kernels are debugged.
+# The hash of the noise wraps around. This is no error, even when kernels are debugged.
 _LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
 
 _encode_kernel: Any = kernels.encode_kernel
@@ -49,7 +52,7 @@ _decode_kernel: Any = kernels.decode_kernel
 
 
 def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels serve such tensors: all stages, buckets that a program holds."""
+    """Returns whether these kernels serve such tensors: all stages, and buckets that a program holds."""
     return dtype in _FORMATS and spec.bucket_size is not None and (
         spec.bucket_size <= LARGEST_BUCKET) and spec.is_covered_by(COVERED)
 
@@ -60,13 +63,13 @@ class Launcher:
     Args:
         spec: the quantizer.
         numel: elements of a tensor.
-        dtype: of the tensor.
+        dtype: dtype of the tensor.
     """
 
     def __init__(self, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> None:
         self._spec, self._numel, self._dtype = spec, numel, dtype
         self._n, self._size = bucket_shape(numel, spec.bucket_size, spec.row_size)
-        # Buckets that fill a row need not know of it.
+        # Buckets that fill a row exactly need no row size.
         self._row = 0 if spec.row_size is None or spec.row_size % self._size == 0 else spec.row_size
         self._shape = _shape(self._size)
         self._levels = self._shape["lanes"].bit_length() - 1
@@ -75,7 +78,7 @@ class Launcher:
     def encode(
             self, x: Tensor, seed: int, function: str | None = None,
             affine: Affine | None = None) -> tuple[Tensor, Tensor]:
-        """Payload and metadata of a contiguous tensor; no derivative is computed here."""
+        """Returns payload and metadata of a contiguous tensor; ``function`` must be None."""
         assert function is None
         spec, n = self._spec, self._n
         layout = draw_layout(n, spec, seed)
@@ -94,7 +97,7 @@ class Launcher:
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,
             stride: tuple[int, ...], affine: Affine | None = None) -> Tensor:
-        """The tensor, whose strides leave no gaps in memory; ``affine`` undoes a normalization."""
+        """Returns the tensor; its strides leave no gaps in memory. ``affine`` undoes a normalization."""
         out = torch.empty_strided(shape, stride, dtype=self._dtype, device=payload.device)
         self.decode_into(out, payload, metadata, seed, affine)
         return out
@@ -114,10 +117,10 @@ class Launcher:
                     **_decode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
 
     def _switches(self, affine: Affine | None) -> dict[str, int]:
-        """Whether there are rows, and whether a bucket has one statistic or several."""
+        """Returns whether there are rows, and whether a bucket has one statistic or several."""
         units = 0
         if affine is not None:
-            # A run of elements of one statistic is made of whole rows, or of whole buckets.
+            # A run of elements with one statistic consists of whole rows, or of whole buckets.
             whole = affine.inner % (self._row or self._size) == 0 or len(affine.scale) == 1
             units = ONE if whole else SEVERAL
         return {"rows": self._row > 0, "units": units}
@@ -145,24 +148,24 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
 
 
 def _statistics(affine: Affine | None) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """As the kernels take them: scales, shifts, elements of one statistic and number of statistics."""
+    """Returns kernel arguments: scales, shifts, elements of one statistic, number of statistics."""
     if affine is None:
         return None, None, 1, 1
     return affine.multipliers(), affine.shift, affine.inner, len(affine.scale)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; the interpreter has none."""
+    """Makes ``device`` current, as Triton launches on the current device; the interpreter has none."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _int32(key: int) -> int:
-    """The bits of a 32-bit key as a signed integer: the type of a kernel argument is fixed."""
+    """Returns a 32-bit key's bits as a signed integer, because kernel arguments have a fixed type."""
     return key - (1 << 32) if key >= 1 << 31 else key
 
 
 def _widths(spec: BucketQuantSpec, any_mixed: bool) -> tuple[int, int]:
-    """Widths that a kernel writes: (of base buckets, of mixed ones or 0 where there is one width)."""
+    """Returns the widths that a kernel writes: (base buckets, mixed buckets or 0 for one width)."""
     if spec.mix_bit_width is None:
         return spec.bit_width, 0
     if spec.mix_per == "tensor":
@@ -172,10 +175,10 @@ def _widths(spec: BucketQuantSpec, any_mixed: bool) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def _shape(size: int) -> dict[str, int]:
-    """Constants that follow from the bucket size: the tile of a program, and its warps.
+    """Returns the constants that follow from the bucket size: the tile of a program, and its warps.
 
-    A thread holds ``_PER_THREAD`` elements of each slice, so that loads and stores of all dtypes
-    agree on who holds what and nothing travels through shared memory.
+    A thread holds ``_PER_THREAD`` elements of each slice. So loads and stores of all dtypes agree on
+    which thread holds which element, and nothing travels through shared memory.
     """
     lanes = 1 << (size // 8 - 1).bit_length()
     num_warps = min(max(4, lanes // (32 * _PER_THREAD)), 32)

@@ -1,6 +1,6 @@
-"""Scale and offset of buckets, in Triton: see :mod:`brevitas_bp.format.stages`."""
+"""Computes scale and offset of buckets, in Triton: see :mod:`brevitas_bp.format.stages`."""
 
-# Triton's own types are not those that a checker infers from Python.
+# Triton's own types differ from the types that a checker infers from Python.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
@@ -35,7 +35,7 @@ _L2 = tl.constexpr(L2.number)
 def _add_upper_half(
         total: tl.tensor, lane: tl.tensor, left: tl.constexpr, buckets: tl.constexpr,
         lanes: tl.constexpr) -> tl.tensor:
-    """Adds the upper half of the first ``left`` columns to the lower, which is the longer."""
+    """Adds the upper half of the first ``left`` columns to the lower half, which is the longer one."""
     partner = lane + (left + 1) // 2
     index = tl.broadcast_to(tl.minimum(partner, lanes - 1), [buckets, lanes])
     return total + tl.where(partner < left, tl.gather(total, index, axis=1), 0.0)
@@ -54,7 +54,7 @@ def _squares(xs: tl.tuple) -> tl.tuple:
 def _norm(
         xs: tl.tuple, lane: tl.tensor, buckets: tl.constexpr, slice_size: tl.constexpr,
         lanes: tl.constexpr, levels: tl.constexpr) -> tl.tensor:
-    """See ``arithmetic.l2_norm``: the same binary tree."""
+    """See ``arithmetic.l2_norm``: the binary tree is the same."""
     squares = _squares(xs)
     # The first three halvings add whole slices.
     a0 = (squares[0] + squares[4]) + (squares[2] + squares[6])
@@ -78,13 +78,13 @@ def metadata_of(
         xs: tl.tuple, lane: tl.tensor, top: tl.tensor, buckets: tl.constexpr,
         slice_size: tl.constexpr, lanes: tl.constexpr, levels: tl.constexpr, rule: tl.constexpr,
         integer: tl.constexpr, bf16: tl.constexpr) -> tl.tensor:
-    """Scale, its reciprocal, offset, and whether a bucket holds NaN or Inf, each [buckets]."""
+    """Returns scale, its reciprocal, offset, and whether a bucket holds NaN or Inf, each [buckets]."""
     if rule == _MIN_MAX:
         low, high = xs[0], xs[0]
         for s in tl.static_range(1, _SLICES):
             low = tl.minimum(low, xs[s], propagate_nan=tl.PropagateNan.ALL)
             high = tl.maximum(high, xs[s], propagate_nan=tl.PropagateNan.ALL)
-        # A NaN is in both, and lies above every number.
+        # A NaN is in both ``low`` and ``high``, and lies above every number.
         low_key = tl.min(tl.where(lane < slice_size, key_of(low), _MAGNITUDE), axis=1)
         high_key = tl.max(tl.where(lane < slice_size, key_of(high), _SIGN), axis=1)
         broken = (low_key <= ~_INF_BITS) | (high_key >= _INF_BITS)

@@ -1,16 +1,16 @@
-"""Where buckets, rows and statistics lie in a tensor, in Triton, and loads from there."""
+"""Places of buckets, rows and statistics in a tensor, in Triton, and loads from there."""
 
 # NOTE [ Divisions ]
-# Bucket b is in row b // per_row, and element i has statistic i // inner % kinds. Such numbers are 64
-# bits wide, and their division is slow:
-# 1. A program divides once, in 64 bits, for its first bucket. All others are at most 2**16 elements
-#    away: they divide their distance from there, in 32 bits. Of a period that is longer than _LONG only
-#    the distance to its end matters, as if it were _LONG.
-# 2. Statistics are found so for the first slice; each further one is reached from the one before by
-#    additions: both numbers wrap around at most once. Where all of a bucket has one statistic (units is
-#    _ONE), nothing changes from slice to slice.
+# Bucket b is in row b // per_row, and element i has statistic i // inner % kinds. Such numbers have 64
+# bits, and their division is slow:
+# 1. A program divides once, in 64 bits, for its first bucket. All other buckets are at most 2**16
+#    elements away, so they divide their distance from the first bucket, in 32 bits. If a period is
+#    longer than _LONG, only the distance to its end matters, as if the period were _LONG.
+# 2. Statistics of the first slice are found in this way. Each further slice follows from the previous
+#    one by additions, because both numbers wrap around at most once. If all of a bucket has one
+#    statistic (units is _ONE), nothing changes between slices.
 
-# Triton's own types are not those that a checker infers from Python.
+# Triton's own types differ from the types that a checker infers from Python.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
@@ -28,13 +28,13 @@ _LONG = tl.constexpr(1 << 30)
 
 @triton.jit
 def _short(period: tl.tensor) -> tl.tensor:
-    """A period as NOTE [ Divisions ] shortens it, int32."""
+    """Shortens a period as NOTE [ Divisions ] says, int32."""
     return tl.minimum(period, _LONG).to(tl.int32)
 
 
 @triton.jit
 def _within(far: tl.tensor, period: tl.tensor) -> tl.tensor:
-    """How far something is within a shortened period, int32."""
+    """Returns the distance into a shortened period, int32."""
     return tl.maximum(far - (period - _short(period)), 0).to(tl.int32)
 
 
@@ -42,9 +42,10 @@ def _within(far: tl.tensor, period: tl.tensor) -> tl.tensor:
 def place_of(
         first: tl.tensor, number: tl.tensor, n: tl.tensor, row: tl.tensor, size: tl.constexpr,
         buckets: tl.constexpr, rows: tl.constexpr) -> tl.tensor:
-    """Where the first bucket begins, int64; how far from there others begin and end, int32 [buckets, 1].
+    """Returns where the first bucket begins, int64, and how far from there others begin and end.
 
-    In rows, those that do not exist are taken for the last one; without, ends are left out.
+    These distances are int32 [buckets, 1]. With rows, buckets that do not exist count as the last one.
+    Without rows, the ends are left out.
     """
     limit = 0
     if rows:
@@ -66,9 +67,9 @@ def place_of(
 def first_units(
         place: tl.tensor, distance: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
         units: tl.constexpr) -> tl.tensor:
-    """How far elements are within runs of one statistic, int32, and their statistics, int64.
+    """Returns the distance of elements into runs of one statistic, int32, and their statistics, int64.
 
-    They lie ``distance`` after ``place``.
+    The elements lie ``distance`` after ``place``.
     """
     far, kind = 0, 0
     if units > 0:
@@ -85,7 +86,7 @@ def first_units(
 def next_units(
         far: tl.tensor, kind: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
         step: tl.constexpr) -> tl.tensor:
-    """As :func:`first_units`, of the elements that lie ``step`` further."""
+    """Works like :func:`first_units`, for the elements that lie ``step`` further."""
     period = _short(inner)
     runs = step // period
     far += step - runs * period
@@ -96,7 +97,7 @@ def next_units(
 
 @triton.jit
 def unit_of(kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor) -> tl.tensor:
-    """Scale and shift of statistics; the shift is 0 where there are none."""
+    """Returns scale and shift of statistics; the shift is 0 if there are no shifts."""
     shift = 0.0
     if shifts is not None:
         shift = tl.load(shifts + kind)
@@ -109,7 +110,7 @@ def load_slices(
         far: tl.tensor, kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor,
         kinds: tl.tensor, form: tl.constexpr, slice_size: tl.constexpr, units: tl.constexpr,
         padded: tl.constexpr, tail: tl.constexpr) -> tl.tensor:
-    """The eight slices of all buckets, normalized; ``fill`` from ``limit`` on."""
+    """Loads the eight slices of all buckets, normalized; ``fill`` from ``limit`` on."""
     if units == _ONE:
         scale, shift = unit_of(kind, scales, shifts)
     out = ()
@@ -127,7 +128,7 @@ def load_slices(
                 far, kind = next_units(far, kind, inner, kinds, slice_size)
             scale, shift = unit_of(kind, scales, shifts)
         if units > 0:
-            # Less +0 is exact, also of -0.
+            # Subtracting +0 is exact, also for -0.
             value = (value - shift) * scale
             if tail:
                 value = tl.where(mask, value, fill)
@@ -140,9 +141,9 @@ def fill_of(
         x: tl.tensor, place: tl.tensor, limit: tl.tensor, scales: tl.tensor, shifts: tl.tensor,
         inner: tl.tensor, kinds: tl.tensor, pads_with_zero: tl.constexpr, units: tl.constexpr,
         form: tl.constexpr) -> tl.tensor:
-    """What buckets are padded with: zero, or their last element, normalized.
+    """Returns the padding of buckets: zero, or their last element, normalized.
 
-    The tensor goes on with ``x`` at ``place``, and ends ``limit`` elements later.
+    The tensor continues with ``x`` at ``place``, and ends ``limit`` elements later.
     """
     value = 0.0
     if not pads_with_zero:
