@@ -1,14 +1,16 @@
-"""Operations that run as always but save something else, so that rounding keeps the gradient unbiased.
+"""Runs operations as always, but saves something else, so that rounding keeps the gradient unbiased.
 
 NOTE [ Rewritten operations ]
-1. The forward is computed by the very function that was called: same bits, same random numbers.
-2. What is saved instead enters backward linearly: the derivative of an elementwise function, the value
-   of attention. Stochastic rounding of it leaves the expected gradient as it is.
-3. What is saved instead is a number, no longer a function of the input: with ``create_graph=True`` the
-   second derivative would lack a term, so backward raises :class:`SecondDerivativeError`.
-4. Rewriting happens only where our own hooks would store the tensor: not without gradients, not for
-   tensors of other classes, and not inside ``torch.utils.checkpoint``, which counts what is saved.
-5. Nothing that outlives the call holds a tensor, but through ``save_for_backward``.
+1. The function that was called computes the forward: same bits, same random numbers.
+2. The tensor saved instead enters backward linearly: the derivative of an elementwise function, or the
+   value of attention. Stochastic rounding of this tensor leaves the expected gradient as it is.
+3. The tensor saved instead holds numbers, and is no longer a function of the input. With
+   ``create_graph=True``, the second derivative would lack a term. So backward raises
+   :class:`SecondDerivativeError`.
+4. A call is rewritten only where our own hooks would store the tensor. It is not rewritten without
+   gradients, for tensors of other classes, or inside ``torch.utils.checkpoint``, which counts saved
+   tensors.
+5. Nothing that outlives the call holds a tensor, except through ``save_for_backward``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,35 +46,36 @@ from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shar
 from brevitas_bp.errors import SecondDerivativeError
 from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, is_legacy_batched
 
-# Elements below which a derivative is not worth its overhead.
+# Below this many elements, a derivative is not worth its overhead.
 SMALLEST = 256
 _ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
 
 class RunningPass(Protocol):
-    """What a rewrite may ask of the forward pass."""
+    """The part of the forward pass that a rewrite may use."""
 
     location: Location
 
     def saving(self, *roles: str) -> AbstractContextManager["Substitution"]:
-        """Within the block, the tensors that are saved have these roles, in order."""
+        """Gives these roles, in order, to the tensors that are saved within the block."""
         ...
 
 
 class Substitution:
-    """What a rewritten call and the forward pass tell each other while the call saves its tensors.
+    """Carries facts between a rewritten call and the forward pass while the call saves its tensors.
 
-    The call says which roles they have, which derivative is to be stored, and for the report what plain
-    autograd would save. The pass says how it has stored them, see :meth:`stored_as`.
+    The call says which roles its tensors have and which derivative is to be stored. For the report, it
+    says what plain autograd would save. The pass says how it has stored the tensors, see
+    :meth:`stored_as`.
 
     Args:
-        roles: of the tensors, in the order in which they are saved.
+        roles: roles of the tensors, in the order in which they are saved.
         recorded: whether a report wants the originals.
 
     Attributes:
-        derivative: name of the function whose derivative at the saved tensor is to be stored; None: the
-            tensor itself.
-        writable: whether backward gets the tensor that was saved last in new memory, where it may write.
+        derivative: name of the function whose derivative at the saved tensor is to be stored; None
+            stores the tensor itself.
+        writable: whether backward gets the last saved tensor in new memory, to which it may write.
     """
 
     __slots__ = ("derivative", "originals", "recorded", "roles", "writable")
@@ -85,18 +88,18 @@ class Substitution:
         self.originals: list[Tensor] = []
 
     def stored_as(self, packed: Packed) -> None:
-        """The pass has stored a tensor of the call."""
-        # Where elements share memory, writing to one would write to all.
+        """Notes how the pass has stored a tensor of the call."""
+        # If elements share memory, writing to one would write to all.
         self.writable = packed.codec.decodes_anew and (
             packed.layout.base_shape == packed.layout.shape)
 
     def note(self, saved: Tensor) -> Tensor:
-        """Pack hook that notes an original; detached, or an output that saves itself never goes."""
+        """Pack hook that notes an original, detached: else an output that saves itself is never freed."""
         self.originals.append(saved.detach())
         return saved.detach()
 
     def replace(self, stand_in: Tensor, original: Tensor) -> None:
-        """Takes ``original`` for what was noted in the memory of its stand-in."""
+        """Replaces each noted tensor in the memory of ``stand_in`` by ``original``."""
         self.originals = [
             original if storage_id(t) == storage_id(stand_in) else t for t in self.originals]
 
@@ -106,7 +109,7 @@ Rewrite = Callable[[RunningPass, Call], Any]
 
 
 def look_through(running: RunningPass, call: Call) -> Any:
-    """Runs a composite function of torch so that each function inside is treated by its own rule.
+    """Runs a composite function of torch so that each function inside follows its own rule.
 
     Raises:
         ValueError: the function is not written in Python.
@@ -120,18 +123,18 @@ def look_through(running: RunningPass, call: Call) -> Any:
 
 @dataclass(frozen=True)
 class SaveDerivative:
-    """Rewrites an elementwise function of its first argument: its derivative is saved.
+    """Rewrites an elementwise function of its first argument, so that it saves its derivative.
 
     Args:
         formula: ``(x, y, call) -> dy/dx``, shaped like ``x``; None lets autograd compute it, for any
             function.
-        of_output: ``formula`` reads only ``y``.
-        halves: ``call -> dim`` where the function halves a dimension and ``dy/dx`` holds both halves.
-        from_input: the input is handed to the codec, which decodes it to a derivative.
-        named: call -> the derivative's name in :mod:`~brevitas_bp.activations.derivatives`, which serves
-            the tensors that it supports, in place of ``formula``.
-        rows: rows of the derivative with which buckets end; None: it is of order 1 at most, whatever the
-            input, so that any elements may share a bucket.
+        of_output: whether ``formula`` reads only ``y``.
+        halves: ``call -> dim`` if the function halves a dimension and ``dy/dx`` holds both halves.
+        from_input: whether the codec takes the input, and decodes it to a derivative.
+        named: call -> the derivative's name in :mod:`~brevitas_bp.activations.derivatives`. For tensors
+            that this module supports, it replaces ``formula``.
+        rows: rows of the derivative with which buckets end. None: the derivative is of order 1 at most,
+            whatever the input, so any elements may share a bucket.
         inplace_at: position of ``inplace`` among the arguments of a function in ``torch.nn.functional``.
     """
 
@@ -151,7 +154,7 @@ class SaveDerivative:
             return NotImplemented
         if is_dtensor(x) and (self.halves is not None or is_partial(x)):
             return NotImplemented
-        # Small or expanded, the derivative would take more than what it stands for.
+        # If ``x`` is small or expanded, its derivative would take more than the tensor it replaces.
         if x.numel() < SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
             return NotImplemented
         inplace, others = is_inplace(call, self.inplace_at), call.args[1:]
@@ -167,9 +170,9 @@ class SaveDerivative:
     def differentiate(
             self, x: Tensor, call: Call, inplace: bool,
             substitution: Substitution) -> tuple[Tensor, Tensor]:
-        """Output and derivative, or what it follows from.
+        """Returns the output and the derivative, or the tensor from which the derivative follows.
 
-        Autograd runs where it must, or where a report asks.
+        Autograd runs only if it must, or if a report asks.
         """
         if (self.formula is not None or self.from_input) and not substitution.recorded:
             before = x.clone() if inplace and (self.from_input or not self.of_output) else x
@@ -200,7 +203,7 @@ class SaveDerivative:
     def _derivative(self, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if self.from_input:
             return x.detach()
-        # In float32 where they are shorter: the derivative is rounded once, by the codec.
+        # Shorter dtypes are computed in float32, so that only the codec rounds the derivative.
         dtype = torch.promote_types(y.dtype, torch.float32)
         return on_shards(lambda x, y: self._at(x.to(dtype), y.to(dtype), call), x, y)
 
@@ -238,17 +241,17 @@ class _SaveDerivative(torch.autograd.Function):
 
 
 def _is_ordinary(grad: Tensor) -> bool:
-    """Whether another tensor of its shape has place for it: vmap shows one where there are several."""
+    """Whether a tensor of its shape can hold it: under vmap, ``grad`` shows one of several tensors."""
     return type(grad) is Tensor and not is_compiling() and not (
         is_functorch_wrapped(grad) or is_legacy_batched(grad))
 
 
 def is_inplace(call: Call, position: int | None) -> bool:
-    """Whether an activation function was told to overwrite its input, by any value that counts as true.
+    """Whether a call makes an activation function overwrite its input; any true ``inplace`` counts.
 
     Args:
-        call: of the function.
-        position: of the argument ``inplace`` where the function is one of ``torch.nn.functional``.
+        call: call of the function.
+        position: position of the argument ``inplace`` if the function is in ``torch.nn.functional``.
     """
     name = call.name
     if name.endswith("_") and not name.endswith("__"):
@@ -262,10 +265,10 @@ def is_inplace(call: Call, position: int | None) -> bool:
 class ReplayAttention:
     """Rewrites scaled dot-product attention: backward runs it again, from query, key and value.
 
-    Given the attention weights the gradient is linear in the value, and the weights follow from query
-    and key. So these two are kept as they are and the value is quantized, and neither the output nor its
-    log-sum-exp nor the weights are kept. Random numbers, autocast and the choice of kernels are those
-    of the forward pass.
+    For given attention weights, the gradient is linear in the value. The weights follow from query and
+    key. So query and key are kept as they are, and the value is quantized. The output, its log-sum-exp
+    and the weights are not kept. Random numbers, autocast and the choice of kernels are those of the
+    forward pass.
     """
 
     def __call__(self, running: RunningPass, call: Call) -> Any:
@@ -282,7 +285,7 @@ class ReplayAttention:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What autocast will make of it anyway, so that this is kept and not the longer original."""
+    """Casts ``x`` as autocast will anyway, so that the cast is kept, not the longer original."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
@@ -290,7 +293,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 class _Replay:
-    """Runs attention, and again later under the same circumstances."""
+    """Runs attention, and runs it again later under the same circumstances."""
 
     def __init__(self, call: Call) -> None:
         self.function = call.function
@@ -304,7 +307,7 @@ class _Replay:
         return self.function(*given, *self.rest, **self.options)
 
     def generator_state(self) -> Tensor | None:
-        """State of the generator that dropout draws from, if there is dropout."""
+        """Returns the state of the generator that dropout draws from; None without dropout."""
         dropout = self.rest[0] if self.rest else self.options.get("dropout_p", 0.0)
         return _generator(self.device).get_rng_state() if dropout > 0 else None
 
@@ -349,13 +352,13 @@ def _leaves(given: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tens
 def _refuse_second_derivative(name: str) -> None:
     if torch.is_grad_enabled():
         raise SecondDerivativeError(
-            f"brevitas_bp: backward of {name} was asked for with create_graph=True, but what was saved "
-            "for it gives first derivatives only; wrap with policy='exact', or give the modules that "
+            f"brevitas_bp: backward of {name} was called with create_graph=True, but the tensors saved "
+            "for it give first derivatives only; wrap with policy='exact', or give the modules that "
             "are differentiated twice an override of None")
 
 
 def _attention_backends() -> list[SDPBackend]:
-    """The kernels that attention may choose from now."""
+    """Returns the kernels that attention may choose from now."""
     cuda = torch.backends.cuda
     enabled = {
         SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
@@ -375,7 +378,7 @@ def _generator(device: str) -> Any:
 
 @contextmanager
 def _drawing_from(generator: Any, state: Tensor | None) -> Iterator[None]:
-    """Draws from ``state`` within the block; afterwards the generator is where it was."""
+    """Draws from ``state`` within the block, and restores the generator afterwards."""
     if state is None:
         yield
         return
