@@ -118,7 +118,7 @@ def check_names(settings: Iterable[str], arguments: Iterable[str]) -> None:
 
 
 def check_policy(policy: str | Policy) -> Policy:
-    """Returns the policy that a name stands for; a policy returns as it is.
+    """Returns the policy with this name; a policy object is returned as it is.
 
     Raises:
         TypeError: ``policy`` is a class instead of an instance.
@@ -147,7 +147,7 @@ def check_overrides(
         configured: the codec of ``act_quant``.
 
     Raises:
-        TypeError: ``overrides`` does not map patterns, or it holds a width while ``configured`` is None.
+        TypeError: ``overrides`` is no mapping from patterns, or has a width but ``configured`` is None.
         UnknownNameError: a pattern matches no module.
         ValueError: a pattern would do nothing.
     """

@@ -18,7 +18,7 @@ from torch.utils import checkpoint
 
 from brevitas_bp.private import top_hooks
 
-# In the reentrant form, the frame of a Function's ``apply`` lies between the hook and checkpointing.
+# Number of frames to search: in the reentrant form, a Function's ``apply`` lies between.
 _DISTANCE = 2
 
 

@@ -87,7 +87,7 @@ class Encodings:
         return packed
 
     def _number(self, saved: SavedTensor, decision: Decision) -> int:
-        """Returns -1 if all operations share an encoding, else the number of its only call."""
+        """Returns -1 if all operations share an encoding, else the number of the call that has it."""
         # Derivatives never share an encoding, whatever tensor they are computed from.
         if decision.shared and saved.derivative is None:
             return -1
@@ -188,9 +188,9 @@ def _in_channels(x: Tensor, codec: Codec) -> Codec:
 
 
 def _divisor_of(saved: SavedTensor) -> Callable[[], Tensor] | None:
-    """Returns what gives back the divisor of a quotient, kept exact, or None.
+    """Returns a function that gives back the divisor of a quotient, which it keeps exact.
 
-    It is None unless the quotient has the shape of its dividend.
+    Returns None instead unless the quotient has the shape of its dividend.
     """
     divisor = saved.call.argument(1, "other")
     x = saved.tensor

@@ -227,7 +227,10 @@ class ForwardPass:
         return not begun and tells_statistics(saved.call)
 
     def _begin_norm(self, saved: SavedTensor, decision: Decision) -> Deferred:
-        """Defers a norm's input to the end; see NOTE [ Inputs of norms are stored normalized ]."""
+        """Defers the encoding of a norm's input until the norm has ended.
+
+        See NOTE [ Inputs of norms are stored normalized ].
+        """
         deferred = Deferred()
         originals = self._originals(saved.tensor) if self.listeners else ()
         self._norm = PendingNorm(saved, decision, deferred, originals)
@@ -355,7 +358,7 @@ class ForwardPass:
             leave(self.location)
             self._resources.close()
             self._closed = True
-            # The hooks hold the pass. With them, the pass and its modules would wait for the garbage
+            # The hooks hold the pass. The pass and its modules would otherwise wait for the garbage
             # collector.
             self.hooks = unpack, unpack
 

@@ -51,7 +51,7 @@ class Location:
         self.rounded_unseen: set[int] = set()
         # All storages that were saved rounded in this pass.
         self.ever_rounded: set[int] = set()
-        # The pass itself, and what returns the seed of its next encode; for hooks of several passes.
+        # The pass itself, and what returns its next seed; for hooks that serve several passes.
         self.forward_pass: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
@@ -119,7 +119,8 @@ class Location:
 def _modules_of(root: nn.Module, names: dict[int, str]) -> Iterator[nn.Module]:
     """Yields the modules of ``root.named_modules()`` in its order, and puts their names into ``names``.
 
-    ``named_modules`` nests a generator for each level. This function does not: it runs in every step.
+    ``named_modules`` nests a generator for each level. This function does not, because it runs in every
+    step.
     """
     waiting: list[tuple[str, nn.Module]] = [("", root)]
     while waiting:
@@ -275,7 +276,7 @@ def _watch_modules(location: Location) -> None:
     """Notes which module runs.
 
     NOTE [ Module names come from global hooks ]
-    Hooks on the user's modules would be copied and pickled with them, and would miss modules that are
+    Hooks on the user's modules would be copied and pickled with them. They would miss modules that are
     added later. Global hooks leave the modules alone. Each pass has its own global hooks. They do
     nothing in other threads, or while another pass is innermost. So passes share nothing, and an
     interrupt leaves no lock held.
@@ -283,7 +284,7 @@ def _watch_modules(location: Location) -> None:
     # Compiled graphs have guards on the keys of the hooks. So a key is the same in every step, and no
     # two running passes of a process have the same key.
     if location.compiled:
-        # The warning says that our hooks run again for the shell around a compiled module. They may.
+        # It warns that our hooks run once more for the shell around a compiled module. That is fine.
         warnings.filterwarnings("ignore", _SHELL_WARNING)
     key: Any = f"brevitas_bp {threading.get_ident()} {len(_running.locations)}"
     torch_module._global_forward_pre_hooks[key] = location.enter_module

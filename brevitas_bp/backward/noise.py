@@ -76,7 +76,7 @@ class Noise:
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """Within the block, seeds come from a stream of ``seed``; the own stream does not advance."""
+        """Within the block, draws from a stream of ``seed``; the wrapper's own stream stands still."""
         before, self._stream = self._stream, SeedStream(seed)
         try:
             yield
@@ -103,8 +103,8 @@ def replica_group(root: nn.Module) -> tuple[int, ...]:
        parameters (norms, biases) whose gradients nobody reduces. With different noise in each process,
        these copies would drift apart. So all processes of the group take the rank of the first one.
     3. The group is that of the mesh of a DTensor parameter. FSDP2 gathers the parameters that it shards
-       before they are used. For these parameters, the mesh counts without FSDP's dimensions, which come
-       first.
+       before they are used. For these parameters, only the mesh without FSDP's dimensions counts. FSDP's
+       dimensions come first.
 
     Warns if parameters live on several meshes.
     """

@@ -1,8 +1,8 @@
 """Rules that say how the saved tensors of an operation are stored, and the registry of these rules.
 
-Users may add rules to the registry. Stochastic rounding leaves a gradient unbiased under two conditions:
-backward is linear in the rounded tensor, and no two roundings of one tensor are multiplied. Each rule
-says which saved tensors of its operation meet both conditions. All others are exact.
+Users may add rules to the registry. Stochastic rounding leaves a gradient unbiased exactly if backward
+is linear in the rounded tensor, and if no two roundings of one tensor are multiplied. Each rule says
+which saved tensors of its operation meet both conditions. All other saved tensors are exact.
 """
 
 import math
@@ -61,7 +61,7 @@ class OpRule:
             where a quantizer is configured.
         rewrite: runs the operation so that it saves something else; None runs the operation as it is.
         few_bit: call -> arguments of :func:`~brevitas_bp.activations.few_bit.few_bit_table` except the
-            bits, or None if the call's arguments have no table. None if the operation has no table.
+            bits, or None if the call's arguments have no table. The attribute is None without any table.
     """
 
     decide: Decide
@@ -115,10 +115,7 @@ def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
 
 
 def _is_weight(saved: SavedTensor, weight: int) -> bool:
-    """Whether a saved tensor is the weight of a layer.
-
-    Its memory tells. If autocast passed a copy, its shape tells, or its history in autograd.
-    """
+    """Whether a saved tensor is the weight: by memory, or for a copy of autocast by shape or history."""
     position, x = saved.position, saved.tensor
     if position is not None:
         return position == weight
@@ -174,7 +171,10 @@ def quotient() -> OpRule:
 
 
 def _others(saved: SavedTensor) -> list[Tensor]:
-    """Returns the float arguments except the saved tensor, or the first argument if that is a copy."""
+    """Returns the floating-point arguments beside the saved tensor.
+
+    If the saved tensor is not an argument itself, it counts as a copy of the first argument.
+    """
     position = saved.position or 0
     return [
         t for i, a in enumerate(saved.arguments) if i != position
@@ -203,7 +203,7 @@ def stands_alone(saved: SavedTensor) -> bool:
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
     """Returns the reach of a tensor of ``size`` elements that is multiplied by ``factors``.
 
-    A rounding goes no further than a parameter. In the gradient of a small factor, roundings are summed.
+    A rounding goes no further than a factor that is a parameter. A small factor's gradient sums many.
     """
     if any(is_parameter(t) for t in factors):
         return "weight"
@@ -241,7 +241,7 @@ def normalization(statistics: bool = False) -> OpRule:
 
 
 def _is_first(saved: SavedTensor) -> bool:
-    """Whether a saved tensor is the first argument, or a copy that no other argument can be behind."""
+    """Whether a saved tensor is the first argument, or a copy that can be of no other argument."""
     position = saved.position
     return position == 0 or (position is None and not any(
         t.numel() == saved.tensor.numel() for t in tensors_in(saved.arguments[1:])))

@@ -36,7 +36,7 @@ def site_of(saved: SavedTensor) -> str:
 
 
 class PlannedPolicy:
-    """Follows another policy, but gives quantized tensors the width that a plan chooses.
+    """A policy that follows another policy, but gives quantized tensors the width of a plan.
 
     Args:
         policy: decides which tensors are quantized at all.
@@ -54,7 +54,7 @@ class PlannedPolicy:
             self.observe = policy.observe
 
     def decide(self, saved: SavedTensor) -> Decision:
-        """The policy's decision, with the planned width."""
+        """Returns the policy's decision, with the planned width."""
         decision = self.policy.decide(saved)
         # A compiled graph recomputes functions of a "nonlinear" tensor. The policy rounds such a tensor
         # finely or not at all, because a coarse rounding would bias gradients.
@@ -75,7 +75,7 @@ class PlannedPolicy:
             codec=candidate.codec(configured_of(saved, decision.codec)))
 
     def unused(self) -> list[str]:
-        """Returns names and globs of the plan that no tensor had in the first pass; later, nothing."""
+        """Returns names and globs of the plan that no tensor had in the first pass; later, none."""
         if self._compared or not self._chosen:
             return []
         self._compared = True
@@ -86,7 +86,7 @@ class PlannedPolicy:
     def _widest_in(self, module: str) -> Candidate | None:
         """Returns the candidate with the most bits that the plan has for any tensor of a module.
 
-        It serves tensors of compiled graphs, which have other names there.
+        It serves tensors of a compiled graph, to which the graph gives other names.
         """
         return max(
             (candidate for name, candidate in self.choices.items()

@@ -115,12 +115,12 @@ def explained(policy: Policy) -> ExplainedPolicy:
 class OpAware:
     """The default policy: it knows the operation, and what backward does with each saved tensor.
 
-    * Quantized are the tensors in which backward is linear: inputs of convolutions and linear layers,
-      factors of products, inputs of norms, derivatives of smooth activations (saved instead of their
-      inputs), and the value of attention.
-    * Exact in 1 to 8 bits are masks of piecewise linear activations, dropout masks, and indices.
-    * Not kept are tensors of which backward reads only the shape.
-    * All other tensors are kept as they are.
+    * It quantizes the tensors in which backward is linear. These are inputs of convolutions and linear
+      layers, factors of products, inputs of norms, and the value of attention. They are also derivatives
+      of smooth activations, which are saved instead of the inputs of these activations.
+    * It stores exactly, in 1 to 8 bits: masks of piecewise linear activations, dropout masks, indices.
+    * It does not keep tensors from which backward reads only the shape.
+    * It keeps all other tensors as they are.
 
     A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages only tensors that reach
     the gradient of one weight, such as inputs of convolutions and linear layers. In other tensors, each
@@ -133,9 +133,9 @@ class OpAware:
             further up. A rounding of a layer's input reaches only the gradient of that layer's weight.
         norm_bits: least width of the inputs of norms; None: the configured width. A rounding of these
             reaches all layers further up, with a weight of order 1 / sqrt(M) for M elements to a
-            statistic. So batch and instance norms with fewer than 256 elements to a statistic, as in
-            small batches, get one more bit for each factor of four. With fewer than 16 elements, their
-            input stays exact.
+            statistic. Small batches can give batch and instance norms fewer than 256 elements to a
+            statistic. They then get one more bit for each factor of four. With fewer than 16 elements,
+            their input stays exact.
         multiplier_quant: quantizer that replaces the configured quantizer with ``multiplier_bits``.
         few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
             2023), stored instead of a rounded derivative. It is smaller and has no noise, but is biased.
@@ -149,7 +149,7 @@ class OpAware:
             at a slightly different point: biased, but consistent. Only tensors that a gradient goes
             through are rounded, not masks or position embeddings.
         recomputed_bits: least width of tensors from which a compiled graph computes nonlinear functions
-            in backward, such as the input of an activation. The bias from rounding them is the variance
+            in backward, such as the input of an activation. The gradient is then biased by the variance
             of the rounding, which is small at 8 bits. None keeps such tensors exact.
 
     Raises:
@@ -242,7 +242,7 @@ class OpAware:
         Averages of groups are biased, and more bits do not reduce that. So they are used only where they
         reach one weight. Measured on EfficientNetV2-tiny: with inputs of norms averaged in pairs, the
         median bias of all gradients is 0.43 of their norm. It is 0.06 if each element of these inputs
-        has a code like that of an average.
+        gets the code that an average would get.
         """
         if decision.codec is not codec or decision.reach == "weight":
             return decision
@@ -340,7 +340,7 @@ def _rows_of_derivative(call: Call) -> RowsOf | None:
 
 
 def _with_table(rule: OpRule, bits: int, running: RunningPass, call: Call) -> Any:
-    """Runs a function so that a table stores its input, or so that its derivative is saved."""
+    """Runs a function so that a table stores its input; if no table fits, it saves its derivative."""
     rewrite = rule.rewrite
     assert isinstance(rewrite, SaveDerivative)
     if _few_bit_codec(rule, call, bits) is not None:

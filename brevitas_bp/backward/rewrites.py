@@ -94,7 +94,10 @@ class Substitution:
             packed.layout.base_shape == packed.layout.shape)
 
     def note(self, saved: Tensor) -> Tensor:
-        """Pack hook that notes an original, detached: else an output that saves itself is never freed."""
+        """Pack hook that notes an original.
+
+        The original is detached, because an output that saves itself would never be freed.
+        """
         self.originals.append(saved.detach())
         return saved.detach()
 
@@ -241,7 +244,10 @@ class _SaveDerivative(torch.autograd.Function):
 
 
 def _is_ordinary(grad: Tensor) -> bool:
-    """Whether a tensor of its shape can hold it: under vmap, ``grad`` shows one of several tensors."""
+    """Whether a tensor with the shape of ``grad`` can hold it.
+
+    Under vmap it cannot, because ``grad`` shows one tensor where there are several.
+    """
     return type(grad) is Tensor and not is_compiling() and not (
         is_functorch_wrapped(grad) or is_legacy_batched(grad))
 

@@ -43,7 +43,7 @@ def of_matrix(x: Tensor, call: Call) -> Rows | None:
 def of_elements(x: Tensor, call: Call) -> Rows | None:
     """Returns the rows of a factor of an elementwise product.
 
-    If the other factor is broadcast along dimensions, these are a row, because backward sums over them
+    A row spans the dimensions along which the other factor is broadcast, because backward sums over them
     into one gradient. Otherwise a row is the last dimension; in images, it is at least a plane. In
     images with small planes, a row is a sample.
     """
@@ -66,7 +66,7 @@ def of_elements(x: Tensor, call: Call) -> Rows | None:
 
 
 def of_halves(dim_of: Callable[[Call], int]) -> RowsOf:
-    """Makes a function that returns the halves of the dimension that a call halves, such as ``glu``.
+    """Makes a function that returns, as rows, the halves of the dimension that a call halves (``glu``).
 
     The derivatives of the two halves differ by any factor.
     """
@@ -84,7 +84,7 @@ def _wide_enough(x: Tensor, dims: int) -> Rows | None:
     """Returns rows of the last ``dims`` dimensions, or of more if these have too few elements."""
     while dims < x.dim() and prod(x.shape[-dims:]) < LEAST_ROW:
         dims += 1
-    # A row as large as the whole tensor, left of a batch of tiny rows, needs no separate buckets.
+    # If tiny rows have grown to the whole tensor, they need no separate buckets.
     return None if dims == x.dim() > 1 else trailing(x, dims)
 
 

@@ -26,7 +26,7 @@ CHECKPOINT_INPUT = "input of a checkpointed part"
 
 
 class Call:
-    """One call of a torch function: the function, its arguments, and a number that is the call's own."""
+    """One call of a torch function: the function, its arguments, and a number unique to the call."""
 
     __slots__ = ("args", "function", "kwargs", "number")
 
@@ -168,8 +168,8 @@ class Decision(NamedTuple):
         codec: stores the tensor; None keeps it as it is.
         reason: the reason that ``QuantBackwardWrapper.explain`` shows.
         shared: whether all operations that save the tensor may share one encoding. They may not if
-            backward multiplies the tensor by a gradient that comes through the same tensor elsewhere: a
-            product of two roundings is unbiased only if they are independent.
+            backward multiplies the tensor by a gradient that comes through the same tensor elsewhere.
+            A product of two roundings is unbiased only if they are independent.
         known: whether the policy knows the operation.
         reach: how far a rounding of the tensor travels, which decides the width. Only tensors that reach
             no further than a weight may be averaged. The rounding goes

@@ -1,4 +1,4 @@
-"""Functions of the rest of the package on wrappers: find them, listen, swap the policy, restore all.
+"""Functions for the rest of the package to find wrappers, listen, swap the policy, and restore all.
 
 These are functions, not methods. A wrapper takes the place of its module, so each public name of the
 wrapper hides the module's attribute of that name.
@@ -25,7 +25,7 @@ _CHANGING = (*_CODECS, "_explanation")
 
 
 def wrappers_in(model: nn.Module) -> Iterator[tuple[str, QuantBackwardWrapper]]:
-    """Yields the qualified name and the wrapper of all wrappers in a model.
+    """Yields all wrappers in a model, each as qualified name and wrapper.
 
     A wrapper directly inside another has the name of the outer one, with ``.module`` appended.
     """
@@ -114,7 +114,7 @@ def restored(wrapper: QuantBackwardWrapper, seed: int) -> Iterator[None]:
 class NoiseState:
     """Saves and restores the noise streams of every ``QuantBackwardWrapper`` in a model.
 
-    To resume a run bit for bit, weights, optimizer and torch's random state are not enough: the roundings
+    Weights, optimizer and torch's random state are not enough to resume a run bit for bit: its roundings
     must go on where they were. The state has plain values only, the same in every process. Trainers
     that save any object with ``state_dict`` and ``load_state_dict`` take a NoiseState as it is.
 
@@ -140,7 +140,7 @@ class NoiseState:
                 "noise to save; wrap the model or a part of it first")
 
     def state_dict(self) -> dict[str, dict[str, int]]:
-        """Returns qualified name of each wrapper -> its ``noise_state()``."""
+        """Returns a mapping: qualified name of each wrapper -> its ``noise_state()``."""
         return {name: wrapper.noise_state() for name, wrapper in self._wrappers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

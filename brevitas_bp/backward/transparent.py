@@ -35,8 +35,8 @@ class Transparent(nn.Module):
        entry through one of them does it for both.
     2. So the module is not a submodule of the wrapper, and the wrapper adds no step to any name. Tools
        that match names of parameters with keys of a state_dict (PEFT) depend on that.
-    3. For operations of a module on itself (``_apply``, ``train``, ``state_dict``), the wrapper calls
-       the module, because the module's class may do them in its own way.
+    3. The wrapper passes on to the module what a module does to itself (``_apply``, ``train``,
+       ``state_dict``). The module's class may do these operations in its own way.
     4. Methods of the module that the wrapper does not have run on the module. The tensors that they
        save are exact.
     """

@@ -139,7 +139,7 @@ def units_of(pending: PendingNorm) -> NormUnits | None:
 
 
 def _rows(x: Tensor, inner: int) -> Rows | None:
-    """Returns rows of ``inner`` elements: whole trailing dimensions or equal parts of them, else None."""
+    """Returns rows of ``inner`` elements, if they are whole trailing dimensions or equal parts."""
     dims = 1
     while dims < x.dim() and prod(x.shape[-dims:]) < inner:
         dims += 1
@@ -148,9 +148,9 @@ def _rows(x: Tensor, inner: int) -> Rows | None:
 
 
 def _channels(x: Tensor) -> tuple[int, Rows | None] | None:
-    """Returns how many elements of one channel are consecutive, and the order to copy to if needed.
+    """Returns how many elements of one channel are consecutive in memory, and the order to copy to.
 
-    The order is None if memory already has such an order. All is None if elements share memory.
+    The order is None if no copy is needed. The result is None if elements share memory.
     """
     base = TensorLayout.base(x)
     if base.shape != x.shape:
@@ -169,7 +169,7 @@ def _channels(x: Tensor) -> tuple[int, Rows | None] | None:
 
 
 def _own(x: Tensor) -> NormUnits | None:
-    """Returns units made of the tensor's own channels: each has its range as unit; its middle is kept.
+    """Returns units made of the ranges of the tensor's own channels; their middles are kept.
 
     Largest and smallest values are the same on every processor; sums are not.
     """

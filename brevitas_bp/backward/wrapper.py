@@ -79,11 +79,13 @@ class QuantBackwardWrapper(Transparent):
             every tensor exact.
         overrides: glob over qualified module names -> quantizer, None (exact), or the bits that
             ``act_quant`` has there; the first pattern that matches a module, or one around it, wins.
-        policy: how each saved tensor is stored: "op_aware" (quantized where that leaves the gradient
-            unbiased, exact elsewhere; :class:`~brevitas_bp.backward.OpAware` has settings), "all" (every
-            float tensor except the statistics of norms), "all_but_relu" (the same, but only the exact
-            sign of a ReLU's output, 1 bit), "exact" (all kept), or a callable
-            ``SavedTensor -> Codec | None``.
+        policy: how each saved tensor is stored. A callable ``SavedTensor -> Codec | None``, or one of
+
+            * "op_aware": quantized where that leaves the gradient unbiased, exact elsewhere;
+              :class:`~brevitas_bp.backward.OpAware` has settings;
+            * "all": every float tensor is quantized, except the statistics of norms;
+            * "all_but_relu": like "all", but of a ReLU's output the exact sign is stored, in 1 bit;
+            * "exact": all tensors are kept.
         storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
             backward starts (for ablations; saves nothing).
         seed: seed of the private noise stream; None derives it from ``torch.initial_seed()`` and the
