@@ -43,13 +43,13 @@ from brevitas_bp.codec.configured import ConfiguredCodec
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 _UNUSED_HINT = (
-    "brevitas_bp.QuantBackwardWrapper: the plan names {}, but no quantized tensor has such a name, so "
-    "this does nothing; print(plan) and explain() show the names that exist")
+    "brevitas_bp.QuantBackwardWrapper: the plan names {}, and no tensor that was quantized has such a "
+    "name, so this entry does nothing; print(plan) and explain() show the names that exist")
 _GENERATOR_HINT = (
     "brevitas_bp.QuantBackwardWrapper: forward returned a generator or coroutine, which runs after the "
     "pass has ended, so all tensors that it saves are exact; wrap the modules that it calls")
 _CHECKPOINT_HINT = (
-    f"{WHERE}: this wrapper runs inside torch.utils.checkpoint, which keeps only the inputs of the "
+    f"{WHERE}: this wrapper runs inside of torch.utils.checkpoint, which keeps only the inputs of the "
     "checkpointed part, exact, and runs it again in backward; the wrapper stores nothing here. Wrap "
     "around the checkpointed parts instead, with policy=OpAware(checkpoint_quant=...) to store their "
     "inputs in a few bits too")
