@@ -1,4 +1,4 @@
-"""Saved-tensor hooks that apply codecs: mechanism, policy and shell."""
+"""Saved-tensor hooks that apply codecs: the forward pass, the policy and the wrapper."""
 
 from brevitas_bp.backward.operations import register_op
 from brevitas_bp.backward.policy import OpAware

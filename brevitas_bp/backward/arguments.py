@@ -1,4 +1,4 @@
-"""The arguments of ``QuantBackwardWrapper``: what is wrong with them, and the codecs they stand for."""
+"""Checks the arguments of ``QuantBackwardWrapper``, and builds the codecs that they name."""
 
 import difflib
 import fnmatch
@@ -21,10 +21,10 @@ WHERE = "brevitas_bp.QuantBackwardWrapper"
 
 
 def check_module(module: Any) -> nn.Module:
-    """The module to wrap.
+    """Returns the module to wrap.
 
     Raises:
-        TypeError: it is none.
+        TypeError: ``module`` is not an instance of ``torch.nn.Module``.
     """
     if not isinstance(module, nn.Module):
         kind = f"the class {module.__name__}" if inspect.isclass(module) else repr(module)
@@ -33,10 +33,10 @@ def check_module(module: Any) -> nn.Module:
 
 
 def check_storage(storage: str) -> Storage:
-    """How tensors are stored.
+    """Returns how tensors are stored.
 
     Raises:
-        UnknownNameError: there is no such way.
+        UnknownNameError: ``storage`` is not a known way to store tensors.
     """
     known = ("save_quantized", "quantize_on_backward")
     if storage not in known:
@@ -47,22 +47,22 @@ def check_storage(storage: str) -> Storage:
 
 
 def check_number(setting: str, number: Any) -> None:
-    """Refuses what is neither an integer nor None.
+    """Refuses a setting that is neither an integer nor None.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: ``number`` is neither.
     """
     if not (number is None or isinstance(number, int)):
         raise TypeError(f"{WHERE}: {setting} must be an integer or None, got {number!r}")
 
 
 def choices_of(plan: Plan, module: nn.Module) -> Mapping[str, Any]:
-    """Names of saved tensors -> what the plan chooses for them.
+    """Returns the choices of a plan: name of a saved tensor -> the plan's choice for it.
 
     Raises:
-        TypeError: it is no plan.
-        UnknownNameError: it names a module that ``module`` does not have.
-        ValueError: it names an unsupported width.
+        TypeError: ``plan`` is not a plan.
+        UnknownNameError: the plan names a module that ``module`` does not have.
+        ValueError: the plan names an unsupported width.
     """
     choices = getattr(plan, "choices", plan)
     if not isinstance(choices, Mapping):
@@ -74,15 +74,15 @@ def choices_of(plan: Plan, module: nn.Module) -> Mapping[str, Any]:
 
 
 def build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec | None:
-    """The codec of a quantizer with some settings; None keeps tensors exact.
+    """Builds the codec of a quantizer with some settings; None keeps tensors exact.
 
     Args:
         where: the argument that holds the quantizer.
         quantizer: an injector class, a proxy, a codec, or None.
-        overrides: settings.
+        overrides: settings of the quantizer.
 
     Raises:
-        TypeError: settings that would do nothing.
+        TypeError: the settings would do nothing.
     """
     if quantizer is None:
         if overrides:
@@ -100,14 +100,14 @@ def build_codec(where: str, quantizer: Any, overrides: dict[str, Any]) -> Codec 
 
 
 def check_names(settings: Iterable[str], arguments: Iterable[str]) -> None:
-    """Names a misspelt argument of the wrapper, before it is taken for a setting of the quantizer.
+    """Refuses a misspelt argument of the wrapper before it counts as a setting of the quantizer.
 
     Args:
-        settings: what is to be a setting of the quantizer.
-        arguments: those of the wrapper.
+        settings: names that are to become settings of the quantizer.
+        arguments: names of the wrapper's arguments.
 
     Raises:
-        UnknownNameError: a setting is nearly an argument.
+        UnknownNameError: the name of a setting is close to that of an argument.
     """
     own = [name for name in arguments if "quant_" not in name]
     for name in settings:
@@ -118,11 +118,11 @@ def check_names(settings: Iterable[str], arguments: Iterable[str]) -> None:
 
 
 def check_policy(policy: str | Policy) -> Policy:
-    """The policy of a name, or the one that is given.
+    """Returns the policy with this name; a policy object is returned as it is.
 
     Raises:
-        TypeError: a class in place of its instance.
-        UnknownNameError: there is no policy of that name.
+        TypeError: ``policy`` is a class instead of an instance.
+        UnknownNameError: no policy has that name.
     """
     if inspect.isclass(policy):
         name = getattr(policy, "__name__", "")
@@ -139,15 +139,15 @@ def check_policy(policy: str | Policy) -> Policy:
 def check_overrides(
         module: nn.Module, overrides: Mapping[str, Any],
         configured: Codec | None) -> list[tuple[str, Codec | None]]:
-    """Patterns and their codecs.
+    """Returns each pattern with its codec.
 
     Args:
-        module: the wrapped module, whose names the patterns are to match.
+        module: the wrapped module; each pattern must match a name in it.
         overrides: pattern -> quantizer, None, or a width of ``configured``.
         configured: the codec of ``act_quant``.
 
     Raises:
-        TypeError: ``overrides`` is no mapping from patterns, or holds a width without a quantizer.
+        TypeError: ``overrides`` is no mapping from patterns, or has a width but ``configured`` is None.
         UnknownNameError: a pattern matches no module.
         ValueError: a pattern would do nothing.
     """
@@ -161,7 +161,7 @@ def check_overrides(
             raise UnknownNameError(
                 f"{WHERE}: the pattern {pattern!r} in overrides matches no module of "
                 f"{type(module).__name__}{nearest(pattern, names)}")
-    # What the root saves itself has its empty name.
+    # Tensors that the root itself saves have the root's name, which is empty.
     _refuse_shadowed(list(overrides), ["", *names])
     return [
         (pattern, _override(f"overrides[{pattern!r}]", quantizer, configured))
@@ -169,18 +169,18 @@ def check_overrides(
 
 
 def _refuse_shadowed(patterns: list[str], names: list[str]) -> None:
-    """Refuses a pattern that would do nothing, because those before it match all that it does."""
+    """Refuses a pattern that would do nothing because earlier patterns match all that it matches."""
     for i, pattern in enumerate(patterns):
         selected = [name for name in names if selects(pattern, name)]
         if all(any(selects(before, name) for before in patterns[:i]) for name in selected):
             before = next(b for b in patterns[:i] if selects(b, selected[0]))
             raise ValueError(
                 f"{WHERE}: the pattern {pattern!r} in overrides would do nothing, because the first "
-                f"that matches counts, and {before!r} stands before it; put it before {before!r}")
+                f"match wins and {before!r} stands before it; move {pattern!r} before {before!r}")
 
 
 def _override(where: str, given: Any, configured: Codec | None) -> Codec | None:
-    """The codec of an override: a quantizer, None, or a width of the configured one."""
+    """Builds the codec of an override: a quantizer, None, or a width of ``configured``."""
     if not isinstance(given, (int, float, str)):
         return build_codec(where, given, {})
     if configured is None:
@@ -190,7 +190,7 @@ def _override(where: str, given: Any, configured: Codec | None) -> Codec | None:
 
 
 def selects(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a module or one that contains it."""
+    """Whether a pattern matches the module of this name, or a module that contains it."""
     parts = name.split(".")
     return any(
         fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

@@ -31,10 +31,10 @@ _ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 class ReplayAttention:
     """Rewrites scaled dot-product attention: backward runs it again, from query, key and value.
 
-    Given the attention weights the gradient is linear in the value, and the weights follow from query
-    and key. So these two are kept as they are and the value is quantized, and neither the output nor its
-    log-sum-exp nor the weights are kept. Random numbers, autocast and the choice of kernels are those
-    of the forward pass.
+    For given attention weights, the gradient is linear in the value. The weights follow from query and
+    key. So query and key are kept as they are, and the value is quantized. The output, its log-sum-exp
+    and the weights are not kept. Random numbers, autocast and the choice of kernels are those of the
+    forward pass.
     """
 
     def __call__(self, running: RunningPass, call: Call) -> Any:
@@ -51,7 +51,7 @@ class ReplayAttention:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What autocast will make of it anyway, so that this is kept and not the longer original."""
+    """Casts ``x`` as autocast will anyway, so that the cast is kept, not the longer original."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
@@ -59,7 +59,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 class _Replay:
-    """Runs attention, and again later under the same circumstances."""
+    """Runs attention, and runs it again later under the same circumstances."""
 
     def __init__(self, call: Call) -> None:
         self.function = call.function
@@ -73,7 +73,7 @@ class _Replay:
         return self.function(*given, *self.rest, **self.options)
 
     def generator_state(self) -> Tensor | None:
-        """State of the generator that dropout draws from, if there is dropout."""
+        """Returns the state of the generator that dropout draws from; None without dropout."""
         dropout = self.rest[0] if self.rest else self.options.get("dropout_p", 0.0)
         return _generator(self.device).get_rng_state() if dropout > 0 else None
 
@@ -116,7 +116,7 @@ def _leaves(given: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tens
 
 
 def _attention_backends() -> list[SDPBackend]:
-    """The kernels that attention may choose from now."""
+    """Returns the kernels that attention may choose from now."""
     cuda = torch.backends.cuda
     enabled = {
         SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
@@ -136,7 +136,7 @@ def _generator(device: str) -> Any:
 
 @contextmanager
 def _drawing_from(generator: Any, state: Tensor | None) -> Iterator[None]:
-    """Draws from ``state`` within the block; afterwards the generator is where it was."""
+    """Draws from ``state`` within the block, and restores the generator afterwards."""
     if state is None:
         yield
         return

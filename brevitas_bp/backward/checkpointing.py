@@ -1,12 +1,13 @@
-"""Recognises what ``torch.utils.checkpoint`` saves, and where it drops what others would save.
+"""Recognises inputs that ``torch.utils.checkpoint`` saves, and code whose saved tensors it drops.
 
 NOTE [ Checkpointed parts ]
-1. Around a checkpointed part, our hooks get its inputs. They come from no operation; that checkpointing
-   saves them shows in who calls the hook.
-2. Inside of a checkpointed part (``use_reentrant=False``), its own hooks drop what is saved and
-   count whether the second run saves the same. Hooks of ours would take their place and switch
-   recomputing off without a word: there a wrapper only runs its module.
-3. Inside of a reentrant one the first run has no gradients, and the second is a forward like any other.
+1. Around a checkpointed part, our hooks get the inputs of that part. No operation saves these inputs:
+   checkpointing does. We recognise them by the caller of the hook.
+2. Inside a checkpointed part (``use_reentrant=False``), checkpointing sets hooks of its own. They drop
+   the saved tensors, and count whether the second run saves the same tensors. Our hooks would replace
+   them and silently switch recomputing off. So a wrapper inside such a part only runs its module.
+3. Inside a reentrant checkpointed part, the first run has no gradients. The second run is a forward
+   pass like any other.
 """
 
 import sys
@@ -17,12 +18,12 @@ from torch.utils import checkpoint
 
 from brevitas_bp.private import top_hooks
 
-# A Function's ``apply`` stands between in the reentrant form.
+# Number of frames to search: in the reentrant form, a Function's ``apply`` lies between.
 _DISTANCE = 2
 
 
 def is_checkpoint_input() -> bool:
-    """Whether the pack hook that asks was called for an input of a checkpointed part."""
+    """Whether the calling pack hook was called for an input of a checkpointed part."""
     frame: FrameType | None = sys._getframe(2)
     for _ in range(_DISTANCE):
         if frame is None:
@@ -34,6 +35,6 @@ def is_checkpoint_input() -> bool:
 
 
 def inside_checkpoint() -> bool:
-    """Whether what is saved now goes to ``torch.utils.checkpoint``, which drops or recounts it."""
+    """Whether tensors saved now go to ``torch.utils.checkpoint``, which drops or recounts them."""
     top: Any = top_hooks(True)
     return top is not None and getattr(top[0], "__module__", None) == checkpoint.__name__

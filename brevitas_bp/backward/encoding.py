@@ -1,11 +1,14 @@
-"""Saved tensor and decision -> payload: rows and units chosen, encoded once, kept where that is smaller.
+"""Encodes saved tensors as decided: in their rows and units, once, and only if the result is smaller.
 
 NOTE [ One encode per storage and version ]
-1. A tensor saved by several operations is encoded once: the key is its storage, offset, shape, strides,
-   dtype, version, lazy conjugation or negation, and the codec; and the call, where the policy says that
-   the rounding must not be shared.
-2. The storage is held by a weak reference. It keeps the address from being reused, not the memory.
-3. The payload is held weakly too: it lives exactly as long as the graph nodes that need it.
+1. A tensor that several operations save is encoded once. A table holds the encodings. Its key is:
+   * the tensor's storage, offset, shape, strides, dtype and version,
+   * the tensor's lazy conjugation or negation,
+   * the codec,
+   * the call, if the policy says that the rounding must not be shared.
+2. The table holds the storage by a weak reference. This keeps the address from being reused, but it
+   does not keep the memory.
+3. The table holds the ``Packed`` weakly too: it lives exactly as long as the graph nodes that need it.
 4. The table lives as long as the forward pass.
 """
 
@@ -30,23 +33,23 @@ from brevitas_bp.codec.on_backward import QuantizeOnBackward
 from brevitas_bp.codec.rows import ReorderedCodec, in_rows
 from brevitas_bp.codec.shard import ShardCodec, is_storable, placements_of, shard_of
 
-# Elements below which it is asked before encoding whether that can be worth it.
+# Below this many elements, we ask before encoding whether the result can be smaller.
 _SMALL = 1024
 
-#: The codec of a tensor -> one that stores it in the units in which backward uses it.
+#: Codec of a tensor -> codec that stores the tensor in the units in which backward uses it.
 InUnits = Callable[[Codec], Codec]
 
 
 class Encodings:
-    """What one forward pass has encoded. See NOTE [ One encode per storage and version ].
+    """The encodings of one forward pass. See NOTE [ One encode per storage and version ].
 
     Args:
-        next_seed: seed of the next encode.
-        on_backward: keep floats and quantize when backward asks.
-        verify: seal what is packed with a checksum.
+        next_seed: returns the seed of the next encode.
+        on_backward: keep floats, and quantize them when backward asks.
+        verify: seal each ``Packed`` with a checksum.
 
     Attributes:
-        given_bytes: of what was encoded on the CPU.
+        given_bytes: size before encoding of the tensors that were encoded on the CPU.
     """
 
     def __init__(
@@ -57,21 +60,21 @@ class Encodings:
         self._verify = verify
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._order_at: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
-        # Numbers of what custom Functions do not share.
+        # Numbers for tensors of custom Functions that share their encoding with no other tensor.
         self._apart = itertools.count(-2, -1)
 
     def encode_once(
             self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
-        """The payload of a saved tensor, perhaps one that it shares with others.
+        """Returns the ``Packed`` of a saved tensor, which other saved tensors may share.
 
         Args:
             saved: the tensor.
-            decision: how it is stored.
-            units: those of the norm whose input it is.
+            decision: how the tensor is stored.
+            units: units of the norm whose input the tensor is; None for other tensors.
         """
         codec = _in_its_rows(saved, decision, units)
         key = (*_identity(saved.tensor), id(codec), self._number(saved, decision),
-               # Norms of one kind with equal settings have equal statistics of one tensor.
+               # Norms of one kind with equal settings compute equal statistics of one tensor.
                None if units is None else _settings(saved.call))
         before = self._encoded.get(key)
         if before is not None:
@@ -84,8 +87,8 @@ class Encodings:
         return packed
 
     def _number(self, saved: SavedTensor, decision: Decision) -> int:
-        """-1 where all operations share an encoding; else that of the call that has it alone."""
-        # Each derivative is one of its own, whatever it is computed from.
+        """Returns -1 if all operations share an encoding, else the number of the call that has it."""
+        # Derivatives never share an encoding, whatever tensor they are computed from.
         if decision.shared and saved.derivative is None:
             return -1
         return saved.call.number if saved.call is not NO_CALL else next(self._apart)
@@ -106,7 +109,7 @@ class Encodings:
         if self._cannot_pay(codec, shard):
             return kept(saved)
         if self._on_backward:
-            # Whether it is smaller is known when backward asks.
+            # Only when backward asks do we know whether the encoding is smaller.
             return self._stored(saved, QuantizeOnBackward(codec), where)
         packed = self._sealed(self._stored(saved, codec, where))
         if not packed.is_smaller:
@@ -116,10 +119,10 @@ class Encodings:
         return packed
 
     def _cannot_pay(self, codec: Codec, x: Tensor) -> bool:
-        """Whether it is known before encoding that the payload is not smaller.
+        """Whether it is clear before encoding that the result would not be smaller.
 
-        Large tensors are encoded without a question. What is in other units and is encoded later has to
-        be known now, because the mean that belongs to it is kept, or not.
+        Large tensors are encoded without this check. A tensor in other units that is encoded later needs
+        the answer now: it decides whether the mean that belongs to the tensor is kept.
         """
         if x.numel() >= _SMALL and not (self._on_backward and codec.wraps):
             return False
@@ -138,14 +141,14 @@ class Encodings:
 
 
 def can_encode(x: Tensor) -> bool:
-    """Whether a codec may be asked at all: an ordinary tensor with elements, or such a shard."""
+    """Whether a codec can take ``x``: an ordinary tensor with elements, or a DTensor of such a shard."""
     if type(x) is Tensor:
         return is_plain(x) and x.numel() > 0
     return is_storable(x) and shard_of(x).numel() > 0
 
 
 def _in_its_rows(saved: SavedTensor, decision: Decision, units: NormUnits | None) -> Codec:
-    """The decided codec, with buckets that end with the rows of the tensor."""
+    """Returns the decided codec, with buckets that end with the rows of the tensor."""
     codec = decision.codec
     if codec is None:
         return KEEP
@@ -157,7 +160,7 @@ def _in_its_rows(saved: SavedTensor, decision: Decision, units: NormUnits | None
 
 def _units_of(
         saved: SavedTensor, decision: Decision, units: NormUnits | None) -> InUnits | None:
-    """The units in which backward uses a tensor; None: its own."""
+    """Returns the units in which backward uses a tensor; None: the tensor's own units."""
     if units is not None:
         return partial(_normalized, units)
     if decision.codec is None:
@@ -170,7 +173,7 @@ def _units_of(
 
 
 def _normalized(units: NormUnits, codec: Codec) -> Codec:
-    """The codec of a norm's input."""
+    """Wraps the codec of a norm's input, so that it stores the input in ``units``."""
     rows = units.rows
     if rows is not None:
         codec = in_rows(codec, rows._replace(order=None))
@@ -179,13 +182,16 @@ def _normalized(units: NormUnits, codec: Codec) -> Codec:
 
 
 def _in_channels(x: Tensor, codec: Codec) -> Codec:
-    """The codec of an input whose channels meet gradients of their own."""
+    """Wraps the codec of an input in which each channel is multiplied by gradients of its own."""
     units = channel_units(x)
     return codec if units is None else _normalized(units, codec)
 
 
 def _divisor_of(saved: SavedTensor) -> Callable[[], Tensor] | None:
-    """The divisor of a quotient that has the shape of its dividend, kept exact; None: there is none."""
+    """Returns a function that gives back the divisor of a quotient, which it keeps exact.
+
+    Returns None instead unless the quotient has the shape of its dividend.
+    """
     divisor = saved.call.argument(1, "other")
     x = saved.tensor
     if not (isinstance(divisor, Tensor) and is_plain(divisor) and is_plain(x)):
@@ -197,9 +203,9 @@ def _divisor_of(saved: SavedTensor) -> Callable[[], Tensor] | None:
 
 
 def _identity(x: Tensor) -> tuple[Hashable, ...]:
-    """Equal for tensors with equal values, as long as their storage lives.
+    """Returns a key that is equal for tensors with equal values, as long as their storage lives.
 
-    A change in place of a DTensor counts in its own version, not in that of its shard.
+    An in-place change of a DTensor raises the version of the DTensor itself, not that of its shard.
     """
     shard = x if type(x) is Tensor else shard_of(x)
     of_shard = (storage_id(shard), shard.storage_offset(), shard.shape, shard.stride(), x.dtype,
@@ -210,6 +216,6 @@ def _identity(x: Tensor) -> tuple[Hashable, ...]:
 
 
 def _settings(call: Call) -> Hashable:
-    """A function and all its arguments but tensors, in their order."""
+    """Returns a function's name and all its arguments except tensors, in their order."""
     others = [a for a in call.arguments if not (a is None or isinstance(a, Tensor))]
     return call.name, *(a if isinstance(a, float) else str(a) for a in others)

@@ -1,4 +1,4 @@
-"""What was decided for each call site, and why."""
+"""Reports what was decided for each site, and why."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from brevitas_bp.text import mib, table
 
 @dataclass
 class ExplainedSite:
-    """Tensors that one operation of one module saved and that were treated alike.
+    """Tensors that one operation of one module saved, and that were stored alike.
 
     Attributes:
-        module: qualified name; empty for the root.
-        op: the torch function that saved them.
+        module: qualified name of the module; empty for the root.
+        op: the torch function that saved the tensors.
         stored: name of the codec.
-        reason: why.
+        reason: why the tensors are stored so.
         known: whether the policy knows the operation.
-        tensors: how many.
-        given_bytes: their bytes as they came. Where an operation was rewritten that is what is saved in
-            place of the original.
-        stored_bytes: bytes of what is kept; an encoding that several sites share counts at each.
+        tensors: number of tensors.
+        given_bytes: bytes of the tensors before encoding. For a rewritten operation, these are the
+            tensors saved in place of the originals.
+        stored_bytes: bytes that are kept. An encoding that several sites share counts at each of them.
     """
 
     module: str
@@ -37,9 +37,10 @@ class ExplainedSite:
 
 @dataclass
 class Explanation:
-    """Every decision of one forward pass. Parameters and buffers are not in it: they are kept.
+    """All decisions of one forward pass, except for parameters and buffers, which are kept.
 
-    What compiled graphs save was decided when they were made, and is in it at the sizes of then.
+    Tensors of compiled graphs are included. Their storage was decided when the graphs were made, and
+    they are listed with the sizes that they had then.
     """
 
     _sites: dict[tuple[str, str, str, str], ExplainedSite] = field(default_factory=dict)
@@ -51,26 +52,26 @@ class Explanation:
     prefix: str = field(default="", repr=False)
 
     def add(self, saved: SavedTensor, packed: Packed, decision: Decision) -> None:
-        """Notes one saved tensor."""
+        """Records one saved tensor."""
         stored = packed.nbytes
         given = packed.layout.nbytes if packed.codec.compresses else stored
         self.add_stored(saved, decision, packed.codec.name, given, stored)
 
     def add_kept(self, saved: SavedTensor, decision: Decision) -> None:
-        """Notes one that is kept as it is."""
+        """Records one saved tensor that is kept as it is."""
         nbytes = saved.tensor.numel() * saved.tensor.element_size()
         self.add_stored(saved, decision, Keep.name, nbytes, nbytes)
 
     def add_stored(
             self, saved: SavedTensor, decision: Decision, name: str, given: int,
             stored: int) -> None:
-        """Notes a saved tensor of ``given`` bytes that a codec called ``name`` has stored."""
-        # Counted when somebody asks: this runs for every tensor of every step.
+        """Records a saved tensor of ``given`` bytes that a codec called ``name`` has stored."""
+        # ``sites`` counts, when it is read: this method runs for every tensor of every step.
         self._noted.append((saved.module, saved.op, decision, name, given, stored))
 
     @property
     def sites(self) -> dict[tuple[str, str, str, str], ExplainedSite]:
-        """Module, operation, codec and reason -> tensors that were treated alike, in their order."""
+        """Module, operation, codec and reason -> tensors that were stored alike, in order of saving."""
         noted, self._noted = self._noted, []
         for note in noted:
             self._count(*note)
@@ -82,7 +83,7 @@ class Explanation:
         op = op or "custom function"
         reason = decision.reason
         if decision.codec is not None and name == "exact":
-            reason = "encoded it would not be smaller"
+            reason = "encoding would not make it smaller"
         key = (module, op, name, reason)
         site = self._sites.get(key)
         if site is None:
@@ -93,7 +94,7 @@ class Explanation:
 
     @property
     def unknown(self) -> list[str]:
-        """Operations that the policy does not know; what they save is exact."""
+        """Names of the operations that the policy does not know; the tensors they save are exact."""
         return unknown_operations((s.op, s.known, s.given_bytes) for s in self.sites.values())
 
     def __str__(self) -> str:
@@ -106,7 +107,7 @@ class Explanation:
 
 
 def unknown_operations(seen: Iterable[tuple[str, bool, int]]) -> list[str]:
-    """Names of the operations that are not known, by the bytes that they save, most first."""
+    """Returns the names of the unknown operations, sorted by the bytes that they save, most first."""
     by_name: dict[str, int] = {}
     for op, known, nbytes in seen:
         if not known:
@@ -115,6 +116,6 @@ def unknown_operations(seen: Iterable[tuple[str, bool, int]]) -> list[str]:
 
 
 def unknown_note(names: list[str]) -> list[str]:
-    """One line that names what was left exact, if anything was."""
+    """Returns one line that names the operations left exact, or no line if there are none."""
     return [] if not names else [
-        f"kept exact, for want of a rule: {', '.join(names)} (see brevitas_bp.register_op)"]
+        f"kept exact, because they have no rule: {', '.join(names)} (see brevitas_bp.register_op)"]

@@ -1,4 +1,4 @@
-"""Policies that do not ask what backward does with a tensor."""
+"""Policies that ignore what backward does with a tensor."""
 
 import torch
 
@@ -15,17 +15,17 @@ _NARROW_INT = NarrowInt()
 
 
 def quantize_all(saved: SavedTensor) -> Codec | None:
-    """Every float tensor is quantized, whatever backward does with it; masks and indices losslessly.
+    """Quantizes every float tensor, whatever backward does with it; stores masks and indices losslessly.
 
     Only the mean and inverse deviation of a norm stay exact: they are few, and backward multiplies
-    every gradient by them. Biased wherever backward is not linear in what was saved (ReLU, GELU,
-    softmax, ...). Liu et al., "GACT", 2022, treat tensors so.
+    every gradient by them. The gradient is biased wherever backward is not linear in the saved tensor
+    (ReLU, GELU, softmax, ...). Liu et al., "GACT", 2022, store tensors this way.
     """
     x = saved.tensor
     if x.dtype == torch.bool:
         return _BIT_MASK
     if x.dtype in FLOATS:
-        # The noise of rrelu is written only after it was saved.
+        # rrelu writes its noise only after autograd has saved it.
         late = saved.op is not None and saved.op.startswith("rrelu")
         statistic = saved.is_norm_statistic and (saved.op is not None or saved.compiled)
         return None if late or statistic else saved.codec
@@ -35,12 +35,12 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
 
 
 def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:
-    """As :func:`quantize_all`, but of a ReLU's output its exact sign is stored, in 1 bit."""
+    """Like :func:`quantize_all`, but stores only the exact sign of a ReLU's output, in 1 bit."""
     if saved.op in _RELU and saved.tensor.dtype in FLOATS:
         return None if saved.codec is None else relu_region()
     return quantize_all(saved)
 
 
 def keep_all(saved: SavedTensor) -> Codec | None:
-    """Everything is kept: gradients are those of plain autograd, bit for bit."""
+    """Keeps every tensor: gradients are those of plain autograd, bit for bit."""
     return None

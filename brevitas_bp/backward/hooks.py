@@ -34,59 +34,59 @@ from brevitas_bp.private import pop_hooks, push_hooks, top_hooks
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
 _TRANSFORM = (
     "brevitas_bp: {} takes derivatives with torch.func (grad, vjp, jacrev, hessian) in its forward, "
-    "which PyTorch refuses where saved tensors have hooks; wrap the modules beside it one by one, and "
-    "leave it and what contains it unwrapped")
+    "which PyTorch refuses while saved tensors have hooks; leave this module and every module that "
+    "contains it unwrapped, and wrap the modules beside it one by one")
 _KEPT_ALREADY = "another operation keeps it exact"
 _CENTRED = Decision(None, "the input is stored as its deviation from the mean")
 
 
 class Listener(Protocol):
-    """Is told of every saved tensor."""
+    """A callable that receives every saved tensor."""
 
     def __call__(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
-        """Called when a tensor was packed.
+        """Called after a tensor was packed.
 
         Args:
-            saved: the tensor, and where.
-            packed: what is stored.
-            decision: what the policy said, or :data:`PARAMETER`.
-            originals: what plain autograd would have saved.
+            saved: the tensor, and the place that saves it.
+            packed: the stored tensor.
+            decision: the policy's decision, or :data:`PARAMETER`.
+            originals: the tensors that plain autograd would have saved.
         """
         ...
 
 
-#: Is told what a compiled graph keeps: the site, where known, and the live tensors.
+#: A callable that receives what a compiled graph keeps: the site, if known, and the live tensors.
 GraphListener = Callable[[CompiledSite | None, list[Tensor]], None]
 
-#: The decision for parameters and buffers: no policy is asked.
+#: The decision for parameters and buffers, about which no policy is asked.
 PARAMETER = Decision(None, "parameter or buffer")
 
 
 class ForwardPass:
-    """One forward pass: asks the policy about each saved tensor, stores it, and tells who listens.
+    """One forward pass: asks the policy about each saved tensor, stores it, and calls the listeners.
 
     NOTE [ The way of a saved tensor ]
-    1. A parameter or buffer is kept, and no policy is asked.
-    2. Else the policy decides: a codec, or None.
-    3. The input of a norm waits until the norm has ended (:mod:`~brevitas_bp.backward.units`), and so do
-       the statistics that the norm saves beside it.
-    4. All others are kept, or encoded (:mod:`~brevitas_bp.backward.encoding`).
-    5. Where somebody listens, all of them have a :class:`Packed`, kept ones included.
+    1. A parameter or buffer is kept. No policy is asked.
+    2. For any other tensor, the policy decides: a codec, or None.
+    3. The input of a norm waits until the norm has ended (:mod:`~brevitas_bp.backward.units`). So do the
+       statistics that the norm saves beside it.
+    4. All other tensors are kept or encoded (:mod:`~brevitas_bp.backward.encoding`).
+    5. If there are listeners, every saved tensor gets a :class:`Packed`, even if it is kept.
 
     Args:
         root: the module that runs.
         codec_of: module name -> configured codec, or None for exact.
         policy: saved tensor -> codec, or None for exact.
-        next_seed: seed of the next encode.
-        on_backward: keep floats and quantize when backward asks.
-        listeners: told of every saved tensor.
-        explanation: told what was decided for every saved tensor.
-        verify: seal what is packed with a checksum.
-        graph_hooks: returns the hooks for compiled modules, which replace those of the pass and call
-            them; asked only if there are compiled modules.
-        compiled: whether the root is compiled by what calls it.
+        next_seed: returns the seed of the next encode.
+        on_backward: keep floats, and quantize them when backward asks.
+        listeners: called for every saved tensor.
+        explanation: records the decision for every saved tensor.
+        verify: seal each :class:`Packed` with a checksum.
+        graph_hooks: returns the hooks for compiled modules. These replace the hooks of the pass, and
+            call them. ``graph_hooks`` is called only if there are compiled modules.
+        compiled: whether the caller of the root compiles it.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class ForwardPass:
 
     @property
     def given_bytes(self) -> int:
-        """Bytes, as they came, of what was encoded on the CPU."""
+        """Size before encoding of the tensors that were encoded on the CPU."""
         return self.encodings.given_bytes
 
     def pack(self, x: Tensor) -> Packed | Kept | Deferred:
@@ -144,13 +144,13 @@ class ForwardPass:
             x = without_class(x)
         location, substitution = self.location, self._substitution
         if type(x) is nn.Parameter and substitution is None and not self.listeners:
-            # Most of what is saved, recognised at once.
+            # A shortcut for parameters, which most saved tensors are.
             return Kept(x, location.call.function, location.qualified_module)
         role = None if substitution is None else next(substitution.roles, None)
         if location.call is NO_CALL and is_checkpoint_input():
             role = CHECKPOINT_INPUT
         derivative = None if substitution is None else substitution.derivative
-        # The input of a derivative is not what is stored, even if it is a parameter.
+        # ``x`` is only the derivative's input here; do not keep it, even if it is a parameter.
         stands_in = derivative is not None or role == FEW_BIT_INPUT
         if not stands_in and self.parameters.contains(x, location.call.arguments):
             return self._pack_parameter(x)
@@ -181,7 +181,7 @@ class ForwardPass:
         return packed
 
     def _decide(self, saved: SavedTensor) -> Decision:
-        """What the policy says, but for what cannot be encoded or would be encoded for nothing."""
+        """Returns the policy's decision, but keeps a tensor if encoding is impossible or useless."""
         if not can_encode(saved.tensor):
             return _NOT_PLAIN
         decision = self.policy.decide(saved)
@@ -191,11 +191,11 @@ class ForwardPass:
 
     def _store(
             self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
-        """The payload of a tensor that is encoded, or kept where somebody listens."""
+        """Returns the ``Packed`` of a tensor that is encoded, or that is kept while listeners exist."""
         if decision is _NOT_PLAIN:
             packed = kept(saved)
         else:
-            # Each derivative is rounded on its own.
+            # Each derivative has a rounding of its own.
             if decision.codec is not None and decision.codec.lossy and saved.derivative is None:
                 self.location.note_rounded(saved.call, storage_id(saved.tensor))
             packed = self.encodings.encode_once(saved, decision, units)
@@ -204,7 +204,7 @@ class ForwardPass:
         return packed
 
     def _keep(self, saved: SavedTensor, decision: Decision) -> Kept:
-        """Keeps a tensor where nobody listens."""
+        """Keeps a tensor when there are no listeners."""
         if self.explanation is not None:
             self.explanation.add_kept(saved, decision)
         found = Kept(as_it_is(saved), saved.call.function or saved.op, saved.module)
@@ -220,26 +220,29 @@ class ForwardPass:
             listener(saved, packed, decision, originals)
 
     def _begins_norm(self, saved: SavedTensor, decision: Decision) -> bool:
-        """Whether a tensor is the input of a norm that is to be stored normalized."""
+        """Whether a tensor is the input of a norm and is to be stored normalized."""
         if decision.units != "statistic" or decision.codec is None or not is_plain(saved.tensor):
             return False
         begun = self._norm is not None and self._norm.saved.call is saved.call
         return not begun and tells_statistics(saved.call)
 
     def _begin_norm(self, saved: SavedTensor, decision: Decision) -> Deferred:
-        """See NOTE [ Inputs of norms are stored normalized ]."""
+        """Defers the encoding of a norm's input until the norm has ended.
+
+        See NOTE [ Inputs of norms are stored normalized ].
+        """
         deferred = Deferred()
         originals = self._originals(saved.tensor) if self.listeners else ()
         self._norm = PendingNorm(saved, decision, deferred, originals)
         if saved.call is NO_CALL:
-            # A custom Function says nothing of its end.
+            # We cannot see when a custom Function ends.
             self._end_norm()
         else:
             self.location.ending = self._end_norm
         return deferred
 
     def _end_norm(self) -> None:
-        """Stores the input of the norm that has ended, and what else it has saved."""
+        """Stores the input of the norm that has ended, and the statistics that it has saved."""
         norm, self._norm = self._norm, None
         assert norm is not None
         units = units_of(norm)
@@ -263,7 +266,10 @@ class ForwardPass:
 
     def graphs(
             self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
-        """Tensors that compiled graphs of this pass keep, but for parameters; where known with site."""
+        """Yields the tensors that compiled graphs of this pass keep, each with its site if known.
+
+        Parameters are left out.
+        """
         if self.graph_hooks is not None:
             for site, tensors in self.graph_hooks.live(output, inputs):
                 if tensors and not (
@@ -272,7 +278,7 @@ class ForwardPass:
 
     @contextmanager
     def saving(self, *roles: str) -> Iterator[Substitution]:
-        """Within the block, the tensors that are saved have these roles, in order."""
+        """Gives these roles, in order, to the tensors that are saved within the block."""
         before = self._substitution
         self._substitution = Substitution(roles, recorded=bool(self.listeners))
         try:
@@ -281,7 +287,7 @@ class ForwardPass:
             self._substitution = before
 
     def _rewrite_of(self, function: Any) -> Callable[[Call], Any] | None:
-        """How a function is run so that it saves something else, where the policy says so."""
+        """Returns how to run a function so that it saves something else, if the policy wants that."""
         rewrite = self.policy.rewrite(function)
         if rewrite is None:
             return None
@@ -294,10 +300,10 @@ class ForwardPass:
         return run
 
     def _is_innermost(self) -> bool:
-        """Whether what is saved now comes to this pass, not to hooks that others set inside of it.
+        """Whether tensors saved now come to this pass, not to hooks that others set inside it.
 
-        Checkpointing sets hooks that drop what is saved, and counts whether the second run saves the
-        same: there the operations must be themselves.
+        Checkpointing sets hooks that drop the saved tensors, and counts whether the second run saves the
+        same tensors. Under these hooks, operations must not be rewritten.
         """
         top: Any = top_hooks(True)
         return top is not None and top[0] == self.hooks[0]
@@ -310,7 +316,10 @@ class ForwardPass:
             role, location.module, location.compiled and location.call is NO_CALL)
 
     def _originals(self, x: Tensor) -> Sequence[Tensor]:
-        """What plain autograd would have saved; told with the first of the tensors saved instead."""
+        """Returns the tensors that plain autograd would have saved.
+
+        In a rewritten call, the first saved tensor reports all of them, and the others report none.
+        """
         if self._substitution is None:
             return (x,)
         originals, self._substitution.originals = self._substitution.originals, []
@@ -334,12 +343,12 @@ class ForwardPass:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self.close()
-        # In the words of PyTorch.
+        # These are words of PyTorch's own message.
         if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
             raise RuntimeError(_TRANSFORM.format(self.location.module_in(traceback))) from error
 
     def close(self) -> None:
-        """Leaves nothing installed; to be called again, in ``finally``, after the ``with`` block.
+        """Removes all that the pass installed; call it again, in ``finally``, after the ``with`` block.
 
         See NOTE [ Interrupts ].
         """
@@ -349,12 +358,13 @@ class ForwardPass:
             leave(self.location)
             self._resources.close()
             self._closed = True
-            # They hold the pass, which would wait for the garbage collector, and with it the modules.
+            # The hooks hold the pass. The pass and its modules would otherwise wait for the garbage
+            # collector.
             self.hooks = unpack, unpack
 
 
 def _remove_hooks(pack: Callable[[Tensor], Any]) -> None:
-    """Takes the hooks of a pass, and all above them, from the stack of this thread."""
+    """Pops the hooks of a pass, and all hooks above them, from the stack of this thread."""
     others = []
     while (top := top_hooks(True)) is not None:
         pop_hooks()

@@ -1,4 +1,4 @@
-"""Tensors that are kept as they are, and what gives back any saved tensor."""
+"""Tensors that are kept as they are, and the unpack hook for all saved tensors."""
 
 import weakref
 from typing import Any, final
@@ -15,19 +15,19 @@ from brevitas_bp.errors import CorruptPayloadError
 
 KEEP = Keep()
 
-# Elements from which a tensor that is kept as it is may spare others an encoding.
+# From this many elements on, a kept tensor may spare other saved tensors an encoding.
 _WORTH_NOTING = 64
 
 
 @final
 class Kept:
-    """A kept tensor where nobody listens: as :class:`Packed` of the codec :class:`Keep`, made faster.
+    """A kept tensor when there are no listeners: like a ``Packed`` of :class:`Keep`, but made faster.
 
-    Most of what a network saves are parameters and statistics.
+    Most tensors that a network saves are parameters and statistics.
 
     Args:
         x: the tensor.
-        function: what saves it, or the name of that; None outside of torch functions.
+        function: the function that saves it, or that function's name; None outside torch functions.
         module: qualified name of the module that runs.
     """
 
@@ -40,10 +40,10 @@ class Kept:
         self.module = module
 
     def decode(self) -> Tensor:
-        """The tensor itself.
+        """Returns the tensor itself.
 
         Raises:
-            ModifiedInPlaceError: it was modified by an in-place operation since.
+            ModifiedInPlaceError: an in-place operation has modified the tensor since.
         """
         if version_of(self.tensor) != self.version:
             op = None if self.function is None else name_of(self.function)
@@ -52,38 +52,38 @@ class Kept:
 
 
 def described(op: str | None, module: str) -> str:
-    """An operation and its module, for messages."""
+    """Names an operation and its module, for messages."""
     return f"{op or 'a custom function'} in {module or 'the wrapped module'}"
 
 
 def kept(saved: SavedTensor) -> Packed:
-    """A saved tensor kept as it is, where somebody wants to know what it takes."""
+    """Keeps a saved tensor as it is, in a ``Packed`` that knows its size."""
     return KEEP.encode(as_it_is(saved), where=described(saved.op, saved.module))
 
 
 def as_it_is(saved: SavedTensor) -> Tensor:
-    """What is kept of a saved tensor: with its class, which a custom Function may ask for."""
+    """Returns the tensor to keep, with its Python class, which a custom Function may ask for."""
     return derived_of(saved) if saved.original is None else saved.original
 
 
 def derived_of(saved: SavedTensor) -> Tensor:
-    """The tensor that is to be stored: the saved one, or a derivative at it."""
+    """Returns the tensor to store: the saved tensor, or a derivative at it."""
     if saved.derivative is None:
         return saved.tensor
     return derivative_at(saved.tensor, saved.derivative)
 
 
 class ExactStorages:
-    """Storages that the graph keeps alive as they are, all of them.
+    """Storages that the graph keeps alive as they are, each as a whole.
 
-    A reference to one costs nothing, where an encoding would take bytes and add noise.
+    A reference to such a storage costs nothing. An encoding would take bytes and add noise.
     """
 
     def __init__(self) -> None:
         self._noted: dict[int, tuple[StorageWeakRef, weakref.ref[Kept | Packed], int | None]] = {}
 
     def note(self, saved: SavedTensor, given: Kept | Packed) -> None:
-        """Notes a tensor that was kept, if that keeps all of its storage."""
+        """Notes a kept tensor, if keeping it keeps all of its storage."""
         x = saved.tensor
         if saved.derivative is None and is_plain(x) and x.numel() >= _WORTH_NOTING:
             storage = x.untyped_storage()
@@ -92,7 +92,7 @@ class ExactStorages:
                     StorageWeakRef(storage), weakref.ref(given), version_of(x))
 
     def hold(self, saved: SavedTensor) -> bool:
-        """Whether another operation keeps the storage of the tensor as it is."""
+        """Whether another operation already keeps the storage of the tensor as it is."""
         x = saved.tensor
         if saved.derivative is not None or not self._noted or not is_plain(x):
             return False
@@ -101,11 +101,11 @@ class ExactStorages:
 
 
 def unpack(given: Packed | Kept | Deferred) -> Tensor:
-    """Unpack hook. Holds nothing of the forward pass.
+    """Unpack hook; it holds nothing of the forward pass.
 
     Raises:
-        CorruptPayloadError: the codec gave back another kind of tensor. Autograd would not complain: a
-            wrong shape is broadcast.
+        CorruptPayloadError: the codec decoded a tensor of another shape, dtype or device. Autograd would
+            not complain: it broadcasts a wrong shape.
     """
     packed: Packed | Kept = given.packed if isinstance(given, Deferred) else given
     x = packed.decode()

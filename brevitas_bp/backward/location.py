@@ -1,4 +1,4 @@
-"""Which operation and which module are running, for the thread that runs a forward pass."""
+"""Tracks which operation and which module are running, in the thread that runs a forward pass."""
 
 import itertools
 import threading
@@ -20,18 +20,18 @@ from brevitas_bp.private import function_modes, pop_function_mode
 
 
 class Location:
-    """Where one forward pass is: qualified module name and operation.
+    """The current position of one forward pass: qualified module name and operation.
 
     Args:
         root: the module that names are relative to.
-        prefix: qualified name of ``root`` itself, where an outer pass knows one.
-        compiled: whether it is called from something that is compiled, and so compiled too.
+        prefix: qualified name of ``root`` itself, if an outer pass knows it.
+        compiled: whether the caller of ``root`` is compiled, so that ``root`` is compiled too.
     """
 
     def __init__(self, root: nn.Module, prefix: str = "", compiled: bool = False) -> None:
         self.names: dict[int, str] = {}
         self.tree = list(_modules_of(root, self.names))
-        # Names and classes of modules that are compiled by themselves.
+        # Name -> class of each module that is compiled by itself.
         self.compiled_parts: dict[str, type] = {
             self.names[id(module)]: type(getattr(module, "_orig_mod", module))
             for module in self.tree if is_compiled(module)}
@@ -42,23 +42,24 @@ class Location:
         self.call = NO_CALL
         self.rewrites: Rewrites | None = None
         self.observer: Callable[[Call, Any], None] | None = None
-        # To be called when the operation that runs has ended.
+        # Called when the running operation has ended.
         self.ending: Callable[[], None] | None = None
-        # The call that saved something rounded last, and the storages of that; those of what custom
-        # Functions have, of which nobody sees the end; and of all.
+        # The last call that saved a rounded tensor, and the storages that this call saved rounded.
         self.rounding: Call | None = None
         self.rounded: set[int] = set()
+        # Storages that custom Functions saved rounded; we cannot see when such a Function ends.
         self.rounded_unseen: set[int] = set()
+        # All storages that were saved rounded in this pass.
         self.ever_rounded: set[int] = set()
-        # The pass itself, and the seed of its next encode, for hooks that serve several passes.
+        # The pass itself, and what returns its next seed; for hooks that serve several passes.
         self.forward_pass: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
-        # Whether a module of the pass has run in it.
+        # ``entered``: a module of the root has run. ``ended``: the pass has ended.
         self.entered = self.ended = False
 
     def note_rounded(self, call: Call, storage: int) -> None:
-        """Notes that a call has saved a tensor of this storage rounded.
+        """Notes that a call has saved a tensor of this storage in rounded form.
 
         See NOTE [ No two roundings of one tensor are multiplied ].
         """
@@ -71,7 +72,7 @@ class Location:
         self.rounded.add(storage)
 
     def module_in(self, traceback: Any) -> str:
-        """The innermost module of the pass in a traceback, for messages."""
+        """Names the innermost module of the pass in a traceback, for messages."""
         found = "the network"
         while traceback is not None:
             module = traceback.tb_frame.f_locals.get("self")
@@ -82,28 +83,28 @@ class Location:
 
     @property
     def module(self) -> str:
-        """Name of the innermost module that runs, relative to the root."""
+        """Name of the innermost running module, relative to the root."""
         return self.modules[-1][0]
 
     @property
     def module_type(self) -> type | None:
-        """Class of the innermost module that runs."""
+        """Class of the innermost running module."""
         return self.modules[-1][1]
 
     @property
     def qualified_module(self) -> str:
-        """Name of the innermost module, with the prefix."""
+        """Name of the innermost running module, with the prefix."""
         prefix, module = self.prefix, self.modules[-1][0]
         return module if not prefix else f"{prefix}.{module}" if module else prefix
 
     @property
     def op(self) -> str | None:
-        """Name of the function that runs, or None outside torch functions."""
+        """Name of the running function, or None outside torch functions."""
         return None if self.call is NO_CALL else self.call.name
 
     def enter_module(self, module: nn.Module, args: Any) -> None:
         """Global forward pre-hook."""
-        # Dynamo, which traces hooks too, must not make graphs that hold for one name only.
+        # Dynamo traces hooks too. It must not make graphs that are valid for one module name only.
         if not is_compiling() and current_location() is self:
             name = self.names.get(id(module))
             self.entered = self.entered or name is not None
@@ -116,9 +117,10 @@ class Location:
 
 
 def _modules_of(root: nn.Module, names: dict[int, str]) -> Iterator[nn.Module]:
-    """The modules of ``root.named_modules()`` in its order, whose names go to ``names``.
+    """Yields the modules of ``root.named_modules()`` in its order, and puts their names into ``names``.
 
-    That nests a generator for each level, and this runs in every step.
+    ``named_modules`` nests a generator for each level. This function does not, because it runs in every
+    step.
     """
     waiting: list[tuple[str, nn.Module]] = [("", root)]
     while waiting:
@@ -133,17 +135,17 @@ def _modules_of(root: nn.Module, names: dict[int, str]) -> Iterator[nn.Module]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether its operations cannot be seen: ``torch.compile``, ``module.compile()``, TorchScript."""
+    """Whether a module hides its operations: ``torch.compile``, ``module.compile()``, TorchScript."""
     return isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule" or (
         getattr(module, "_compiled_call_impl", None) is not None)
 
 
-# Of calls, so that no two of a process have the same.
+# Numbers of calls: no two calls of a process have the same number.
 _numbers = itertools.count()
 
 
 class _Running(threading.local):
-    """The forward passes that this thread is inside of, innermost last."""
+    """The forward passes that are running in this thread, innermost last."""
 
     def __init__(self) -> None:
         self.locations: list[Location] = []
@@ -153,12 +155,12 @@ _running = _Running()
 
 
 def current_location() -> Location | None:
-    """The innermost forward pass of this thread."""
+    """Returns the location of this thread's innermost forward pass, or None."""
     return _running.locations[-1] if _running.locations else None
 
 
 class _OpMode(TorchFunctionMode):
-    """Notes which function is running, and lets the pass run another in its place."""
+    """Notes which function is running, and lets the pass replace it by another function."""
 
     def __init__(self, location: Location) -> None:
         super().__init__()
@@ -167,8 +169,8 @@ class _OpMode(TorchFunctionMode):
     def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Dynamo traces this very code: a compiled graph has no calls to note or rewrite. And attributes
-        # of tensors come here too, which save nothing.
+        # Dynamo traces this very code, and a compiled graph has no calls to note or rewrite. Reading an
+        # attribute of a tensor leads here too, and saves nothing.
         if is_compiling() or type(func) is MethodWrapperType:
             return _traceable(func)(*args, **kwargs)
         location = self.location
@@ -192,14 +194,18 @@ class _OpMode(TorchFunctionMode):
 
 
 def _traceable(func: Any) -> Any:
-    """A function, or one that Dynamo can trace when a mode calls it: no method that calls super()."""
+    """Returns a function, or its substitute that Dynamo can trace when a mode calls it.
+
+    Dynamo cannot trace a method that calls super().
+    """
     return torch.unflatten if func is torch.Tensor.unflatten else func
 
 
 class _OpModeInPython(_OpMode):
-    """The same where something is compiled: Dynamo makes no graphs of what is done here.
+    """An :class:`_OpMode` for passes with compiled modules: Dynamo makes no graphs of its work.
 
-    It would where operations of a compiled region run one by one, after a graph break.
+    After a graph break, operations of a compiled region run one by one. There Dynamo would make graphs
+    of the mode's own code.
     """
 
     def __torch_function__(
@@ -219,10 +225,12 @@ no_graph_of_its_own(
 
 
 class Rewrites(dict[Any, Callable[[Call], Any] | None]):
-    """Function -> what is run in its place (it returns the output, or NotImplemented), looked up once.
+    """Function -> its replacement or None, looked up once.
+
+    A replacement returns the output, or NotImplemented.
 
     Args:
-        find: looks it up.
+        find: looks up the replacement of a function.
     """
 
     def __init__(self, find: Callable[[Any], Callable[[Call], Any] | None]) -> None:
@@ -237,8 +245,9 @@ class Rewrites(dict[Any, Callable[[Call], Any] | None]):
 def seen_through(call: Call, location: Location) -> Any:
     """Runs a Python function of torch so that the functions it calls are noted one by one.
 
-    While a mode runs, torch's own Python functions hand themselves to it before they do anything, which
-    would never end. A copy of the function that finds no override starts at its body.
+    While a mode is active, a Python function of torch hands itself to the mode before it does anything
+    else. Calling the function from the mode would therefore never end. So we run a copy of it that finds
+    no override, and so starts at its body.
     """
     with _OpMode(location):
         return _without_override_check(call.function)(*call.args, **call.kwargs)
@@ -248,7 +257,7 @@ def _without_override_check(function: Any) -> Any:
     checks = {
         name: _finds_none for name in function.__code__.co_names
         if name.startswith("has_torch_function")}
-    # Made anew each time: what the module's names stand for may change.
+    # The copy is made anew each time, because the globals of the function's module may change.
     copy = FunctionType(
         function.__code__, {**function.__globals__, **checks}, function.__name__,
         function.__defaults__, function.__closure__)
@@ -267,14 +276,15 @@ def _watch_modules(location: Location) -> None:
     """Notes which module runs.
 
     NOTE [ Module names come from global hooks ]
-    Hooks on the user's modules would be copied and pickled with them and miss modules added later.
-    Global ones leave the modules alone; each pass has its own, which do nothing in other threads and
-    while another pass is innermost. So passes share nothing, and no lock is left held by an interrupt.
+    Hooks on the user's modules would be copied and pickled with them. They would miss modules that are
+    added later. Global hooks leave the modules alone. Each pass has its own global hooks. They do
+    nothing in other threads, or while another pass is innermost. So passes share nothing, and an
+    interrupt leaves no lock held.
     """
-    # Compiled graphs are guarded by the keys: they are the same in every step, and no two passes of a
-    # process have the same.
+    # Compiled graphs have guards on the keys of the hooks. So a key is the same in every step, and no
+    # two running passes of a process have the same key.
     if location.compiled:
-        # It says that our hooks run once more for the shell around a compiled module: they may.
+        # It warns that our hooks run once more for the shell around a compiled module. That is fine.
         warnings.filterwarnings("ignore", _SHELL_WARNING)
     key: Any = f"brevitas_bp {threading.get_ident()} {len(_running.locations)}"
     torch_module._global_forward_pre_hooks[key] = location.enter_module
@@ -283,7 +293,7 @@ def _watch_modules(location: Location) -> None:
 
 
 def _unwatch_modules(location: Location) -> None:
-    # By value: an interrupt may have come anywhere.
+    # Find the hooks by value, not by key: an interrupt may have come anywhere.
     _remove(location.enter_module, torch_module._global_forward_pre_hooks)
     _remove(location.leave_module, torch_module._global_forward_hooks)
 
@@ -297,14 +307,15 @@ def _remove(hook: Callable[..., Any], hooks: dict[int, Any]) -> None:
 
 # NOTE [ Interrupts ]
 # Ctrl-C, or an exception that another thread sends, may arrive between any two bytecodes.
-# 1. Each step that installs something has one that removes it, by identity, and does nothing where it
-#    is not installed: leaving may begin at any point of entering, be cut short and begun again.
-# 2. Leaving runs twice, from ``with`` and from ``finally`` around it: the second run completes a first
-#    that was interrupted. Only two interrupts within these microseconds leave something behind.
-# 3. What lies above ours on a stack was left behind by code that ran inside (torch's own context
-#    managers have no such care), and goes with ours.
-# 4. torch may put a mode back after the pass has ended, when the traceback of an interrupt is freed. It
-#    then does nothing, and the next pass of the thread removes it.
+# 1. Each step that installs something has a counterpart that removes it, by identity. The counterpart
+#    does nothing if the thing is not installed. So leaving may begin at any point of entering, be cut
+#    short, and begin again.
+# 2. Leaving runs twice: from ``with``, and from the ``finally`` around it. The second run completes a
+#    first run that was interrupted. Only two interrupts within these microseconds leave anything behind.
+# 3. Code that ran inside the pass may leave entries above ours on a stack, because torch's own context
+#    managers do not guard against interrupts. We remove these entries with ours.
+# 4. torch may put a mode back after the pass has ended, when the traceback of an interrupt is freed. The
+#    mode then does nothing, and the next pass of the thread removes it.
 
 
 def enter(location: Location) -> None:
@@ -312,7 +323,7 @@ def enter(location: Location) -> None:
     for mode in function_modes():
         if isinstance(mode, _OpMode) and mode.location.ended:
             _remove_mode(mode.location)
-    # Nothing but the compiled graph runs inside of it, and Dynamo warns of global hooks.
+    # Nothing but its graph runs inside a compiled root, and Dynamo warns about global hooks.
     if not location.root_compiled:
         _watch_modules(location)
     (_OpModeInPython if location.compiled else _OpMode)(location).__enter__()
@@ -320,9 +331,9 @@ def enter(location: Location) -> None:
 
 
 def leave(location: Location) -> None:
-    """Undoes :func:`enter`, wherever that came to; see NOTE [ Interrupts ]."""
+    """Undoes :func:`enter`, however far that came; see NOTE [ Interrupts ]."""
     location.ended = True
-    # It holds the pass, which would wait for the garbage collector.
+    # These attributes hold the pass, which would otherwise wait for the garbage collector.
     location.rewrites = location.observer = location.forward_pass = location.next_seed = None
     location.ending = location.rounding = None
     location.tree = []
@@ -333,7 +344,7 @@ def leave(location: Location) -> None:
 
 
 def _remove_mode(location: Location) -> None:
-    """Takes the modes of a pass, and all above, from the stack of this thread."""
+    """Pops the modes of a pass, and all modes above them, from the stack of this thread."""
     for depth, mode in enumerate(modes := function_modes()):
         if isinstance(mode, _OpMode) and mode.location is location:
             for _ in modes[depth:]:

@@ -1,4 +1,4 @@
-"""The noise of one wrapper: its private stream of seeds, and which processes draw the same."""
+"""The noise of one wrapper: its private stream of seeds, and which processes draw the same noise."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ from brevitas_bp.format.random import SeedStream, derive
 _AMBIGUOUS = (
     "brevitas_bp.QuantBackwardWrapper: the parameters are DTensors on several device meshes, so it is "
     "not known which processes hold copies of the same activations and must draw the same noise; each "
-    "draws its own. Pass rank=, the rank of the data-parallel dimension")
+    "process draws its own noise. Pass rank=, the rank of the data-parallel dimension")
 _created = itertools.count()
 
 
@@ -29,10 +29,10 @@ class Noise:
     """Seeds for the roundings of one wrapper.
 
     Args:
-        seed: of the stream; None derives it, at first use, from ``torch.initial_seed()`` and the number
-            of streams that were made before this one, because two wrappers must not share their noise.
-        rank: tells the noise of this process from that of others; None asks ``torch.distributed``, see
-            NOTE [ Replicas draw the same noise ].
+        seed: seed of the stream. None derives it, at first use, from ``torch.initial_seed()`` and the
+            number of streams made before this one, because two wrappers must not share their noise.
+        rank: distinguishes the noise of this process from that of other processes. None asks
+            ``torch.distributed``, see NOTE [ Replicas draw the same noise ].
     """
 
     def __init__(self, seed: int | None = None, rank: int | None = None) -> None:
@@ -43,40 +43,40 @@ class Noise:
 
     @property
     def stream(self) -> SeedStream:
-        """The stream of seeds, of which each process takes those of its rank."""
+        """The stream of seeds; each process takes the seeds of its rank."""
         if self._stream is None:
             self._stream = SeedStream(derive(torch.initial_seed(), self._number))
         return self._stream
 
     def rank(self, root: nn.Module) -> int:
-        """The rank of this process.
+        """Returns the rank of this process.
 
-        Asked at every forward pass, because the wrapper may be older than the process group.
+        Every forward pass asks again, because the wrapper may be older than the process group.
 
         Args:
             root: the wrapped module.
         """
         if self._rank is not None:
             return self._rank
-        # Remembered, because parameters that FSDP has gathered do not show their group any more.
+        # Remember the group: parameters that FSDP has gathered no longer show it.
         self._replicas = replica_group(root) or self._replicas
         if not (dist.is_available() and dist.is_initialized()):
             return 0
         return self._replicas[0] if self._replicas else dist.get_rank()
 
     def seeds(self, root: nn.Module) -> Callable[[], int]:
-        """What gives one seed after the other, for a forward pass of ``root``."""
+        """Returns a function that gives one seed after the other, for a forward pass of ``root``."""
         return partial(self.stream.next, self.rank(root))
 
     def of_replica(self, root: nn.Module) -> "Noise":
-        """Noise for a replica of ``nn.DataParallel``, which runs at the same time as the others."""
+        """Returns noise for a replica of ``nn.DataParallel``, which runs while other replicas run."""
         other = copy.copy(self)
         other._stream = SeedStream(derive(self.stream.next(self.rank(root)), 0))
         return other
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """Within the block seeds come from a stream of ``seed``; this one stands still."""
+        """Within the block, draws from a stream of ``seed``; the wrapper's own stream stands still."""
         before, self._stream = self._stream, SeedStream(seed)
         try:
             yield
@@ -84,7 +84,7 @@ class Noise:
             self._stream = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Noise":
-        # A deep copy of a wrapper draws noise of its own.
+        # A deep copy of a wrapper draws its own noise.
         other = copy.copy(self)
         other._number = next(_created)
         if self._stream is not None:
@@ -93,19 +93,22 @@ class Noise:
 
 
 def replica_group(root: nn.Module) -> tuple[int, ...]:
-    """Ranks of the processes that hold copies of the activations of this one; none if it is alone.
+    """Returns the ranks of the processes that hold copies of this process's activations.
+
+    The result is empty if no other process holds copies.
 
     NOTE [ Replicas draw the same noise ]
-    1. Processes that see other data draw other noise: their errors average out.
-    2. The processes of a tensor-parallel group hold copies of some activations, and of parameters
-       (norms, biases) whose gradients nobody reduces: with noise of their own the copies drift apart.
-       So all of them take the rank of the first.
-    3. The group is that of the mesh of a DTensor parameter. Those that FSDP2 shards it gathers before
-       they are used: what counts is their mesh without FSDP's dimensions, which come first.
+    1. Processes that see different data draw different noise, so that their errors average out.
+    2. The processes of a tensor-parallel group hold copies of some activations. They also hold copies of
+       parameters (norms, biases) whose gradients nobody reduces. With different noise in each process,
+       these copies would drift apart. So all processes of the group take the rank of the first one.
+    3. The group is that of the mesh of a DTensor parameter. FSDP2 gathers the parameters that it shards
+       before they are used. For these parameters, only the mesh without FSDP's dimensions counts. FSDP's
+       dimensions come first.
 
-    Warns where parameters live on several meshes.
+    Warns if parameters live on several meshes.
     """
-    # Who has a DTensor has imported them: others are spared a walk over all parameters.
+    # Anyone holding a DTensor has already imported the module; others need no walk over all parameters.
     if "torch.distributed.tensor" not in sys.modules or not dist.is_initialized():
         return ()
     groups = set(_groups(root))
@@ -134,7 +137,7 @@ def _sharded_by_fsdp(root: nn.Module) -> set[int]:
 
 
 def _fsdp_dims(parameter: Any) -> int:
-    """Leading dimensions of the mesh that are FSDP's: any number of replicas, then its shards."""
+    """Counts the leading mesh dimensions of FSDP: any number of replicas, then its shards."""
     for dim, placement in enumerate(parameter.placements):
         if not placement.is_replicate():
             return dim + 1

@@ -1,8 +1,8 @@
-"""Operations and how what they save is stored: the rules, and the registry that users may add to.
+"""Rules that say how the saved tensors of an operation are stored, and the registry of these rules.
 
-Stochastic rounding leaves a gradient unbiased exactly where backward is linear in what was rounded, and
-where no two roundings of one tensor are multiplied. Each rule says which saved tensors of its operation
-are such; everything else is exact.
+Users may add rules to the registry. Stochastic rounding leaves a gradient unbiased exactly if backward
+is linear in the rounded tensor, and if no two roundings of one tensor are multiplied. Each rule says
+which saved tensors of its operation meet both conditions. All other saved tensors are exact.
 """
 
 import math
@@ -38,14 +38,15 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.codec.base import FLOATS, Codec
 
-# A factor that is broadcast to this many times its size is kept: few bytes, and each of its roundings
-# would reach many gradients.
+# A factor that is broadcast to this many times its size is kept. It has few bytes, and each of its
+# roundings would reach many gradients.
 _BROADCAST = 16
 
-# Elements of a statistic of a norm, from which on its input needs no more bits than are configured.
+# Elements to a statistic of a norm. From _ENOUGH on, the input needs no more bits than configured; below
+# _FEW, it stays exact.
 _ENOUGH, _FEW = 256, 16
 
-# Roundings that are summed into one gradient, from which on they need no more bits.
+# If one gradient sums at least this many roundings, they need no more bits than configured.
 _AVERAGED = 256
 
 Decide = Callable[[SavedTensor], Decision]
@@ -53,14 +54,14 @@ Decide = Callable[[SavedTensor], Decision]
 
 @dataclass(frozen=True)
 class OpRule:
-    """How what one operation saves is stored.
+    """How the saved tensors of one operation are stored.
 
     Attributes:
-        decide: saved tensor -> :class:`Decision`; asked for tensors of numbers only, and only where a
-            quantizer is configured.
-        rewrite: runs the operation so that it saves something else; None runs it as it is.
-        few_bit: call -> arguments of :func:`~brevitas_bp.activations.few_bit.few_bit_table` but for the
-            bits, or None for arguments without a table; None where there is no such table at all.
+        decide: saved tensor -> :class:`Decision`. It is called only for tensors of numbers, and only
+            where a quantizer is configured.
+        rewrite: runs the operation so that it saves something else; None runs the operation as it is.
+        few_bit: call -> arguments of :func:`~brevitas_bp.activations.few_bit.few_bit_table` except the
+            bits, or None if the call's arguments have no table. The attribute is None without any table.
     """
 
     decide: Decide
@@ -69,16 +70,16 @@ class OpRule:
 
 
 def exact(reason: str = "not linear in what is saved") -> OpRule:
-    """Everything is kept as it is."""
+    """Makes a rule that keeps every saved tensor as it is."""
     decision = Decision(None, reason)
     return OpRule(lambda saved: decision)
 
 
 def linear(*positions: int) -> OpRule:
-    """Backward is linear in what is saved, and multiplies no two saved tensors with each other.
+    """Makes a rule for a backward that is linear in its saved tensors and multiplies no two of them.
 
     Args:
-        positions: of the arguments of which that is true; none means all that is saved.
+        positions: positions of the arguments for which that is true; none means all saved tensors.
     """
     def decide(saved: SavedTensor) -> Decision:
         if positions and saved.position not in positions:
@@ -91,13 +92,13 @@ def linear(*positions: int) -> OpRule:
 
 
 def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
-    """A layer ``f(input, weight)``: the input is quantized, the weight exact.
+    """Makes a rule for a layer ``f(input, weight)``: the input is quantized, the weight is exact.
 
     So the gradient of the input stays exact, and roundings do not add up from layer to layer.
 
     Args:
         weight: position of the weight among the arguments.
-        rows: elements of the input that the same gradients are multiplied with.
+        rows: finds the elements of the input that backward multiplies by the same gradients.
     """
     def decide(saved: SavedTensor) -> Decision:
         if _is_weight(saved, weight):
@@ -114,7 +115,7 @@ def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
 
 
 def _is_weight(saved: SavedTensor, weight: int) -> bool:
-    """By its memory; where autocast handed over a copy, by its shape or by what autograd saw of it."""
+    """Whether a saved tensor is the weight: by memory, or for a copy of autocast by shape or history."""
     position, x = saved.position, saved.tensor
     if position is not None:
         return position == weight
@@ -127,14 +128,14 @@ def _is_weight(saved: SavedTensor, weight: int) -> bool:
 
 
 def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
-    """A product of two tensors, of elements or of matrices; each gradient is linear in the other.
+    """Makes a rule for a product of two tensors, elementwise or of matrices.
 
-    Both may depend on one input, so a tensor that a product saves shares its rounding with no other
-    operation; a factor that is broadcast is kept exact.
+    The gradient of each factor is linear in the other factor. Both may depend on one input. So a tensor
+    that a product saves shares its rounding with no other operation. A broadcast factor is kept exact.
 
     Args:
-        summands: arguments before the factors, to which the product is added.
-        rows: elements of a factor that are multiplied with the same gradients.
+        summands: number of arguments before the factors, to which the product is added.
+        rows: finds the elements of a factor that backward multiplies by the same gradients.
     """
     def decide(saved: SavedTensor) -> Decision:
         tensors = list(tensors_in(saved.arguments[summands:]))
@@ -150,10 +151,10 @@ def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
 
 
 def quotient() -> OpRule:
-    """A quotient ``a / b``: linear in ``a``, not in ``b``.
+    """Makes a rule for a quotient ``a / b``: it is linear in ``a``, but not in ``b``.
 
-    Where it has the shape of ``a``, the quotient is stored instead: the gradient of ``b`` is
-    ``-g (a / b) / b``, so that a rounding of ``a`` would count more, the smaller ``b``.
+    If the quotient has the shape of ``a``, it is stored instead of ``a``. The gradient of ``b`` is
+    ``-g (a / b) / b``, so a rounding of ``a`` would count the more, the smaller ``b`` is.
     """
     def decide(saved: SavedTensor) -> Decision:
         dividend, divisor = (
@@ -170,7 +171,10 @@ def quotient() -> OpRule:
 
 
 def _others(saved: SavedTensor) -> list[Tensor]:
-    """The arguments of numbers beside what is saved, which is the first of them or a copy of it."""
+    """Returns the floating-point arguments beside the saved tensor.
+
+    If the saved tensor is not an argument itself, it counts as a copy of the first argument.
+    """
     position = saved.position or 0
     return [
         t for i, a in enumerate(saved.arguments) if i != position
@@ -178,7 +182,7 @@ def _others(saved: SavedTensor) -> list[Tensor]:
 
 
 def stands_alone(saved: SavedTensor) -> bool:
-    """Whether its rounding meets no other in the gradients of the arguments beside it.
+    """Whether the tensor's rounding meets no other rounding in the gradients of the other arguments.
 
     See NOTE [ No two roundings of one tensor are multiplied ] in :mod:`brevitas_bp.backward.origins`.
     """
@@ -190,29 +194,33 @@ def stands_alone(saved: SavedTensor) -> bool:
     if storage not in location.ever_rounded:
         return True
     if saved.call is NO_CALL:
-        # Nobody knows its arguments.
+        # We do not know the arguments of a custom Function.
         return False
     custom = storage in location.rounded_unseen
     return not any(goes_through_rounding_of(storage, t, custom) for t in others)
 
 
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
-    """No further than a parameter beside it, or summed in the gradient of a small factor."""
+    """Returns the reach of a tensor of ``size`` elements that is multiplied by ``factors``.
+
+    A rounding goes no further than a factor that is a parameter. A small factor's gradient sums many.
+    """
     if any(is_parameter(t) for t in factors):
         return "weight"
     return "sum" if any(t.numel() * _AVERAGED <= size for t in factors) else "all"
 
 
 def normalization(statistics: bool = False) -> OpRule:
-    """A norm over the last dimension: the input is quantized, mean and inverse deviation are exact.
+    """Makes a rule for a norm over the last dimension: only its input is quantized.
 
-    The gradient of the scale is unbiased. That of the input has a relative bias of order 1/M with M
-    elements in a statistic: the normalized input enters it twice.
+    Mean and inverse deviation are exact. The gradient of the scale is unbiased. The gradient of the
+    input has a relative bias of order 1/M with M elements to a statistic: the normalized input enters it
+    twice.
 
     Args:
-        statistics: the last two tensors that the operation saves are mean and inverse deviation. Then
-            the input is stored normalized, ``(x - mean) * rstd``: that is what backward uses, so that
-            a rounding counts the same in every row or channel.
+        statistics: whether the last two tensors that the operation saves are mean and inverse deviation.
+            If so, the input is stored normalized, ``(x - mean) * rstd``. Backward uses the normalized
+            input, so a rounding of it counts the same in every row or channel.
     """
     def decide(saved: SavedTensor) -> Decision:
         if saved.is_norm_statistic:
@@ -233,18 +241,19 @@ def normalization(statistics: bool = False) -> OpRule:
 
 
 def _is_first(saved: SavedTensor) -> bool:
-    """Whether it is the first argument; not where a copy may be one of another that is as large."""
+    """Whether a saved tensor is the first argument, or a copy that can be of no other argument."""
     position = saved.position
     return position == 0 or (position is None and not any(
         t.numel() == saved.tensor.numel() for t in tensors_in(saved.arguments[1:])))
 
 
 def norm_bits(elements: int) -> int | None:
-    """Least bits of the input of a norm with so many elements to a statistic; None: it stays exact.
+    """Returns the least bits for the input of a norm; None means that the input stays exact.
 
-    A rounding reaches the gradient of the input with a weight of order 1 / sqrt(elements). Four times
-    fewer elements are worth one more bit, and such tensors are small. With very few elements the norm
-    takes most of the gradient away, and what is left is far smaller than what is rounded.
+    Here ``elements`` elements share one statistic. A rounding reaches the gradient of the input with a
+    weight of order 1 / sqrt(elements). So four times fewer elements call for one more bit; such tensors
+    are small. With very few elements, the norm removes most of the gradient. The rest of the gradient is
+    far smaller than the numbers that are rounded.
 
     >>> [norm_bits(elements) for elements in (1000, 256, 64, 16, 4)]
     [1, 1, 3, 4, None]
@@ -254,14 +263,14 @@ def norm_bits(elements: int) -> int | None:
     return 1 if elements >= _ENOUGH else 2 + math.ceil(math.log(_ENOUGH / elements, 4))
 
 
-#: For the input of a norm with few elements to a statistic.
-FEW_IN_STATISTIC = Decision(None, "so few elements share a statistic that backward would not bear it")
+#: The decision for the input of a norm with few elements to a statistic.
+FEW_IN_STATISTIC = Decision(None, "too few elements share a statistic to round them")
 
 
 def lossless(
         choose: Callable[[SavedTensor], Codec | None], reason: str,
         rewrite: Rewrite | None = None) -> OpRule:
-    """A codec that gives backward all it needs: the gradient stays exact."""
+    """Makes a rule for a codec that gives backward all it needs: the gradient stays exact."""
     def decide(saved: SavedTensor) -> Decision:
         codec = choose(saved)
         return Decision(codec, "kept exact" if codec is None else reason)
@@ -272,13 +281,13 @@ def lossless(
 def elementwise(
         formula: Callable[..., Tensor] | None = None, *,
         few_bit: Callable[[Call], dict[str, Any] | None] | None = None, **options: Any) -> OpRule:
-    """A smooth elementwise function: its derivative is saved, and backward is linear in that.
+    """Makes a rule for a smooth elementwise function: backward is linear in the saved derivative.
 
     Args:
-        formula: ``(x, y, call) -> dy/dx``; None lets autograd compute it, which is slower. Those of
-            torch's own activations are in :data:`~brevitas_bp.activations.functions.ACTIVATIONS`.
+        formula: ``(x, y, call) -> dy/dx``; None lets autograd compute it, which is slower. The formulas
+            of torch's activations are in :data:`~brevitas_bp.activations.functions.ACTIVATIONS`.
         few_bit: see :class:`OpRule`.
-        **options: of :class:`~brevitas_bp.backward.rewrites.SaveDerivative`.
+        **options: arguments of :class:`~brevitas_bp.backward.rewrites.SaveDerivative`.
     """
     def decide(saved: SavedTensor) -> Decision:
         return _FEW_ELEMENTS if saved.tensor.numel() < SMALLEST else _NOT_REWRITTEN
@@ -291,7 +300,7 @@ _NOT_REWRITTEN = Decision(None, "not linear in what is saved, and not rewritten 
 
 
 def composite() -> OpRule:
-    """A Python function of torch that calls others: each of them is treated by its own rule."""
+    """Makes a rule for a Python function of torch that calls others: each of these has its own rule."""
     return OpRule(
         exact("saved by a composite function itself").decide, look_through)
 
@@ -302,22 +311,25 @@ def _floats(decide: Decide) -> Decide:
 
 
 _by_name: dict[str, OpRule] = {}
-# Functions and classes go when nobody else has them any more, as those of a notebook's cell that runs
-# again; methods of torch, which have no weak references, stay.
+# Entries of functions and classes vanish when nobody else holds the object, for instance when a notebook
+# cell runs again. Methods of torch support no weak references, so their entries stay.
 _by_object: WeakKeyDictionary[Any, OpRule] = WeakKeyDictionary()
 _by_method: dict[Any, OpRule] = {}
-# Function of torch -> rule, as found: asked for every function that runs.
+# Cache: function of torch -> its rule, if any. It is read for every function that runs.
 _found: dict[Any, OpRule | None] = {}
 
 
 def register_op(operation: str | Callable[..., Any], rule: OpRule) -> None:
-    """Says how what an operation saves is stored, for the op-aware policy.
+    """Tells the op-aware policy how to store the saved tensors of an operation.
 
     Args:
-        operation: a function that ``TorchFunctionMode`` sees (any function of torch, or one of your own
-            that calls ``torch.overrides.handle_torch_function``); the name of a function of torch, in
-            all its forms ("mul" is ``torch.mul``, ``Tensor.mul``, ``Tensor.mul_``, ``*`` and ``*=``); or
-            a module class, for what custom autograd Functions save while it runs.
+        operation: one of
+
+            * a function that ``TorchFunctionMode`` sees: any function of torch, or one of your own that
+              calls ``torch.overrides.handle_torch_function``;
+            * the name of a function of torch, in all its forms ("mul" is ``torch.mul``, ``Tensor.mul``,
+              ``Tensor.mul_``, ``*`` and ``*=``);
+            * a module class, for tensors that custom autograd Functions save while the module runs.
         rule: made by :func:`linear`, :func:`weighted`, :func:`product`, :func:`normalization`,
             :func:`elementwise`, :func:`lossless`, :func:`composite` or :func:`exact`.
 
@@ -347,7 +359,7 @@ def register_op(operation: str | Callable[..., Any], rule: OpRule) -> None:
 
 
 def rule_of(operation: Any) -> OpRule | None:
-    """The rule of a function or module class; None where there is none."""
+    """Returns the rule of a function or module class, or None."""
     try:
         return _found[operation]
     except KeyError:
@@ -373,16 +385,16 @@ def _find(operation: Any) -> OpRule | None:
     return _by_name.get(name.strip("_")) if name and _is_of_torch(operation) else None
 
 
-# Modules of operators, before their namespace.
+# In the ``__module__`` of an operator, the operator's namespace follows this prefix.
 _REGISTERED = "torch._ops."
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Whether a function is torch's: another of the same name may save something else."""
+    """Whether a function is torch's own: another function of that name may save something else."""
     # Methods of Tensor have no module.
     module = getattr(function, "__module__", None) or getattr(
         getattr(function, "__objclass__", None), "__module__", None) or "torch"
     if module.startswith(_REGISTERED):
-        # Anybody may register an operator, under any name, with a backward of its own.
+        # Anybody may register an operator, under any name, with its own backward.
         return module.removeprefix(_REGISTERED) == "aten"
     return module.partition(".")[0] == "torch"

@@ -1,13 +1,14 @@
-"""Whether a tensor was computed from another one that is stored rounded.
+"""Finds out whether a tensor was computed from another tensor that is stored rounded.
 
 NOTE [ No two roundings of one tensor are multiplied ]
-1. ``f(x, w)`` that saves ``x`` gives ``w`` the gradient ``g x``. Where ``w`` was computed from ``x``, it
-   goes on through operations that saved ``x`` as well, and is multiplied by it again. With one rounding
-   for both the mean of the product is wrong: it is that of a square.
-2. So the operation has a rounding of its own where the gradient of another argument goes through an
-   operation that saved ``x`` rounded. Roundings of other tensors are independent of it.
-3. The last node of an operation that saved something rounded is marked with the storages of that. The
-   marks are in the node's own metadata: its Python object comes and goes.
+1. An operation ``f(x, w)`` that saves ``x`` gives ``w`` the gradient ``g x``. If ``w`` was computed from
+   ``x``, this gradient goes on through operations that saved ``x`` as well. There it is multiplied by
+   ``x`` again. If both use one rounding of ``x``, the mean of the product is wrong: it is the mean of a
+   square.
+2. So an operation gets its own rounding of ``x`` if the gradient of another argument goes through an
+   operation that saved ``x`` rounded. Roundings of other tensors are independent of this rounding.
+3. We mark the last node of an operation that saved tensors rounded with the storages of these tensors.
+   The mark is in the node's own metadata, because the Python object of a node comes and goes.
 """
 
 from typing import Any
@@ -18,14 +19,14 @@ from torch.autograd.function import BackwardCFunction
 from brevitas_bp.backward.saved import tensors_in
 
 _MARK = "brevitas_bp: storages of what is saved rounded"
-# Nodes looked at, before a tensor counts as computed from any other.
+# After this many nodes the search stops, and the tensor counts as computed from any other tensor.
 _MOST = 4096
 
 
 def note_rounded(output: Any, storages: set[int]) -> None:
-    """Marks what an operation returns that has saved tensors of these storages rounded."""
+    """Marks the outputs of an operation that has saved tensors of these storages rounded."""
     for tensor in tensors_in(output if isinstance(output, (tuple, list)) else (output,)):
-        # Of a view, an operation in place makes a new node: the one of its base stays.
+        # An in-place operation gives a view a new node; the node of the view's base stays.
         for made in (tensor, tensor._base):
             node: Any = None if made is None else made.grad_fn
             if node is not None:
@@ -36,10 +37,10 @@ def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False) -> b
     """Whether a gradient of ``x`` goes through an operation that saved a tensor rounded.
 
     Args:
-        storage: of that tensor.
+        storage: storage of that tensor.
         x: an argument of an operation.
-        custom: whether a custom autograd Function has saved it. Nobody sees them end, so they bear no
-            mark.
+        custom: whether a custom autograd Function has saved that tensor. We cannot see when such a
+            Function ends, so its nodes have no mark.
     """
     node: Any = x.grad_fn
     if node is None:

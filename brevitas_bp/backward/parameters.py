@@ -1,4 +1,4 @@
-"""Recognises parameters and buffers among saved tensors, in whatever disguise."""
+"""Recognises parameters and buffers among saved tensors, even as views, casts or copies."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,15 +12,15 @@ from brevitas_bp.backward.saved import is_parameter, own_shape, storage_id, tens
 from brevitas_bp.backward.views import CASTS, PIECES, WHOLE, node_name
 from brevitas_bp.codec.shard import is_dtensor, is_storable
 
-# Backward nodes of operations whose output is the parameter itself in another shape or dtype.
+# Names of backward nodes whose output is the parameter itself in another shape or dtype.
 _DISGUISES = frozenset(node_name(operation) for operation in WHOLE | PIECES | CASTS)
 _MAX_DISGUISES = 16
-# Where replicas of nn.DataParallel have their copies of parameters.
+# The attribute in which replicas of nn.DataParallel keep their copies of parameters.
 _OF_REPLICAS = "_former_parameters"
 
 
 def _tensors(root: nn.Module, modules: Iterable[nn.Module] | None) -> Iterable[Tensor]:
-    """Parameters and buffers, from the modules where these were collected already."""
+    """Returns parameters and buffers, read from ``modules`` if these were collected already."""
     if modules is None or any(isinstance(module, torch.jit.ScriptModule) for module in modules):
         return (*root.parameters(), *root.buffers())
     return [
@@ -30,11 +30,11 @@ def _tensors(root: nn.Module, modules: Iterable[nn.Module] | None) -> Iterable[T
 
 
 class ParameterSet:
-    """The parameters and buffers of a module, by storage.
+    """The parameters and buffers of a module, identified by their storage.
 
-    Collected for one forward pass, so that parameters which were replaced, tied or moved since are
-    found. Where they are DTensors, FSDP2 may gather them during the pass, into other tensors: then they
-    are looked up once more.
+    The set is collected anew for each forward pass, so that it has parameters which were replaced, tied
+    or moved since. If parameters are DTensors, FSDP2 may gather them into other tensors during the pass.
+    Such parameters are looked up once more.
     """
 
     def __init__(self, root: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
@@ -49,19 +49,19 @@ class ParameterSet:
             self._storages.add(storage)
             if not ordinary and is_dtensor(tensor):
                 self._gathered = root
-            # A buffer [C] is a statistic: the one of this batch has its shape and is no copy of it.
+            # A buffer [C] is a statistic: the statistic of this batch has its shape, but is no copy.
             statistic = tensor.dim() < 2 and not isinstance(tensor, nn.Parameter)
             if tensor.is_floating_point() and not (tensor.requires_grad or statistic):
                 self._frozen.add(storage)
 
     def contains(self, x: Tensor, arguments: tuple[Any, ...] = ()) -> bool:
-        """Whether ``x`` is, or is_view_or_cast_of, a parameter or buffer.
+        """Whether ``x`` is a parameter or buffer, or a view or cast of one.
 
-        A parameter of another module (tied weights passed as an argument) is one too.
+        A parameter of another module counts too (tied weights passed as an argument).
 
         Args:
             x: a saved tensor.
-            arguments: of the operation that saves it.
+            arguments: arguments of the operation that saves ``x``.
         """
         return (
             is_parameter(x) or storage_id(x) in self._storages or self._derives_from_parameter(x)
@@ -70,7 +70,7 @@ class ParameterSet:
 
     def _derives_from_parameter(self, x: Tensor) -> bool:
         node = x.grad_fn
-        # A leaf shows itself; and most of what is saved was computed.
+        # A leaf needs no search, and most other saved tensors were computed.
         if node is None or _makes_new(node):
             return False
         leaf = leaf_behind(x)
@@ -78,7 +78,10 @@ class ParameterSet:
             is_parameter(leaf) or storage_id(leaf) in self._storages)
 
     def _is_gathered_frozen(self, x: Tensor) -> bool:
-        """What FSDP2 has gathered of frozen parameters shows no history, in views and casts of it."""
+        """Whether ``x`` has the storage of a frozen parameter that FSDP2 has gathered.
+
+        Views and casts of such a parameter show no history.
+        """
         if self._gathered is None or x.requires_grad:
             return False
         storage = storage_id(x)
@@ -86,9 +89,9 @@ class ParameterSet:
             storage_id(p) == storage for p in self._gathered.parameters() if not is_lazy(p))
 
     def _is_cast_of_frozen(self, x: Tensor, arguments: tuple[Any, ...]) -> bool:
-        """Autocast copies of frozen parameters have a new storage and no history.
+        """Whether ``x`` is an autocast copy of a frozen parameter, with a new storage and no history.
 
-        PyTorch says that autocast is off while it casts, so the shapes of the arguments have to tell.
+        PyTorch reports autocast as off while it casts, so the shapes of the arguments have to tell.
         """
         if x.requires_grad or not (is_storable(x) and x.is_floating_point()):
             return False
@@ -102,7 +105,7 @@ class ParameterSet:
 
 
 def leaf_behind(x: Tensor) -> Tensor | None:
-    """The leaf that ``x`` is, or shows in another shape or dtype; None for what was computed."""
+    """Returns the leaf that ``x`` is or shows in another shape or dtype; None if ``x`` was computed."""
     if x.is_leaf:
         return x
     for node, _ in _origins(x):
@@ -112,7 +115,7 @@ def leaf_behind(x: Tensor) -> Tensor | None:
 
 
 def is_view_or_cast_of(x: Tensor, original: Tensor) -> bool:
-    """Whether autograd saw ``x`` be made of ``original`` by casts and views alone."""
+    """Whether, in the autograd graph, only casts and views lead from ``original`` to ``x``."""
     made = original.grad_fn
     for node, output in _origins(x):
         if node is made and output == original.output_nr:
@@ -123,7 +126,7 @@ def is_view_or_cast_of(x: Tensor, original: Tensor) -> bool:
 
 
 def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
-    """The node that made ``x``, and those before it up to one that made something new."""
+    """Yields the node that made ``x`` and the nodes before it, up to one that made something new."""
     node, output = x.grad_fn, x.output_nr
     for _ in range(_MAX_DISGUISES):
         if node is None:
@@ -134,18 +137,19 @@ def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
         node, output = node.next_functions[0]
 
 
-# Class of a node -> whether it makes something new; of torch's own, each of which is one operation.
+# Class of a node -> whether it makes something new. Only for torch's own classes, which stand for one
+# operation each.
 _new: dict[type, bool] = {}
 
 
 def _makes_new(node: Any) -> bool:
-    """Whether the output of a node is not its input in another shape or dtype."""
+    """Whether a node's output is more than the node's input in another shape or dtype."""
     kind = type(node)
     found = _new.get(kind)
     if found is None:
         name: str = node.name()
         found = name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES
-        # Classes of Python functions may hold tensors, and would never go.
+        # Classes of Python Functions may hold tensors, and the table would keep them alive forever.
         if kind.__name__ == name and not issubclass(kind, BackwardCFunction):
             _new[kind] = found
     return found

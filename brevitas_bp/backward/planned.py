@@ -1,4 +1,4 @@
-"""Widths chosen tensor by tensor: names of saved tensors, and the policy that obeys a plan."""
+"""Chooses widths tensor by tensor: names of saved tensors, and the policy that follows a plan."""
 
 import fnmatch
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from brevitas_bp.errors import UnknownNameError, nearest
 
 
 class HasChoices(Protocol):
-    """Something that holds choices, such as a plan."""
+    """An object that holds choices, such as a plan."""
 
     @property
     def choices(self) -> Mapping[str, Any]:
@@ -23,9 +23,10 @@ class HasChoices(Protocol):
 
 
 def site_of(saved: SavedTensor) -> str:
-    """The name of a saved tensor: module, operation, and what it is to the operation.
+    """Returns the name of a saved tensor: module, operation, and the tensor's part in the operation.
 
-    It holds however often and in whatever order modules run; tensors of one name are treated alike.
+    The name does not depend on how often or in which order modules run. Tensors with one name are
+    treated alike.
     """
     what = saved.role
     if what is None:
@@ -35,12 +36,12 @@ def site_of(saved: SavedTensor) -> str:
 
 
 class PlannedPolicy:
-    """A policy whose quantized tensors get the width that a plan says; all else is as it decides.
+    """A policy that follows another policy, but gives quantized tensors the width of a plan.
 
     Args:
-        policy: decides what is quantized at all.
-        choices: name of a saved tensor, or a glob over names -> candidate. The first that matches wins;
-            tensors that none matches are stored as the policy says.
+        policy: decides which tensors are quantized at all.
+        choices: name of a saved tensor, or a glob over names -> candidate. The first match wins. Tensors
+            without a match are stored as the policy says.
     """
 
     def __init__(self, policy: ExplainedPolicy, choices: Mapping[str, Any]) -> None:
@@ -49,13 +50,14 @@ class PlannedPolicy:
         self._chosen: dict[str, Candidate | None] = {}
         self._compared = False
         if isinstance(policy, ObservingPolicy):
-            # Not a method: who has none is spared a call for each operation.
+            # An attribute, not a method: without it, the pass makes no call for each operation.
             self.observe = policy.observe
 
     def decide(self, saved: SavedTensor) -> Decision:
-        """The policy's decision, with the planned width."""
+        """Returns the policy's decision, with the planned width."""
         decision = self.policy.decide(saved)
-        # What a compiled graph recomputes from is rounded finely or not at all, lest it bias gradients.
+        # A compiled graph recomputes functions of a "nonlinear" tensor. The policy rounds such a tensor
+        # finely or not at all, because a coarse rounding would bias gradients.
         if not is_quantized(saved, decision) or saved.reach == "nonlinear":
             return decision
         name = site_of(saved)
@@ -67,13 +69,13 @@ class PlannedPolicy:
             return decision
         assert decision.codec is not None
         if candidate.average_size > 1 and decision.reach != "weight":
-            # The bias of averages must not reach other gradients than that of the tensor's own weight.
+            # Averages are biased. The bias may reach the gradient of the tensor's own weight only.
             candidate = replace(candidate, average_size=1)
         return decision._replace(
             codec=candidate.codec(configured_of(saved, decision.codec)))
 
     def unused(self) -> list[str]:
-        """Names and globs of the plan that no tensor had in the first pass; nothing in later ones."""
+        """Returns names and globs of the plan that no tensor had in the first pass; later, none."""
         if self._compared or not self._chosen:
             return []
         self._compared = True
@@ -82,22 +84,29 @@ class PlannedPolicy:
             and not any(fnmatch.fnmatchcase(name, pattern) for name in self._chosen)]
 
     def _widest_in(self, module: str) -> Candidate | None:
-        """The most bits planned for a tensor of a module: a compiled graph has other names for them."""
+        """Returns the candidate with the most bits that the plan has for any tensor of a module.
+
+        It serves tensors of a compiled graph, to which the graph gives other names.
+        """
         return max(
             (candidate for name, candidate in self.choices.items()
              if fnmatch.fnmatchcase(module, name.partition(":")[0])),
             key=lambda candidate: candidate.nominal_bits, default=None)
 
     def rewrite(self, function: Any) -> Rewrite | None:
-        """As the policy does."""
+        """Returns the rewrite that the inner policy wants."""
         return self.policy.rewrite(function)
 
 
 def is_quantized(saved: SavedTensor, decision: Decision) -> bool:
-    """Whether a decision rounds the tensor at a width that may be chosen.
+    """Whether a decision rounds the tensor at a width that a plan may choose.
 
-    That is no mask and no index; not what the policy was given a quantizer for (query and key, inputs of
-    checkpointed parts); and no quantizer without widths to choose from.
+    It does not for:
+
+    * masks and indices,
+    * tensors for which the policy has a quantizer of its own (query and key, inputs of checkpointed
+      parts),
+    * quantizers without widths to choose from.
     """
     codec = decision.codec
     if codec is None or not saved.tensor.is_floating_point():
@@ -107,22 +116,22 @@ def is_quantized(saved: SavedTensor, decision: Decision) -> bool:
 
 
 def configured_of(saved: SavedTensor, codec: Codec) -> Codec:
-    """The module's codec; where it has none, the one that a policy chose by itself."""
+    """Returns the module's codec; if it has none, the codec that a policy chose by itself."""
     return codec if saved.codec is None else saved.codec
 
 
 def first_match(choices: Mapping[str, Candidate], name: str) -> Candidate | None:
-    """What is chosen for a saved tensor: by its very name, else by the first glob."""
+    """Returns the choice for a saved tensor: by its exact name, else by the first glob that matches."""
     if name in choices:
         return choices[name]
     return next((c for p, c in choices.items() if fnmatch.fnmatchcase(name, p)), None)
 
 
 def check_choices(where: str, choices: Iterable[str], modules: list[str]) -> None:
-    """Refuses a plan for another network.
+    """Refuses a plan that was made for another network.
 
     Raises:
-        UnknownNameError: a name or glob whose module does not exist.
+        UnknownNameError: the module of a name or glob does not exist.
     """
     for name in choices:
         module = name.partition(":")[0]

@@ -1,4 +1,4 @@
-"""Which saved tensors are stored how: facts in, decision out."""
+"""Decides how each saved tensor is stored: facts in, decision out."""
 
 import functools
 import threading
@@ -48,17 +48,17 @@ class ExplainedPolicy(Protocol):
     """A policy that gives reasons and may rewrite operations."""
 
     def decide(self, saved: SavedTensor) -> Decision:
-        """Codec and reason for a saved tensor."""
+        """Returns codec and reason for a saved tensor."""
         ...
 
     def rewrite(self, function: Any) -> Rewrite | None:
-        """How a function is to be run so that it saves something else."""
+        """Returns how to run a function so that it saves something else, or None."""
         ...
 
 
 @runtime_checkable
 class ObservingPolicy(ExplainedPolicy, Protocol):
-    """A policy that is told what each operation returned."""
+    """A policy that sees the output of each operation."""
 
     def observe(self, call: Call, output: Any) -> None:
         """Called after each operation, rewritten or not."""
@@ -69,20 +69,20 @@ Policy = Callable[[SavedTensor], Codec | None] | ExplainedPolicy
 
 
 class _Asking(threading.local):
-    """Whether a policy of the user's, that is no :class:`ExplainedPolicy`, is being asked."""
+    """Whether a user's policy that is no :class:`ExplainedPolicy` is being asked in this thread."""
 
     plain = False
 
 
 _asking = _Asking()
 _ASKED_HINT = (
-    "brevitas_bp: a policy that calls OpAware()(saved) gets its codecs, but not the operations that it "
-    "rewrites (derivatives of activations, attention), so that several times more is stored; derive a "
-    "class from OpAware and override decide(saved)")
+    "brevitas_bp: a policy that calls OpAware()(saved) gets the codecs of OpAware, but not its "
+    "rewritten operations (derivatives of activations, attention), so it stores several times more; "
+    "derive a class from OpAware and override decide(saved)")
 
 
 class PlainPolicy:
-    """Any policy, with its own name as the reason."""
+    """Turns any policy into one that gives reasons: the reason is the policy's name."""
 
     def __init__(self, policy: Callable[[SavedTensor], Codec | None]) -> None:
         self.policy = policy
@@ -98,7 +98,7 @@ class PlainPolicy:
             raise TypeError(
                 "brevitas_bp.QuantBackwardWrapper: policy must return a Codec or None, got "
                 f"{codec!r}; codec_from makes a codec of a quantizer")
-        # It does not say how far a rounding goes.
+        # A plain policy does not say how far a rounding goes, so we assume the farthest reach.
         return Decision(codec, self.reason, reach="all")
 
     def rewrite(self, function: Any) -> Rewrite | None:
@@ -106,50 +106,55 @@ class PlainPolicy:
 
 
 def explained(policy: Policy) -> ExplainedPolicy:
-    """``policy`` as one that gives reasons."""
-    # Asked at every forward pass, where isinstance of a protocol takes longer than all else here.
+    """Returns ``policy`` as a policy that gives reasons."""
+    # This runs in every forward pass. isinstance of a protocol takes longer than all else here.
     return cast(ExplainedPolicy, policy) if hasattr(policy, "decide") else PlainPolicy(
         cast(Callable[[SavedTensor], Codec | None], policy))
 
 
 @dataclass(frozen=True)
 class OpAware:
-    """The default policy: it knows the operation, and what backward does with what is saved.
+    """The default policy: it knows the operation, and what backward does with each saved tensor.
 
-    Quantized is what backward is linear in: inputs of convolutions and linear layers, factors of
-    products, inputs of norms, derivatives of smooth activations (saved instead of their inputs), the
-    value of attention. Exact in 1 to 8 bits: masks of piecewise linear activations, dropout masks,
-    indices. Not kept: tensors of which backward reads the shape only. All else is kept as it is.
+    * It quantizes the tensors in which backward is linear. These are inputs of convolutions and linear
+      layers, factors of products, inputs of norms, and the value of attention. They are also derivatives
+      of smooth activations, which are saved instead of the inputs of these activations.
+    * It stores exactly, in 1 to 8 bits: masks of piecewise linear activations, dropout masks, indices.
+    * It does not keep tensors from which backward reads only the shape.
+    * It keeps all other tensors as they are.
 
-    A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages what reaches the gradient
-    of one weight only, such as inputs of convolutions and linear layers; elsewhere each element has a
-    code of its own, as wide. ``multiplier_quant`` and ``attention_quant`` are used as given.
+    A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages only tensors that reach
+    the gradient of one weight, such as inputs of convolutions and linear layers. In other tensors, each
+    element has its own code of the same width. ``multiplier_quant`` and ``attention_quant`` are used as
+    given.
 
     Args:
-        multiplier_bits: least width of what multiplies the gradient that passes: derivatives, factors
-            of products of activations. A rounding there reaches the gradients
-            of all layers further up, while one of a layer's input reaches that of its own weight.
-        norm_bits: least width of the inputs of norms; None: as configured. Roundings there reach all
-            layers further up, with a weight of order 1 / sqrt(M). So batch and instance norms with fewer
-            than 256 elements to a statistic, as in small batches, have one bit more for each factor of
-            four, and with fewer than 16 their input stays exact.
-        multiplier_quant: quantizer in place of the configured one with ``multiplier_bits``.
+        multiplier_bits: least width of tensors that multiply the passing gradient: derivatives, and
+            factors of products of activations. A rounding of these reaches the gradients of all layers
+            further up. A rounding of a layer's input reaches only the gradient of that layer's weight.
+        norm_bits: least width of the inputs of norms; None: the configured width. A rounding of these
+            reaches all layers further up, with a weight of order 1 / sqrt(M) for M elements to a
+            statistic. Small batches can give batch and instance norms fewer than 256 elements to a
+            statistic. They then get one more bit for each factor of four. With fewer than 16 elements,
+            their input stays exact.
+        multiplier_quant: quantizer that replaces the configured quantizer with ``multiplier_bits``.
         few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
-            2023), stored instead of a rounded derivative: smaller, without noise, and biased. None: off.
-        attention: "replay" keeps query and key, quantizes the value and runs attention again in
+            2023), stored instead of a rounded derivative. It is smaller and has no noise, but is biased.
+            None: off.
+        attention: "replay" keeps query and key, quantizes the value, and runs attention again in
             backward; "exact" keeps what autograd keeps.
-        attention_quant: quantizer of query and key; None keeps them exact. Attention is run again from
-            the rounded ones, so its weights are slightly off and the gradient slightly biased.
+        attention_quant: quantizer of query and key; None keeps them exact. Attention runs again from the
+            rounded query and key, so its weights are slightly off and the gradient is slightly biased.
         checkpoint_quant: quantizer of the inputs of parts that ``torch.utils.checkpoint`` runs again;
-            None keeps them exact. A part is run again from what was rounded, so its gradients are those
-            at a slightly different point: biased, but consistent. Only what a gradient goes
-            through is rounded, no mask and no position embedding.
-        recomputed_bits: least width of what a compiled graph saves to compute other functions of it in
-            backward than linear ones, such as the input of an activation. That is biased, by the
-            variance of the rounding, which is small at 8 bits; None keeps such tensors exact.
+            None keeps them exact. A part runs again from its rounded inputs, so its gradients are those
+            at a slightly different point: biased, but consistent. Only tensors that a gradient goes
+            through are rounded, not masks or position embeddings.
+        recomputed_bits: least width of tensors from which a compiled graph computes nonlinear functions
+            in backward, such as the input of an activation. The gradient is then biased by the variance
+            of the rounding, which is small at 8 bits. None keeps such tensors exact.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
         UnsupportedQuantizerError: a quantizer has no codes to store.
     """
 
@@ -178,7 +183,7 @@ class OpAware:
             raise ValueError(
                 f"{_WHERE}: attention='exact' keeps query and key, so attention_quant would do nothing; "
                 "use it with attention='replay'")
-        # Codecs are built once: hooks share an encoding by the identity of its codec.
+        # Each codec is built once, because hooks share an encoding by the identity of its codec.
         object.__setattr__(self, "_multiplier", _codec_of(self.multiplier_quant))
         object.__setattr__(self, "_attention", _codec_of(self.attention_quant))
         object.__setattr__(self, "_checkpoint", _codec_of(self.checkpoint_quant))
@@ -187,17 +192,17 @@ class OpAware:
         super().__init_subclass__(**options)
         if "__call__" in cls.__dict__:
             raise TypeError(
-                f"{_WHERE}: {cls.__name__} overrides __call__, which is not asked; override "
+                f"{_WHERE}: {cls.__name__} overrides __call__, which is never called; override "
                 "decide(saved), which returns a Decision: super().decide(saved)._replace(codec=...)")
 
     def __call__(self, saved: SavedTensor) -> Codec | None:
-        """The codec alone. A policy that calls this one would lose its rewritten operations."""
+        """Returns the codec alone; a policy that calls this loses the rewritten operations."""
         if _asking.plain:
             warnings.warn(_ASKED_HINT, stacklevel=2)
         return self.decide(saved).codec
 
     def decide(self, saved: SavedTensor) -> Decision:
-        """Codec and reason for a saved tensor; to be overridden where some are to be stored otherwise.
+        """Returns codec and reason for a saved tensor; override it to store some tensors otherwise.
 
         Example:
             class Mine(OpAware):
@@ -222,7 +227,7 @@ class OpAware:
         return self._widened(rule.decide(saved), codec)
 
     def rewrite(self, function: Any) -> Rewrite | None:
-        """How a function is to be run so that it saves something else."""
+        """Returns how to run a function so that it saves something else, or None."""
         rule = rule_of(function)
         if rule is None or rule.rewrite is None:
             return None
@@ -233,11 +238,12 @@ class OpAware:
         return functools.partial(_with_table, rule, self.few_bit)
 
     def _widened(self, decision: Decision, codec: Codec) -> Decision:
-        """A decision for the configured codec, with the width that the tensor's reach asks for.
+        """Returns a decision for the configured codec, with the width that the tensor's reach asks for.
 
-        Averages of groups (biased, and not less so at more bits) stay where they reach one weight only.
-        Measured on EfficientNetV2-tiny: with inputs of norms averaged in pairs the median bias of all
-        gradients is 0.43 of their norm, and 0.06 with those inputs in the codes of the averages.
+        Averages of groups are biased, and more bits do not reduce that. So they are used only where they
+        reach one weight. Measured on EfficientNetV2-tiny: with inputs of norms averaged in pairs, the
+        median bias of all gradients is 0.43 of their norm. It is 0.06 if each element of these inputs
+        gets the code that an average would get.
         """
         if decision.codec is not codec or decision.reach == "weight":
             return decision
@@ -284,7 +290,7 @@ class OpAware:
                     reach="all", rows=last_dimension)
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
-            # A view would keep the value alive that lies in the same memory.
+            # Copy a view: it would keep the value alive, which lies in the same memory.
             return Decision(_COPY if apart else None, "query and key: weights must be exact")
         return Decision(None, "needed to run again")
 
@@ -298,7 +304,7 @@ class OpAware:
             rows=of_elements)
 
 
-#: Why a tensor of a compiled graph is quantized, by its reach.
+#: Reach -> why a tensor of a compiled graph is quantized.
 _LINEAR = {
     "weight": "backward is linear in it", "sum": "backward is linear in it",
     "norm": "input of a norm, run backward", "all": "factor of the passing gradient"}
@@ -306,7 +312,8 @@ _STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reach="all")
-# At the configured width: four bits were measured not to lower the noise of whole transformers.
+# The value has the configured width: by measurement, four bits do not lower the noise of whole
+# transformers.
 _VALUE = Decision(
     None, "value: backward is linear in it", shared=False, reach="sum", rows=last_dimension)
 _CONFIGURED_EXACT = Decision(None, "configured exact")
@@ -314,7 +321,7 @@ _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)
 _COMPILED = Decision(None, "compiled graph: its operations are not visible", known=False)
 _COMPILED_HINT = (
-    "brevitas_bp: a compiled graph saves tensors that belong to no operation any more, and this one "
+    "brevitas_bp: a compiled graph saves tensors that no longer belong to an operation, and this graph "
     "cannot be read (TorchScript, a backend of torch.compile without AOTAutograd, verify=True or "
     "storage='quantize_on_backward'): the op-aware policy keeps them exact, policy='all' rounds them")
 _OTHER_DTYPE = Decision(None, "neither real numbers of 16 to 64 bits nor indices")
@@ -322,19 +329,19 @@ _INTEGERS = Decision(None, "integers")
 
 
 def _is_log_sum(saved: SavedTensor) -> bool:
-    """Whether a kernel of attention saves the denominators of its softmax: one for each query."""
+    """Whether an attention kernel saves the denominators of its softmax, one for each query."""
     return saved.op is not None and "attention" in saved.op and saved.tensor.dim() < 4
 
 
 def _rows_of_derivative(call: Call) -> RowsOf | None:
-    """The rows with which buckets of a derivative end, as the rule of the function says."""
+    """Returns the rows with which buckets of a derivative end, according to the function's rule."""
     rule = rule_of(call.function)
     rewrite = None if rule is None else rule.rewrite
     return rewrite.rows if isinstance(rewrite, SaveDerivative) else of_elements
 
 
 def _with_table(rule: OpRule, bits: int, running: RunningPass, call: Call) -> Any:
-    """Runs a function so that its input is saved through a table, or its derivative without one."""
+    """Runs a function so that a table stores its input; if no table fits, it saves its derivative."""
     rewrite = rule.rewrite
     assert isinstance(rewrite, SaveDerivative)
     if _few_bit_codec(rule, call, bits) is not None:
@@ -349,7 +356,7 @@ def _few_bit_codec(rule: OpRule, call: Call, bits: int) -> Codec | None:
 
 @functools.lru_cache(maxsize=256)
 def _table_codec(bits: int, name: str, **settings: Any) -> Codec | None:
-    """The codec of a table; None for settings that no table fits, such as a large alpha."""
+    """Returns the codec of a table; None for settings that no table fits, such as a large alpha."""
     try:
         return FewBitCodec(few_bit_table(name, bits, **settings))
     except ValueError:

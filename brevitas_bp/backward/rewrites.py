@@ -1,14 +1,16 @@
-"""Operations that run as always but save something else, so that rounding keeps the gradient unbiased.
+"""Runs operations as always, but saves something else, so that rounding keeps the gradient unbiased.
 
 NOTE [ Rewritten operations ]
-1. The forward is computed by the very function that was called: same bits, same random numbers.
-2. What is saved instead enters backward linearly: the derivative of an elementwise function, the value
-   of attention. Stochastic rounding of it leaves the expected gradient as it is.
-3. What is saved instead is a number, no longer a function of the input: with ``create_graph=True`` the
-   second derivative would lack a term, so backward raises :class:`SecondDerivativeError`.
-4. Rewriting happens only where our own hooks would store the tensor: not without gradients, not for
-   tensors of other classes, and not inside ``torch.utils.checkpoint``, which counts what is saved.
-5. Nothing that outlives the call holds a tensor, but through ``save_for_backward``.
+1. The function that was called computes the forward: same bits, same random numbers.
+2. The tensor saved instead enters backward linearly: the derivative of an elementwise function, or the
+   value of attention. Stochastic rounding of this tensor leaves the expected gradient as it is.
+3. The tensor saved instead holds numbers, and is no longer a function of the input. With
+   ``create_graph=True``, the second derivative would lack a term. So backward raises
+   :class:`SecondDerivativeError`.
+4. A call is rewritten only where our own hooks would store the tensor. It is not rewritten without
+   gradients, for tensors of other classes, or inside ``torch.utils.checkpoint``, which counts saved
+   tensors.
+5. Nothing that outlives the call holds a tensor, except through ``save_for_backward``.
 """
 
 from collections.abc import Callable
@@ -40,34 +42,35 @@ from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shar
 from brevitas_bp.errors import SecondDerivativeError
 from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, is_legacy_batched
 
-# Elements below which a derivative is not worth its overhead.
+# Below this many elements, a derivative is not worth its overhead.
 SMALLEST = 256
 
 
 class RunningPass(Protocol):
-    """What a rewrite may ask of the forward pass."""
+    """The part of the forward pass that a rewrite may use."""
 
     location: Location
 
     def saving(self, *roles: str) -> AbstractContextManager["Substitution"]:
-        """Within the block, the tensors that are saved have these roles, in order."""
+        """Gives these roles, in order, to the tensors that are saved within the block."""
         ...
 
 
 class Substitution:
-    """What a rewritten call and the forward pass tell each other while the call saves its tensors.
+    """Carries facts between a rewritten call and the forward pass while the call saves its tensors.
 
-    The call says which roles they have, which derivative is to be stored, and for the report what plain
-    autograd would save. The pass says how it has stored them, see :meth:`stored_as`.
+    The call says which roles its tensors have and which derivative is to be stored. For the report, it
+    says what plain autograd would save. The pass says how it has stored the tensors, see
+    :meth:`stored_as`.
 
     Args:
-        roles: of the tensors, in the order in which they are saved.
+        roles: roles of the tensors, in the order in which they are saved.
         recorded: whether a report wants the originals.
 
     Attributes:
-        derivative: name of the function whose derivative at the saved tensor is to be stored; None: the
-            tensor itself.
-        writable: whether backward gets the tensor that was saved last in new memory, where it may write.
+        derivative: name of the function whose derivative at the saved tensor is to be stored; None
+            stores the tensor itself.
+        writable: whether backward gets the last saved tensor in new memory, to which it may write.
     """
 
     __slots__ = ("derivative", "originals", "recorded", "roles", "writable")
@@ -80,18 +83,21 @@ class Substitution:
         self.originals: list[Tensor] = []
 
     def stored_as(self, packed: Packed) -> None:
-        """The pass has stored a tensor of the call."""
-        # Where elements share memory, writing to one would write to all.
+        """Notes how the pass has stored a tensor of the call."""
+        # If elements share memory, writing to one would write to all.
         self.writable = packed.codec.decodes_anew and (
             packed.layout.base_shape == packed.layout.shape)
 
     def note(self, saved: Tensor) -> Tensor:
-        """Pack hook that notes an original; detached, or an output that saves itself never goes."""
+        """Pack hook that notes an original.
+
+        The original is detached, because an output that saves itself would never be freed.
+        """
         self.originals.append(saved.detach())
         return saved.detach()
 
     def replace(self, stand_in: Tensor, original: Tensor) -> None:
-        """Takes ``original`` for what was noted in the memory of its stand-in."""
+        """Replaces each noted tensor in the memory of ``stand_in`` by ``original``."""
         self.originals = [
             original if storage_id(t) == storage_id(stand_in) else t for t in self.originals]
 
@@ -101,7 +107,7 @@ Rewrite = Callable[[RunningPass, Call], Any]
 
 
 def look_through(running: RunningPass, call: Call) -> Any:
-    """Runs a composite function of torch so that each function inside is treated by its own rule.
+    """Runs a composite function of torch so that each function inside follows its own rule.
 
     Raises:
         ValueError: the function is not written in Python.
@@ -115,17 +121,17 @@ def look_through(running: RunningPass, call: Call) -> Any:
 
 @dataclass(frozen=True)
 class SaveDerivative:
-    """Rewrites an elementwise function of its first argument: its derivative is saved.
+    """Rewrites an elementwise function of its first argument, so that it saves its derivative.
 
     Args:
         formula: ``(x, y, call) -> dy/dx``, shaped like ``x``; None lets autograd compute it, for any
             function.
-        of_output: ``formula`` reads only ``y``.
-        halves: ``call -> dim`` where the function halves a dimension and ``dy/dx`` holds both halves.
-        named: call -> the derivative's name in :mod:`~brevitas_bp.activations.derivatives`, which serves
-            the tensors that it supports, in place of ``formula``.
-        rows: rows of the derivative with which buckets end; None: it is of order 1 at most, whatever the
-            input, so that any elements may share a bucket.
+        of_output: whether ``formula`` reads only ``y``.
+        halves: ``call -> dim`` if the function halves a dimension and ``dy/dx`` holds both halves.
+        named: call -> the derivative's name in :mod:`~brevitas_bp.activations.derivatives`. For tensors
+            that this module supports, it replaces ``formula``.
+        rows: rows of the derivative with which buckets end. None: the derivative is of order 1 at most,
+            whatever the input, so any elements may share a bucket.
         inplace_at: position of ``inplace`` among the arguments of a function in ``torch.nn.functional``.
     """
 
@@ -147,7 +153,7 @@ class SaveDerivative:
             return NotImplemented
         if is_dtensor(x) and (self.halves is not None or is_partial(x)):
             return NotImplemented
-        # Small or expanded, the derivative would take more than what it stands for.
+        # If ``x`` is small or expanded, its derivative would take more than the tensor it replaces.
         if x.numel() < SMALLEST or TensorLayout.base(x).numel() < x.numel() or in_forward_ad():
             return NotImplemented
         inplace, others = is_inplace(call, self.inplace_at), call.args[1:]
@@ -162,9 +168,9 @@ class SaveDerivative:
     def differentiate(
             self, x: Tensor, call: Call, inplace: bool,
             substitution: Substitution) -> tuple[Tensor, Tensor]:
-        """Output and derivative, or what it follows from.
+        """Returns the output and the derivative, or the tensor from which the derivative follows.
 
-        Autograd runs where it must, or where a report asks.
+        Autograd runs only if it must, or if a report asks.
         """
         if substitution.recorded or self._needs_autograd:
             return self._by_autograd(x, call, inplace, substitution)
@@ -210,7 +216,7 @@ class SaveDerivative:
         return x.copy_(y) if inplace else y, derivative
 
     def _derivative(self, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        # In float32 where they are shorter: the derivative is rounded once, by the codec.
+        # Shorter dtypes are computed in float32, so that only the codec rounds the derivative.
         dtype = torch.promote_types(y.dtype, torch.float32)
         return on_shards(lambda x, y: self._at(x.to(dtype), y.to(dtype), call), x, y)
 
@@ -268,17 +274,20 @@ class _SaveDerivative(torch.autograd.Function):
 
 
 def _is_ordinary(grad: Tensor) -> bool:
-    """Whether another tensor of its shape has place for it: vmap shows one where there are several."""
+    """Whether a tensor with the shape of ``grad`` can hold it.
+
+    Under vmap it cannot, because ``grad`` shows one tensor where there are several.
+    """
     return type(grad) is Tensor and not is_compiling() and not (
         is_functorch_wrapped(grad) or is_legacy_batched(grad))
 
 
 def is_inplace(call: Call, position: int | None) -> bool:
-    """Whether an activation function was told to overwrite its input, by any value that counts as true.
+    """Whether a call makes an activation function overwrite its input; any true ``inplace`` counts.
 
     Args:
-        call: of the function.
-        position: of the argument ``inplace`` where the function is one of ``torch.nn.functional``.
+        call: call of the function.
+        position: position of the argument ``inplace`` if the function is in ``torch.nn.functional``.
     """
     name = call.name
     if name.endswith("_") and not name.endswith("__"):
@@ -296,6 +305,6 @@ def refuse_second_derivative(name: str) -> None:
     """
     if torch.is_grad_enabled():
         raise SecondDerivativeError(
-            f"brevitas_bp: backward of {name} was asked for with create_graph=True, but what was saved "
-            "for it gives first derivatives only; wrap with policy='exact', or give the modules that "
+            f"brevitas_bp: backward of {name} was called with create_graph=True, but the tensors saved "
+            "for it give first derivatives only; wrap with policy='exact', or give the modules that "
             "are differentiated twice an override of None")

@@ -1,7 +1,7 @@
-"""The rows of a saved tensor: elements that backward multiplies by the same gradient.
+"""Finds the rows of a saved tensor: elements that backward multiplies by the same gradients.
 
-See NOTE [ Rows ] in :mod:`brevitas_bp.codec.rows`. A function here takes a saved tensor, or the shard of
-it that is here, and the call that saves it. It returns the rows, or None where buckets may lie anywhere.
+See NOTE [ Rows ] in :mod:`brevitas_bp.codec.rows`. Each function here takes a saved tensor, or its local
+shard, and the call that saves it. It returns the rows, or None if buckets may lie anywhere.
 """
 
 from collections.abc import Callable
@@ -15,20 +15,20 @@ from brevitas_bp.codec.rows import Rows
 
 RowsOf = Callable[[Tensor, Call], Rows | None]
 
-#: Elements of a row, and of a plane of an image, from which buckets of its own are worth their bytes.
-#: Shorter rows share buckets with those beside them.
+#: Least elements of a row, and of a plane of an image, for which separate buckets are worth their bytes.
+#: Shorter rows share buckets with the rows beside them.
 LEAST_ROW, LEAST_PLANE = 16, 40
 
 
 def last_dimension(x: Tensor, call: Call) -> Rows | None:
-    """Each row of the last dimension: the features of a token."""
+    """Returns the rows of the last dimension, such as the features of a token."""
     return _wide_enough(x, 1)
 
 
 def of_matrix(x: Tensor, call: Call) -> Rows | None:
-    """Rows of a factor of a matrix product; columns, where these are consecutive in memory.
+    """Returns the rows of a factor of a matrix product; columns, if these are consecutive in memory.
 
-    Of a matrix that is handed over transposed the columns are what was a row when it was computed.
+    If a matrix is passed transposed, its columns were rows when it was computed.
     """
     base = TensorLayout.base(x)
     if base.dim() >= 2 and base.shape[-1] > 1 and base.stride(-2) == 1 and (
@@ -41,10 +41,11 @@ def of_matrix(x: Tensor, call: Call) -> Rows | None:
 
 
 def of_elements(x: Tensor, call: Call) -> Rows | None:
-    """Rows of a factor of an elementwise product.
+    """Returns the rows of a factor of an elementwise product.
 
-    They are what the other factor is broadcast along, since that is summed into one gradient; else the
-    last dimension, and at least a plane of images. Images with small planes have rows of a sample.
+    A row spans the dimensions along which the other factor is broadcast, because backward sums over them
+    into one gradient. Otherwise a row is the last dimension; in images, it is at least a plane. In
+    images with small planes, a row is a sample.
     """
     dims = 0
     for other in tensors_in(call.arguments[:2]):
@@ -65,7 +66,10 @@ def of_elements(x: Tensor, call: Call) -> Rows | None:
 
 
 def of_halves(dim_of: Callable[[Call], int]) -> RowsOf:
-    """Halves of the dimension that a call halves, as ``glu``: their derivatives differ by any factor."""
+    """Makes a function that returns, as rows, the halves of the dimension that a call halves (``glu``).
+
+    The derivatives of the two halves differ by any factor.
+    """
     def rows(x: Tensor, call: Call) -> Rows | None:
         dim = dim_of(call) % x.dim()
         if not x.is_contiguous():
@@ -77,15 +81,15 @@ def of_halves(dim_of: Callable[[Call], int]) -> RowsOf:
 
 
 def _wide_enough(x: Tensor, dims: int) -> Rows | None:
-    """Rows of the last ``dims`` dimensions, and of more where these are too few elements."""
+    """Returns rows of the last ``dims`` dimensions, or of more if these have too few elements."""
     while dims < x.dim() and prod(x.shape[-dims:]) < LEAST_ROW:
         dims += 1
-    # What is left of a batch of tiny rows needs none.
+    # If tiny rows have grown to the whole tensor, they need no separate buckets.
     return None if dims == x.dim() > 1 else trailing(x, dims)
 
 
 def trailing(x: Tensor, dims: int) -> Rows | None:
-    """Rows of the last ``dims`` dimensions, in their own order."""
+    """Returns rows of the last ``dims`` dimensions, in their own order."""
     base = TensorLayout.base(x)
     if base.dim() == 0:
         return None
@@ -93,7 +97,7 @@ def trailing(x: Tensor, dims: int) -> Rows | None:
     last = base.shape[-1]
     if length == 0 or base.is_contiguous():
         return Rows(length, last) if length else None
-    # Gaps between rows are closed by the layout; what counts is the order of the dimensions.
+    # The layout closes gaps between rows, so only the order of the dimensions counts.
     order = tuple(range(base.dim()))
     wide = [base.stride(d) for d in order if base.shape[d] > 1]
     in_order = wide == sorted(wide, reverse=True)
@@ -101,9 +105,9 @@ def trailing(x: Tensor, dims: int) -> Rows | None:
 
 
 def convolved(x: Tensor, call: Call) -> Rows | None:
-    """What one sample brings to a convolution; of one in groups, what it brings to each group.
+    """Returns the rows of a convolution's input: a sample, or a sample's part in one group.
 
-    All channels of a group are multiplied by the same gradients.
+    Backward multiplies all channels of a group by the same gradients.
     """
     base = TensorLayout.base(x)
     spatial = _spatial(call)
@@ -117,7 +121,7 @@ def convolved(x: Tensor, call: Call) -> Rows | None:
     if groups > 1 and shares_planes(x, call):
         length = channels * plane
     if groups > 1 and length < channels * plane:
-        # Channels of a group must lie together.
+        # The channels of a group must lie together in memory.
         rows = trailing(x, spatial + 1)
         return None if rows is None else rows._replace(length=length)
     # The dimensions of a sample may lie in any order.
@@ -127,10 +131,10 @@ def convolved(x: Tensor, call: Call) -> Rows | None:
 
 
 def shares_planes(x: Tensor, call: Call) -> bool:
-    """Whether a convolution in groups has too few elements to a group for buckets of its own.
+    """Whether the groups of a convolution have too few elements for buckets of their own.
 
-    Also where the channels of a group do not lie together in memory. The gradients of two groups may
-    differ by any factor, so what is stored has to be in units of its channel.
+    This is also true if the channels of a group do not lie together in memory. The gradients of two
+    groups may differ by any factor. So the input then has to be stored in units of its channels.
     """
     spatial, groups = _spatial(call), _groups(call)
     if spatial is None or groups == 1 or x.dim() != spatial + 2:
@@ -140,7 +144,7 @@ def shares_planes(x: Tensor, call: Call) -> bool:
 
 
 def _spatial(call: Call) -> int | None:
-    """Dimensions of an image, by those of the weight [out, in, ...]."""
+    """Returns the number of an image's dimensions, from the shape [out, in, ...] of the weight."""
     weight = call.argument(1, "weight")
     return weight.dim() - 2 if isinstance(weight, Tensor) and weight.dim() > 2 else None
 

@@ -1,4 +1,4 @@
-"""What a pack hook knows about a tensor, and what is decided for it."""
+"""A saved tensor with all that a pack hook knows about it, and the decision how to store it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from brevitas_bp.codec.rows import Rows
 from brevitas_bp.codec.shard import shard_of
 from brevitas_bp.private import DisableTorchFunctionSubclass
 
-#: How far a rounding goes, see :class:`Decision`; "nonlinear": backward is not linear in the tensor.
+#: How far a rounding travels, see :class:`Decision`; "nonlinear": backward is not linear in the tensor.
 Reach = Literal["weight", "sum", "norm", "all", "nonlinear"]
 
-#: Roles of what a rewritten operation saves; see :mod:`brevitas_bp.backward.rewrites`.
+#: Roles of tensors that a rewritten operation saves; see :mod:`brevitas_bp.backward.rewrites`.
 DERIVATIVE = "derivative"
 FEW_BIT_INPUT = "input of a few-bit table"
 ATTENTION_INPUT = "attention input"
 ATTENTION_VALUE = "attention value"
 REPLAYED = "replayed"
-#: Role of what checkpointing keeps to run a part again.
+#: Role of tensors that checkpointing keeps to run a part again.
 CHECKPOINT_INPUT = "input of a checkpointed part"
 
 
 class Call:
-    """One call of a torch function: the function, its arguments, and a number of its own."""
+    """One call of a torch function: the function, its arguments, and a number unique to the call."""
 
     __slots__ = ("args", "function", "kwargs", "number")
 
@@ -49,40 +49,40 @@ class Call:
         return (*self.args, *self.kwargs.values()) if self.kwargs else self.args
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument that may be passed by position or by name."""
+        """Returns an argument that may be passed by position or by name."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
 
 def name_of(function: Any) -> str:
-    """A function's own name."""
+    """Returns a function's own name."""
     return getattr(function, "__name__", None) or str(function)
 
 
-#: Outside of any torch function, for instance in a custom autograd Function.
+#: Stands for the call outside any torch function, for instance in a custom autograd Function.
 NO_CALL = Call(None, (), {}, -1)
 
 
 @dataclass(eq=False, slots=True)
 class SavedTensor:
-    """A tensor that autograd is about to save, and where.
+    """A tensor that autograd is about to save, and the place that saves it.
 
     Attributes:
-        tensor: the tensor; not to be kept or modified. With ``derivative``, what that follows from: the
-            function's input or output.
-        op: name of the torch function that saves it, or None (for instance a custom Function).
-        module: qualified name of the innermost module that runs.
-        codec: the codec configured for that module; None where it is to be kept exact.
+        tensor: the tensor; do not keep or modify it. With ``derivative``, it is the function's input or
+            output, from which the derivative follows.
+        op: name of the torch function that saves it, or None (for instance in a custom Function).
+        module: qualified name of the innermost running module.
+        codec: the codec configured for that module; None if its tensors are to be kept exact.
         call: the running call of the function.
         module_type: class of that module.
-        path: name of the module in the wrapped one; ``module`` is that in a larger network.
-        compiled: whether a compiled graph saves it, whose operations nobody sees.
-        reach: what the backward graph does with it, where that is known: how far a rounding goes, as in
+        path: name of that module in the wrapped module; ``module`` is its name in a larger network.
+        compiled: whether a compiled graph saves it; the operations of such a graph are not visible.
+        reach: what the backward graph does with it, if known: how far a rounding travels, as in
             :class:`Decision`, or "nonlinear".
         role: what the tensor is to a rewritten operation, or to checkpointing; else None.
-        derivative: name of the function whose derivative is stored, in its shape and dtype; None:
-            the tensor itself, as always while a report listens.
-        sharing: elements that share one statistic of a norm in a compiled graph, where that is known.
-        original: the tensor with its Python class, where ``tensor`` is without it.
+        derivative: name of the function whose derivative is stored, in the tensor's shape and dtype.
+            None stores the tensor itself, which is always so while a report listens.
+        sharing: elements that share one statistic of a norm in a compiled graph, if known.
+        original: the tensor with its Python class, if ``tensor`` is without it.
     """
 
     tensor: Tensor
@@ -105,17 +105,17 @@ class SavedTensor:
         return self.call.arguments
 
     def aliases(self, argument: Any) -> bool:
-        """Whether the tensor is this argument, perhaps seen in another shape."""
+        """Whether the tensor is this argument, perhaps in another shape."""
         x = self.tensor
         return isinstance(argument, Tensor) and storage_id(argument) == storage_id(x) and (
             argument.storage_offset() == x.storage_offset() and argument.numel() == x.numel())
 
     @property
     def position(self) -> int | None:
-        """Index of the argument that the tensor is, or else of the only one that shares its memory.
+        """Index of the argument that the tensor is, or else of the only argument that shares its memory.
 
-        None for what was computed, and where views of one tensor leave it open. Brevitas' quant tensors
-        are tuples of tensors.
+        It is None if the tensor was computed, or if several arguments are views of one memory. Arguments
+        may be tuples of tensors, as Brevitas' quant tensors are.
         """
         arguments = self.call.arguments
         for position, argument in enumerate(arguments):
@@ -134,9 +134,9 @@ class SavedTensor:
 
     @property
     def made_of(self) -> int | None:
-        """As ``position``; or else index of the only argument of the same shape, if there is just one.
+        """Like ``position``, or else the index of the only argument that has the tensor's shape.
 
-        What autocast casts, and what an operation makes contiguous, is saved in another memory.
+        A tensor that autocast casts, or that an operation makes contiguous, is saved in other memory.
         """
         position = self.position
         if position is not None or self.role is not None:
@@ -148,9 +148,9 @@ class SavedTensor:
 
     @property
     def is_norm_statistic(self) -> bool:
-        """Whether a norm saves its mean or inverse deviation: one value for each channel or row.
+        """Whether the tensor is a norm's mean or inverse deviation: one value for each channel or row.
 
-        Smaller than the input; or, where the input is not known, by shape.
+        Such a tensor is smaller than the input. If the input is not known, the shape decides.
         """
         if self.compiled or self.call is NO_CALL:
             return len(_own_sizes(self.tensor)) <= 1 or self.tensor.shape[-1] == 1
@@ -165,21 +165,25 @@ class Decision(NamedTuple):
     """How a saved tensor is stored, and why.
 
     Attributes:
-        codec: stores it; None keeps it as it is.
-        reason: shown by ``QuantBackwardWrapper.explain``.
-        shared: whether all operations that save the tensor may share one encoding. Not where backward
-            multiplies it with what comes through the same tensor elsewhere: a product of two roundings
-            is unbiased only if they are independent.
+        codec: stores the tensor; None keeps it as it is.
+        reason: the reason that ``QuantBackwardWrapper.explain`` shows.
+        shared: whether all operations that save the tensor may share one encoding. They may not if
+            backward multiplies the tensor by a gradient that comes through the same tensor elsewhere.
+            A product of two roundings is unbiased only if they are independent.
         known: whether the policy knows the operation.
-        reach: how far a rounding of it goes, which decides its width: "weight", into one weight's
-            gradient only; "sum", into gradients further up, but summed with so many others that no more
-            bits are needed; "norm", weakly into all gradients further up; "all", as a factor into all
-            of them. Only what reaches no further than a weight may be averaged.
+        reach: how far a rounding of the tensor travels, which decides the width. Only tensors that reach
+            no further than a weight may be averaged. The rounding goes
+
+            * "weight": into one weight's gradient only;
+            * "sum": into gradients further up, but summed with so many others that no more bits are
+              needed;
+            * "norm": weakly into all gradients further up;
+            * "all": as a factor into all gradients further up.
         rows: the rows with which buckets end, see :mod:`~brevitas_bp.backward.rows`; None: buckets may
             lie anywhere.
         least_bits: width below which a rounding would be too coarse, whatever is configured.
-        units: the units in which backward uses the tensor, in which it is stored, see
-            :mod:`~brevitas_bp.backward.units`; None: its own.
+        units: the units in which backward uses the tensor and in which the tensor is stored, see
+            :mod:`~brevitas_bp.backward.units`; None: the tensor's own units.
     """
 
     codec: Codec | None
@@ -192,14 +196,15 @@ class Decision(NamedTuple):
     least_bits: int = 1
 
     def with_codec(self, codec: Codec) -> "Decision":
-        """The same with another codec; itself with its own."""
+        """Returns this decision with another codec, or this decision itself if it has that codec."""
         return self if codec is self.codec else self._replace(codec=codec)
 
 
 def storage_id(x: Tensor) -> int:
-    """Identity of the storage of ``x``, valid while something holds the storage.
+    """Returns the identity of the storage of ``x``, valid while something holds the storage.
 
-    Of a DTensor it is that of its shard: the DTensor itself has none that its views would share.
+    For a DTensor, this is the storage of its shard. The DTensor itself has no storage that its views
+    would share.
     """
     try:
         return (x if type(x) is Tensor else shard_of(x)).untyped_storage()._cdata
@@ -208,7 +213,7 @@ def storage_id(x: Tensor) -> int:
 
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, those in lists and tuples included."""
+    """Yields the tensors among arguments, including tensors in lists and tuples."""
     for argument in arguments:
         if type(argument) is Tensor or isinstance(argument, Tensor):
             yield argument
@@ -217,7 +222,7 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def without_class(x: Tensor) -> Tensor:
-    """A tensor without its Python class, where that has no say in what operators do.
+    """Returns a tensor without its Python class, if the class does not change what operators do.
 
     Classes such as MONAI's MetaTensor add methods and attributes.
     """
@@ -230,15 +235,16 @@ def without_class(x: Tensor) -> Tensor:
 
 
 def is_parameter(x: Tensor) -> bool:
-    """Whether ``x`` is a ``nn.Parameter``; of an ordinary tensor told without its slow check."""
+    """Whether ``x`` is a ``nn.Parameter``; ordinary tensors skip the slow check of that class."""
     return type(x) is not Tensor and isinstance(x, nn.Parameter)
 
 
 def own_shape(x: Tensor) -> list[int]:
-    """Sizes that hold values, sorted: the same for a transposed or expanded tensor."""
+    """Returns the sizes that hold values, sorted: transposing or expanding does not change them."""
     return sorted(_own_sizes(x))
 
 
 def _own_sizes(x: Tensor) -> list[int]:
-    # Not compared with one another: they may be symbols, and a graph would hold for their order only.
+    # Do not compare sizes with one another: they may be symbols, and a graph would hold for their order
+    # only.
     return [size for size in TensorLayout.base(x).shape if size != 1]

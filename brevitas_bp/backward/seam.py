@@ -1,7 +1,7 @@
-"""What the rest of the package does with wrappers: find them, listen, swap the policy, put all back.
+"""Functions for the rest of the package to find wrappers, listen, swap the policy, and restore all.
 
-These are functions of a wrapper, not methods: a wrapper stands for its module, so each public name of
-its own hides the module's attribute of that name.
+These are functions, not methods. A wrapper takes the place of its module, so each public name of the
+wrapper hides the module's attribute of that name.
 """
 
 import copy
@@ -19,13 +19,16 @@ from brevitas_bp.codec.configured import ConfiguredCodec
 from brevitas_bp.errors import UnknownNameError, nearest
 
 _WHERE = "brevitas_bp.backward.NoiseState"
-# Attributes with what a forward pass may change: the codecs may keep statistics, a policy may count.
+# Attributes that a forward pass may change: codecs may keep statistics, and a policy may count.
 _CODECS = ("_act_quant", "_overrides", "_codec_by_module", "_policy", "_base_policy")
 _CHANGING = (*_CODECS, "_explanation")
 
 
 def wrappers_in(model: nn.Module) -> Iterator[tuple[str, QuantBackwardWrapper]]:
-    """Qualified name and wrapper, of all in a model; one around another has its name and ``.module``."""
+    """Yields all wrappers in a model, each as qualified name and wrapper.
+
+    A wrapper directly inside another has the name of the outer one, with ``.module`` appended.
+    """
     for name, module in model.named_modules():
         while isinstance(module, QuantBackwardWrapper):
             yield name, module
@@ -36,9 +39,9 @@ def wrappers_in(model: nn.Module) -> Iterator[tuple[str, QuantBackwardWrapper]]:
 def listening(
         wrapper: QuantBackwardWrapper, listener: Listener,
         graph_listener: GraphListener | None = None) -> Iterator[None]:
-    """Within the block ``listener`` is told of every tensor that the wrapper saves.
+    """Within the block, calls ``listener`` for every tensor that the wrapper saves.
 
-    Forward passes that have begun before the block do not know it.
+    Forward passes that began before the block do not call it.
 
     Args:
         wrapper: the wrapper.
@@ -57,18 +60,18 @@ def listening(
 
 
 def policy_of(wrapper: QuantBackwardWrapper, *, planned: bool = True) -> ExplainedPolicy:
-    """The policy that the wrapper obeys.
+    """Returns the policy that the wrapper follows.
 
     Args:
         wrapper: the wrapper.
-        planned: with the plan that is in force, if there is one; False: as if there was none.
+        planned: whether to include the plan in force, if any.
     """
     return explained(wrapper._policy if planned else wrapper._base_policy)
 
 
 @contextmanager
 def using_policy(wrapper: QuantBackwardWrapper, policy: Policy) -> Iterator[None]:
-    """Within the block the wrapper obeys another policy, and no plan."""
+    """Within the block, the wrapper follows another policy, and no plan."""
     before, wrapper._policy = wrapper._policy, policy
     try:
         yield
@@ -77,29 +80,29 @@ def using_policy(wrapper: QuantBackwardWrapper, policy: Policy) -> Iterator[None
 
 
 def act_quant_of(wrapper: QuantBackwardWrapper) -> ConfiguredCodec:
-    """The quantizer of the wrapper, and how it is built with other settings."""
+    """Returns the quantizer of the wrapper, and how it is built with other settings."""
     return wrapper._act_quant
 
 
 def storage_of(wrapper: QuantBackwardWrapper) -> Storage:
-    """How the wrapper stores tensors."""
+    """Returns how the wrapper stores tensors."""
     return wrapper._storage
 
 
 @contextmanager
 def restored(wrapper: QuantBackwardWrapper, seed: int) -> Iterator[None]:
-    """Whatever runs within the block, the wrapper is afterwards what it was.
+    """Restores the wrapper after the block, whatever runs within it.
 
-    Within the block it works on copies of its codecs and its policy, and draws the noise of another
-    stream. Its own noise, the statistics of its codecs, the policy with its plan, and what
-    ``explain()`` tells are then those of before. The wrapped module is not looked after.
+    Within the block, the wrapper works on copies of its codecs and its policy, and draws noise from
+    another stream. The block leaves unchanged: the wrapper's own noise, the statistics of its codecs,
+    its policy with its plan, and what ``explain()`` reports. The wrapped module is not restored.
 
     Args:
         wrapper: the wrapper.
-        seed: of the noise within the block.
+        seed: seed of the noise within the block.
     """
     before = {key: wrapper.__dict__[key] for key in _CHANGING}
-    # In one call: what two of them share is shared by the copies too.
+    # Copy all in one call: an object that two of them share is then shared by the copies too.
     wrapper.__dict__.update(copy.deepcopy({key: before[key] for key in _CODECS}))
     try:
         with wrapper._noise.seeded(seed):
@@ -111,13 +114,13 @@ def restored(wrapper: QuantBackwardWrapper, seed: int) -> Iterator[None]:
 class NoiseState:
     """Saves and restores the noise streams of every ``QuantBackwardWrapper`` in a model.
 
-    Weights, optimizer and torch's random state are not all that a run consists of: to resume bit for bit
-    its roundings must go on where they were. Plain values only, the same in every process. Trainers that
-    save whatever has ``state_dict`` and ``load_state_dict`` take it as it is.
+    Weights, optimizer and torch's random state are not enough to resume a run bit for bit: its roundings
+    must go on where they were. The state has plain values only, the same in every process. Trainers
+    that save any object with ``state_dict`` and ``load_state_dict`` take a NoiseState as it is.
 
     Args:
-        model: contains wrappers, at any depth, or is one. Their qualified names are the keys, so make
-            this from the model that *you* built, before a trainer puts its own shell around it.
+        model: contains wrappers at any depth, or is one. The keys are the qualified names of the
+            wrappers. So pass the model that *you* built, before a trainer puts its own shell around it.
 
     Raises:
         ValueError: ``model`` contains no wrapper.
@@ -137,15 +140,15 @@ class NoiseState:
                 "noise to save; wrap the model or a part of it first")
 
     def state_dict(self) -> dict[str, dict[str, int]]:
-        """Qualified name of each wrapper -> its ``noise_state()``."""
+        """Returns a mapping: qualified name of each wrapper -> its ``noise_state()``."""
         return {name: wrapper.noise_state() for name, wrapper in self._wrappers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues every stream from :meth:`state_dict`; all of them or, after an error, none.
+        """Continues every stream from :meth:`state_dict`; after an error, no stream has changed.
 
         Raises:
-            UnknownNameError: the state is of a model with other wrappers.
-            ValueError: a stream's state is not one.
+            UnknownNameError: the state is that of a model with other wrappers.
+            ValueError: the state of a stream is not valid.
         """
         ours, given = set(self._wrappers), set(state_dict)
         if ours != given:

@@ -48,11 +48,11 @@ _MASK = "mask: gradient exact"
 
 
 def activation(entry: Activation) -> OpRule:
-    """The rule of an activation function: its derivative is saved in place of its input.
+    """Makes the rule of an activation function: its derivative is saved in place of its input.
 
     Args:
-        entry: of the function; of its own calls, and of those of its variant, which must be alike in
-            ``of_output``, ``compiled`` and ``halves``.
+        entry: entry of the function. It serves calls of the function and of its variant, which must be
+            alike in ``of_output``, ``compiled`` and ``halves``.
     """
     def formula(x: Tensor, y: Tensor, call: Call) -> Tensor:
         called = entry.called(call.argument)
@@ -78,7 +78,7 @@ def activation(entry: Activation) -> OpRule:
 
 
 def _power(saved: SavedTensor) -> Decision:
-    """``x ** 2`` is a product; with other exponents backward is not linear in ``x``."""
+    """Decides for a power: ``x ** 2`` is a product; for other exponents, backward is not linear."""
     exponent = saved.call.argument(1, "exponent")
     if saved.position == 0 and isinstance(exponent, (int, float)) and exponent == 2:
         return product(rows=of_elements).decide(saved)
@@ -94,7 +94,10 @@ _save_power = SaveDerivative(_power_derivative)
 
 
 def _rewrite_power(running: RunningPass, call: Call) -> Any:
-    """Whole exponents from 3, as in GELU by ``x ** 3``: the derivative is finite where ``x`` is."""
+    """Saves the derivative for whole exponents from 3 on, as in GELU by ``x ** 3``.
+
+    The derivative is finite where ``x`` is.
+    """
     exponent = call.argument(1, "exponent")
     if isinstance(exponent, (int, float)) and exponent >= 3 and exponent == int(exponent):
         return _save_power(running, call)
@@ -102,7 +105,7 @@ def _rewrite_power(running: RunningPass, call: Call) -> Any:
 
 
 def _einsum(saved: SavedTensor) -> Decision:
-    """Up to two operands a product; of more, intermediate products would be rounded as well."""
+    """Treats up to two operands as a product; with more, intermediate products would be rounded too."""
     operands = [a for a in saved.arguments[1:] if isinstance(a, Tensor)]
     listed = [a for a in saved.arguments[1:] if isinstance(a, (list, tuple))]
     if len(operands) + sum(map(len, listed)) <= 2:
@@ -111,7 +114,10 @@ def _einsum(saved: SavedTensor) -> Decision:
 
 
 def _deviation(saved: SavedTensor) -> Decision:
-    """The gradient of a variance or deviation is ``(x - mean)`` times one number for each statistic."""
+    """Decides for a variance or deviation.
+
+    Its gradient is ``(x - mean)`` times one number for each statistic.
+    """
     x, dims = saved.tensor, saved.call.argument(1, "dim")
     if saved.position != 0 or x.dtype not in FLOATS:
         return Decision(None, "backward is not linear in it")
@@ -158,10 +164,13 @@ def _is_number(bound: Any) -> bool:
 
 
 def _rrelu(saved: SavedTensor) -> Decision:
-    """Training multiplies with the noise, evaluation with a slope where the input is negative."""
+    """Decides for rrelu, which multiplies by noise in training.
+
+    In evaluation, it multiplies by a slope where the input is negative.
+    """
     training = saved.call.argument(3, "training", False)
     if saved.position is None:
-        # The kernel writes it only after it was saved: what a hook sees is not yet the noise.
+        # The kernel writes the noise only after it was saved: a hook does not see the noise yet.
         return Decision(None if training else shape_only(), "noise")
     return Decision(positive_region(), _MASK)
 
@@ -175,12 +184,12 @@ def _prelu(saved: SavedTensor) -> Decision:
 
 
 def _prelu_rows(x: Tensor, call: Call) -> Rows | None:
-    """Each slope belongs to a channel."""
+    """Returns one row for each channel, because each slope belongs to a channel."""
     return trailing(x, max(x.dim() - 2, 1))
 
 
 def _dropout(saved: SavedTensor) -> Codec | None:
-    # A mask is computed, and of the input's dtype; nothing else is saved.
+    # The only saved tensor is the mask, which is computed and has the input's dtype.
     p = saved.call.argument(1, "p", 0.5)
     return dropout_mask(float(p)) if saved.position is None and 0 < p < 1 else None
 
@@ -191,7 +200,7 @@ def _alpha_dropout(saved: SavedTensor) -> Codec | None:
 
 
 def _index(saved: SavedTensor) -> Codec | None:
-    """Indices into a dimension are below the largest size of any float argument."""
+    """Narrows indices into a dimension: they are below the largest size of any float argument."""
     if saved.tensor.dtype != torch.int64:
         return None
     sizes = [
@@ -201,7 +210,7 @@ def _index(saved: SavedTensor) -> Codec | None:
 
 
 def _pool(saved: SavedTensor) -> Codec | None:
-    """The input for its shape, the indices by their place in the window."""
+    """Stores only the shape of the input, and each index as its place in the window."""
     if saved.tensor.is_floating_point():
         return shape_only()
     call = saved.call
@@ -220,7 +229,7 @@ def _dims(call: Call) -> int:
 
 
 def _shape(saved: SavedTensor) -> Codec | None:
-    """An argument, for its shape."""
+    """Stores only the shape of the first argument."""
     return shape_only() if saved.position == 0 and saved.tensor.is_floating_point() else None
 
 
@@ -272,7 +281,7 @@ _register(exact("a loss"), """
     gaussian_nll_loss poisson_nll_loss cosine_embedding_loss hinge_embedding_loss
     margin_ranking_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
     multilabel_soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss ctc_loss""")
-# What they save is bool, integer or nothing.
+# These operations save bool or integer tensors, or nothing.
 _register(exact("no floating-point tensor is expected"), """
     where masked_fill masked_scatter masked_select max min amax amin topk sort msort argsort
     kthvalue median nanmedian mode unique cat stack sum mean add sub rsub neg

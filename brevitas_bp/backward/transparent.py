@@ -1,4 +1,4 @@
-"""A module that takes the place of another one: same names, keys and attributes."""
+"""A module that takes the place of another module: same names, keys and attributes."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ _Self = TypeVar("_Self", bound="Transparent")
 
 
 def all_modules(root: nn.Module) -> Iterator[nn.Module]:
-    """Modules of a network, those included that wrappers stand for."""
+    """Yields the modules of a network, including the modules that wrappers take the place of."""
     for module in root.modules():
         yield module
         while isinstance(module, Transparent):
@@ -23,33 +23,37 @@ def all_modules(root: nn.Module) -> Iterator[nn.Module]:
 
 
 class Transparent(nn.Module):
-    """Base of a wrapper of one module, ``self.module``.
+    """Base class of a wrapper of one module, ``self.module``.
 
-    What the wrapper does not have is read from the module; modules, parameters, tensors and what the
-    module has already are set and deleted there: ``wrapper.fc = nn.Linear(512, 10)`` replaces the
-    module's own ``fc``.
+    Attributes that the wrapper does not have are read from the module. Modules, parameters, tensors and
+    attributes that the module already has are set and deleted on the module:
+    ``wrapper.fc = nn.Linear(512, 10)`` replaces the module's own ``fc``.
 
     NOTE [ The wrapper takes the place of the module ]
-    1. The tables of parameters, buffers, submodules and hooks of ``state_dict`` are the module's own,
-       the very same objects: names, keys, and what is set, replaced or deleted through either of the
-       two are those of both.
-    2. So the module is no submodule of the wrapper, and no name has a step more than without it. Tools
+    1. The tables of parameters, buffers, submodules and hooks of ``state_dict`` are the module's own
+       objects. So wrapper and module have the same names and keys. Setting, replacing or deleting an
+       entry through one of them does it for both.
+    2. So the module is not a submodule of the wrapper, and the wrapper adds no step to any name. Tools
        that match names of parameters with keys of a state_dict (PEFT) depend on that.
-    3. What a module does to itself (``_apply``, ``train``, ``state_dict``) it is asked to do, since its
-       class may do it in its own way.
-    4. Methods of the module that the wrapper does not have run on the module: what they save is exact.
+    3. The wrapper passes on to the module what a module does to itself (``_apply``, ``train``,
+       ``state_dict``). The module's class may do these operations in its own way.
+    4. Methods of the module that the wrapper does not have run on the module. The tensors that they
+       save are exact.
     """
 
     def _stand_for(self, module: nn.Module) -> None:
-        """To be called last in ``__init__``: until then everything set is the wrapper's own."""
+        """Takes the place of ``module``; call it last in ``__init__``.
+
+        Until then, everything that is set is the wrapper's own.
+        """
         self.__dict__[_OWN] = module
         for table in TABLES:
-            # Not from its __dict__: TorchScript computes some of them.
+            # Do not read the tables from __dict__: TorchScript computes some of them.
             self.__dict__[table] = getattr(module, table)
         self.training = module.training
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own ``state_dict``: same keys, wrapped or not."""
+        """Returns the module's own ``state_dict``: same keys, wrapped or not."""
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +80,7 @@ class Transparent(nn.Module):
         self.module._load_from_state_dict(*args, **kwargs)
 
     def __copy__(self: _Self) -> _Self:
-        # Around a copy of the module: what is set on it would reach the original through the same one.
+        # Copy the module too: attributes set on the copy would otherwise reach the original module.
         return self._around(copy.copy(self.module))
 
     def _replicate_for_data_parallel(self: _Self) -> _Self:
@@ -84,7 +88,7 @@ class Transparent(nn.Module):
         return self._around(self.module._replicate_for_data_parallel())  # pyright: ignore
 
     def _around(self: _Self, module: nn.Module) -> _Self:
-        """The same wrapper of another module."""
+        """Returns a copy of this wrapper around another module."""
         other = self.__class__.__new__(self.__class__)
         other.__dict__.update(self.__getstate__())
         other._stand_for(module)
@@ -102,9 +106,9 @@ class Transparent(nn.Module):
         if name == "__class__" and value.__name__.startswith("Parametrized"):
             # torch.nn.utils.parametrize puts properties on a class made for one module.
             raise TypeError(
-                f"brevitas_bp.{type(self).__name__}: its class cannot be changed, since it is the "
-                "module that runs; parametrize wrapper.module (and build that anew: the parameter to be "
-                "computed is gone already)")
+                f"brevitas_bp.{type(self).__name__}: its class cannot be changed, because the wrapped "
+                "module is what runs; parametrize wrapper.module, and build that module anew first, "
+                "because the parameter to be computed is already gone")
         if not self._is_own(name) and (
                 isinstance(value, (nn.Module, Tensor)) or hasattr(self.module, name)):
             setattr(self.module, name, value)
@@ -118,11 +122,11 @@ class Transparent(nn.Module):
             delattr(self.module, name)
 
     def _is_own(self, name: str) -> bool:
-        """Whether the wrapper has such an attribute; everything is its own until it has a module."""
+        """Whether the attribute is the wrapper's own; until it has a module, every attribute is."""
         return name in self.__dict__ or hasattr(type(self), name) or _OWN not in self.__dict__
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # torch.jit.script asks for this: it compiles what runs forward, which is the module.
+        # torch.jit.script calls this to get what it compiles: the module, which runs forward.
         return self.module
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,16 +1,16 @@
-"""Inputs of norms, stored as backward uses them: normalized.
+"""Stores the inputs of norms as backward uses them: normalized.
 
 NOTE [ Inputs of norms are stored normalized ]
-1. Backward of a norm uses ``(x - mean) * rstd``. A rounding of ``x`` counts ``rstd`` times, which
-   differs from row to row, or from channel to channel, by any factor. One of the normalized input
+1. Backward of a norm uses ``(x - mean) * rstd``. A rounding of ``x`` counts ``rstd`` times, and ``rstd``
+   differs by any factor from row to row, or from channel to channel. A rounding of the normalized input
    counts once.
-2. Autograd saves the input before the operation runs, mean and inverse deviation afterwards. So the hook
-   returns a :class:`Deferred`, which is filled when the operation has ended.
-3. Decoded is ``normalized / rstd``, and the mean is decoded as zero: the formula of backward then gives
-   the normalized input, whichever kernel computes it. So the mean itself is not kept.
-4. A row or channel without deviation is stored as zeros exactly.
-5. Where mean and inverse deviation are not to be had (evaluation; custom Functions), the middle and the
-   range of each channel serve, and the middle is kept and added.
+2. Autograd saves the input before the operation runs, but mean and inverse deviation afterwards. So the
+   hook returns a :class:`Deferred`, which is filled when the operation has ended.
+3. The input decodes to ``normalized / rstd``, and the mean decodes to zero. The formula of backward then
+   gives the normalized input, whichever kernel computes it. So the mean itself is not kept.
+4. A row or channel without deviation is stored exactly, as zeros.
+5. If mean and inverse deviation are not available (evaluation; custom Functions), the middle and the
+   range of each channel replace them. The middle is kept, and decoding adds it.
 """
 
 from collections.abc import Sequence
@@ -31,16 +31,16 @@ from brevitas_bp.format.normalizing import Affine
 from brevitas_bp.private import in_forward_ad, is_functorch_wrapped
 
 _LAYER, _GROUP = "layer_norm", "group_norm"
-# Of a variance below eps times this, rstd has no digits left to tell it from zero.
+# If the variance is below eps times this, rstd has no digits left to tell it from zero.
 _NO_VARIANCE = 2.0**-20
 _STATISTIC = Decision(None, "statistic of a norm")
 
 
 class Deferred:
-    """What a pack hook returns for a tensor whose payload is made when the operation has ended.
+    """The result of a pack hook for a tensor that is encoded only when its operation has ended.
 
     Attributes:
-        packed: the payload, from then on.
+        packed: the encoded tensor; None until the operation has ended.
     """
 
     __slots__ = ("packed",)
@@ -51,14 +51,14 @@ class Deferred:
 
 @dataclass(eq=False)
 class PendingNorm:
-    """A norm that is running: its input, and what else it has saved so far.
+    """A running norm: its input, and the other tensors that it has saved so far.
 
     Attributes:
         saved: the input.
-        decision: how it is to be stored.
-        deferred: what autograd got for it.
-        originals: what plain autograd would have saved, for listeners.
-        statistics: the other tensors of numbers that it has saved, in order.
+        decision: how the input is to be stored.
+        deferred: the object that autograd holds for the input.
+        originals: the tensors that plain autograd would have saved, for listeners.
+        statistics: the other floating-point tensors that the norm has saved, in order.
     """
 
     saved: SavedTensor
@@ -73,7 +73,7 @@ class PendingNorm:
             decision.codec is None or saved.position is None)
 
     def hold(self, saved: SavedTensor, decision: Decision) -> Deferred:
-        """Adds a statistic. What autograd gets for it is filled when the norm has ended."""
+        """Adds a statistic, and returns an object that is filled when the norm has ended."""
         deferred = Deferred()
         self.statistics.append(
             (saved, decision if decision.codec is None else _STATISTIC, deferred))
@@ -81,10 +81,10 @@ class PendingNorm:
 
 
 def tells_statistics(call: Call) -> bool:
-    """Whether what a norm saves last are mean and inverse deviation of what it saves first.
+    """Whether the last tensors that a norm saves are the mean and inverse deviation of the first one.
 
-    Forward mode saves more, some of it without memory; in transforms of ``torch.func`` what is computed
-    after the operation may have none.
+    Forward mode saves more tensors, some of them without memory. In transforms of ``torch.func``,
+    tensors that are computed after the operation may have no memory.
     """
     return not in_forward_ad() and not any(
         is_functorch_wrapped(t) for t in tensors_in(call.arguments))
@@ -95,9 +95,10 @@ class NormUnits:
     """How the input of a norm is normalized, and the rows of its buckets.
 
     Attributes:
-        affine: normalizes.
+        affine: the map that normalizes.
         undo: the way back.
-        rows: None where all buckets may straddle statistics, which are normalized to one scale.
+        rows: rows of the buckets. None: buckets may straddle statistics, because all are normalized to
+            one scale.
         drops_mean: whether the mean is decoded as zero.
     """
 
@@ -108,9 +109,9 @@ class NormUnits:
 
 
 def units_of(pending: PendingNorm) -> NormUnits | None:
-    """How the input of a norm that has ended is stored; None: as it is."""
+    """Returns how the input of a norm that has ended is normalized; None: it is stored as it is."""
     x, call = pending.saved.tensor, pending.saved.call
-    # Where elements share memory, there are fewer than statistics would be counted for.
+    # If elements share memory, fewer elements are stored than the statistics count.
     if x.numel() == 0 or x.dim() < 2 or TensorLayout.base(x).shape != x.shape:
         return None
     by_row = _LAYER in call.name or _GROUP in call.name
@@ -138,7 +139,7 @@ def units_of(pending: PendingNorm) -> NormUnits | None:
 
 
 def _rows(x: Tensor, inner: int) -> Rows | None:
-    """Rows of ``inner`` elements, where they are whole trailing dimensions, or equal parts of them."""
+    """Returns rows of ``inner`` elements, if they are whole trailing dimensions or equal parts."""
     dims = 1
     while dims < x.dim() and prod(x.shape[-dims:]) < inner:
         dims += 1
@@ -147,7 +148,10 @@ def _rows(x: Tensor, inner: int) -> Rows | None:
 
 
 def _channels(x: Tensor) -> tuple[int, Rows | None] | None:
-    """Consecutive elements of one channel in memory, and the order to copy to where there is none."""
+    """Returns how many elements of one channel are consecutive in memory, and the order to copy to.
+
+    The order is None if no copy is needed. The result is None if elements share memory.
+    """
     base = TensorLayout.base(x)
     if base.shape != x.shape:
         return None
@@ -165,7 +169,7 @@ def _channels(x: Tensor) -> tuple[int, Rows | None] | None:
 
 
 def _own(x: Tensor) -> NormUnits | None:
-    """Units made of the tensor's own channels, whose ranges they are: the middle is kept.
+    """Returns units made of the ranges of the tensor's own channels; their middles are kept.
 
     Largest and smallest values are the same on every processor; sums are not.
     """
@@ -182,7 +186,10 @@ def _own(x: Tensor) -> NormUnits | None:
 
 
 def channel_units(x: Tensor) -> NormUnits | None:
-    """Channels in units of their largest magnitude, which is kept; None where they lie apart."""
+    """Returns units that divide each channel by its largest magnitude, which is kept.
+
+    None if elements of ``x`` share memory.
+    """
     placed = _channels(x)
     if placed is None:
         return None
@@ -194,9 +201,9 @@ def channel_units(x: Tensor) -> NormUnits | None:
 
 
 def _channel_peaks(x: Tensor) -> Tensor:
-    """Largest magnitude of each channel; no copy of the tensor is made."""
+    """Returns the largest magnitude of each channel, without a copy of the tensor."""
     if x.is_contiguous():
-        # Over samples first, in vector code: ten times as fast for small planes on a CPU.
+        # Reduce over samples first, in vector code: ten times as fast for small planes on a CPU.
         samples = x.flatten(1)
         peaks = torch.maximum(samples.amax(0), -samples.amin(0))
         return peaks.view(x.shape[1], -1).amax(1)
@@ -209,6 +216,6 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 
 def _largest(call: Call) -> float:
-    """The inverse deviation of a channel that has none, from ``eps`` of batch and instance norms."""
+    """Returns ``rstd`` of a channel without deviation, from ``eps`` of batch and instance norms."""
     eps = call.argument(7, "eps", 1e-5)
     return (eps * (1 + _NO_VARIANCE)) ** -0.5 if isinstance(eps, float) and eps > 0 else float("inf")

@@ -1,7 +1,8 @@
 """Operations of torch whose output is their argument in another shape, place or dtype.
 
-Parameters are recognised behind them, roundings are followed through them, and in a compiled graph they
-move with what reads them. Each is named as in aten; autograd's node has the same name in CamelCase.
+We recognise parameters behind these operations, and follow roundings through them. In a compiled graph,
+they move together with the operation that reads them. Each operation is named as in aten; autograd's
+node has the same name in CamelCase.
 """
 
 #: Views of all elements, in another shape or order.
@@ -19,7 +20,7 @@ CASTS = frozenset({"to", "_to_copy", "convert_element_type"})
 
 
 def node_name(operation: str) -> str:
-    """The name of autograd's node, without "Backward" and its number.
+    """Returns the name of autograd's node, without "Backward" and its number.
 
     >>> [node_name(name) for name in ("t", "_unsafe_view", "split_with_sizes")]
     ['T', 'UnsafeView', 'SplitWithSizes']

@@ -1,4 +1,4 @@
-"""``QuantBackwardWrapper``: the shell around mechanism and policy."""
+"""``QuantBackwardWrapper``: the shell around the forward pass and the policy."""
 
 import copy
 import inspect
@@ -44,10 +44,10 @@ from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 
 _UNUSED_HINT = (
     "brevitas_bp.QuantBackwardWrapper: the plan names {}, and no tensor that was quantized has such a "
-    "name, so that it does nothing; print(plan) and explain() show the names that there are")
+    "name, so this entry does nothing; print(plan) and explain() show the names that exist")
 _GENERATOR_HINT = (
     "brevitas_bp.QuantBackwardWrapper: forward returned a generator or coroutine, which runs after the "
-    "pass has ended, so that all it saves is exact; wrap the modules that it calls")
+    "pass has ended, so all tensors that it saves are exact; wrap the modules that it calls")
 _CHECKPOINT_HINT = (
     f"{WHERE}: this wrapper runs inside of torch.utils.checkpoint, which keeps only the inputs of the "
     "checkpointed part, exact, and runs it again in backward; the wrapper stores nothing here. Wrap "
@@ -57,20 +57,20 @@ _NOT_INLINED_HINT = (
     f"{WHERE}: compiled graphs cannot store with these quantizers, and keep their tensors exact: {{}}. "
     "They can with the bucket quantizers of brevitas_bp.quant")
 _CROWDED_HINT = (
-    f"{WHERE}: {{}} runs without compilation. Wrappers share compiled graphs where their settings are "
-    "equal; others have graphs of their own, and Dynamo makes no more than "
-    "torch._dynamo.config.recompile_limit of one function. Raise that before the first step, or compile "
-    "and wrap the whole network, QuantBackwardWrapper(torch.compile(network), overrides=...)")
+    f"{WHERE}: {{}} runs without compilation. Wrappers with equal settings share compiled graphs; other "
+    "wrappers have their own graphs, and Dynamo makes at most torch._dynamo.config.recompile_limit of "
+    "them for one function. Raise that limit before the first step, or compile and wrap the whole "
+    "network, QuantBackwardWrapper(torch.compile(network), overrides=...)")
 
 
 class QuantBackwardWrapper(Transparent):
-    """Runs a module unchanged, and stores what autograd saves for its backward in a few bits.
+    """Runs a module unchanged, and stores the tensors that autograd saves for backward in a few bits.
 
     The forward pass, buffers, dropout masks and torch's random state are bit-identical to those of the
-    unwrapped module; parameters and buffers are never quantized; ``state_dict`` is that of the module.
-    Under ``torch.no_grad()`` nothing is packed, nor while a graph of the forward is traced
+    unwrapped module. Parameters and buffers are never quantized. ``state_dict`` is that of the module.
+    Nothing is packed under ``torch.no_grad()``, or while a graph of the forward is traced
     (``torch.jit.trace``, ``torch.export``, ``make_fx``): the graph is that of the module. Attributes
-    that the wrapper does not have are those of the module, read or set. A wrapper inside a wrapper
+    that the wrapper does not have are read from the module, and set on it. A wrapper inside a wrapper
     applies to its own part.
 
     Args:
@@ -79,23 +79,26 @@ class QuantBackwardWrapper(Transparent):
             every tensor exact.
         overrides: glob over qualified module names -> quantizer, None (exact), or the bits that
             ``act_quant`` has there; the first pattern that matches a module, or one around it, wins.
-        policy: how each saved tensor is stored: "op_aware" (quantized where that leaves the gradient
-            unbiased, exact elsewhere; :class:`~brevitas_bp.backward.OpAware` has settings), "all" (every
-            float tensor but the statistics of norms), "all_but_relu" (of a ReLU's output the exact sign
-            is stored, 1 bit), "exact" (all kept), or a callable ``SavedTensor -> Codec | None``.
+        policy: how each saved tensor is stored. A callable ``SavedTensor -> Codec | None``, or one of
+
+            * "op_aware": quantized where that leaves the gradient unbiased, exact elsewhere;
+              :class:`~brevitas_bp.backward.OpAware` has settings;
+            * "all": every float tensor is quantized, except the statistics of norms;
+            * "all_but_relu": like "all", but of a ReLU's output the exact sign is stored, in 1 bit;
+            * "exact": all tensors are kept.
         storage: "save_quantized" stores codes; "quantize_on_backward" keeps floats and quantizes when
             backward starts (for ablations; saves nothing).
-        seed: of the private noise stream; None derives it from ``torch.initial_seed()`` and the number
-            of wrappers created before. To be given where processes of one job seed torch differently.
-        rank: processes with different ranks draw different noise; None takes the rank of
-            ``torch.distributed``, and where parameters are DTensors of tensor parallelism that of the
-            first process of the group. Processes that hold copies of the same activations need the same
-            rank, or the gradients of their replicated parameters drift apart: with tensor parallelism of
-            another kind pass the rank of the data-parallel dimension.
+        seed: seed of the private noise stream; None derives it from ``torch.initial_seed()`` and the
+            number of wrappers created before. Pass it if processes of one job seed torch differently.
+        rank: processes with different ranks draw different noise. None takes the rank of
+            ``torch.distributed``; if parameters are DTensors of tensor parallelism, it takes the rank of
+            the group's first process. Processes that hold copies of the same activations need the same
+            rank, or the gradients of their replicated parameters drift apart. So with tensor parallelism
+            of another kind, pass the rank of the data-parallel dimension.
         plan: widths chosen tensor by tensor, from :func:`~brevitas_bp.allocate.plan_bit_widths`, or a
             mapping such as ``{"layer1.*:conv2d:*": 2, "fc:*": "exact"}``.
-        verify: make a checksum of what is packed and compare it before it is decoded (a device is waited
-            for then): every flipped bit of a payload raises
+        verify: make a checksum of each packed tensor, and compare it before decoding, which waits for
+            the device. Every flipped bit of a payload raises
             :class:`~brevitas_bp.CorruptPayloadError`. Tensors kept as they are, and shards of
             DTensors, have no checksum.
         **act_quant_overrides: settings of ``act_quant``, as keywords of a Brevitas layer.
@@ -152,14 +155,14 @@ class QuantBackwardWrapper(Transparent):
         self.use_plan(plan)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the module; what autograd saves meanwhile is stored as configured."""
+        """Runs the module; tensors that autograd saves meanwhile are stored as configured."""
         if not torch.is_grad_enabled() or _is_traced():
             return self.module(*args, **kwargs)
         _refuse_symbols(args, kwargs)
         return _run(self, args, kwargs)
 
     def explain(self) -> Explanation:
-        """What was decided in the last forward pass for each call site, and why; ``print`` it.
+        """Reports what the last forward pass decided for each site, and why; ``print`` the report.
 
         Raises:
             RuntimeError: no forward pass with gradients has run yet.
@@ -177,7 +180,7 @@ class QuantBackwardWrapper(Transparent):
 
         Raises:
             UnknownNameError: the plan names a module that the network does not have.
-            ValueError: it names a width that there is not.
+            ValueError: the plan names an unsupported width.
         """
         self._graph_hooks = None
         if plan is None:
@@ -193,10 +196,10 @@ class QuantBackwardWrapper(Transparent):
         self._policy = PlannedPolicy(explained(self._base_policy), choices)
 
     def noise_state(self) -> dict[str, int]:
-        """State of the private noise stream, for a checkpoint that resumes bit for bit.
+        """Returns the state of the private noise stream, for a checkpoint that resumes bit for bit.
 
-        It is the same in every process of a job whose processes have equal seeds and store equally many
-        tensors, so that one saves it for all, and a job of another size may load it.
+        The state is the same in every process of a job if the processes have equal seeds and store
+        equally many tensors. So one process saves it for all, and a job of another size may load it.
         """
         return self._noise.stream.state()
 
@@ -207,12 +210,12 @@ class QuantBackwardWrapper(Transparent):
     def configure(self, **settings: Any) -> None:
         """Changes settings of ``act_quant`` from the next forward pass on; ``overrides`` stay.
 
-        What is not named is as the constructor was told. What is stored already decodes as it was
-        encoded. A quantizer that keeps statistics begins anew.
+        Settings you do not pass revert to the constructor's values. Tensors that are stored already
+        decode as they were encoded. A quantizer that keeps statistics begins anew.
 
         Raises:
-            TypeError: there is no quantizer, or it was built before it was handed over.
-            UnknownNameError: a setting that the quantizer does not know.
+            TypeError: there is no quantizer, or it was already built when it was passed.
+            UnknownNameError: the quantizer does not know a setting.
         """
         if "bit_width" in settings and self._policy is not self._base_policy:
             raise TypeError(
@@ -224,7 +227,7 @@ class QuantBackwardWrapper(Transparent):
         self._graph_hooks = None
 
     def quantizer_modules(self) -> Iterator[nn.Module]:
-        """The quantizers in use. They are not submodules: they add no parameters and no keys."""
+        """Yields the quantizers in use. They are not submodules: they add no parameters and no keys."""
         for codec in (self._codec, *(codec for _, codec in self._overrides)):
             if codec is not None:
                 yield from codec.quantizers()
@@ -242,7 +245,7 @@ class QuantBackwardWrapper(Transparent):
             compiled=compiled)
 
     def _graph_hooks_for(self, location: Location) -> GraphHooks | None:
-        """The hooks for compiled modules; None where no graph can do what is asked for."""
+        """Returns the hooks for compiled modules; None if graphs cannot store as configured."""
         if self._verify or self._storage != "save_quantized":
             return None
         if self._graph_hooks is None:
@@ -251,27 +254,27 @@ class QuantBackwardWrapper(Transparent):
         return self._graph_hooks
 
     def _warn_of_codecs(self) -> None:
-        """Names the quantizers whose tensors compiled graphs keep exact."""
+        """Warns of quantizers whose tensors compiled graphs keep exact."""
         codecs = (self._codec, *(codec for _, codec in self._overrides))
         names = {c.name for c in codecs if c is not None and not c.in_graphs}
         if names:
             warnings.warn(_NOT_INLINED_HINT.format(", ".join(sorted(names))), stacklevel=2)
 
     def _warn_of_plan(self) -> None:
-        """Names what a plan says of tensors that the network does not save."""
+        """Warns of names in a plan that no saved tensor of the network has."""
         if isinstance(self._policy, PlannedPolicy) and not self._graph_hooks and (
                 unused := self._policy.unused()):
             warnings.warn(_UNUSED_HINT.format(", ".join(map(repr, unused[:3]))), stacklevel=5)
 
     def _configured(self, name: str) -> Codec | None:
-        """The codec of a module: the first override that matches it or a module around it."""
+        """Returns the codec of a module: the first override that matches it or a module around it."""
         if name not in self._codec_by_module:
             matching = (c for pattern, c in self._overrides if selects(pattern, name))
             self._codec_by_module[name] = next(matching, self._codec)
         return self._codec_by_module[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What listens to this wrapper does not listen to its copies and pickles.
+        # Listeners of this wrapper do not listen to its copies and pickles.
         return {
             **self.__dict__, "_listeners": [], "_graph_listeners": [], "_graph_hooks": None,
             "_noise": copy.copy(self._noise)}
@@ -287,7 +290,8 @@ class QuantBackwardWrapper(Transparent):
         state = self.__getstate__()
         for key in self.__dict__.keys() - {*TABLES, "_noise"}:
             other.__dict__[key] = copy.deepcopy(state[key], memo)
-        # After the wrappers inside of the module: the order of a set is not that of another process.
+        # Copy the noise after the wrappers inside the module: the loop above runs over a set, whose
+        # order differs from process to process.
         other.__dict__["_noise"] = copy.deepcopy(self._noise, memo)
         other._stand_for(other.module)
         return other
@@ -324,7 +328,7 @@ def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> An
                 warnings.warn(_GENERATOR_HINT, stacklevel=4)
             return output
         finally:
-            # Once more: an interrupt may have cut short the end of the block.
+            # Close once more: an interrupt may have cut short the end of the block.
             forward_pass.close()
     finally:
         set_callback(callback)
@@ -333,7 +337,7 @@ def _run(wrapper: QuantBackwardWrapper, args: Any, kwargs: dict[str, Any]) -> An
 def _is_traced() -> bool:
     """Whether calls are being recorded into a graph of the forward, which has no place for hooks.
 
-    Recorded they would be dead code, or noise that is the same at every call.
+    If the hooks were recorded, they would be dead code, or noise that is the same at every call.
     """
     tracing: bool = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return tracing or (not is_compiling() and get_proxy_mode() is not None)
