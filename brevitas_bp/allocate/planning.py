@@ -29,7 +29,7 @@ def plan_bit_widths(
         *,
         budget: int | str | None = None,
         average_bits: float | None = None,
-        candidates: Sequence[Candidate | float | str] = CANDIDATES,
+        candidates: Sequence[Candidate | float | str] | None = None,
         sensitivity: str | Sensitivity = "empirical",
         method: Method = "optimal",
         act_quant: Any = ShiftedUint2DynamicActPerBucketFloatStochastic,
@@ -52,7 +52,8 @@ def plan_bit_widths(
             metadata.
         candidates: widths in 1..8, "exact", width and bucket size such as "2@64", or 2-bit means of
             neighbours: 0.5, 0.25, "2avg2" (Average Quantization; only if its bias stays in the gradient
-            of one weight).
+            of one weight). None takes all of 0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8 and "exact" that the
+            quantizer can have.
         sensitivity: "empirical" (one or two backward passes for each tensor that reaches further than
             its own weight), "closed_form" (one backward pass in all), "gradient_norms", or a
             :class:`~brevitas_bp.allocate.sensitivity.Sensitivity`.
@@ -81,11 +82,12 @@ def plan_bit_widths(
     """
     check_budget(budget, average_bits)
     check_method(method)
-    chosen, estimate = _check_candidates(candidates), estimator(sensitivity)
+    chosen = _check_candidates(CANDIDATES if candidates is None else candidates)
+    estimate = estimator(sensitivity)
     wrapped = _wrapped(model, act_quant, wrapper_options)
     start = time.perf_counter()
     profile = Profile(wrapped, batch, loss_fn, seed)
-    _check_variants(profile, chosen)
+    chosen = _available(profile, chosen, given=candidates is not None)
     passes, before = estimate.passes(profile, chosen), time.perf_counter()
     profile.exact  # noqa: B018  (timed, to predict the cost)
     cost = (
@@ -122,11 +124,22 @@ def _check_candidates(given: Sequence[Candidate | float | str]) -> list[Candidat
     return found
 
 
-def _check_variants(profile: Profile, candidates: Sequence[Candidate]) -> None:
-    """Refuses a candidate that a quantizer cannot have, before anything is measured."""
-    for configured in {id(t.configured): t.configured for t in profile.tensors}.values():
-        for candidate in candidates:
-            candidate.codec(configured)
+def _available(profile: Profile, candidates: list[Candidate], given: bool) -> list[Candidate]:
+    """Refuses a candidate that a quantizer cannot have, before anything is measured.
+
+    If the user has ``given`` no candidates, those are left out: signed codes have no width of 1 bit.
+    """
+    found = []
+    for candidate in candidates:
+        try:
+            for configured in {id(t.configured): t.configured for t in profile.tensors}.values():
+                candidate.codec(configured)
+        except ValueError:
+            if given:
+                raise
+        else:
+            found.append(candidate)
+    return found
 
 
 def _planned(

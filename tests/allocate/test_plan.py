@@ -22,7 +22,10 @@ from brevitas_bp.allocate import (
 )
 from brevitas_bp.allocate.plan import parse_bytes
 from brevitas_bp.errors import InfeasibleBudgetError, UnknownNameError
-from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+from brevitas_bp.quant import (
+    Int4DynamicActPerBucketFloatStochastic,
+    ShiftedUint2DynamicActPerBucketFloatStochastic,
+)
 from tests.allocate.networks import Residual, images, loss
 
 OPTIONS: dict[str, Any] = {"bucket_size": 256, "metadata_dtype": torch.bfloat16}
@@ -431,3 +434,16 @@ def test_settings_that_would_do_nothing_are_refused() -> None:
     model.configure(bucket_size=64)
     model.use_plan(None)
     model.configure(bit_width=8)
+
+
+def test_default_candidates_are_those_that_the_quantizer_can_have() -> None:
+    """Signed codes have no width of 1 bit."""
+    def plan(**settings: Any) -> BitPlan:
+        net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+        return plan_bit_widths(
+            net, torch.randn(256, 64), lambda model, x: model(x).sum(), budget="50%",
+            act_quant=Int4DynamicActPerBucketFloatStochastic, **settings)
+
+    assert all("2" in t.options and "1" not in t.options for t in plan().tensors)
+    with pytest.raises(ValueError, match="bit_width >= 2"):
+        plan(candidates=[1, 2])

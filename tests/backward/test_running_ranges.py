@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from brevitas_bp import QuantBackwardWrapper, codec_from, seeded
+from brevitas_bp.format.random import SeedStream
 from brevitas_bp.quant import RunningRange, ShiftedUint8DynamicActPerTensorFloatStochastic
 from tests.backward.support import QUANTIZING, Apply
 from tests.support import same_bits
@@ -183,7 +184,7 @@ def test_the_wrapper_has_no_keys_and_the_layer_has_buffers() -> None:
 def test_layer_and_wrapper_give_equal_values() -> None:
     layer = QuantIdentity(Running, return_quant_tensor=False)
     model = QuantBackwardWrapper(Apply(torch.square), Running, seed=4)
-    noise = QuantBackwardWrapper(nn.Tanh(), None, seed=4)._stream()
+    noise = SeedStream(4)
     for x in (SMALL, LARGE, SMALL * 2):
         (seen,) = stored(model, x)
         with seeded(noise.next()):
