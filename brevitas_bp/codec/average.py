@@ -18,7 +18,7 @@ from brevitas_bp.kernels import dispatch
 
 @final
 class AverageCodec(Codec):
-    """Averages every ``average_size`` neighbours along the last dimension, and stores means by ``inner``.
+    """Stores the mean of every ``average_size`` neighbours along the last dimension, with ``inner``.
 
     Each element of a group decodes to the stored mean of the group. This codec computes the same values
     as :class:`~brevitas_bp.core.average.AverageQuant`; see there for groups, bias and edges.

@@ -98,7 +98,7 @@ class Packed(_Referable):
         return self if same else replace(self, tensors=own)
 
     def sealed(self) -> "Packed":
-        """Returns it with a checksum, which :meth:`decode` compares; itself if the codec owns nothing."""
+        """Returns it with a checksum that :meth:`decode` compares; itself if the codec owns nothing."""
         return replace(self, seal=self._checksum()) if self.codec.owns else self
 
     def _check(self) -> None:
@@ -272,11 +272,11 @@ class Codec(ABC):
         yield from ()
 
     def graph_key(self) -> Hashable | None:
-        """Returns a key shared by codecs that store alike in compiled graphs; None: equal only to itself."""
+        """Returns a key shared by codecs that store alike in compiled graphs; None: shared with none."""
         return None
 
     def in_graph(self, x: GraphTensor) -> GraphForm | None:
-        """Returns its form for a tensor that a compiled graph saves; None: the graph keeps the tensor."""
+        """Returns its form for a tensor that a compiled graph saves; None: it keeps the tensor."""
         return None
 
     def encode_derivative(self, x: Tensor, name: str, *, seed: int, where: str = "") -> Packed:

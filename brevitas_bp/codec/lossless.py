@@ -98,8 +98,8 @@ def narrow_to(limit: int, *, signed: bool = True) -> NarrowInt:
     """Returns a codec of integers in ``[-limit, limit)``, or in ``[0, limit)`` if not ``signed``.
 
     It suits the int64 indices of ``index_select``, ``gather``, ``scatter``, ``embedding`` (not signed:
-    torch has already refused negative indices) and of indexing. ``limit`` is then the size of the indexed
-    dimension. Targets of ``nll_loss`` need ``max(classes, -ignore_index)``.
+    torch has already refused negative indices) and of indexing. ``limit`` is then the size of the
+    indexed dimension. Targets of ``nll_loss`` need ``max(classes, -ignore_index)``.
 
     >>> narrow_to(256).dtype, narrow_to(256, signed=False).dtype
     (torch.int16, torch.uint8)

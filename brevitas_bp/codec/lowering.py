@@ -48,7 +48,7 @@ def _int_scaling(part: Any) -> CodeRange | None:
     return None if part.narrow_range else UNSIGNED
 
 
-#: Class of a part -> the slot that it may fill, and its stage there. An entry covers the part's own parts.
+#: Class of a part -> the slot that it may fill, and its stage there. This covers the part's own parts.
 _FOREIGN: dict[type, tuple[str, Callable[[Any], Stage | Neutral | None]]] = {
     RoundSte: ("float_to_int_impl", lambda part: NEAREST),
     IntScaling: ("int_scaling_impl", _int_scaling),

@@ -100,7 +100,7 @@ class NormalizedCodec(WrappingCodec):
 
 
 def spared_nbytes(packed: Packed) -> int:
-    """Returns the bytes of a mean that is not kept, because its tensor is stored as deviation from it."""
+    """Returns the bytes of a mean that is not kept, because only deviations from it are stored."""
     while packed.codec.wraps:
         codec = packed.codec
         if isinstance(codec, NormalizedCodec) and codec.undo.mean is None and not codec.undo.owned:
