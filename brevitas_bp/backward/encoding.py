@@ -141,7 +141,7 @@ class Encodings:
 
 
 def can_encode(x: Tensor) -> bool:
-    """Whether a codec can take ``x``: an ordinary tensor with elements, or a DTensor with such a shard."""
+    """Whether a codec can take ``x``: an ordinary tensor with elements, or a DTensor of such shards."""
     if type(x) is Tensor:
         return is_plain(x) and x.numel() > 0
     return is_storable(x) and shard_of(x).numel() > 0
@@ -182,7 +182,7 @@ def _normalized(units: NormUnits, codec: Codec) -> Codec:
 
 
 def _in_channels(x: Tensor, codec: Codec) -> Codec:
-    """Wraps the codec of an input, so that it stores each channel in units of the channel."""
+    """Wraps the codec of an input whose channels are each multiplied by their own gradients."""
     units = channel_units(x)
     return codec if units is None else _normalized(units, codec)
 

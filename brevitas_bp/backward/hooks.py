@@ -287,7 +287,7 @@ class ForwardPass:
             self._substitution = before
 
     def _rewrite_of(self, function: Any) -> Callable[[Call], Any] | None:
-        """Returns a function that runs ``function`` so that it saves something else; None: no rewrite."""
+        """Returns a rewrite, which runs ``function`` so that it saves something else, or None."""
         rewrite = self.policy.rewrite(function)
         if rewrite is None:
             return None

@@ -21,7 +21,7 @@ _WORTH_NOTING = 64
 
 @final
 class Kept:
-    """A kept tensor, used if there are no listeners; like a ``Packed`` of :class:`Keep`, but faster.
+    """A kept tensor, if there are no listeners: like a ``Packed`` of :class:`Keep`, but faster to make.
 
     Most tensors that a network saves are parameters and statistics.
 

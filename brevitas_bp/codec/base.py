@@ -98,7 +98,7 @@ class Packed(_Referable):
         return self if same else replace(self, tensors=own)
 
     def sealed(self) -> "Packed":
-        """Returns it with a checksum that :meth:`decode` compares; itself if the codec owns nothing."""
+        """Returns a copy with a checksum for :meth:`decode` to compare; itself if nothing is owned."""
         return replace(self, seal=self._checksum()) if self.codec.owns else self
 
     def _check(self) -> None:
@@ -141,7 +141,7 @@ class Codec(ABC):
     * its form in a compiled graph: :meth:`in_graph`,
     * its quantizers: :meth:`quantizers`.
 
-    Each of these has a default, for codecs that do not support it. A codec that supports none of them
+    Each of these has a default, for codecs without the feature. A codec without any of these features
     needs only ``encode`` and ``decode``. It should also have ``tensor_types`` and ``stored_nbytes``.
     """
 

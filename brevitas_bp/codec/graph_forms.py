@@ -201,10 +201,10 @@ class BucketForm(GraphForm):
 
 @dataclass(frozen=True)
 class ChannelForm(BucketForm):
-    """A bucket quantizer of a tensor [N, C, ...], in units of its channels: deviations from their means.
+    """A bucket quantizer of a tensor [N, C, ...], which is stored in units of its channels.
 
-    Channels of any size are rounded alike, wherever they lie in memory. A channel without deviation is
-    exact.
+    It stores deviations from the mean of each channel. Channels of any size are rounded alike, wherever
+    they lie in memory. A channel without deviation is exact.
 
     Attributes:
         dim: place of the channels in ``order``: 1, or the last.

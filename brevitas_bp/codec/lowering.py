@@ -88,7 +88,7 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
 
 
 def _collect(part: nn.Module, stages: dict[type[Stage], Stage]) -> bool:
-    """Adds the stages of a part's own parts to ``stages``; False if one is unknown or two disagree."""
+    """Adds the stages of a part's children to ``stages``; False if one is unknown or two disagree."""
     for slot, child in part.named_children():
         stage = _stage_of(child, slot)
         if stage is None:

@@ -40,7 +40,7 @@ class PerSampleCodec(Codec):
     the top code. The ordinary codec of a width stores the samples of that width one after another. Its
     buckets run on from one sample to the next.
 
-    This codec is unbiased as the codec of each width is, because widths follow from ranges, not from the
+    This codec is as unbiased as the codec of each width, because widths follow from ranges, not from the
     noise. If all samples have equal ranges, they get equal widths; the bytes are then those of the codec
     of that width, bit for bit. A bucket with NaN or Inf decodes to NaN and does not count. Tensors of
     fewer than two dimensions, expanded tensors and batches of one count as one sample.
@@ -63,7 +63,7 @@ class PerSampleCodec(Codec):
     Raises:
         ValueError: the average lies outside the candidates, there are fewer than two candidates, or the
             quantizer has no buckets.
-        UnsupportedQuantizerError: the quantizer is no bucket quantizer, has two widths, or remembers
+        UnsupportedQuantizerError: the quantizer is not a bucket quantizer, has two widths, or remembers
             ranges of earlier tensors.
 
     Source: Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed
@@ -205,7 +205,7 @@ def _parts(packed: Packed) -> list[Packed]:
 
 def greedy_widths(
         costs: Tensor, total: int, bit_widths: Sequence[int], variance: Tensor) -> Tensor:
-    """Returns the widths [N] that minimise ``sum costs * variance(width)``; ``sum widths <= total``.
+    """Returns widths [N] that minimise ``sum costs * variance(width)`` with ``sum widths <= total``.
 
     All samples start with the largest candidate. The algorithm lowers one width at a time, until the sum
     fits. It lowers the width whose next lowering adds the least variance for each bit that it frees.
@@ -230,7 +230,7 @@ def greedy_widths(
     n, widths = len(costs), torch.tensor(bit_widths).flip(0)
     freed = widths[:-1] - widths[1:]
     slope = variance.flip(0).diff() / freed
-    # Row k holds the k-th lowering of all samples, the last sample first. This is the order of equals.
+    # Row k holds the k-th lowering of all samples, the last sample first. This order decides among equals.
     added = (costs.flip(0) * slope.unsqueeze(-1)).view(-1)
     order = added.argsort(stable=True)
     bits = freed.repeat_interleave(n)[order].cumsum(0)

@@ -24,7 +24,7 @@ Size = int | Sequence[int]
 @final
 @dataclass(frozen=True)
 class WindowIndex(Codec):
-    """Stores max-pool indices.
+    """Stores max-pool indices as positions in their windows.
 
     An element takes ``ceil(log2(window volume))`` bits; 16 or 32 bits above 256 positions.
 

@@ -67,7 +67,7 @@ def _one_width(spec: BucketQuantSpec, bits: int) -> BucketQuantSpec:
     return replace(spec, bit_width=bits, mix_bit_width=None, mix_prob=0.0)
 
 
-# Most layouts that a codec remembers at a time: more than a network has.
+# Limit of the layouts that a codec remembers: more than a network has.
 _MOST_READY = 4096
 
 
@@ -305,7 +305,7 @@ def _codec_from_recipe(recipe: Recipe) -> Codec:
 
 
 def _is_one_per_tensor(quantizer: nn.Module) -> bool:
-    """Whether tensors must not share a quantizer. They do share parameters of a bucket quantizer."""
+    """Whether each tensor needs its own quantizer. Parameters of a bucket quantizer may be shared."""
     if isinstance(quantizer, (AverageQuant, BucketRescalingIntQuant)):
         return keeps_statistics(quantizer)
     return is_stateful(quantizer)
@@ -347,7 +347,7 @@ class _DrawsError(Exception):
 
 
 def _check_rounding(quantizer: nn.Module) -> None:
-    """Tries a custom rounding part once: it must not draw from torch's generator, and gives integers.
+    """Tries a custom rounding part once: it must give integers, and not draw from torch's generator.
 
     Raises:
         UnsupportedQuantizerError: the part draws from torch's generator, or gives no integers.

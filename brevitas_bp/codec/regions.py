@@ -52,8 +52,8 @@ class Region(Codec):
         closed: whether the borders belong to the region.
         nan: whether NaN counts as inside.
         keep_nan: whether NaN stays NaN on the CPU. CPU kernels take NaN for inside or outside depending
-            on its place in memory (vector lanes or the rest). NaN costs 1 more bit per element, if there
-            is any. It is exact for tensors without gaps, which decode to their own strides.
+            on its place in memory (vector lanes or the rest). Keeping NaN takes 1 more bit per element,
+            if there is any NaN. It is exact for tensors without gaps, which decode to their own strides.
         bounds: the arithmetic of the comparison.
     """
 

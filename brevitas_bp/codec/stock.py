@@ -258,9 +258,9 @@ def _fits(codes: Sequence[int], group_dim: int, shape: Sequence[int]) -> bool:
 def _finite_input(x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns ``x`` with NaN and Inf set to 0, and a number that is NaN if ``x`` holds NaN or Inf.
 
-    So bad values become 0 and the scale becomes NaN, without synchronising a device. Otherwise one bad
-    value would stay in the statistics forever, and a static scale would clip an Inf. Integer codes
-    cannot hold a NaN.
+    One bad value would stay in the statistics forever. A static scale would clip an Inf, and integer
+    codes cannot hold a NaN. So bad values become 0 here, and the scale becomes NaN. This does not
+    synchronise a device.
     """
     base = TensorLayout.base(x.detach()).to(compute_dtype(x.dtype)).contiguous()
     return torch.where(base.isfinite(), base, 0), (base * 0).sum()

@@ -42,5 +42,5 @@ class WrappingCodec(Codec):
 
     @staticmethod
     def stored_in(packed: Packed) -> Packed:
-        """Returns the ``Packed`` of ``inner``, with the tensors of ``packed``, which have been checked."""
+        """Returns the ``Packed`` of ``inner``, with the tensors of ``packed``, which are checked."""
         return packed.facts.with_tensors(packed.tensors)

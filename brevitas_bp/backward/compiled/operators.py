@@ -16,8 +16,8 @@ _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 _DRAWS = FLEXIBLE + tuple(
     getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
     if hasattr(torch.Tag, name))
-# See NOTE [ Graphs call the kernels ]. ``site`` numbers the calls, so that two calls with equal arguments
-# are not merged.
+# See NOTE [ Graphs call the kernels ]. ``site`` numbers the calls, so that calls with otherwise equal
+# arguments are not merged.
 _library.define(
     "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
     tags=_DRAWS)
