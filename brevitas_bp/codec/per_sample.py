@@ -230,7 +230,7 @@ def greedy_widths(
     n, widths = len(costs), torch.tensor(bit_widths).flip(0)
     freed = widths[:-1] - widths[1:]
     slope = variance.flip(0).diff() / freed
-    # Row k holds the k-th lowering of all samples, the last sample first. This order decides among equals.
+    # Row k holds the k-th lowering of all samples, last sample first. This order decides among equals.
     added = (costs.flip(0) * slope.unsqueeze(-1)).view(-1)
     order = added.argsort(stable=True)
     bits = freed.repeat_interleave(n)[order].cumsum(0)
