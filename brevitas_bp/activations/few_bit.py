@@ -182,7 +182,8 @@ def _resolve(
     defaults = activation.defaults()
     for parameter in parameters:
         _check_name(f"parameter of {function}", parameter, defaults)
-    shown = ", ".join(f"{key}={value:g}" for key, value in parameters.items())
+    shown = ", ".join(
+        f"{key}={value:g}" for key, value in parameters.items() if value != defaults[key])
     return (
         partial(activation.at, **parameters), activation.breaks(**(defaults | parameters)),
         f"{function}({shown})" if shown else function)

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -54,6 +54,23 @@ def check_number(setting: str, number: Any) -> None:
     """
     if not (number is None or isinstance(number, int)):
         raise TypeError(f"{WHERE}: {setting} must be an integer or None, got {number!r}")
+
+
+def check_widths(choices: Mapping[str, Any], codecs: Sequence[Codec]) -> None:
+    """Refuses a plan with a width that no quantizer of the wrapper can have.
+
+    Raises:
+        ValueError: for instance 1 bit for signed codes.
+    """
+    for given in choices.values():
+        errors = []
+        for codec in codecs:
+            try:
+                Candidate.parse(given).codec(codec)
+            except ValueError as error:
+                errors.append(error)
+        if len(errors) == len(codecs):
+            raise errors[0]
 
 
 def choices_of(plan: Plan, module: nn.Module) -> Mapping[str, Any]:

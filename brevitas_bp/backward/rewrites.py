@@ -133,6 +133,8 @@ class SaveDerivative:
         rows: rows of the derivative with which buckets end. None: the derivative is of order 1 at most,
             whatever the input, so any elements may share a bucket.
         inplace_at: position of ``inplace`` among the arguments of a function in ``torch.nn.functional``.
+        most_arguments: number of arguments of torch's own operator that ``formula`` takes into account.
+            A call with more arguments runs as it is. None: any number.
     """
 
     formula: Callable[[Tensor, Tensor, Call], Tensor] | None = None
@@ -141,6 +143,7 @@ class SaveDerivative:
     named: Callable[[Call], str] | None = None
     rows: RowsOf | None = of_elements
     inplace_at: int | None = None
+    most_arguments: int | None = None
 
     #: Of what is saved.
     role: ClassVar[str] = DERIVATIVE
@@ -150,6 +153,9 @@ class SaveDerivative:
         if "out" in call.kwargs or not (
                 isinstance(x, Tensor) and x.requires_grad and is_storable(without_class(x))
                 and x.is_floating_point() and torch.is_grad_enabled()):
+            return NotImplemented
+        if self.most_arguments is not None and not isinstance(call.function, FunctionType) and (
+                len(call.arguments) > self.most_arguments):
             return NotImplemented
         if is_dtensor(x) and (self.halves is not None or is_partial(x)):
             return NotImplemented

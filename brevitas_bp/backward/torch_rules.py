@@ -74,7 +74,9 @@ def activation(entry: Activation) -> OpRule:
         halves=dim if entry.halves else None,
         named=(lambda call: entry.called(call.argument).name) if entry.compiled else None,
         rows=of_halves(dim) if entry.halves else None if entry.bounded else of_elements,
-        inplace_at=entry.inplace)
+        inplace_at=entry.inplace,
+        # For instance, aten's elu has two factors beside alpha.
+        most_arguments=1 + len(entry.parameters) + (entry.variant is not None))
 
 
 def _power(saved: SavedTensor) -> Decision:

@@ -24,6 +24,7 @@ from brevitas_bp.backward.arguments import (
     check_overrides,
     check_policy,
     check_storage,
+    check_widths,
     choices_of,
     selects,
 )
@@ -193,6 +194,7 @@ class QuantBackwardWrapper(Transparent):
                 f"{WHERE}: a plan chooses widths of bucket quantizers, but act_quant is "
                 f"{'None' if self._codec is None else self._codec.name!r}; pass one of "
                 "brevitas_bp.quant")
+        check_widths(choices, [codec for codec in codecs if codec is not None and codec.bit_widths])
         self._policy = PlannedPolicy(explained(self._base_policy), choices)
 
     def noise_state(self) -> dict[str, int]:

@@ -33,6 +33,10 @@ class BucketCodec(Codec):
         yield self.quantizer
 
     def _variant(self, bits: int, bucket_size: int | None, average_size: int) -> Codec:
+        if bucket_size is not None and bucket_size == self.bucket_size:
+            same = self.variant(bits, None, average_size)
+            assert same is not None
+            return same
         codec = self._with_width(bits, bucket_size)
         return codec if average_size == 1 else AverageCodec(codec, average_size)
 

@@ -21,7 +21,7 @@ from brevitas.core.utils import StatelessBuffer
 from brevitas.core.zero_point import ZeroZeroPoint
 from torch import nn
 
-from brevitas_bp.codec.lowering import speaks_for_itself
+from brevitas_bp.codec.lowering import own_stage
 from brevitas_bp.core.bucket import OverBucketView
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 
@@ -46,16 +46,20 @@ def is_bucketwise(quantizer: BucketRescalingIntQuant) -> bool:
     view = quantizer.input_view_impl
     return (
         type(quantizer) is BucketRescalingIntQuant and type(view) is OverBucketView
-        and view.bucket_size is not None and all(map(_works_bucket_by_bucket, quantizer.children())))
+        and view.bucket_size is not None and _parts_work_bucket_by_bucket(quantizer))
 
 
-def _works_bucket_by_bucket(part: nn.Module) -> bool:
+def _parts_work_bucket_by_bucket(part: nn.Module) -> bool:
+    return all(_works_bucket_by_bucket(child, slot) for slot, child in part.named_children())
+
+
+def _works_bucket_by_bucket(part: nn.Module, slot: str) -> bool:
     if vars(type(part)).get("bucketwise") is True:
         # The definition covers the parts of this part too.
         return True
     # Every row of format.stages is computed bucket by bucket.
-    known = speaks_for_itself(part) or class_name(part) in _STOCK
-    return known and all(map(_works_bucket_by_bucket, part.children()))
+    known = own_stage(part, slot) is not None or class_name(part) in _STOCK
+    return known and _parts_work_bucket_by_bucket(part)
 
 
 def class_name(part: Any) -> str:

@@ -1,12 +1,12 @@
 """Lowers a bucket quantizer made of known parts to the spec of one fused kernel.
 
 NOTE [ What a part says of itself ]
-1. ``stage(slot)`` of a part returns one of three answers for this slot of a quantizer:
+1. ``bucket_stage(slot)`` of a part returns one of three answers for this slot of a quantizer:
    * a row of :mod:`brevitas_bp.format.stages`, if the part computes exactly that row,
    * ``NEUTRAL``, if the part does nothing that a kernel would have to know,
    * None, if no row says what the part does.
-2. The answer holds only for the class that defines ``stage``. A subclass may compute something else, so
-   it has to define ``stage`` again.
+2. The answer holds only for the class that defines ``bucket_stage``. A subclass may compute something
+   else, so it has to define ``bucket_stage`` again.
 3. :data:`_FOREIGN` answers for parts of Brevitas and torch.
 4. All parts are asked, at any depth. If one has no answer, the quantizer runs through its modules.
 """
@@ -104,15 +104,18 @@ def _collect(part: nn.Module, stages: dict[type[Stage], Stage]) -> bool:
 
 
 def _stage_of(part: nn.Module, slot: str) -> Stage | Neutral | None:
-    if speaks_for_itself(part):
-        return part.stage(slot)  # pyright: ignore[reportCallIssue]
+    stage = own_stage(part, slot)
+    if stage is not None:
+        return stage
     expected, stage = _FOREIGN.get(type(part), (None, None))
     return None if stage is None or slot != expected else stage(part)
 
 
-def speaks_for_itself(part: nn.Module) -> bool:
-    """Whether a part's class itself, not only one of its bases, says which stage the part is."""
-    return "stage" in vars(type(part))
+def own_stage(part: nn.Module, slot: str) -> Stage | Neutral | None:
+    """Returns the answer of the class of a part, not of a base class; None if there is none."""
+    answer: Any = vars(type(part)).get("bucket_stage")
+    found: Any = answer(part, slot) if callable(answer) else None
+    return found
 
 
 def _is_consistent(quantizer: Any, stages: dict[type[Stage], Any]) -> bool:

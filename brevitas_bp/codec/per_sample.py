@@ -98,6 +98,9 @@ class PerSampleCodec(Codec):
             bits: _bucket_codec(codec_from(quantizer, bit_width=bits, **settings))
             for bits in self.candidates}
         self._codecs: dict[int, Codec] = {**codecs}
+        recipe = codecs[self.candidates[0]].recipe
+        assert recipe is not None
+        self._made_from = recipe
         # Ranges are measured in buckets that run on from row to row.
         self._measure = codecs[self.candidates[0]]
         steps = torch.tensor(
@@ -116,8 +119,7 @@ class PerSampleCodec(Codec):
         return variants.get(self, bits, lambda: self._at_least(bits))
 
     def _at_least(self, bits: int) -> Codec:
-        recipe = self._codecs[self.candidates[0]].recipe
-        assert recipe is not None
+        recipe = self._made_from
         settings = {k: v for k, v in recipe.settings.items() if k != "bit_width"}
         widths = (bits, *(w for w in self.candidates if w > bits))
         if self.average_bits <= bits or len(widths) == 1:

@@ -95,8 +95,9 @@ class _Ready(NamedTuple):
         if spec.mix_bit_width is None:
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
             forms = _types_of(spec, WidthLayout(n, 0), numel, dtype)
+        preference = CHOICE.preference
         return cls(
-            layout, spec, launcher(spec, numel, dtype, layout.device), forms, CHOICE.preference)
+            layout, spec, launcher(spec, numel, dtype, layout.device, preference), forms, preference)
 
 
 @final

@@ -68,7 +68,7 @@ class TwoBitWidthSelector(nn.Module):
             check_probability(where, "mix_prob", mix_prob), dtype=torch.float64))
         self._seen: tuple[Tensor, int, float] | None = None
 
-    def stage(self, slot: str) -> Neutral | None:
+    def bucket_stage(self, slot: str) -> Neutral | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return NEUTRAL if slot == "msb_clamp_bit_width_impl" else None
 

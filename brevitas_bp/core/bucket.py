@@ -61,7 +61,7 @@ class OverBucketView(nn.Module):
         self.bucket_size = check_bucket_size("brevitas_bp.core.OverBucketView", bucket_size)
         self.bucket_pad_zero = bucket_pad_zero
 
-    def stage(self, slot: str) -> Neutral | None:
+    def bucket_stage(self, slot: str) -> Neutral | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return NEUTRAL if slot == "input_view_impl" else None
 

@@ -23,7 +23,7 @@ class SignMagnitudeIntScaling(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def stage(self, slot: str) -> CodeRange | None:
+    def bucket_stage(self, slot: str) -> CodeRange | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return SIGN_MAGNITUDE if slot == "int_scaling_impl" else None
 
@@ -86,7 +86,7 @@ class BucketIntQuant(nn.Module):
         self.signed = signed
         self.narrow_range = narrow_range
 
-    def stage(self, slot: str) -> Neutral | None:
+    def bucket_stage(self, slot: str) -> Neutral | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return NEUTRAL if slot == "int_quant" else None
 

@@ -33,11 +33,13 @@ class StochasticRound(nn.Module):
     True
     """
 
+    bucketwise = True
+
     def __init__(self, deterministic_inference: bool = False) -> None:
         super().__init__()
         self.deterministic_inference = deterministic_inference
 
-    def stage(self, slot: str) -> Rounding | None:
+    def bucket_stage(self, slot: str) -> Rounding | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return STOCHASTIC if slot == "float_to_int_impl" and not self.deterministic_inference else None
 

@@ -33,7 +33,7 @@ class RuntimeDynamicBucketScaling(nn.Module):
         # The restriction may work on a quantity other than the scale, for instance its logarithm.
         self.restrict_scaling_pre = restrict_scaling_impl.restrict_init_module()  # pyright: ignore[reportCallIssue]
 
-    def stage(self, slot: str) -> Neutral | None:
+    def bucket_stage(self, slot: str) -> Neutral | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return NEUTRAL if slot == "scaling_impl" else None
 

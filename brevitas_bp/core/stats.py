@@ -19,7 +19,7 @@ class BucketMin(nn.Module):
         super().__init__()
         self.metadata_dtype = check_metadata_dtype("brevitas_bp.core.BucketMin", metadata_dtype)
 
-    def stage(self, slot: str) -> ScaleRule | None:
+    def bucket_stage(self, slot: str) -> ScaleRule | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return MIN_MAX if slot in ("zero_point_stats_impl", "minimum") else None
 
@@ -41,7 +41,7 @@ class BucketMinMaxRange(nn.Module):
         super().__init__()
         self.minimum = BucketMin(metadata_dtype)
 
-    def stage(self, slot: str) -> ScaleRule | None:
+    def bucket_stage(self, slot: str) -> ScaleRule | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return MIN_MAX if slot == "scaling_stats_impl" else None
 
@@ -56,7 +56,7 @@ class BucketAbsMax(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def stage(self, slot: str) -> ScaleRule | None:
+    def bucket_stage(self, slot: str) -> ScaleRule | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return MAX if slot == "scaling_stats_impl" else None
 
@@ -76,7 +76,7 @@ class BucketL2Norm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def stage(self, slot: str) -> ScaleRule | None:
+    def bucket_stage(self, slot: str) -> ScaleRule | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return L2 if slot == "scaling_stats_impl" else None
 

@@ -30,7 +30,7 @@ class RuntimeDynamicBucketZeroPoint(nn.Module):
         self.input_view_impl = input_view_impl
         self.quantize_zero_point = quantize_zero_point
 
-    def stage(self, slot: str) -> Neutral | None:
+    def bucket_stage(self, slot: str) -> Neutral | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
         return NEUTRAL if slot == "zero_point_impl" else None
 

@@ -16,8 +16,8 @@ NOTE [ Adding a stage ]
 2. Compiled kernels list the rows that they implement (``COVERED`` in :mod:`brevitas_bp.kernels.cpu` and
    :mod:`brevitas_bp.kernels.gpu`), and take the numbers of the rows as constants. The reference serves
    a quantizer with any other row.
-3. A module in :mod:`brevitas_bp.core` says with ``stage(slot)`` which row it computes. If a part of a
-   quantizer says nothing, the quantizer runs through its modules, not through a kernel.
+3. A module in :mod:`brevitas_bp.core` says with ``bucket_stage(slot)`` which row it computes. If a part
+   of a quantizer says nothing, the quantizer runs through its modules, not through a kernel.
 """
 
 from collections.abc import Callable
@@ -117,7 +117,7 @@ class Neutral:
     """The type of :data:`NEUTRAL`: the part computes no stage, for example the view of the buckets."""
 
 
-#: ``stage(slot)`` of a part returns this if the part changes nothing.
+#: ``bucket_stage(slot)`` of a part returns this if the part changes nothing.
 NEUTRAL = Neutral()
 
 

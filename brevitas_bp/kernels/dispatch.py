@@ -9,10 +9,11 @@ Code that handles many tensors of one size should keep a :func:`launcher`. :func
 """
 
 import importlib.util
+import threading
 import warnings
 from functools import lru_cache
 from types import ModuleType, TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,10 +29,17 @@ from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
 Preference = Literal["fastest", "reference"]
 
 
-class _Choice:
-    """The kernels that this process prefers, see :class:`use`."""
+class _Choice(threading.local):
+    """The kernels that the current thread prefers, see :class:`use`."""
 
-    preference: Preference = "fastest"
+    #: Preference of the process.
+    process: ClassVar[list[Preference]] = ["fastest"]
+    #: Preferences of the blocks that this thread is inside of, innermost last.
+    blocks: tuple[Preference, ...] = ()
+
+    @property
+    def preference(self) -> Preference:
+        return self.blocks[-1] if self.blocks else self.process[0]
 
 
 #: Launchers made with another preference are out of date.
@@ -39,7 +47,9 @@ CHOICE = _Choice()
 
 
 class use:  # noqa: N801
-    """Sets the kernels that this process uses from now on; as a context manager, within the block only.
+    """Sets the kernels that this process uses from now on.
+
+    As a context manager, it sets the kernels of this thread within the block, and nothing else.
 
     Both preferences give the same bytes and decoded values. "reference" is slower. It helps to find
     out whether a compiled kernel causes an error.
@@ -61,21 +71,19 @@ class use:  # noqa: N801
             raise UnknownNameError(
                 f"brevitas_bp.kernels.use: preference must be 'fastest' or 'reference', got "
                 f"{preference!r}{nearest(str(preference), known)}")
-        self._before: Preference = CHOICE.preference
-        _prefer(preference)
+        self._preference: Preference = preference
+        self._before: Preference | None = CHOICE.process[0]
+        CHOICE.process[0] = preference
 
     def __enter__(self) -> None:
-        pass
+        if self._before is not None:
+            CHOICE.process[0], self._before = self._before, None
+        CHOICE.blocks = (*CHOICE.blocks, self._preference)
 
     def __exit__(
             self, kind: type[BaseException] | None, error: BaseException | None,
             traceback: TracebackType | None) -> None:
-        _prefer(self._before)
-
-
-def _prefer(preference: Preference) -> None:
-    CHOICE.preference = preference
-    launcher_from_text.cache_clear()
+        CHOICE.blocks = CHOICE.blocks[:-1]
 
 
 @lru_cache(maxsize=1)
@@ -122,18 +130,18 @@ def _triton_works() -> bool:
     return True
 
 
-def _is_compiled_for(device: torch.device) -> bool:
+def _is_compiled_for(device: torch.device, preference: Preference | None = None) -> bool:
     """Returns whether compiled CPU kernels serve tensors of a device."""
-    return device.type == "cpu" and CHOICE.preference == "fastest" and _numba_works()
+    return device.type == "cpu" and (preference or CHOICE.preference) == "fastest" and _numba_works()
 
 
-def _backends(device: torch.device) -> list[ModuleType]:
+def _backends(device: torch.device, preference: Preference) -> list[ModuleType]:
     """Returns the compiled backends of a device, in the order of preference."""
-    if _is_compiled_for(device):
+    if _is_compiled_for(device, preference):
         from brevitas_bp.kernels.cpu import large, launch
 
         return [launch, large]
-    if device.type == "cuda" and CHOICE.preference == "fastest" and _triton_works():
+    if device.type == "cuda" and preference == "fastest" and _triton_works():
         from brevitas_bp.kernels.gpu import launch as gpu
 
         return [gpu]
@@ -141,23 +149,41 @@ def _backends(device: torch.device) -> list[ModuleType]:
 
 
 def backend(
-        device: torch.device, spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> ModuleType:
-    """Returns the module that serves such tensors: the first that covers them, else the reference."""
-    return next((b for b in _backends(device) if b.covers(spec, numel, dtype)), reference)
+        device: torch.device, spec: BucketQuantSpec, numel: int, dtype: torch.dtype,
+        preference: Preference | None = None) -> ModuleType:
+    """Returns the module that serves such tensors: the first that covers them, else the reference.
+
+    Args:
+        device: of the tensors.
+        spec: the quantizer.
+        numel: elements of a tensor.
+        dtype: of the tensors.
+        preference: see :class:`use`; None takes that of this thread.
+    """
+    found = _backends(device, preference or CHOICE.preference)
+    return next((b for b in found if b.covers(spec, numel, dtype)), reference)
 
 
-def launcher(spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
+def launcher(
+        spec: BucketQuantSpec, numel: int, dtype: torch.dtype, device: torch.device,
+        preference: Preference | None = None) -> Launcher:
     """Returns the launcher that encodes and decodes tensors of this size, dtype and device."""
-    chosen = backend(device, spec, numel, dtype)
+    chosen = backend(device, spec, numel, dtype, preference)
     if chosen is reference:
         return StepwiseLauncher(reference, spec, numel, dtype, derivative)
     return chosen.launcher(spec, numel, dtype)
 
 
-@lru_cache(maxsize=4096)
 def launcher_from_text(spec: str, numel: int, dtype: torch.dtype, device: torch.device) -> Launcher:
     """Returns a :func:`launcher` for a quantizer that :meth:`BucketQuantSpec.to_text` wrote."""
-    return launcher(BucketQuantSpec.from_text(spec), numel, dtype, device)
+    return _from_text(spec, numel, dtype, device, CHOICE.preference)
+
+
+@lru_cache(maxsize=4096)
+def _from_text(
+        spec: str, numel: int, dtype: torch.dtype, device: torch.device,
+        preference: Preference) -> Launcher:
+    return launcher(BucketQuantSpec.from_text(spec), numel, dtype, device, preference)
 
 
 def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:

@@ -25,7 +25,7 @@ from timing import interleaved
 from torch import nn
 
 from brevitas_bp import Packed, QuantBackwardWrapper
-from brevitas_bp.backward import hooks, rewrites
+from brevitas_bp.backward import attention, hooks, rewrites
 from brevitas_bp.backward import location as ops
 from brevitas_bp.kernels.cpu import launch as cpu
 from brevitas_bp.kernels.cpu import masks as masks_cpu
@@ -71,7 +71,7 @@ def clocked() -> Iterator[Clocks]:
     targets: list[tuple[Any, str, str | Callable[[Any], str]]] = [
         (hooks.ForwardPass, "pack", _packed), (Packed, "decode", "decoding, beside kernels"),
         (rewrites.SaveDerivative, "__call__", "rewritten calls, with the operation"),
-        (rewrites.ReplayAttention, "__call__", "rewritten calls, with the operation"),
+        (attention.ReplayAttention, "__call__", "rewritten calls, with the operation"),
         (ops.Location, "enter_module", "hooks of modules"),
         (ops.Location, "leave_module", "hooks of modules"),
         *((module, "launch", "kernels") for module in (cpu, masks_cpu, threads))]

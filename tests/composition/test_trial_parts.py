@@ -33,7 +33,7 @@ class DitheredRound(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def stage(self, slot: str) -> Rounding | None:
+    def bucket_stage(self, slot: str) -> Rounding | None:
         return DITHERED if slot == "float_to_int_impl" else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Butterfly(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def stage(self, slot: str) -> Transform | None:
+    def bucket_stage(self, slot: str) -> Transform | None:
         return BUTTERFLY if slot == "transform_impl" else None
 
     def forward(self, x: Tensor) -> Tensor:

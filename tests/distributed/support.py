@@ -209,7 +209,7 @@ class _Checked(list):  # type: ignore[type-arg]
         self.shows, self.seen = shows, seen
 
     def append(self, saved: Any) -> None:
-        self.seen.append(saved.tensor.is_floating_point() and self.aliases(saved.tensor))
+        self.seen.append(saved.tensor.is_floating_point() and self.shows(saved.tensor))
 
 
 @dataclass
@@ -222,11 +222,11 @@ class NaiveWrapper:
     def pack(self, x: Tensor) -> Any:
         """Packs everything; DTensors are only counted."""
         if isinstance(x, DTensor):
-            self.packed.append(self.aliases(x))
+            self.packed.append(self.shows(x))
             return x
         packed = naive_pack(x)
         if isinstance(packed, NaiveCodes):
-            self.packed.append(self.aliases(x))
+            self.packed.append(self.shows(x))
         return packed
 
     @contextmanager

@@ -58,11 +58,11 @@ class Mine(nn.Module):
         return Mine(copy.deepcopy(self.inner, memo), self.trigger)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.trigger.forward_pass("before an operation")
+        self.trigger.passing("before an operation")
         y = self.inner(x)
-        self.trigger.forward_pass("after an operation")
+        self.trigger.passing("after an operation")
         if y.requires_grad:
-            y.register_hook(lambda grad: self.trigger.forward_pass("hook of a gradient"))
+            y.register_hook(lambda grad: self.trigger.passing("hook of a gradient"))
         return y
 
 
@@ -76,12 +76,12 @@ class Raising(Codec):
         self.trigger = trigger
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        self.trigger.forward_pass("pack")
+        self.trigger.passing("pack")
         layout = TensorLayout.of(x)
         return Packed(self, (layout.flatten(x.detach()).clone(),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        self.trigger.forward_pass("unpack")
+        self.trigger.passing("unpack")
         return packed.layout.restore_flat(packed.tensors[0])
 
 

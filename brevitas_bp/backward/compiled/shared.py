@@ -9,7 +9,8 @@ NOTE [ Equal settings share graphs ]
    hook runs: noise, parameters and listeners come from the thread's current forward pass.
 3. The library's codecs and policies are compared by value, the user's by identity. A user's policy may
    read qualified names, so it shares a pair only if these names are equal too.
-4. The table holds pairs weakly. Keys hold classes and the user's objects weakly: such objects could hold
+4. If eager code of a pass can hand its parameters to a compiled part, the pair serves this module only.
+5. The table holds pairs weakly. Keys hold classes and the user's objects weakly: such objects could hold
    the pair, and then nothing would be freed. Dynamo keeps a pair as long as it keeps a graph of it.
 """
 
@@ -61,10 +62,26 @@ def hooks_of(
         location: Location, unpack: Callable[[Any], Tensor]) -> GraphHooks:
     """Returns the hooks of all wrappers with these settings around modules of this structure."""
     key = (
+        _Same(location.tree[0]) if _may_pass_parameters(location) else None,
         _of_codec(codec), tuple((pattern, _of_codec(other)) for pattern, other in overrides),
         _of_policy(policy, location.prefix), location.root_compiled, tuple(location.compiled_parts),
         tuple((location.names[id(module)], _Same(type(module))) for module in location.tree))
     return _pairs.setdefault(key, GraphHooks(unpack))
+
+
+def _may_pass_parameters(location: Location) -> bool:
+    """Whether eager code of the pass can hand a parameter or buffer to a compiled part as an input.
+
+    A graph decides when it is made which of its inputs are parameters. Another wrapper may pass an
+    activation in the same place, so such graphs are not shared.
+    """
+    if location.root_compiled:
+        return False
+    parts = tuple(name + "." for name in location.compiled_parts)
+    return any(
+        (module._parameters or module._buffers)
+        and not (location.names[id(module)] + ".").startswith(parts)
+        for module in location.tree)
 
 
 def _of_codec(codec: Codec | None) -> Hashable:
