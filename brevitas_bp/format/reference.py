@@ -250,7 +250,7 @@ def decode(
 def bucket_metadata(
         x: Tensor, spec: BucketQuantSpec, bit_width: int,
         size: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Returns scale and offset [n, 1] of buckets [n, B], in the computation dtype.
+    """Returns scale and offset [n, 1] of buckets [n, B], in the compute dtype.
 
     Args:
         x: buckets of any float dtype.

@@ -80,7 +80,7 @@ class BucketQuantSpec:
         code_range: the codes of each width.
         rounding: turns scaled values into codes.
         integer_zero_point: rounds the affine zero point to an integer (biased at the range ends).
-        metadata_dtype: stored dtype of scale and offset; float32 means "the computation dtype".
+        metadata_dtype: stored dtype of scale and offset; float32 means "the compute dtype".
         mix_bit_width: second width, or None.
         mix_prob: probability of the second width.
         mix_per: one draw for each "bucket" or one for each "tensor".

@@ -101,7 +101,7 @@ class Transform(Stage):
     """An invertible linear map of a bucket, applied before quantizing and undone after dequantizing.
 
     Attributes:
-        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the computation dtype.
+        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the compute dtype.
         undo: the inverse of ``apply``, with the same arguments.
         pads_with_zero: a bucket that is not full is padded with zeros, not with its last element.
         draws: the map depends on the seed.
@@ -165,7 +165,7 @@ class ScaleRule(Stage):
         signed: the rule needs signed codes; otherwise it needs unsigned codes.
         measure:
             ``(x [n, B], top code, metadata dtype, B or None) -> (scale [n, 1], offset [n, 1] or None)``
-            in the computation dtype. ``B`` is passed if ``x`` lacks its padding and is too large for
+            in the compute dtype. ``B`` is passed if ``x`` lacks its padding and is too large for
             temporaries. Metadata are rounded outwards, to values that their dtype holds.
     """
 

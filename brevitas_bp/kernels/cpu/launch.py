@@ -223,7 +223,7 @@ class Static(NamedTuple):
 
 @lru_cache(maxsize=256)
 def static_of(spec: BucketQuantSpec, computed: torch.dtype) -> Static:
-    """Returns the facts of a spec that kernels take, for the computation dtype."""
+    """Returns the facts of a spec that kernels take, for the compute dtype."""
     base, mixed = spec.bit_width, spec.mix_bit_width or spec.bit_width
     codes = spec.code_range
     stored = stored_metadata_dtype(spec.metadata_dtype, computed)
