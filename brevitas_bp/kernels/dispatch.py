@@ -34,7 +34,7 @@ class _Choice:
     preference: Preference = "fastest"
 
 
-#: Launchers made with another preference are out of date.
+#: The choice of this process. Launchers made with another preference are out of date.
 CHOICE = _Choice()
 
 
@@ -177,7 +177,7 @@ def decode(
 
 
 def derivative(flat: Tensor, name: str) -> Tensor:
-    """See :func:`brevitas_bp.activations.derivatives.derivative`, also for the supported tensors."""
+    """See :func:`brevitas_bp.activations.derivatives.derivative`; takes the same tensors."""
     if _is_compiled_for(flat.device):
         from brevitas_bp.kernels.cpu import derivatives as compiled
 
