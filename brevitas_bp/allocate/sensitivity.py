@@ -1,4 +1,4 @@
-"""How much the gradient's error grows when one saved tensor is rounded.
+"""Estimates the error of the gradient when one group of saved tensors is rounded.
 
 A group consists of the tensors that share one candidate. An estimator fills a table with the expected
 ``|g~ - g|^2`` for each group and each candidate. g holds the exact gradients of all parameters, and g~

@@ -6,7 +6,7 @@ from brevitas_bp.format.stages import NEUTRAL, Neutral
 
 
 class RuntimeDynamicBucketScaling(nn.Module):
-    """Computes ``statistic / threshold`` of each bucket, restricted to scales. Fills ``scaling_impl``.
+    """Computes the restricted scale ``statistic / threshold`` of a bucket. Fills ``scaling_impl``.
 
     ``threshold`` is Brevitas' name for the top code. Brevitas' ``RuntimeDynamicGroupStatsScaling``
     computes the same, with two differences:
