@@ -31,10 +31,10 @@ _ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 class ReplayAttention:
     """Rewrites scaled dot-product attention: backward runs it again, from query, key and value.
 
-    For given attention weights, the gradient is linear in the value. The weights follow from query and
-    key. So query and key are kept as they are, and the value is quantized. The output, its log-sum-exp
-    and the weights are not kept. Random numbers, autocast and the choice of kernels are those of the
-    forward pass.
+    For given attention weights, the gradient is linear in the value. The weights depend only on query
+    and key. So query and key are kept as they are, and the value is quantized. The output, its
+    log-sum-exp and the weights are not kept. Backward uses the random numbers, the autocast settings and
+    the choice of kernels of the forward pass.
     """
 
     def __call__(self, running: RunningPass, call: Call) -> Any:
@@ -51,7 +51,7 @@ class ReplayAttention:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Casts ``x`` as autocast will anyway, so that the cast is kept, not the longer original."""
+    """Casts ``x`` as autocast will anyway, so that the cast is kept, not the larger original."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
@@ -59,7 +59,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 class _Replay:
-    """Runs attention, and runs it again later under the same circumstances."""
+    """Runs attention, and runs it again later with the same settings."""
 
     def __init__(self, call: Call) -> None:
         self.function = call.function
@@ -116,7 +116,7 @@ def _leaves(given: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tens
 
 
 def _attention_backends() -> list[SDPBackend]:
-    """Returns the kernels that attention may choose from now."""
+    """Returns the kernels that attention may currently choose from."""
     cuda = torch.backends.cuda
     enabled = {
         SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),

@@ -87,7 +87,7 @@ class Encodings:
         return packed
 
     def _number(self, saved: SavedTensor, decision: Decision) -> int:
-        """Returns -1 if all operations share an encoding, else the number of the call that has it."""
+        """Returns -1 if all operations share the encoding, else the number of the call that owns it."""
         # Derivatives never share an encoding, whatever tensor they are computed from.
         if decision.shared and saved.derivative is None:
             return -1
@@ -109,7 +109,7 @@ class Encodings:
         if self._cannot_pay(codec, shard):
             return kept(saved)
         if self._on_backward:
-            # Only when backward asks do we know whether the encoding is smaller.
+            # We know whether the encoding is smaller only after backward has asked for it.
             return self._stored(saved, QuantizeOnBackward(codec), where)
         packed = self._sealed(self._stored(saved, codec, where))
         if not packed.is_smaller:
@@ -121,8 +121,8 @@ class Encodings:
     def _cannot_pay(self, codec: Codec, x: Tensor) -> bool:
         """Whether it is clear before encoding that the result would not be smaller.
 
-        Large tensors are encoded without this check. A tensor in other units that is encoded later needs
-        the answer now: it decides whether the mean that belongs to the tensor is kept.
+        Large tensors are encoded without this check. A tensor in other units needs the answer now, even
+        if it is encoded later: the answer decides whether the mean that belongs to the tensor is kept.
         """
         if x.numel() >= _SMALL and not (self._on_backward and codec.wraps):
             return False
@@ -141,7 +141,7 @@ class Encodings:
 
 
 def can_encode(x: Tensor) -> bool:
-    """Whether a codec can take ``x``: an ordinary tensor with elements, or a DTensor of such a shard."""
+    """Whether a codec can take ``x``: an ordinary tensor with elements, or a DTensor of such shards."""
     if type(x) is Tensor:
         return is_plain(x) and x.numel() > 0
     return is_storable(x) and shard_of(x).numel() > 0
@@ -182,15 +182,15 @@ def _normalized(units: NormUnits, codec: Codec) -> Codec:
 
 
 def _in_channels(x: Tensor, codec: Codec) -> Codec:
-    """Wraps the codec of an input in which each channel is multiplied by gradients of its own."""
+    """Wraps the codec of an input whose channels are each multiplied by their own gradients."""
     units = channel_units(x)
     return codec if units is None else _normalized(units, codec)
 
 
 def _divisor_of(saved: SavedTensor) -> Callable[[], Tensor] | None:
-    """Returns a function that gives back the divisor of a quotient, which it keeps exact.
+    """Keeps the divisor of a quotient exact, and returns a function that gives it back.
 
-    Returns None instead unless the quotient has the shape of its dividend.
+    Returns None unless the quotient has the shape of its dividend.
     """
     divisor = saved.call.argument(1, "other")
     x = saved.tensor
@@ -216,6 +216,6 @@ def _identity(x: Tensor) -> tuple[Hashable, ...]:
 
 
 def _settings(call: Call) -> Hashable:
-    """Returns a function's name and all its arguments except tensors, in their order."""
+    """Returns the name of a call's function and all arguments except tensors, in their order."""
     others = [a for a in call.arguments if not (a is None or isinstance(a, Tensor))]
     return call.name, *(a if isinstance(a, float) else str(a) for a in others)

@@ -144,7 +144,7 @@ class ForwardPass:
             x = without_class(x)
         location, substitution = self.location, self._substitution
         if type(x) is nn.Parameter and substitution is None and not self.listeners:
-            # A shortcut for parameters, which most saved tensors are.
+            # This is a shortcut: most saved tensors are parameters.
             return Kept(x, location.call.function, location.qualified_module)
         role = None if substitution is None else next(substitution.roles, None)
         if location.call is NO_CALL and is_checkpoint_input():
@@ -287,7 +287,7 @@ class ForwardPass:
             self._substitution = before
 
     def _rewrite_of(self, function: Any) -> Callable[[Call], Any] | None:
-        """Returns how to run a function so that it saves something else, if the policy wants that."""
+        """Returns a rewrite, which runs ``function`` so that it saves something else, or None."""
         rewrite = self.policy.rewrite(function)
         if rewrite is None:
             return None
@@ -300,7 +300,7 @@ class ForwardPass:
         return run
 
     def _is_innermost(self) -> bool:
-        """Whether tensors saved now come to this pass, not to hooks that others set inside it.
+        """Whether this pass gets the tensors saved now, not hooks that others set inside it.
 
         Checkpointing sets hooks that drop the saved tensors, and counts whether the second run saves the
         same tensors. Under these hooks, operations must not be rewritten.
@@ -343,7 +343,7 @@ class ForwardPass:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self.close()
-        # These are words of PyTorch's own message.
+        # PyTorch's own message contains these words.
         if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
             raise RuntimeError(_TRANSFORM.format(self.location.module_in(traceback))) from error
 
@@ -358,8 +358,8 @@ class ForwardPass:
             leave(self.location)
             self._resources.close()
             self._closed = True
-            # The hooks hold the pass. The pass and its modules would otherwise wait for the garbage
-            # collector.
+            # Drop the hooks, because they hold the pass. Otherwise the pass and its modules would wait
+            # for the garbage collector.
             self.hooks = unpack, unpack
 
 

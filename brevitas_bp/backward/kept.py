@@ -15,13 +15,13 @@ from brevitas_bp.errors import CorruptPayloadError
 
 KEEP = Keep()
 
-# From this many elements on, a kept tensor may spare other saved tensors an encoding.
+# A kept tensor with this many elements or more may spare other saved tensors an encoding.
 _WORTH_NOTING = 64
 
 
 @final
 class Kept:
-    """A kept tensor when there are no listeners: like a ``Packed`` of :class:`Keep`, but made faster.
+    """A kept tensor, if there are no listeners: like a ``Packed`` of :class:`Keep`, but faster to make.
 
     Most tensors that a network saves are parameters and statistics.
 
@@ -74,9 +74,9 @@ def derived_of(saved: SavedTensor) -> Tensor:
 
 
 class ExactStorages:
-    """Storages that the graph keeps alive as they are, each as a whole.
+    """The storages that the graph keeps alive, each unchanged and as a whole.
 
-    A reference to such a storage costs nothing. An encoding would take bytes and add noise.
+    Another reference to such a storage costs nothing. An encoding would take bytes and add noise.
     """
 
     def __init__(self) -> None:

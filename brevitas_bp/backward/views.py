@@ -1,8 +1,8 @@
 """Operations of torch whose output is their argument in another shape, place or dtype.
 
 We recognise parameters behind these operations, and follow roundings through them. In a compiled graph,
-they move together with the operation that reads them. Each operation is named as in aten; autograd's
-node has the same name in CamelCase.
+these operations move together with the operation that reads their output. The names are those of aten.
+Autograd's node has the same name in CamelCase.
 """
 
 #: Views of all elements, in another shape or order.

@@ -1,4 +1,4 @@
-"""Tensor -> :class:`Packed` -> tensor. Exact and lossy codecs are one type."""
+"""Codecs encode a tensor to a :class:`Packed` and decode it. Exact and lossy ones have one interface."""
 
 from brevitas_bp.codec.base import Codec, Copy, Keep, Packed
 from brevitas_bp.codec.few_bit import FewBitCodec

@@ -1,4 +1,4 @@
-"""Averages of groups of neighbours, stored by another codec."""
+"""The codec that averages groups of neighbours and stores the averages with another codec."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from typing import final
@@ -18,17 +18,18 @@ from brevitas_bp.kernels import dispatch
 
 @final
 class AverageCodec(Codec):
-    """Stores the mean of every ``average_size`` neighbours along the last dimension through ``inner``.
+    """Stores the mean of every ``average_size`` neighbours along the last dimension, with ``inner``.
 
-    Decoded is the stored mean for each element of the group. It is what
-    :class:`~brevitas_bp.core.average.AverageQuant` computes; see there for groups, bias and edges.
+    Each element of a group decodes to the stored mean of the group. This codec computes the same values
+    as :class:`~brevitas_bp.core.average.AverageQuant`; see there for groups, bias and edges.
 
     **Gradients of weights are biased**: with an averaged input, the gradient of a linear or convolution
-    weight is that of an input in which neighbours are equal. So the op-aware policy does not average
-    what passes on to other layers (derivatives, factors, attention), see :attr:`per_element`.
+    weight is the gradient for an input whose neighbours are equal. So the op-aware policy does not
+    average tensors whose error passes on to other layers (derivatives, factors, attention); see
+    :attr:`per_element`.
 
     Args:
-        inner: stores the means, float32 (float64 for float64) and contiguous.
+        inner: codec of the means, which are float32 (float64 for float64) and contiguous.
         average_size: elements of a group.
     """
 
@@ -42,18 +43,18 @@ class AverageCodec(Codec):
         self.name = f"{inner.name}, means of {average_size}"
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Averages, then encodes the averages."""
+        """Averages ``x``, then encodes the averages."""
         layout = self.layout_of(x, where)
-        # Kernels read memory, and a lazy negation is not in it.
+        # Kernels read memory, and memory does not show a lazy negation.
         base = TensorLayout.base(x.detach()).resolve_neg()
         means = group_means(base, self.average_size, dispatch.group_means)
         stored = self.inner.encode(means, seed=seed, where=where)
         return Packed(self, stored.tensors, layout, stored, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """Decodes the averages and repeats them."""
+        """Decodes the averages, and repeats each one for its group."""
         layout = packed.layout
-        # Through what is stored now: it is compared with what was.
+        # The inner ``Packed`` gets the tensors stored now, so that its decode checks these.
         stored = packed.facts.with_tensors(packed.tensors)
         length = layout.base_shape[-1] if layout.base_shape else 1
         order = sorted(range(len(layout.stride)), key=lambda d: -layout.stride[d])
@@ -85,7 +86,7 @@ class AverageCodec(Codec):
 
     @property
     def per_element(self) -> Codec:
-        """What stores the averages."""
+        """The codec that stores the averages."""
         return self.inner
 
     def variant(
@@ -99,7 +100,7 @@ class AverageCodec(Codec):
         return self.inner.quantizers()
 
     def in_graph(self, x: GraphTensor) -> GraphForm | None:
-        # A graph has no groups across channels. The codes of elements are as wide.
+        # Graphs have no groups across channels. They store elements with codes of the same width.
         return self.inner.in_graph(x)
 
     def _layout_of_means(self, layout: TensorLayout) -> TensorLayout:

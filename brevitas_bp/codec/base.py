@@ -1,4 +1,4 @@
-"""The codec interface, what it returns, and the codec that keeps."""
+"""The codec interface, the stored tensor that a codec returns, and the codecs that keep tensors."""
 
 import zlib
 from abc import ABC, abstractmethod
@@ -20,29 +20,29 @@ from brevitas_bp.errors import ModifiedInPlaceError, UnsupportedTensorError
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 
-#: Real numbers of 16 to 64 bits.
+#: Dtypes of real floating-point numbers, of 16 to 64 bits.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Referable:
-    """Gives a class with slots the one for weak references."""
+    """Adds the slot for weak references to a class with slots."""
 
     __slots__ = ("__weakref__",)
 
 
 @dataclass(frozen=True, eq=False, init=False, slots=True)
 class Packed(_Referable):
-    """A stored tensor: self-contained, immutable, decoded as often as needed to the same bits.
+    """A stored tensor. It is self-contained and immutable, and every decode gives the same bits.
 
     Attributes:
-        codec: knows how to decode it.
+        codec: decodes it.
         tensors: everything that takes memory.
-        layout: of the decoded tensor.
+        layout: layout of the decoded tensor.
         facts: static facts of the codec.
         where: op and module that saved the tensor, for messages.
-        seal: checksum of tensors and layout, see :meth:`sealed`; None: not asked for.
+        seal: checksum of tensors and layout, see :meth:`sealed`; None: not requested.
         nbytes: bytes of all stored tensors: codes, padding, metadata, checksum.
-        versions: version counters of the tensors; empty where the codec does not own them.
+        versions: version counters of the tensors; empty if the codec does not own them.
     """
 
     codec: "Codec"
@@ -71,10 +71,10 @@ class Packed(_Referable):
         put(self, "versions", versions_of(tensors) if codec.owns else ())
 
     def decode(self) -> Tensor:
-        """The tensor, with its original shape, strides, dtype and device.
+        """Returns the tensor, with its original shape, strides, dtype and device.
 
         Raises:
-            CorruptPayloadError: what is stored is not what was stored; see
+            CorruptPayloadError: the stored tensors have changed since they were stored; see
                 NOTE [ A corrupted payload is refused ].
         """
         if self.codec.owns:
@@ -83,22 +83,22 @@ class Packed(_Referable):
 
     @property
     def is_smaller(self) -> bool:
-        """Whether it takes less memory than the tensor, see :func:`is_smaller`."""
+        """Whether it takes less memory than the tensor; see :func:`is_smaller`."""
         return is_smaller(self.nbytes, self.layout.nbytes)
 
     @property
     def innermost(self) -> "Packed":
-        """What the codec stored that chose the bytes, inside of those that changed order or units."""
+        """The ``Packed`` of the codec that chose the bytes, inside codecs that change order or units."""
         return self.facts.innermost if self.codec.wraps else self
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> "Packed":
-        """The same, with the first of these tensors in place of its own."""
+        """Returns this ``Packed`` with the first of ``tensors`` in place of its own tensors."""
         own = tensors[:len(self.tensors)]
         same = all(a is b for a, b in zip(own, self.tensors, strict=True))
         return self if same else replace(self, tensors=own)
 
     def sealed(self) -> "Packed":
-        """The same with a checksum, which :meth:`decode` compares; itself where nothing is owned."""
+        """Returns a copy with a checksum for :meth:`decode` to compare; itself if nothing is owned."""
         return replace(self, seal=self._checksum()) if self.codec.owns else self
 
     def _check(self) -> None:
@@ -118,54 +118,54 @@ class Packed(_Referable):
 
 
 def is_smaller(stored: int, given: int) -> bool:
-    """The break-even rule: a tensor of ``given`` bytes is kept as it is unless it takes fewer.
+    """Whether storing takes fewer bytes than keeping the tensor as it is (the break-even rule).
 
     Args:
-        stored: bytes of all that would be stored: codes, padding, metadata.
+        stored: bytes of everything that would be stored: codes, padding, metadata.
         given: bytes of the tensor.
     """
     return stored < given
 
 
 class Codec(ABC):
-    """Stores tensors. ``encode(Tensor) -> Packed``, ``decode(Packed) -> Tensor``.
+    """Stores tensors: ``encode(Tensor) -> Packed``, ``decode(Packed) -> Tensor``.
 
-    Implementations have no state that changes what an existing :class:`Packed` decodes to.
+    An implementation has no state that changes what an existing :class:`Packed` decodes to.
 
     NOTE [ A codec answers for itself ]
-    Policies, hooks, plans and compiled graphs never ask which class a codec has. They ask the codec:
+    Policies, hooks, plans and compiled graphs never ask which class a codec has. They ask the codec for:
 
-    * for a codec with another width: :meth:`variant`, :meth:`at_least`,
-    * for one without averages: :attr:`per_element`,
-    * for the one of a call site: :meth:`at_site`,
-    * for its form in a compiled graph: :meth:`in_graph`,
-    * for its quantizers: :meth:`quantizers`.
+    * a codec with another width: :meth:`variant`, :meth:`at_least`,
+    * a codec without averages: :attr:`per_element`,
+    * the codec of a call site: :meth:`at_site`,
+    * its form in a compiled graph: :meth:`in_graph`,
+    * its quantizers: :meth:`quantizers`.
 
-    Each of these has a default, which suits a codec that has nothing of the kind. Such a codec needs
-    ``encode`` and ``decode`` alone, and should have ``forms`` and ``stored_nbytes``.
+    Each of these has a default, for codecs without the feature. A codec without any of these features
+    needs only ``encode`` and ``decode``. It should also have ``tensor_types`` and ``stored_nbytes``.
     """
 
     #: Shown in reports.
     name: str = "codec"
-    #: Whether there is a point in encoding only if the result is smaller.
+    #: Whether encoding is useful only if the result is smaller.
     compresses: bool = True
-    #: What it was built from, where that is known; None: it cannot be built again with other settings.
+    #: The recipe it was built from; None: unknown, so it cannot be built again with other settings.
     recipe: Recipe | None = None
-    #: Whether the stored tensors are memory of the codec's own, which nobody else may write to.
+    #: Whether the stored tensors are the codec's own memory, which nobody else may write to.
     owns: bool = True
-    #: Whether it keeps the tensor that it is given, not a copy.
+    #: Whether it keeps the given tensor itself, not a copy.
     keeps: bool = False
-    #: Whether what is decoded may differ from what was stored.
+    #: Whether the decoded tensor may differ from the encoded one.
     lossy: bool = True
-    #: Whether its payload is that of another codec, which is in the facts.
+    #: Whether its payload is that of another codec, whose ``Packed`` is in the facts.
     wraps: bool = False
     #: Dtypes of the tensors that it can restore; None: any.
     restores: tuple[torch.dtype, ...] | None = None
-    #: Whether what is decoded is new memory each time, which whoever asked for it may write to.
+    #: Whether each decode returns new memory, which the caller may write to.
     decodes_anew: bool = False
-    #: Widths of its codes, where it has variants with other widths; empty where it has none.
+    #: Widths of its codes, if it has variants with other widths; otherwise empty.
     bit_widths: tuple[int, ...] = ()
-    #: Whether compiled graphs can store with it, see :meth:`in_graph`.
+    #: Whether compiled graphs can store with it; see :meth:`in_graph`.
     in_graphs: bool = False
 
     @abstractmethod
@@ -174,24 +174,24 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, packed: Packed) -> Tensor:
-        """Restores what :meth:`encode` stored. Call :meth:`Packed.decode`, which checks it first."""
+        """Restores an encoded tensor. Call :meth:`Packed.decode` instead, which checks it first."""
 
     def layout_of(self, x: Tensor, where: str = "") -> TensorLayout:
-        """The layout of a tensor that is to be stored.
+        """Returns the layout of a tensor that is to be stored.
 
         Raises:
-            UnsupportedTensorError: its dtype is none that the codec restores.
+            UnsupportedTensorError: the codec does not restore its dtype.
         """
         if self.restores is not None and x.dtype not in self.restores:
             named = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.restores)
             raise UnsupportedTensorError(
                 f"brevitas_bp: the codec {self.name!r} stores tensors of {named}, got {x.dtype} "
-                f"{list(x.shape)}{' saved by ' + where if where else ''}; a policy keeps a tensor as it "
-                "is where it returns None")
+                f"{list(x.shape)}{' saved by ' + where if where else ''}; to keep the tensor as it is, "
+                "the policy must return None")
         return TensorLayout.of(x)
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
-        """What the stored tensors must be, by layout and facts; None where the codec cannot tell.
+        """Returns what layout and facts require of the stored tensors; None if the codec cannot tell.
 
         Raises:
             CorruptPayloadError: facts and layout disagree.
@@ -199,36 +199,36 @@ class Codec(ABC):
         return None
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        """Least bytes a tensor of this layout would take, or None where only encoding tells."""
+        """Returns the least bytes that a tensor of this layout takes; None if only encoding can tell."""
         return None
 
     def in_rows(self, length: int, last: int) -> "Codec":
-        """The same codec with buckets that end with each row, see :mod:`~brevitas_bp.codec.rows`.
+        """Returns this codec with buckets that end with each row; see :mod:`~brevitas_bp.codec.rows`.
 
-        Itself where it has no buckets. It must not hold this codec.
+        A codec without buckets returns itself. A new codec must not hold this one.
 
         Args:
             length: elements of a row, which are consecutive in memory.
-            last: elements of the last dimension, of which a row is a multiple or a part.
+            last: elements of the last dimension; a row is a multiple or a part of it.
         """
         return self
 
     @property
     def per_element(self) -> "Codec":
-        """The codec that has a code for each element, where this one averages; else itself."""
+        """The codec with one code per element if this codec averages, else this codec."""
         return self
 
     def variant(
             self, bits: int, bucket_size: int | None = None, average_size: int = 1) -> "Codec | None":
-        """The same quantizer with another width, bucket size or averages; None where it has no widths.
+        """Returns this codec with another width, bucket size or averages; None if it has no widths.
 
         Rounding, scale rule and all other parts are those of this codec. A mix of two widths becomes one
-        width. Each variant is made once (:mod:`~brevitas_bp.codec.derived`); it is this codec where that
-        has the width already.
+        width. Each variant is made once (:mod:`~brevitas_bp.codec.derived`). A codec that already has
+        the width returns itself.
 
         Args:
             bits: width of each code.
-            bucket_size: codes per bucket; None: as this codec has.
+            bucket_size: codes per bucket; None: the bucket size of this codec.
             average_size: elements whose mean is stored as one code.
 
         Raises:
@@ -241,20 +241,20 @@ class Codec(ABC):
             lambda: self._variant(bits, bucket_size, average_size))
 
     def _variant(self, bits: int, bucket_size: int | None, average_size: int) -> "Codec | None":
-        """Makes what :meth:`variant` returns. It must not hold this codec."""
+        """Makes the codec that :meth:`variant` returns. That codec must not hold this one."""
         return None
 
     def at_least(self, bits: int) -> "Codec":
-        """A codec with a code of ``bits`` bits or more for each element; itself where it has no widths.
+        """Returns a codec with ``bits`` bits or more per element; itself if it has no widths.
 
-        Averages become codes of elements: more bits of an average would not take its bias away.
+        Averages become codes of elements: more bits would not remove the bias of an average.
         """
         if not self.bit_widths or min(self.bit_widths) >= bits:
             return self
         return self.variant(bits) or self
 
     def is_variant_of(self, configured: "Codec") -> bool:
-        """Whether it is ``configured``, perhaps with another width or without averages."""
+        """Whether this codec is ``configured``, perhaps with another width or without averages."""
         plain = configured.per_element
         return self is configured or self is plain or variants.has(plain, self)
 
@@ -264,28 +264,28 @@ class Codec(ABC):
         return False
 
     def at_site(self, key: Hashable) -> "Codec":
-        """The codec of the call site ``key``; itself unless ``per_site``."""
+        """Returns the codec of the call site ``key``; itself unless ``per_site``."""
         return self
 
     def quantizers(self) -> Iterator[nn.Module]:
-        """The quantizers that it encodes with."""
+        """Yields the quantizers that it encodes with."""
         yield from ()
 
     def graph_key(self) -> Hashable | None:
-        """Equal for codecs that store in the same way in compiled graphs; None: equal only to itself."""
+        """Returns a key shared by codecs that store alike in compiled graphs; None: shared with none."""
         return None
 
     def in_graph(self, x: GraphTensor) -> GraphForm | None:
-        """Its form for a tensor that a compiled graph saves; None: the graph keeps the tensor."""
+        """Returns its form for a tensor that a compiled graph saves; None: it keeps the tensor."""
         return None
 
     def encode_derivative(self, x: Tensor, name: str, *, seed: int, where: str = "") -> Packed:
         """Stores the derivative of an activation at ``x``.
 
         Args:
-            x: the input or the output of the activation, as its derivative wants it.
-            name: of one of :mod:`~brevitas_bp.activations.derivatives`, which supports ``x``.
-            seed: of all randomness.
+            x: the input or the output of the activation, whichever its derivative takes.
+            name: a derivative in :mod:`~brevitas_bp.activations.derivatives` that supports ``x``.
+            seed: seed of all randomness.
             where: op and module, for messages.
         """
         return self.encode(derivative_at(x, name), seed=seed, where=where)
@@ -298,7 +298,7 @@ class Codec(ABC):
         return self.encode(layout.restore_flat(values), seed=seed, where=where)
 
     def decode_normalized(self, packed: Packed, affine: Affine) -> Tensor:
-        """Restores what :meth:`encode_normalized` stored; ``affine`` is the way back."""
+        """Restores a tensor that :meth:`encode_normalized` stored; ``affine`` undoes its affine map."""
         values, layout = packed.decode(), packed.layout
         with torch.no_grad():
             flat = layout.flatten(values).to(compute_dtype(layout.dtype))
@@ -306,12 +306,12 @@ class Codec(ABC):
 
 
 class Keep(Codec):
-    """Keeps the tensor itself, exact, and notices when it is modified in place.
+    """Keeps the tensor itself, exact, and detects in-place modification.
 
     NOTE [ Kept tensors are watched ]
-    Saved-tensor hooks switch off autograd's own check, so a kept tensor that is modified later would
-    silently give wrong gradients. The version counter is compared when backward asks for the tensor.
-    It is kept detached: a tensor that saves itself as an output would otherwise never be freed.
+    Saved-tensor hooks switch off autograd's own check. So a kept tensor that is modified later would
+    silently give wrong gradients. This codec compares the version counter when backward asks for the
+    tensor. It detaches the tensor: otherwise an output saved by its own operation would never be freed.
     """
 
     lossy = False
@@ -321,16 +321,16 @@ class Keep(Codec):
     keeps = True
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Keeps ``x`` (not a copy)."""
+        """Keeps ``x`` itself, not a copy."""
         kept = x.detach()
         layout = TensorLayout.without_strides(shape_of(x), x.dtype, x.device)
         return Packed(self, (kept,), layout, version_of(kept), where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The kept tensor.
+        """Returns the kept tensor.
 
         Raises:
-            ModifiedInPlaceError: it was modified by an in-place operation since.
+            ModifiedInPlaceError: an in-place operation has modified it since.
         """
         if len(packed.tensors) != 1:
             refuse(packed, "1 stored tensor", len(packed.tensors))
@@ -340,17 +340,17 @@ class Keep(Codec):
         return kept
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        """As many bytes as the tensor has."""
+        """Returns the bytes of the tensor itself."""
         return layout.nbytes
 
 
 def version_of(x: Tensor) -> int | None:
-    """The version counter; None for inference tensors, which have none."""
+    """Returns the version counter; None for inference tensors, which have none."""
     return None if x.is_inference() else x._version
 
 
 def refuse_modified(kept: Tensor, version: int | None, where: str) -> NoReturn:
-    """Raises for a kept tensor that no longer is at ``version``.
+    """Raises for a kept tensor that is no longer at ``version``.
 
     Raises:
         ModifiedInPlaceError: always.
@@ -363,7 +363,7 @@ def refuse_modified(kept: Tensor, version: int | None, where: str) -> NoReturn:
 
 
 class Copy(Codec):
-    """Keeps an exact copy of its own, so that the memory of which the tensor is a part can go."""
+    """Keeps an exact copy, so that the larger memory that the tensor is part of can be freed."""
 
     lossy = False
     name = "exact copy"
@@ -375,7 +375,7 @@ class Copy(Codec):
         return Packed(self, (layout.flatten(x.detach()).clone(),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The copy."""
+        """Returns the copy."""
         return packed.layout.restore_flat(packed.tensors[0])
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
@@ -389,8 +389,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def is_plain(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary strided tensor that a codec may take apart.
 
-    Neither a nested one, which has several shapes, nor one without memory: on the meta device, or a
-    zero tangent of forward mode.
+    Nested tensors are not ordinary: they have several shapes. Neither are tensors without memory: those
+    on the meta device, and zero tangents of forward mode.
     """
     return type(x) in PLAIN and x.layout is torch.strided and not (
         x.is_nested or x.is_meta or x._is_zerotensor())

@@ -1,4 +1,4 @@
-"""What the codecs of bucket quantizers have in common, fused or not."""
+"""The common part of codecs of bucket quantizers, fused or not."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.reference import to_buckets
 
-# Elements whose ranges are taken at once, where they must be converted first.
+# Elements whose ranges are taken at once if they must be converted first.
 _CHUNK = 1 << 18
 
 
 class BucketCodec(Codec):
-    """A bucket quantizer, of which there are others with other widths.
+    """A codec of a bucket quantizer. It has variants with other widths.
 
     Attributes:
         quantizer: the quantizer as the user configured it. A variant of the codec shares it, or its
@@ -38,20 +38,20 @@ class BucketCodec(Codec):
 
     @abstractmethod
     def _with_width(self, bits: int, bucket_size: int | None) -> Codec:
-        """A new codec of one width; None leaves the buckets as they are."""
+        """Returns a new codec of one width; without ``bucket_size`` the buckets stay as they are."""
 
     @property
     def bucket_size(self) -> int | None:
-        """Elements of a bucket as the user configured it; None: one bucket for the tensor."""
+        """Elements of a bucket as the user configured it; None: one bucket for the whole tensor."""
         return getattr(self._view, "bucket_size", None)
 
     @property
     def measures_ranges(self) -> bool:
-        """Whether the range of a bucket follows from its values alone, and :meth:`ranges` tells it."""
+        """Whether the range of a bucket depends on its values alone, so that :meth:`ranges` works."""
         return hasattr(self.quantizer.scaling_impl, "scaling_stats_impl")
 
     def ranges(self, flat: Tensor) -> Tensor:
-        """The range of each bucket of a flat tensor [n], by the quantizer's own rule."""
+        """Returns the range of each bucket of a flat tensor [n], by the quantizer's own rule."""
         measure: Any = self.quantizer.scaling_impl.scaling_stats_impl
         buckets = to_buckets(flat, self.bucket_size, self._view.bucket_pad_zero)
         dtype = compute_dtype(flat.dtype)
@@ -61,7 +61,7 @@ class BucketCodec(Codec):
                 for part in buckets.split(max(1, _CHUNK // buckets.shape[1]))])
 
     def steps_in_range(self, bits: int) -> float:
-        """Steps between codes of ``bits`` bits that the range of a bucket is divided into."""
+        """Returns the number of steps that ``bits``-bit codes divide the range of a bucket into."""
         return float(self.quantizer.int_scaling_impl(torch.tensor(float(bits))))
 
     @property
@@ -70,7 +70,7 @@ class BucketCodec(Codec):
 
 
 def codec_name(widths: tuple[int, ...], rounding: str | None) -> str:
-    """Short name for reports.
+    """Returns a short name for reports.
 
     >>> codec_name((2, 4), "stochastic")
     '2/4-bit stochastic'

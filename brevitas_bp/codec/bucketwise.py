@@ -1,4 +1,4 @@
-"""Which parts of a bucket quantizer work bucket by bucket, so that a tensor may be encoded in chunks."""
+"""Checks whether a bucket quantizer works bucket by bucket, so that it may encode in chunks."""
 
 import re
 from typing import Any
@@ -30,7 +30,7 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-# By name: under BREVITAS_JIT=1 stock parts are scripted copies of their class.
+# Names, not classes: under BREVITAS_JIT=1, stock parts are scripted copies of their class.
 _STOCK = frozenset(map(_name, (
     Abs, BitWidthConst, CeilSte, FloatRestrictValue, FloorSte, Identity, nn.Identity, IntScaling, LogTwo,
     PowerOfTwo, PowerOfTwoIntScaling, PowerOfTwoRestrictValue, RoundSte, RoundToZeroSte, StatelessBuffer,
@@ -40,8 +40,8 @@ _STOCK = frozenset(map(_name, (
 def is_bucketwise(quantizer: BucketRescalingIntQuant) -> bool:
     """Whether the buckets of a tensor may be quantized a few at a time.
 
-    That is where every part is known, or of a class that says ``bucketwise = True`` itself: a subclass
-    may look across buckets where its base does not, and has to say so again.
+    Every part must be known, or its class must itself define ``bucketwise = True``. A subclass has to
+    define it again, because it may look across buckets even if its base does not.
     """
     view = quantizer.input_view_impl
     return (
@@ -51,16 +51,16 @@ def is_bucketwise(quantizer: BucketRescalingIntQuant) -> bool:
 
 def _works_bucket_by_bucket(part: nn.Module) -> bool:
     if vars(type(part)).get("bucketwise") is True:
-        # What it says is said of its own parts too.
+        # The definition covers the parts of this part too.
         return True
-    # A row of format.stages is computed bucket by bucket.
+    # Every row of format.stages is computed bucket by bucket.
     known = speaks_for_itself(part) or class_name(part) in _STOCK
     return known and all(map(_works_bucket_by_bucket, part.children()))
 
 
 def class_name(part: Any) -> str:
-    """Module and name of the class of a part, also where it is scripted."""
+    """Returns module and name of the class of a part, even if the part is scripted."""
     if isinstance(part, torch.jit.ScriptModule):
-        # TorchScript gives a class that it compiles for other constants a number.
+        # TorchScript adds a number to the name of a class that it compiles for other constants.
         return re.sub(r"^__torch__\.|___torch_mangle_\d+\.", "", part._c._type().qualified_name())
     return _name(type(part))

@@ -1,4 +1,4 @@
-"""One way to store a tensor: a width, a bucket size, averages; or exact."""
+"""One way to store a tensor: with a width, a bucket size and averages, or exact."""
 
 import re
 from contextlib import suppress
@@ -9,7 +9,7 @@ from brevitas_bp.format.spec import check_bit_width
 
 _WHERE = "brevitas_bp.allocate.Candidate"
 _NOTATION = re.compile(r"(\d+)(?:avg(\d+))?(?:@(\d+))?")
-# Averages are stored in 2 bits each, as in the paper.
+# Each average takes 2 bits, as in the paper.
 _AVERAGES = {0.5: "2avg4", 0.25: "2avg8"}
 
 
@@ -17,17 +17,17 @@ _AVERAGES = {0.5: "2avg4", 0.25: "2avg8"}
 class Candidate:
     """One way to store a tensor.
 
-    Written "exact", "2", "2@64" with a bucket size, "2avg4" for 2-bit means of 4 elements. The
-    numbers 0.5 and 0.25 are "2avg4" and "2avg8"; 1 is one bit for each element, and "2avg2" the
-    average of one bit.
+    The notation is "exact", "2", "2@64" with a bucket size, or "2avg4" for 2-bit means of 4 elements.
+    The numbers 0.5 and 0.25 mean "2avg4" and "2avg8". The number 1 means a 1-bit code for each element;
+    averages that take one bit per element are "2avg2".
 
     Attributes:
-        bits: of each code, 1..8; None keeps the tensor exact.
-        bucket_size: codes per bucket; None as configured.
-        average_size: neighbours of which only the mean is stored.
+        bits: bits of each code, 1..8; None keeps the tensor exact.
+        bucket_size: codes per bucket; None: as configured.
+        average_size: number of neighbours that share one stored mean.
 
     Raises:
-        ValueError: another width or size.
+        ValueError: a width or a size is not supported.
 
     >>> Candidate.parse("2@64")
     Candidate(bits=2, bucket_size=64, average_size=1)
@@ -50,7 +50,7 @@ class Candidate:
 
     @classmethod
     def parse(cls, given: "Candidate | float | str") -> "Candidate":
-        """A candidate from its text, or from a number of bits."""
+        """Returns the candidate for a text or for a number of bits."""
         if isinstance(given, Candidate):
             return given
         text = str(given)
@@ -74,14 +74,14 @@ class Candidate:
 
     @property
     def nominal_bits(self) -> float:
-        """Bits of codes for each element; infinite for exact."""
+        """Bits of codes per element; infinite for exact."""
         return float("inf") if self.bits is None else self.bits / self.average_size
 
     def codec(self, configured: Codec) -> Codec | None:
-        """The variant of the configured codec; None keeps exact.
+        """Returns the variant of the configured codec; None keeps the tensor exact.
 
         Raises:
-            ValueError: the codec has no widths, or none of so many bits.
+            ValueError: the codec has no widths, or cannot have this width.
         """
         if self.bits is None:
             return None
@@ -93,6 +93,6 @@ class Candidate:
                 f"leave {str(self)!r} out of the candidates, the plan or the overrides") from error
         if made is None:
             raise ValueError(
-                f"{_WHERE}: {configured.name!r} is no bucket quantizer, so there is none of "
-                f"{self.bits} bits; configure one of brevitas_bp.quant")
+                f"{_WHERE}: {configured.name!r} is no bucket quantizer, so it has no variant of "
+                f"{self.bits} bits; configure a quantizer of brevitas_bp.quant")
         return made

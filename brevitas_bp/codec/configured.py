@@ -1,4 +1,4 @@
-"""The configured codec, with other settings."""
+"""The configured codec, which can be built again with other settings."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ _WHERE = "brevitas_bp.QuantBackwardWrapper.configure"
 
 
 class ConfiguredCodec:
-    """A codec, and the recipe by which it is built again.
+    """A codec, and the recipe from which it can be built again.
 
     Args:
-        codec: as the user configured it; None keeps tensors exact.
+        codec: the codec as the user configured it; None keeps tensors exact.
     """
 
     def __init__(self, codec: Codec | None) -> None:
@@ -23,11 +23,11 @@ class ConfiguredCodec:
 
     @property
     def is_exact(self) -> bool:
-        """Whether there is nothing to configure."""
+        """Whether tensors are kept exact, so that there is nothing to configure."""
         return self.codec is None
 
     def configure(self, settings: dict[str, Any]) -> None:
-        """Replaces the codec by one that has ``settings`` too; payloads keep theirs."""
+        """Replaces the codec by one with these settings too; existing payloads keep their codec."""
         if settings == self._settings:
             return
         mixing = self._selectors_to_move(settings)
@@ -38,11 +38,11 @@ class ConfiguredCodec:
         self._settings = dict(settings)
 
     def built(self, settings: dict[str, Any]) -> Codec:
-        """A new codec that has ``settings`` in place of, or beside, those of the user.
+        """Returns a new codec with the user's settings, overridden or extended by ``settings``.
 
         Raises:
             TypeError: there is no config class.
-            UnknownNameError: a setting that the quantizer does not know.
+            UnknownNameError: the quantizer does not know a setting.
         """
         if self._recipe is None:
             kind = "None: tensors are kept exact" if self.codec is None else (
@@ -53,9 +53,9 @@ class ConfiguredCodec:
         return codec_from(self._recipe.config, **self._recipe.settings | settings)
 
     def _selectors_to_move(self, settings: dict[str, Any]) -> list[TwoBitWidthSelector]:
-        """Those of the codec, where its probability is all that changes: no need to build anew."""
+        """Returns the codec's selectors if only their probability changes, so no new codec is needed."""
         others = [{k: v for k, v in s.items() if k != "mix_prob"} for s in (settings, self._settings)]
-        # Codecs of sites that come later would be built with the probability of before.
+        # Codecs of later sites would still be built with the old probability.
         if self.codec is None or self.codec.per_site or (
                 "mix_prob" not in settings or others[0] != others[1]):
             return []

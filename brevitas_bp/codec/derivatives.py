@@ -1,4 +1,4 @@
-"""The derivative of an activation at a tensor, where it is stored in place of the tensor."""
+"""Computes the derivative of an activation at a tensor, to store it in place of the tensor."""
 
 from torch import Tensor
 
@@ -7,6 +7,6 @@ from brevitas_bp.kernels import dispatch
 
 
 def derivative_at(x: Tensor, name: str) -> Tensor:
-    """A derivative of :mod:`~brevitas_bp.activations.derivatives`, laid out like ``x``."""
+    """Returns a derivative of :mod:`~brevitas_bp.activations.derivatives` at ``x``, laid out like it."""
     layout = TensorLayout.of(x)
     return layout.restore_flat(dispatch.derivative(layout.flatten(x.detach()), name))

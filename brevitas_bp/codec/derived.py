@@ -1,8 +1,7 @@
-"""Codecs that are made from another codec, each of them once.
+"""Makes codecs from another codec, each of them once.
 
-Saved-tensor hooks share an encoding of a tensor by the identity of its codec. If the 4-bit variant of a
-codec were made anew each time somebody asks for it, a tensor that two operations save would be encoded
-twice.
+Saved-tensor hooks share an encoding of a tensor only if its codec is the same object. If each request
+made a new 4-bit variant of a codec, a tensor that two operations save would be encoded twice.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,16 +11,16 @@ from weakref import WeakKeyDictionary
 _Made = TypeVar("_Made")
 _UNKNOWN: Any = object()
 _ITSELF: Any = object()
-# Networks have few lengths of rows. Inputs of ever new sizes would add one after another.
+# Limit of a table. Networks have few row lengths, but inputs of ever new sizes keep adding some.
 _MOST = 1024
 
 
 @final
 class MadeOnce:
-    """A table: codec and key -> what was made from the codec.
+    """A table: codec and key -> object made from the codec.
 
-    An entry lives as long as the codec that it was made from. So what is made must not hold that codec;
-    it holds the parts of the codec instead.
+    An entry lives as long as the codec that it was made from. So the made object must not hold that
+    codec; it holds the parts of the codec instead.
 
     >>> table, source = MadeOnce(), MadeOnce()
     >>> table.get(source, 4, MadeOnce) is table.get(source, 4, MadeOnce)
@@ -32,14 +31,14 @@ class MadeOnce:
         self._made: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
     def get(self, source: Any, key: Hashable, make: Callable[[], _Made]) -> _Made:
-        """What ``make`` returned when ``key`` was first asked for; it may be ``source`` itself."""
+        """Returns what ``make`` returned at the first request for ``key``, perhaps ``source`` itself."""
         made = self._made.get(source)
         if made is None or len(made) > _MOST:
             made = self._made[source] = {}
         found = made.get(key, _UNKNOWN)
         if found is _UNKNOWN:
             found = make()
-            # A table that held its own key would keep it for ever.
+            # An entry that held its own key would keep the key alive forever.
             made[key] = _ITSELF if found is source else found
         return source if found is _ITSELF else found
 
@@ -48,7 +47,7 @@ class MadeOnce:
         return any(made is one for one in self._made.get(source, {}).values())
 
 
-#: Codecs with other widths, see :meth:`brevitas_bp.codec.base.Codec.variant`.
+#: Codecs with other widths; see :meth:`brevitas_bp.codec.base.Codec.variant`.
 variants = MadeOnce()
-#: Codecs whose buckets end with rows, see :func:`brevitas_bp.codec.rows.in_rows`.
+#: Codecs whose buckets end with rows; see :func:`brevitas_bp.codec.rows.in_rows`.
 rows = MadeOnce()

@@ -1,4 +1,4 @@
-"""Stores which interval of a few-bit table each element lies in, and restores derivatives."""
+"""Stores which interval of a few-bit table each element lies in, and decodes to derivatives."""
 
 from collections.abc import Sequence
 from typing import final
@@ -15,11 +15,11 @@ from brevitas_bp.kernels import dispatch
 
 @final
 class FewBitCodec(Codec):
-    """Takes an activation's *input*, gives back its *derivative*: a constant level per interval.
+    """Encodes an activation's *input*, and decodes to its *derivative*: one constant level per interval.
 
-    ``b`` bits an element, and one byte per 4096 elements that marks NaN: a block that holds a NaN
+    Each element takes ``b`` bits. One more byte per 4096 elements marks NaN: a block that holds a NaN
     decodes to NaN, so that a loss scaler still sees it. Infinities get the outermost levels. Nothing is
-    random: the gradient has the fixed, biased error that the table minimises.
+    random: the gradient has a fixed, biased error, which the table minimises.
 
     Source: Novikov et al., "Few-bit backward: quantized gradients of activation functions for memory
     footprint reduction", 2022.
@@ -50,7 +50,7 @@ class FewBitCodec(Codec):
         return Packed(self, stored, layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The derivatives, in the dtype and layout of the input."""
+        """Returns the derivatives, in the dtype and layout of the input."""
         payload, flags = packed.tensors
         layout = packed.layout
         return layout.restore_flat(dispatch.decode_few_bit(

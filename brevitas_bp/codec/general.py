@@ -1,4 +1,4 @@
-"""Bucket quantizers with parts of the user's own: modules -> codes -> bytes."""
+"""The codec of bucket quantizers with custom parts: modules -> codes -> bytes."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -24,26 +24,26 @@ from brevitas_bp.format.reference import bucket_shape, cut_rows, pad_rows, rows_
 from brevitas_bp.format.spec import row_bucket
 from brevitas_bp.format.widths import WidthLayout
 
-# Elements handled at once where all parts work bucket by bucket: modules make temporaries of three to
-# five times what they work on. Beyond the CPU a launch costs more than memory.
+# Elements handled at once if all parts work bucket by bucket. Modules make temporaries of three to five
+# times the size of their input. On devices other than the CPU, a launch costs more than memory.
 _CHUNK, _LARGE_CHUNK = 1 << 16, 1 << 22
 
 
 # NOTE [ A general encode in chunks ]
-# 1. Only where every part works bucket by bucket (codec/bucketwise.py).
-# 2. A chunk is buckets of one width, in the order of the payload (as in format/reference.py).
-# 3. The widths are drawn once, for all buckets. The quantizer is told those of a chunk.
-# 4. Noise is that of the rows of the whole tensor (format/random.py, seeded_rows): each chunk begins
-#    the draws of a stream anew, so the k-th draw of a part has one seed in all of them.
+# 1. All parts must work bucket by bucket (codec/bucketwise.py).
+# 2. A chunk holds buckets of one width, in the order of the payload (as in format/reference.py).
+# 3. The widths are drawn once, for all buckets. Each chunk passes its widths to the quantizer.
+# 4. The noise is that of the rows of the whole tensor (format/random.py, seeded_rows). Each chunk
+#    restarts the draws of a stream, so the k-th draw of a part has the same seed in all chunks.
 
 
 @final
 class ModuleCodec(BucketCodec):
-    """A bucket quantizer with parts of the user's own: modules -> codes -> bytes.
+    """A bucket quantizer with custom parts: modules -> codes -> bytes.
 
-    Draws the same noise from the same seed as :class:`~brevitas_bp.codec.quantized.LoweredCodec`, and
-    where both apply gives the same bytes. A large tensor is worked on in chunks where all parts work
-    bucket by bucket, see :func:`~brevitas_bp.codec.bucketwise.is_bucketwise`: the same bytes again.
+    It draws the same noise from the same seed as :class:`~brevitas_bp.codec.quantized.LoweredCodec`. If
+    both codecs apply, they give the same bytes. A large tensor is encoded in chunks, with the same bytes
+    again, if all parts work bucket by bucket; see :func:`~brevitas_bp.codec.bucketwise.is_bucketwise`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ModuleCodec(BucketCodec):
         step = max(1, _chunk(out) // size) if self.bucketwise else n
         metadata = packed.tensors[1].to(compute_dtype(layout.dtype)).view(-1, n, 1)
         if step >= n:
-            # The quantizer is given all buckets at once.
+            # Give the quantizer all buckets at once.
             codes = torch.empty((n, size), dtype=metadata[0].dtype, device=payload.device)
             for rows, part, which in self._parts(payload, size, widths, n):
                 codes[rows] = self._unpack(part, size, which, codes.dtype)
@@ -118,7 +118,7 @@ class ModuleCodec(BucketCodec):
         size = self.bucket_size
         if type(self._view) is not OverBucketView or size is None:
             return self
-        # On the host, whatever device is the default where a tensor is saved.
+        # Build on the host, whatever the default device is when a tensor is saved.
         with torch.device("cpu"):
             quantizer = _with_bucket_size(self.quantizer, row_bucket(length, size))
             if quantizer is None:
@@ -164,13 +164,13 @@ class ModuleCodec(BucketCodec):
         return self._stored(payload, scales, offsets), (n, size, widths)
 
     def _quantize(self, x: Tensor, width: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [r, B], scale [r, 1] and offset [r, 1] of all buckets, or of some of one width."""
+        """Returns codes [r, B], scale [r, 1], offset [r, 1] of all buckets, or of some of one width."""
         with torch.no_grad():
-            # As a selector gives it: each bucket has its own.
+            # One width per bucket, as a selector returns them.
             widths = None if len(self.bit_widths) == 1 or width is None else x.new_full(
                 (len(x), 1), float(width), dtype=torch.float32)
             codes, scale, offset, _ = self.quantizer.quantize(x, widths)
-            # A part of the user's own may hide a NaN: poison the bucket, so that backward sees it.
+            # A custom part may hide a NaN. Poison the bucket, so that backward sees the NaN.
             scale = torch.where(codes.isfinite().all(-1, keepdim=True), scale, torch.nan)
         return codes, scale, offset.expand(len(codes), 1)
 
@@ -202,7 +202,7 @@ class ModuleCodec(BucketCodec):
             for start, stop, which in widths.runs())
 
     def _draw_layout(self, n: int, seed: int) -> WidthLayout:
-        """The widths that the quantizer draws from ``seed``."""
+        """Returns the widths that the quantizer draws from ``seed``."""
         selector = self.quantizer.msb_clamp_bit_width_impl
         if not isinstance(selector, TwoBitWidthSelector):
             return WidthLayout(n, 0)
@@ -212,7 +212,7 @@ class ModuleCodec(BucketCodec):
     def _parts(
             self, payload: Tensor, size: int, widths: WidthLayout, step: int,
     ) -> Iterator[tuple[Tensor | slice, Tensor, int]]:
-        """(buckets, their bytes [r, b], which width), at most ``step`` buckets of one width each."""
+        """Yields (buckets, their bytes [r, b], which width), at most ``step`` buckets of one width."""
         position = 0
         for start, stop, which in widths.runs():
             nbytes = packed_nbytes(size, self.bit_widths[which])
@@ -225,9 +225,9 @@ class ModuleCodec(BucketCodec):
 
 def _with_bucket_size(
         quantizer: BucketRescalingIntQuant, size: int) -> BucketRescalingIntQuant | None:
-    """The quantizer with other buckets; all parts that know nothing of their size are shared.
+    """Returns the quantizer with another bucket size; it shares all parts that do not depend on it.
 
-    None where a part that has a view of buckets is scripted, and so cannot be copied.
+    Returns None if a part that has a view of buckets is scripted, and so cannot be copied.
     """
     views = [part for part in quantizer.modules() if type(part) is OverBucketView]
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (
@@ -246,14 +246,14 @@ def _with_bucket_size(
 
 
 def _with_bit_width(quantizer: BucketRescalingIntQuant, bits: int) -> BucketRescalingIntQuant:
-    """The quantizer with codes of one width; all other parts are shared."""
+    """Returns the quantizer with codes of one width; it shares all other parts."""
     steps = float(quantizer.int_scaling_impl(torch.tensor(float(bits))))
     if not steps >= 1:
         raise ValueError(
             f"brevitas_bp.codec: {bits} bits leave no level on both sides of zero; use a shifted-uint "
             "(min-max) quantizer or more bits")
     other = copy.copy(quantizer)
-    # Not the table of the original, which its copy shares.
+    # Make a new table of modules: a shallow copy shares the table of the original.
     other._modules = {**quantizer._modules, "msb_clamp_bit_width_impl": BitWidthConst(bits)}
     other.bit_widths = (bits,)
     return other
@@ -264,7 +264,7 @@ def _chunk(x: Tensor) -> int:
 
 
 def float_dtype(packed: Packed) -> torch.dtype:
-    """The dtype of a packed tensor, which must be one of floats."""
+    """Returns the dtype of a packed tensor, which must be a float tensor."""
     if not packed.layout.dtype.is_floating_point:
         refuse(packed, "a float tensor", packed.layout.dtype)
     return packed.layout.dtype

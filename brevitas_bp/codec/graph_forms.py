@@ -1,4 +1,4 @@
-"""Codecs as operations of a compiled graph, where ``torch.compile`` inlines the hooks."""
+"""Codecs as operations of a compiled graph, into which ``torch.compile`` inlines the hooks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,18 +16,19 @@ from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.kernels import dispatch
 
 # NOTE [ Graphs call the kernels ]
-# Encoding and decoding are operators, and so calls, in a compiled graph. As operations that Inductor
-# fuses with those around them they were tried (CPU, torch 2.13), with the same bytes:
-# 1. Encoding took as long as the compiled kernels on one thread, and twenty seconds of compilation for
-#    each tensor: each step of the hash reads its input twice, and Inductor expands what is not stored.
-# 2. Decoding was faster than the kernels where a matrix product read the values. Fused with elementwise
-#    operations on another memory layout it was computed again for each of them, one element at a time: a
-#    compiled step of EfficientNetV2-S took five times as long.
+# In a compiled graph, encoding and decoding are operators, so the graph calls the kernels. We also tried
+# them as operations that Inductor fuses with their neighbours (CPU, torch 2.13), with the same bytes:
+# 1. Encoding took as long as the compiled kernels on one thread, and compilation took twenty seconds for
+#    each tensor. Each step of the hash reads its input twice, and Inductor expands intermediate values
+#    that are not stored.
+# 2. Decoding was faster than the kernels if a matrix product read the values. Fused with elementwise
+#    operations on another memory layout, it was computed again for each of them, one element at a time.
+#    A compiled step of EfficientNetV2-S took five times as long.
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 _library.define(
     "decode(Tensor payload, Tensor metadata, str spec, SymInt numel, ScalarType dtype) -> Tensor")
-# In whatever order of memory Inductor has laid a tensor out: it is read in its own, mostly without a
-# copy.
+# Inductor may lay out a tensor in any memory order: we read the tensor in its own order, mostly without
+# a copy.
 FLEXIBLE = tuple(
     getattr(torch.Tag, name) for name in ("flexible_layout",) if hasattr(torch.Tag, name))
 _library.define(
@@ -44,14 +45,14 @@ _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 def _decode(
         payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
     plan = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
-    # Of one width, nothing is drawn again.
+    # With one width, decoding draws nothing, so the seed has no effect.
     return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,))
 
 
 def _decode_rectified(
         payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
         dtype: torch.dtype) -> Tensor:
-    """See :class:`RectifiedForm`. NaN stays."""
+    """See :class:`RectifiedForm`. NaN stays NaN."""
     return dispatch.rectify_(_decode(payload, metadata, spec, numel, dtype), positive)
 
 
@@ -119,19 +120,19 @@ def _unpack_bits_fake(packed: Tensor, numel: int) -> Tensor:
     return packed.new_empty(numel, dtype=torch.bool)
 
 
-#: A tensor, a spec of one width and perhaps the place of its channels -> payload; scales and offsets in
-#: one tensor; and of channels their means and deviations.
+#: A tensor, a spec of one width and perhaps the place of its channels -> stored tensors: the payload,
+#: one tensor of scales and offsets, and, with channels, their means and deviations.
 Quantize = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class GraphForm(ABC):
-    """A codec for one tensor of a graph that is being made.
+    """A codec for one tensor of a graph that is being built.
 
     Attributes:
         name: shown in reports.
-        order: dimensions from the slowest to the fastest in memory; None: as they are.
-        dtype: of the tensor.
+        order: dimensions from the slowest to the fastest in memory; None: in their own order.
+        dtype: dtype of the tensor.
         draws: whether it encodes with noise, so that the graph draws seeds.
     """
 
@@ -148,20 +149,23 @@ class GraphForm(ABC):
 
     @abstractmethod
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        """Stored tensors of ``x``, whose dimensions are in ``order``; ``quantize`` calls the kernels."""
+        """Returns the stored tensors of ``x``, whose dimensions are in ``order``.
+
+        ``quantize`` calls the kernels.
+        """
 
     @abstractmethod
     def decode(
             self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
-        """The elements in memory order; ``sizes`` in the same order."""
+        """Returns the elements in memory order; ``sizes`` are in memory order too."""
 
     def pack(self, x: Tensor, quantize: Quantize) -> tuple[tuple[Tensor, ...], list[Any]]:
-        """Stored tensors, and the sizes in memory order that :meth:`unpack` wants."""
+        """Returns the stored tensors, and the sizes in memory order that :meth:`unpack` needs."""
         x = x if self.order is None else x.permute(self.order)
         return self.encode(x, quantize), list(x.shape)
 
     def unpack(self, tensors: tuple[Tensor, ...], sizes: list[Any]) -> Tensor:
-        """The tensor, in the same order in memory. Gaps between its elements are gone."""
+        """Returns the tensor in its own memory order, but without gaps between its elements."""
         numel = 1
         for size in sizes:
             numel = numel * size
@@ -176,7 +180,7 @@ class BucketForm(GraphForm):
     """A bucket quantizer of one width.
 
     Attributes:
-        spec: its lowered form.
+        spec: the lowered quantizer.
     """
 
     draws: ClassVar[bool] = True
@@ -197,9 +201,10 @@ class BucketForm(GraphForm):
 
 @dataclass(frozen=True)
 class ChannelForm(BucketForm):
-    """A bucket quantizer of a tensor [N, C, ...] in units of its channels: deviations from their means.
+    """A bucket quantizer of a tensor [N, C, ...], which is stored in units of its channels.
 
-    Channels of any size are rounded alike, wherever they lie in memory; one without deviation is exact.
+    It stores deviations from the mean of each channel. Channels of any size are rounded alike, wherever
+    they lie in memory. A channel without deviation is exact.
 
     Attributes:
         dim: place of the channels in ``order``: 1, or the last.
@@ -225,10 +230,10 @@ class ChannelForm(BucketForm):
 
 @dataclass(frozen=True)
 class RectifiedForm(BucketForm):
-    """The output of a ReLU: a bucket quantizer, and 1 bit for what is positive.
+    """A bucket quantizer of the output of a ReLU, with 1 more bit that marks positive elements.
 
-    Decoded is zero exactly where the tensor is, so that a comparison with 0 is that of the tensor.
-    What the quantizer decodes to less than 2**-64 beside it (2**-24 in float16) is that instead.
+    The decoded tensor is zero exactly where the original is, so comparing it with 0 gives the same
+    result. Every other element decodes to 2**-64 (2**-24 in float16) or more: smaller values are raised.
     """
 
     @property
@@ -246,7 +251,7 @@ class RectifiedForm(BucketForm):
 
 @dataclass(frozen=True)
 class MaskForm(GraphForm):
-    """Bools, 1 bit each."""
+    """Stores bools, 1 bit each."""
 
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
         return (torch.ops.brevitas_bp.pack_bits(x),)
@@ -258,14 +263,14 @@ class MaskForm(GraphForm):
 
 @dataclass(frozen=True)
 class GraphTensor:
-    """What a codec needs to know of a tensor that a graph saves.
+    """The facts about a tensor that a codec needs in a graph.
 
     Attributes:
-        order: dimensions from the slowest to the fastest in memory; None: as they are.
-        dtype: of the tensor.
+        order: dimensions from the slowest to the fastest in memory; None: in their own order.
+        dtype: dtype of the tensor.
         row: elements of a row, see :mod:`brevitas_bp.codec.rows`; None: no rows.
-        rectified: whether it is the output of a ReLU, whose sign is to be exact.
-        channels: place of the channels in ``order``, where values are to be in units of their channel.
+        rectified: whether it is the output of a ReLU, whose sign must be exact.
+        channels: place of the channels in ``order``, if values are stored in units of their channel.
     """
 
     order: tuple[int, ...] | None
@@ -279,16 +284,16 @@ class GraphTensor:
             cls, x: Tensor, *, channels_last: bool = False, rectified: bool = False,
             row: int | None = None, in_memory: bool = False,
             channels: bool = False) -> "GraphTensor | None":
-        """What is known of ``x``; None where its elements share memory, so that the graph keeps it.
+        """Returns the facts about ``x``; None if its elements share memory, so that the graph keeps it.
 
         Args:
             x: a fake tensor.
-            channels_last: whether images [N, C, H, W] will be channels_last when the graph runs, though
-                they are contiguous as it was traced.
-            rectified: whether it is the output of a ReLU, whose sign is to be exact.
+            channels_last: whether images [N, C, H, W] will be channels_last when the graph runs,
+                although they were contiguous when it was traced.
+            rectified: whether it is the output of a ReLU, whose sign must be exact.
             row: elements of a row.
-            in_memory: rows are whole samples, in whatever order their dimensions lie.
-            channels: what is stored is to be in units of its channel, dimension 1.
+            in_memory: whether rows are whole samples, in any order of their dimensions.
+            channels: whether values are stored in units of their channel, dimension 1.
         """
         if not _is_apart(x):
             return None
@@ -296,7 +301,7 @@ class GraphTensor:
         if order is None and channels_last and x.dim() == 4:
             order = [0, 2, 3, 1]
         if row is not None and not in_memory:
-            # Rows are those of the dimensions in their own order.
+            # Rows follow the dimensions in their own order.
             order = None if x.is_contiguous() else list(range(x.dim()))
         place = None
         if channels and x.dim() > 1:
@@ -306,7 +311,7 @@ class GraphTensor:
 
 
 def bucket_form(name: str, spec: BucketQuantSpec, x: GraphTensor) -> GraphForm:
-    """The form of a bucket quantizer of one width, for a tensor of a graph."""
+    """Returns the form of a bucket quantizer of one width, for a tensor of a graph."""
     spec = spec if x.row is None else spec.in_rows(x.row)
     if x.rectified:
         return RectifiedForm(f"{name}, sign exact", x.order, x.dtype, spec)
@@ -316,7 +321,7 @@ def bucket_form(name: str, spec: BucketQuantSpec, x: GraphTensor) -> GraphForm:
 
 
 def _is_apart(x: Tensor) -> bool:
-    """Whether each element of ``x`` has memory of its own: nothing is expanded, no windows overlap."""
+    """Whether each element of ``x`` has its own memory: nothing is expanded, and no windows overlap."""
     end = 1
     for stride, size in sorted(
             (stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):

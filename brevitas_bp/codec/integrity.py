@@ -1,11 +1,13 @@
-"""Whether a payload still is what its codec stored. Leaf: codecs say what they expect, this compares.
+"""Checks that a payload still is what its codec stored.
+
+A leaf module: codecs say what they expect, and this module compares.
 
 NOTE [ A corrupted payload is refused ]
-1. Structure: how many tensors, their shapes, dtypes and device follow from layout and facts, which the
-   codec turns into :class:`Form`. Compiled kernels index memory without looking, so nothing is decoded
-   before its structure was compared.
-2. Writes: version counters are noted when a payload is made and compared before it is decoded.
-3. Bits: only a checksum tells, ``QuantBackwardWrapper(verify=True)``;
+1. Structure: from layout and facts, the codec derives how many tensors there are, and their shapes,
+   dtypes and device. It states them as :class:`TensorType`. Compiled kernels index memory without
+   checking, so nothing is decoded before its structure is compared.
+2. Writes: version counters are noted when a payload is made, and compared before it is decoded.
+3. Bits: only a checksum detects a changed bit, ``QuantBackwardWrapper(verify=True)``;
    see :mod:`~brevitas_bp.codec.checksum`.
 """
 
@@ -21,11 +23,11 @@ _REMEDY = "stored tensors belong to autograd's graph: nothing else may replace, 
 
 
 class TensorType(NamedTuple):
-    """What one stored tensor must be, besides contiguous.
+    """The shape and dtype that one stored tensor must have; it must also be contiguous.
 
     Attributes:
-        shape: of the tensor.
-        dtype: of the tensor.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
     """
 
     shape: tuple[int, ...]
@@ -33,12 +35,12 @@ class TensorType(NamedTuple):
 
     @classmethod
     def flat(cls, numel: int, dtype: torch.dtype = torch.uint8) -> "TensorType":
-        """A tensor of one dimension; bytes, if nothing else is said."""
+        """Returns the type of a tensor of one dimension, of bytes by default."""
         return cls((numel,), dtype)
 
 
 def refuse(payload: Any, expected: object, got: object) -> NoReturn:
-    """Raises for a payload, in one form.
+    """Raises for a corrupt payload, always in the same form.
 
     Raises:
         CorruptPayloadError: always.
@@ -49,12 +51,12 @@ def refuse(payload: Any, expected: object, got: object) -> NoReturn:
 
 
 def versions_of(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
-    """Version counters; None for inference tensors, which have none."""
+    """Returns the version counters; None for inference tensors, which have none."""
     return tuple([None if t.is_inference() else t._version for t in tensors])
 
 
 def check_types(payload: Any, forms: Sequence[TensorType]) -> None:
-    """Compares the tensors of a payload with their forms.
+    """Compares the tensors of a payload with the types that they must have.
 
     Raises:
         CorruptPayloadError: they differ.
@@ -64,7 +66,7 @@ def check_types(payload: Any, forms: Sequence[TensorType]) -> None:
         refuse(payload, f"{len(forms)} stored tensors", len(tensors))
     device = payload.layout.device
     for i, (tensor, form) in enumerate(zip(tensors, forms)):
-        # This runs for every tensor of every step: at first whether all is well.
+        # This runs for every tensor of every step, so one check for a sound tensor comes first.
         if tensor.shape == form.shape and tensor.dtype is form.dtype and tensor.device == device and (
                 tensor.layout is torch.strided and tensor.is_contiguous()
                 and tensor.untyped_storage().nbytes() >= tensor.nbytes
@@ -73,12 +75,12 @@ def check_types(payload: Any, forms: Sequence[TensorType]) -> None:
         if tensor.shape != form.shape or tensor.dtype != form.dtype:
             refuse(payload, f"tensor {i} to be {form.dtype} {list(form.shape)}",
                    f"{tensor.dtype} {list(tensor.shape)}")
-        # A number may stay on the CPU: it can meet tensors of any device.
+        # A 0-d tensor may stay on the CPU: operations combine it with tensors of any device.
         if tensor.device != device and tensor.dim():
             refuse(payload, f"tensor {i} on {device}", tensor.device)
         if tensor.layout != torch.strided or not tensor.is_contiguous():
             refuse(payload, f"tensor {i} to be contiguous", _described(tensor))
-        # A storage that was resized leaves the tensor's shape as it was, without the memory.
+        # Resizing a storage leaves the tensor's shape as it was, but takes the memory away.
         end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
         if tensor.numel() and tensor.untyped_storage().nbytes() < end:
             refuse(payload, f"tensor {i} to have {end} bytes of memory",

@@ -14,15 +14,15 @@ from brevitas_bp.errors import CorruptPayloadError
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """What :meth:`restore` needs to give back a tensor that autograd cannot tell from the original.
+    """The layout that :meth:`restore` gives a tensor, so that autograd cannot tell it from the original.
 
     Attributes:
-        shape: of the tensor.
-        stride: of the restored tensor. A dense tensor (permuted, channels_last, expanded, ...) gets
-            its own strides; one with gaps gets the strides that ``empty_like`` would give it.
-        base_shape: with expanded dimensions, which hold one value each, narrowed to 1.
-        dtype: of the tensor.
-        device: of the tensor.
+        shape: shape of the tensor.
+        stride: strides of the restored tensor. A dense tensor (permuted, channels_last, expanded, ...)
+            gets its own strides. A tensor with gaps gets the strides that ``empty_like`` would give it.
+        base_shape: shape with expanded dimensions, which hold one value each, narrowed to 1.
+        dtype: dtype of the tensor.
+        device: device of the tensor.
     """
 
     shape: torch.Size
@@ -33,7 +33,7 @@ class TensorLayout:
 
     @classmethod
     def of(cls, x: Tensor) -> "TensorLayout":
-        """The layout of ``x``."""
+        """Returns the layout of ``x``."""
         if x.is_contiguous():
             return _contiguous(x.shape, x.stride(), x.dtype, x.device)
         return _other(x.shape, x.stride(), x.dtype, x.device)
@@ -41,17 +41,17 @@ class TensorLayout:
     @classmethod
     def without_strides(
             cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "TensorLayout":
-        """The layout of a tensor that is kept, with the strides that it has."""
+        """Returns the layout of a kept tensor, which has its own strides."""
         return _contiguous(shape, (), dtype, device)
 
     @property
     def made_here(self) -> bool:
-        """Whether it is as :meth:`of` made it: then its strides are sound."""
+        """Whether :meth:`of` made this layout; then its strides are sound."""
         return "_made_here" in self.__dict__
 
     @staticmethod
     def base(x: Tensor) -> Tensor:
-        """``x`` with expanded dimensions narrowed to the one value they hold."""
+        """Returns ``x`` with expanded dimensions narrowed to the one value they hold."""
         if x.is_contiguous():
             return x
         for dim, (size, stride) in enumerate(zip(x.shape, x.stride())):
@@ -61,21 +61,21 @@ class TensorLayout:
 
     @property
     def contiguous(self) -> bool:
-        """Whether it was made for a contiguous tensor: memory is read as it is."""
+        """Whether it was made for a contiguous tensor, whose memory is read as it is."""
         return "_contiguous" in self.__dict__
 
     @cached_property
     def numel(self) -> int:
-        """Elements that are stored."""
+        """Number of stored elements."""
         return self.base_shape.numel()
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of those elements, uncompressed."""
+        """Bytes of the stored elements, uncompressed."""
         return self.numel * self.dtype.itemsize
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was found out about this one does not hold for a copy that somebody changes.
+        # Drop cached facts: they do not hold for a copy that somebody changes.
         return {field.name: self.__dict__[field.name] for field in fields(self)}
 
     def is_sound(self) -> bool:
@@ -88,16 +88,16 @@ class TensorLayout:
             if size > 1 and step != expected:
                 return False
             expected *= max(size, 1)
-        # Without elements strides mean nothing.
+        # Strides mean nothing if there are no elements.
         return 0 in base or all(
             size == stored or (stored == 1 and step == 0)
             for size, stored, step in zip(shape, base, stride))
 
     def flatten(self, x: Tensor) -> Tensor:
-        """The stored elements in memory order, contiguous; a view where ``x`` is dense."""
+        """Returns the stored elements in memory order, contiguous; a view if ``x`` is dense."""
         if x.is_contiguous() and not x.is_neg():
             return x.view(-1)
-        # Kernels read memory: a lazy negation is carried out, and gaps of one stride are closed.
+        # Kernels read memory, so carry out a lazy negation, and close gaps of a constant stride.
         return flatten(self.base(x)).resolve_neg().contiguous()
 
     def restore_flat(self, flat: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class TensorLayout:
         return self._checked(torch.as_strided(flat, self.shape, self.stride, flat.storage_offset()))
 
     def restore(self, values: Tensor) -> Tensor:
-        """Gives ``values`` [base_shape], in any memory layout, the original layout."""
+        """Returns ``values`` [base_shape], given in any memory layout, in the original layout."""
         if values.shape != self.base_shape:
             raise CorruptPayloadError(
                 f"brevitas_bp.codec: expected decoded shape {tuple(self.base_shape)}, got "
@@ -127,7 +127,7 @@ class TensorLayout:
 def _contiguous(
         shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype,
         device: torch.device) -> TensorLayout:
-    """One layout for all tensors that have it: networks save tensors of few shapes again and again."""
+    """Returns one layout object for all tensors that have it: networks save few shapes repeatedly."""
     layout = TensorLayout(shape, stride, shape, dtype, device)
     if stride or not shape:
         layout.__dict__["_made_here"] = layout.__dict__["_contiguous"] = True
@@ -138,7 +138,7 @@ def _contiguous(
 def _other(
         shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype,
         device: torch.device) -> TensorLayout:
-    """The layout of tensors that are not contiguous."""
+    """Returns the layout of tensors that are not contiguous."""
     base = torch.Size(
         1 if size > 1 and step == 0 else size for size, step in zip(shape, stride))
     dense = stride if _is_dense(base, stride) else _dense_strides(base, stride)
@@ -150,7 +150,7 @@ def _other(
 
 
 def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether elements with these strides fill one gapless run of memory, each once."""
+    """Whether elements with these strides fill one run of memory without gaps, each place once."""
     expected = 1
     for step, size in sorted((step, size) for step, size in zip(stride, shape) if size != 1):
         if step != expected:
@@ -160,7 +160,7 @@ def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def _dense_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """Strides without gaps, in the same order of memory."""
+    """Returns strides without gaps, in the same memory order."""
     strides = [0] * len(shape)
     step = 1
     for dim in sorted(range(len(shape)), key=lambda d: -stride[d])[::-1]:
@@ -170,5 +170,5 @@ def _dense_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ..
 
 
 def shape_of(x: Tensor) -> torch.Size:
-    """The shape; of a nested tensor, which has several, the number of its parts."""
+    """Returns the shape; for a nested tensor, which has several shapes, the number of its parts."""
     return torch.Size((x.size(0),)) if x.is_nested and x.layout == torch.strided else x.shape

@@ -1,4 +1,4 @@
-"""Codecs that give back the very same values in fewer bytes."""
+"""Codecs that store a tensor in fewer bytes and restore exactly the same values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class BitMask(Codec):
-    """Bool tensors, 1 bit an element (8 in a byte, planar)."""
+    """Stores bool tensors, 1 bit per element (8 in a byte, planar)."""
 
     restores = (torch.bool,)
     lossy = False
@@ -31,7 +31,7 @@ class BitMask(Codec):
         return Packed(self, (dispatch.pack_bits(layout.flatten(x)),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The bool tensor."""
+        """Returns the bool tensor."""
         layout = packed.layout
         return layout.restore_flat(
             dispatch.unpack_select(packed.tensors[0], layout.numel, 0, 1, layout.dtype))
@@ -50,13 +50,14 @@ class BitMask(Codec):
 
 @dataclass(frozen=True)
 class NarrowInt(Codec):
-    """Integer tensors in a narrower integer dtype.
+    """Stores integer tensors in a narrower integer dtype.
 
-    Without ``dtype``, the narrowest that holds the range of the values, which is read: that would
-    synchronise a device. :func:`narrow_to` knows the dtype from the shapes instead.
+    Without ``dtype``, it takes the narrowest dtype that holds the range of the values. It reads the
+    values to find the range, which would synchronise a device. :func:`narrow_to` gets the dtype from the
+    shapes instead.
 
     Attributes:
-        dtype: stored.
+        dtype: the stored dtype.
         name: shown in reports.
     """
 
@@ -67,14 +68,14 @@ class NarrowInt(Codec):
     name: str = "narrowed"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Casts to the stored dtype, if it is narrower."""
+        """Casts ``x`` to the stored dtype, if that is narrower."""
         layout = self.layout_of(x, where)
         flat = layout.flatten(x)
         dtype = self._stored_dtype(x.dtype, _range_dtype(flat) if self.dtype is None else None)
         return Packed(self, (flat.to(dtype, copy=True),), layout, dtype, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The integers in their own dtype."""
+        """Returns the integers in their own dtype."""
         return packed.layout.restore_flat(packed.tensors[0].to(packed.layout.dtype))
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
@@ -94,11 +95,11 @@ class NarrowInt(Codec):
 
 @lru_cache(maxsize=256)
 def narrow_to(limit: int, *, signed: bool = True) -> NarrowInt:
-    """Integers known to lie in ``[-limit, limit)``, or in ``[0, limit)`` if not ``signed``.
+    """Returns a codec of integers in ``[-limit, limit)``, or in ``[0, limit)`` if not ``signed``.
 
-    For the int64 indices of ``index_select``, ``gather``, ``scatter``, ``embedding`` (not signed: torch
-    has refused negative ones) and of indexing, where ``limit`` is the size of the indexed dimension.
-    Targets of ``nll_loss`` need ``max(classes, -ignore_index)``.
+    It suits the int64 indices of ``index_select``, ``gather``, ``scatter``, ``embedding`` (not signed:
+    torch has already refused negative indices) and of indexing. ``limit`` is then the size of the
+    indexed dimension. Targets of ``nll_loss`` need ``max(classes, -ignore_index)``.
 
     >>> narrow_to(256).dtype, narrow_to(256, signed=False).dtype
     (torch.int16, torch.uint8)
@@ -113,7 +114,7 @@ def _range_dtype(flat: Tensor) -> torch.dtype:
 
 
 def _narrowest(lo: int, hi: int) -> torch.dtype | None:
-    """The narrowest dtype of values in ``lo .. hi``; None where only int64 is."""
+    """Returns the narrowest dtype that holds ``lo .. hi``; None if only int64 does."""
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
         info = torch.iinfo(dtype)
         if info.min <= lo and hi <= info.max:

@@ -1,11 +1,12 @@
-"""A bucket quantizer made of known parts -> the spec of one fused kernel.
+"""Lowers a bucket quantizer made of known parts to the spec of one fused kernel.
 
 NOTE [ What a part says of itself ]
-1. ``stage(slot)`` of a part is a row of :mod:`brevitas_bp.format.stages`, if the part computes exactly
-   that in this slot of a quantizer. It is ``NEUTRAL`` if the part does nothing that a kernel would have
-   to know, and None if no row says what it does.
-2. It holds for the class that defines ``stage``. A subclass may compute something else, and has to
-   define it again.
+1. ``stage(slot)`` of a part returns one of three answers for this slot of a quantizer:
+   * a row of :mod:`brevitas_bp.format.stages`, if the part computes exactly that row,
+   * ``NEUTRAL``, if the part does nothing that a kernel would have to know,
+   * None, if no row says what the part does.
+2. The answer holds only for the class that defines ``stage``. A subclass may compute something else, so
+   it has to define ``stage`` again.
 3. :data:`_FOREIGN` answers for parts of Brevitas and torch.
 4. All parts are asked, at any depth. If one has no answer, the quantizer runs through its modules.
 """
@@ -47,23 +48,23 @@ def _int_scaling(part: Any) -> CodeRange | None:
     return None if part.narrow_range else UNSIGNED
 
 
-#: Class of a part -> the slot that it may fill, and what it is there. Its own parts belong to it.
+#: Class of a part -> the slot that it may fill, and its stage there. This covers the part's own parts.
 _FOREIGN: dict[type, tuple[str, Callable[[Any], Stage | Neutral | None]]] = {
     RoundSte: ("float_to_int_impl", lambda part: NEAREST),
     IntScaling: ("int_scaling_impl", _int_scaling),
     ZeroZeroPoint: ("zero_point_impl", lambda part: NEUTRAL),
     BitWidthConst: ("msb_clamp_bit_width_impl", lambda part: NEUTRAL),
     FloatRestrictValue: ("restrict_scaling_impl", lambda part: NEUTRAL),
-    # What FloatRestrictValue makes of a scale, which is never negative.
+    # FloatRestrictValue applies Abs to a scale, which is never negative.
     Abs: ("restrict_scaling_pre", lambda part: NEUTRAL),
     Identity: ("restrict_scaling_pre", lambda part: NEUTRAL)}
 
 
 def lower(quantizer: Any) -> BucketQuantSpec | None:
-    """The spec of ``quantizer``, or None where no fused kernel computes what its parts do.
+    """Returns the spec of ``quantizer``, or None if no fused kernel computes what its parts do.
 
-    See NOTE [ What a part says of itself ]. Under BREVITAS_JIT=1 stock parts are scripted copies, which
-    are of no known class.
+    See NOTE [ What a part says of itself ]. Under BREVITAS_JIT=1, stock parts are scripted copies, which
+    are instances of no known class.
     """
     if type(quantizer) is not BucketRescalingIntQuant:
         return None
@@ -87,7 +88,7 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
 
 
 def _collect(part: nn.Module, stages: dict[type[Stage], Stage]) -> bool:
-    """Notes the stages of the parts of a part; False where one is not known, or two disagree."""
+    """Adds the stages of a part's children to ``stages``; False if one is unknown or two disagree."""
     for slot, child in part.named_children():
         stage = _stage_of(child, slot)
         if stage is None:
@@ -110,12 +111,12 @@ def _stage_of(part: nn.Module, slot: str) -> Stage | Neutral | None:
 
 
 def speaks_for_itself(part: nn.Module) -> bool:
-    """Whether the class of a part, and not only a base of it, says which stage it is."""
+    """Whether a part's class itself, not only one of its bases, says which stage the part is."""
     return "stage" in vars(type(part))
 
 
 def _is_consistent(quantizer: Any, stages: dict[type[Stage], Any]) -> bool:
-    """Whether the stages are all there and go together, as do the settings of the parts."""
+    """Whether all stages are there, and whether stages and settings of the parts agree."""
     if not {ScaleRule, CodeRange, Rounding} <= stages.keys():
         return False
     rule, codes, transform = stages[ScaleRule], stages[CodeRange], stages[Transform]

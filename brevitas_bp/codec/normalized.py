@@ -1,4 +1,4 @@
-"""Tensors stored in the units in which backward uses them."""
+"""Codecs that store tensors in the units in which backward uses them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from brevitas_bp.format.normalizing import Affine
 
 @dataclass(frozen=True, eq=False)
 class Undo:
-    """The way back from a normalized tensor: ``y / rstd``, or ``y / rstd + mean``.
+    """Undoes a normalization: ``y / rstd``, or ``y / rstd + mean``.
 
     Attributes:
         rstd: inverse deviations [K], as they are kept.
-        largest: where they reach this, there is no deviation, and ``y`` is 0.
-        mean: [K]; None: left out.
+        largest: an inverse deviation of this size or more means no deviation; ``y`` is then 0.
+        mean: means [K]; None: not added.
         inner: see :class:`~brevitas_bp.format.normalizing.Affine`.
-        owned: whether the numbers are kept for this tensor alone, and count as its bytes.
+        owned: whether the statistics are kept for this tensor alone, and count as its bytes.
     """
 
     rstd: Tensor
@@ -34,23 +34,23 @@ class Undo:
     owned: bool = False
 
     def __call__(self) -> Affine:
-        """The affine map back."""
+        """Returns the affine map that undoes the normalization."""
         return Affine(self._rstd, self.mean, self.inner, self.largest, True)
 
     def forward(self, mean: Tensor | None) -> Affine:
-        """The affine map that normalizes: ``(x - mean) * rstd``."""
+        """Returns the affine map that normalizes: ``(x - mean) * rstd``."""
         return Affine(self._rstd, mean, self.inner, self.largest)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is kept for this tensor alone."""
+        """The statistics that are kept for this tensor alone."""
         if not self.owned:
             return ()
         return (self.rstd,) if self.mean is None else (self.rstd, self.mean)
 
     @property
     def _rstd(self) -> Tensor:
-        # A copy in another dtype would be memory that nobody counts.
+        # Cast at each use: a stored copy in another dtype would be memory that nobody counts.
         computed = compute_dtype(self.rstd.dtype)
         return self.rstd if self.rstd.dtype == computed else self.rstd.to(computed)
 
@@ -59,12 +59,12 @@ class Undo:
 class NormalizedCodec(WrappingCodec):
     """Stores ``(x - shift) * scale``, with one shift and scale for each row or channel.
 
-    A rounding then has the same size in all of them, whatever their own.
+    Rounding errors then have the same size in all rows or channels, whatever the size of their values.
 
     Args:
         inner: stores the normalized tensor.
-        affine: normalizes; None in a codec that only decodes.
-        undo: the way back.
+        affine: normalizes the tensor; None in a codec that only decodes.
+        undo: undoes the normalization.
     """
 
     def __init__(self, inner: Codec, affine: Affine | None, undo: Undo) -> None:
@@ -77,16 +77,16 @@ class NormalizedCodec(WrappingCodec):
         return NormalizedCodec(inner, self.affine, self.undo)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Normalizes and stores; the compiled kernels do both at once."""
+        """Normalizes and stores ``x``; the compiled kernels do both at once."""
         assert self.affine is not None
         stored = self.inner.encode_normalized(x, self.affine, seed=seed, where=where)
-        # What is stored knows nothing of the means.
+        # The ``Packed`` gets a codec without ``affine``, so that it does not hold the means.
         codec = NormalizedCodec(self.inner, None, self.undo)
         return Packed(
             codec, (*stored.tensors, *self.undo.tensors), stored.layout, stored, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The tensor, but for what ``undo`` leaves out."""
+        """Returns the tensor, without its mean if ``undo`` has none."""
         return self.inner.decode_normalized(self.stored_in(packed), self.undo())
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
@@ -100,7 +100,7 @@ class NormalizedCodec(WrappingCodec):
 
 
 def spared_nbytes(packed: Packed) -> int:
-    """Bytes of the mean that need not be kept, because a tensor is stored as its deviation from it."""
+    """Returns the bytes of a mean that is not kept, because only deviations from it are stored."""
     while packed.codec.wraps:
         codec = packed.codec
         if isinstance(codec, NormalizedCodec) and codec.undo.mean is None and not codec.undo.owned:
@@ -111,13 +111,14 @@ def spared_nbytes(packed: Packed) -> int:
 
 @final
 class QuotientCodec(WrappingCodec):
-    """Stores a dividend ``a`` as the quotient ``a / b``, beside the divisor that is kept anyway.
+    """Stores a dividend ``a`` as the quotient ``a / b``; the divisor ``b`` is kept anyway.
 
-    The gradient of the divisor is ``-g (a / b) / b``: a rounding of the quotient counts as much wherever
-    it is, one of ``a`` counts ``1 / b**2`` times. Where ``b`` is zero, so is what is stored.
+    The gradient of the divisor is ``-g (a / b) / b``. A rounding error of the quotient counts the same
+    in every element; a rounding error of ``a`` would count ``1 / b**2`` times. If ``b`` is zero, the
+    stored quotient is zero.
 
     Args:
-        divisor: gives it, when the dividend is stored and when backward needs it.
+        divisor: returns the divisor, when the dividend is stored and when backward needs it.
         inner: stores the quotient.
     """
 
@@ -130,7 +131,7 @@ class QuotientCodec(WrappingCodec):
         return QuotientCodec(self.divisor, inner)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Divides, and stores the quotient."""
+        """Divides ``x`` by the divisor, and stores the quotient."""
         with torch.no_grad():
             divisor = self.divisor()
             quotient = torch.where(divisor == 0, 0, x.detach() / divisor).to(x.dtype)
@@ -138,7 +139,7 @@ class QuotientCodec(WrappingCodec):
         return Packed(self, stored.tensors, TensorLayout.of(x), stored, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The quotient times the divisor."""
+        """Returns the quotient times the divisor."""
         with torch.no_grad():
             values = (self.stored_in(packed).decode() * self.divisor()).to(packed.layout.dtype)
         return packed.layout.restore(

@@ -1,4 +1,4 @@
-"""Quantization at the time of backward, for ablations."""
+"""A codec that quantizes at the time of backward, for ablations."""
 
 from torch import Tensor
 
@@ -6,10 +6,10 @@ from brevitas_bp.codec.base import Codec, Keep, Packed
 
 
 class QuantizeOnBackward(Codec):
-    """Keeps the float tensor and sends it through another codec when backward asks for it.
+    """Keeps the float tensor, and encodes it with another codec only when backward asks for it.
 
-    Saves no memory: it separates the effect of quantization from that of storing early. With the same
-    seed the gradient is that of the other codec, bit for bit. Source: Li, 2025, chapter 4.
+    It saves no memory. It separates the effect of quantization from the effect of storing early. With
+    the same seed, the gradient is that of the other codec, bit for bit. Source: Li, 2025, chapter 4.
     """
 
     owns = False
@@ -25,11 +25,11 @@ class QuantizeOnBackward(Codec):
         return Packed(self, kept.tensors, kept.layout, (kept, seed, []), where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """Encodes, at the first call, and decodes now."""
+        """Encodes the kept tensor at the first call, and decodes it at every call."""
         kept, seed, encoded = packed.facts
         x = self.keep.decode(kept)
         if not encoded:
-            # Not at each call: a quantizer that collects statistics would give other codes.
+            # Encode only once: a quantizer that collects statistics would give other codes next time.
             encoded.append(self.codec.encode(x, seed=seed, where=packed.where))
-        # What is in other units goes with other tensors in these units, smaller or not.
+        # A tensor in other units must go with other tensors in these units, whether smaller or not.
         return encoded[0].decode() if encoded[0].is_smaller or self.codec.wraps else x

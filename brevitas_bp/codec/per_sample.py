@@ -1,4 +1,4 @@
-"""Bit widths chosen for each sample of a tensor."""
+"""A codec that chooses a bit width for each sample of a tensor."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ _WHERE = "brevitas_bp.codec.PerSampleCodec"
 
 
 class _Facts(NamedTuple):
-    """Static facts of a payload: what each width stored, and how many samples that are."""
+    """Static facts of a payload: what each width stored, and how many samples have that width."""
 
     parts: tuple[Packed, ...]
     counts: tuple[int, ...]
@@ -32,33 +32,39 @@ class _Facts(NamedTuple):
 class PerSampleCodec(Codec):
     """Gives the samples of a tensor (its first dimension) widths that average to ``average_bits``.
 
-    The widths ``b_n`` are those of :func:`greedy_widths`, which minimise the variance of rounding ::
+    :func:`greedy_widths` chooses the widths ``b_n``, which minimise the variance of rounding ::
 
         sum C_n / T(b_n)**2    subject to  sum b_n <= average_bits * N,    C_n = sum of R**2
 
-    with the range ``R`` of each bucket, shared out to samples by elements, and top code ``T``. Samples
-    of one width are stored one after another by the ordinary codec of that width; its buckets run on
-    from one sample to the next.
+    ``R`` is the range of each bucket, divided among samples by their elements in the bucket. ``T`` is
+    the top code. The ordinary codec of a width stores the samples of that width one after another. Its
+    buckets run on from one sample to the next.
 
-    Unbiased, as the codec of each width is: widths follow from ranges, not from the noise. Samples of
-    equal ranges get equal widths, and then bytes are those of that codec, bit for bit. A bucket with NaN
-    or Inf decodes to NaN and does not count. Tensors of fewer than two dimensions, expanded ones and
-    batches of one are one sample.
+    This codec is as unbiased as the codec of each width, because widths follow from ranges, not from the
+    noise. If all samples have equal ranges, they get equal widths; the bytes are then those of the codec
+    of that width, bit for bit. A bucket with NaN or Inf decodes to NaN and does not count. Tensors of
+    fewer than two dimensions, expanded tensors and batches of one count as one sample.
 
-    **Bytes** depend on the data only through what is left of the budget: less than one step between
-    candidates for one sample, one padded bucket for each width in use, and one byte per sample (for its
-    width, where there are several). **Costs** a pass for the ranges, a copy of the tensor sorted by
-    width, and on a device one wait for the ranges.
+    **Bytes** depend on the data only through:
+
+    * the unused rest of the budget: less than one step between candidates for one sample,
+    * one padded bucket for each width in use,
+    * one byte per sample for its width, if there are several widths.
+
+    **Costs** are a pass for the ranges, a copy of the tensor sorted by width, and on a device one wait
+    for the ranges.
 
     Args:
         quantizer: config class of a bucket quantizer.
-        average_bits: bits per element that widths average to, metadata not counted.
-        bit_widths: candidates.
-        **settings: of the quantizer.
+        average_bits: bits per element that the widths average to, without metadata.
+        bit_widths: candidate widths.
+        **settings: settings of the quantizer.
 
     Raises:
-        ValueError: an average that the candidates do not include, fewer than two of them, or no buckets.
-        UnsupportedQuantizerError: no bucket quantizer of one width without memory.
+        ValueError: the average lies outside the candidates, there are fewer than two candidates, or the
+            quantizer has no buckets.
+        UnsupportedQuantizerError: the quantizer is not a bucket quantizer, has two widths, or remembers
+            ranges of earlier tensors.
 
     Source: Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed
     Training", 2021, without its gradient magnitudes.
@@ -92,7 +98,7 @@ class PerSampleCodec(Codec):
             bits: _bucket_codec(codec_from(quantizer, bit_width=bits, **settings))
             for bits in self.candidates}
         self._codecs: dict[int, Codec] = {**codecs}
-        # Ranges are those of buckets that run on from row to row.
+        # Ranges are measured in buckets that run on from row to row.
         self._measure = codecs[self.candidates[0]]
         steps = torch.tensor(
             [codec.steps_in_range(bits) for bits, codec in codecs.items()], dtype=torch.float64)
@@ -100,11 +106,11 @@ class PerSampleCodec(Codec):
         self.name = f"{average_bits:g}-bit average per sample"
 
     def widths(self, x: Tensor) -> Tensor:
-        """The width of each sample of ``x``, int64 on the CPU."""
+        """Returns the width of each sample of ``x``, int64 on the CPU."""
         return self._widths(*_by_sample(x.detach(), TensorLayout.of(x)))
 
     def at_least(self, bits: int) -> Codec:
-        """The same with no width below ``bits``; one width where that leaves no choice."""
+        """Returns this codec with no width below ``bits``; a codec of one width if no choice is left."""
         if self.candidates[0] >= bits:
             return self
         return variants.get(self, bits, lambda: self._at_least(bits))
@@ -119,7 +125,7 @@ class PerSampleCodec(Codec):
         return PerSampleCodec(recipe.config, self.average_bits, widths, **settings)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Chooses widths, sorts the samples by them, and encodes those of each."""
+        """Chooses widths, sorts the samples by width, and encodes the samples of each width."""
         layout = self.layout_of(x, where)
         flat, samples = _by_sample(x.detach(), layout)
         widths = self._widths(flat, samples)
@@ -138,12 +144,12 @@ class PerSampleCodec(Codec):
         return Packed(self, tensors, layout, _Facts(tuple(parts), tuple(counts)), where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """Decodes each width, and puts the samples back in order."""
+        """Decodes the samples of each width, and puts them back in order."""
         parts, counts, layout = _parts(packed), packed.facts.counts, packed.layout
         flat = parts[0].decode()
         if len(parts) > 1:
             rows = torch.cat([flat, *(part.decode() for part in parts[1:])]).view(sum(counts), -1)
-            # Where each sample went: no need to wait for a device to tell.
+            # The place of each sample, computed on the device, so that nothing waits for it.
             place = packed.tensors[-1].argsort(stable=True).argsort()
             flat = rows.index_select(0, place).view(-1)
         if _is_sample_major(layout):
@@ -156,7 +162,7 @@ class PerSampleCodec(Codec):
         if sum(p.layout.numel for p in parts) != packed.layout.numel or dtypes != {
                 packed.layout.dtype}:
             refuse(packed, f"{packed.layout.numel} elements of {dtypes}", packed.layout)
-        # Whether they belong to their layout is compared by the parts, when they are decoded.
+        # The parts compare their tensors with their layouts when they are decoded.
         forms = [TensorType(tuple(t.shape), t.dtype) for part in parts for t in part.tensors]
         return [*forms, TensorType.flat(sum(counts))] if len(parts) > 1 else forms
 
@@ -183,13 +189,13 @@ class PerSampleCodec(Codec):
         return greedy_widths(costs, total, self.candidates, self._variance)
 
     def _squared_ranges(self, flat: Tensor) -> Tensor:
-        """R**2 of the buckets of the whole tensor [n], float64 on the CPU, 0 where not finite."""
+        """Returns R**2 of the buckets of the whole tensor [n], float64 on the CPU, 0 if not finite."""
         squares = self._measure.ranges(flat).cpu().double().square()
         return torch.where(squares.isfinite(), squares, 0)
 
 
 def _parts(packed: Packed) -> list[Packed]:
-    """What each width stored, of the tensors that the whole was checked with."""
+    """Returns the ``Packed`` of each width, with the tensors of ``packed``, which have been checked."""
     tensors, parts = packed.tensors, []
     for part in packed.facts.parts:
         parts.append(part.with_tensors(tensors))
@@ -199,18 +205,22 @@ def _parts(packed: Packed) -> list[Packed]:
 
 def greedy_widths(
         costs: Tensor, total: int, bit_widths: Sequence[int], variance: Tensor) -> Tensor:
-    """Widths [N] that minimise ``sum costs * variance(width)`` with ``sum widths <= total``.
+    """Returns widths [N] that minimise ``sum costs * variance(width)`` with ``sum widths <= total``.
 
-    From the largest candidate on, the width whose next lowering adds least for each bit that it frees is
-    lowered, until the sum fits. Of equals the widest goes first (so that samples without cost share the
-    bits), then the last. Since each lowering of a sample adds more than the one before, all lowerings
-    can be sorted at once. Optimal for candidates one bit apart; else less than one step is left over.
+    All samples start with the largest candidate. The algorithm lowers one width at a time, until the sum
+    fits. It lowers the width whose next lowering adds the least variance for each bit that it frees.
+    Among equals, it lowers the widest first (so that samples without cost share the bits), then the
+    last.
+
+    Each lowering of a sample adds more than the one before, so all lowerings can be sorted at once. The
+    result is optimal for candidates one bit apart; otherwise less than one step is left over.
 
     Args:
         costs: [N], float64, not negative.
-        total: bits to be spent, at least N times the smallest candidate.
+        total: bits to spend, at least N times the smallest candidate.
         bit_widths: candidates, ascending.
-        variance: of rounding a unit range with each candidate [len(bit_widths)], falling and convex.
+        variance: variance of rounding a unit range with each candidate [len(bit_widths)], falling and
+            convex.
 
     >>> costs = torch.tensor([1000, 100, 10, 1, 0.1, 0.01], dtype=torch.float64)
     >>> widths = torch.arange(1, 9)
@@ -220,7 +230,7 @@ def greedy_widths(
     n, widths = len(costs), torch.tensor(bit_widths).flip(0)
     freed = widths[:-1] - widths[1:]
     slope = variance.flip(0).diff() / freed
-    # Row k is the k-th lowering of all samples, the last sample first: the order among equals.
+    # Row k holds the k-th lowering of all samples, last sample first. This order decides among equals.
     added = (costs.flip(0) * slope.unsqueeze(-1)).view(-1)
     order = added.argsort(stable=True)
     bits = freed.repeat_interleave(n)[order].cumsum(0)
@@ -232,10 +242,10 @@ def greedy_widths(
 
 
 def _shared_out(squares: Tensor, bucket_size: int, numel: int, samples: int) -> Tensor:
-    """Cost [samples] of buckets [n], each shared out to samples by the elements that it has of them."""
+    """Returns the cost [samples] of buckets [n], each divided among samples by their elements in it."""
     size = numel // samples
-    # bincount adds one by one. How sum() groups its terms differs between processors, and with it the
-    # last bit, on which widths may depend.
+    # bincount adds one by one. sum() groups its terms differently on different processors. That changes
+    # the last bit, and widths may depend on the last bit.
     if size % bucket_size == 0:
         return torch.arange(samples).repeat_interleave(len(squares) // samples).bincount(
             squares, minlength=samples)
@@ -246,7 +256,7 @@ def _shared_out(squares: Tensor, bucket_size: int, numel: int, samples: int) -> 
 
 
 def _by_sample(x: Tensor, layout: TensorLayout) -> tuple[Tensor, int]:
-    """Stored elements [numel], sample after sample, and the number of samples."""
+    """Returns the stored elements [numel], sample after sample, and the number of samples."""
     shape = layout.base_shape
     samples = shape[0] if len(shape) > 1 and layout.numel else 1
     if _is_sample_major(layout):
@@ -267,6 +277,6 @@ def _bucket_codec(codec: Codec) -> BucketCodec:
             f"at hand, got {codec.name!r}; use one of brevitas_bp.quant, without Mix or RunningRange")
     if codec.bucket_size is None:
         raise ValueError(
-            f"{_WHERE}: one bucket for all samples of a width would have the range of the widest; set "
+            f"{_WHERE}: one bucket for all samples of a width would have the largest range of them; set "
             "bucket_size, for instance 256")
     return codec

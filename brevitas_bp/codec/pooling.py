@@ -1,4 +1,4 @@
-"""Indices of max pooling, by their position in the window."""
+"""Codecs that store an index of max pooling as a position in its window."""
 
 import math
 from collections.abc import Sequence
@@ -24,18 +24,20 @@ Size = int | Sequence[int]
 @final
 @dataclass(frozen=True)
 class WindowIndex(Codec):
-    """Max-pool indices: ``ceil(log2(window volume))`` bits an element, 16 or 32 above 256 positions.
+    """Stores max-pool indices as positions in their windows.
+
+    An element takes ``ceil(log2(window volume))`` bits; 16 or 32 bits above 256 positions.
 
     Autograd saves an int64 index into the plane for each window. The window begins at
-    ``i * stride - padding`` (adaptive pooling: at ``floor(i * size / windows)``), which is known, so the
-    position in it is enough: 4 bits for a 3x3 window. Exact, and nothing depends on the values. (Ceil
-    mode adds windows at the end and moves none.)
+    ``i * stride - padding`` (adaptive pooling: at ``floor(i * size / windows)``), which is known. So the
+    position in the window is enough: 4 bits for a 3x3 window. The codec is exact, and nothing depends on
+    the values. Ceil mode adds windows at the end and moves none.
 
     Attributes:
-        sizes: of the pooled plane, 1 to 3 dimensions, outermost first.
+        sizes: sizes of the pooled plane, 1 to 3 dimensions, outermost first.
         kernel: positions in a window per dimension; ignored by adaptive pooling.
         stride: steps between windows per dimension; None for adaptive pooling.
-        padding: of the plane per dimension.
+        padding: padding of the plane per dimension.
         dilation: steps between positions per dimension.
         name: shown in reports.
     """
@@ -63,7 +65,7 @@ class WindowIndex(Codec):
         return Packed(self, (codes,), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The indices."""
+        """Returns the indices."""
         layout, codes = packed.layout, packed.tensors[0]
         windows = windows_of(self, tuple(layout.shape))
         width = _width(windows)
@@ -76,7 +78,7 @@ class WindowIndex(Codec):
         index = dispatch.window_indices(codes.view(like.shape), windows)
         _refuse_outside(packed, index, math.prod(windows.sizes))
         if index.device.type != "cpu":
-            # Such devices would have to be waited for: a corrupt index is brought inside.
+            # Checking would wait for the device, so clamp a corrupt index into the plane instead.
             index.clamp_(0, math.prod(windows.sizes) - 1)
         if last:
             batch, *plane = layout.shape[0], *layout.shape[2:]
@@ -100,9 +102,9 @@ class WindowIndex(Codec):
 
 
 def _refuse_outside(packed: Packed, x: Tensor, limit: int) -> None:
-    """CPU kernels, ours and PyTorch's, do not look where an index points before they write there."""
+    """Refuses numbers outside 0..limit - 1: CPU kernels, ours and PyTorch's, write there unchecked."""
     if x.device.type == "cpu" and x.numel():
-        # As Python's numbers: 256 does not fit into the dtype of 8-bit codes, and wraps around in torch.
+        # Compare Python numbers: in torch, 256 does not fit the dtype of 8-bit codes and wraps around.
         lo, hi = (int(v) for v in x.aminmax())
         if lo < 0 or hi >= limit:
             refuse(packed, f"numbers in 0..{limit - 1}", f"{lo}..{hi}")
@@ -115,7 +117,7 @@ def _is_channels_last(codec: WindowIndex, layout: TensorLayout) -> bool:
 
 
 def _split(x: Tensor, dims: int, channels_last: bool) -> Tensor:
-    """[outer, D, H, W, inner], contiguous; a view of a contiguous or channels_last tensor."""
+    """Returns ``x`` as contiguous [outer, D, H, W, inner]; a view if contiguous or channels_last."""
     plane = [1] * (3 - dims) + list(x.shape[x.dim() - dims:])
     if channels_last:
         return x.movedim(1, -1).contiguous().view(x.shape[0], *plane, x.shape[1])
@@ -125,7 +127,7 @@ def _split(x: Tensor, dims: int, channels_last: bool) -> Tensor:
 
 @lru_cache(maxsize=256)
 def windows_of(codec: WindowIndex, shape: tuple[int, ...]) -> Windows:
-    """The windows whose indices have this shape."""
+    """Returns the windows whose indices have this shape."""
     counts = shape[len(shape) - len(codec.sizes):]
     if codec.stride is None:
         starts = tuple(
@@ -151,7 +153,7 @@ def _three(values: tuple) -> tuple:
 
 
 def _width(windows: Windows) -> int:
-    """Bits of a position: 1 to 8, 16 or 32."""
+    """Returns the bits of a position: 1 to 8, 16 or 32."""
     width = max(1, (math.prod(windows.kernel) - 1).bit_length())
     return width if width <= 8 else 16 if width < 16 else 32
 
@@ -163,15 +165,15 @@ def _dtype(width: int) -> torch.dtype:
 def max_pool_index(
         input_shape: Sequence[int], dims: int, kernel_size: Size, stride: Size | None = None,
         padding: Size = 0, dilation: Size = 1) -> WindowIndex:
-    """For ``max_pool1d/2d/3d``, of the int64 tensor it saves; arguments as passed to it.
+    """Returns the codec of the int64 tensor that ``max_pool1d/2d/3d`` saves, from its arguments.
 
     Args:
-        input_shape: of the pooled tensor, batched or not.
+        input_shape: shape of the pooled tensor, batched or not.
         dims: 1, 2 or 3.
-        kernel_size: one number or one per dimension.
-        stride: the same; None or empty: ``kernel_size``.
-        padding: the same.
-        dilation: the same.
+        kernel_size: one number, or one per dimension.
+        stride: one number, or one per dimension; None or empty: ``kernel_size``.
+        padding: one number, or one per dimension.
+        dilation: one number, or one per dimension.
 
     >>> codec = max_pool_index((2, 3, 32, 32), 2, kernel_size=3, stride=2, padding=1)
     >>> _, index = torch.nn.functional.max_pool2d(
@@ -188,14 +190,20 @@ def max_pool_index(
 
 
 def adaptive_max_pool_index(input_shape: Sequence[int], dims: int) -> WindowIndex:
-    """For ``adaptive_max_pool1d/2d/3d``, of the int64 tensor it saves (its shape is the output size)."""
+    """Returns the codec of the int64 tensor that ``adaptive_max_pool1d/2d/3d`` saves.
+
+    The shape of that tensor is the output size.
+    """
     ones = (1,) * dims
     return _window_index(
         _tuple(input_shape[len(input_shape) - dims:], dims), ones, None, (0,) * dims, ones)
 
 
 def plane_index(input_shape: Sequence[int], dims: int) -> NarrowInt:
-    """For ``fractional_max_pool2d/3d`` and ``max_unpool*``: any index into a plane of this shape."""
+    """Returns the codec for ``fractional_max_pool2d/3d`` and ``max_unpool*``.
+
+    It stores any index into a plane of this shape.
+    """
     return narrow_to(math.prod(input_shape[len(input_shape) - dims:]), signed=False)
 
 
@@ -207,7 +215,7 @@ def _window_index(
 
 
 def _tuple(value: Size | None, dims: int) -> tuple[int, ...]:
-    """One number per dimension; PyTorch takes a list of one for all."""
+    """Returns one number per dimension; PyTorch takes a list of one number for all dimensions."""
     assert value is not None
     values = (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
     return values * dims if len(values) == 1 else values

@@ -1,4 +1,4 @@
-"""Any Brevitas activation quantizer -> codes -> bytes."""
+"""The codec of any Brevitas activation quantizer: values -> codes -> bytes."""
 
 import inspect
 from collections.abc import Hashable, Sequence
@@ -48,7 +48,7 @@ from brevitas_bp.proxy import check_override_names
 
 def _types_of(
         spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[TensorType]:
-    """What a bucket quantizer stores of ``numel`` elements whose buckets have these widths."""
+    """Returns the types of the tensors stored for ``numel`` elements whose buckets have these widths."""
     n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
     metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype))
     return [
@@ -67,19 +67,19 @@ def _one_width(spec: BucketQuantSpec, bits: int) -> BucketQuantSpec:
     return replace(spec, bit_width=bits, mix_bit_width=None, mix_prob=0.0)
 
 
-# Layouts that a codec knows at a time: more than a network has.
+# Limit of the layouts that a codec remembers: more than a network has.
 _MOST_READY = 4096
 
 
 class _Ready(NamedTuple):
-    """What a codec need not find out again for tensors of one layout.
+    """Facts that a codec finds out once for all tensors of one layout.
 
     Attributes:
-        layout: of the tensors.
+        layout: layout of the tensors.
         spec: how they are quantized.
         launcher: encodes and decodes them.
-        forms: of what is stored; None with two widths, where they differ from one seed to the next.
-        preference: of kernels, with which the plan was made.
+        forms: types of the stored tensors; None with two widths, because they then differ with the seed.
+        preference: preference of kernels, with which the launcher was made.
     """
 
     layout: TensorLayout
@@ -104,8 +104,8 @@ class LoweredCodec(BucketCodec):
     """A bucket quantizer of known parts: one kernel from values to bytes.
 
     Args:
-        quantizer: asked for the probability of its second width at each encode.
-        spec: its lowered form, perhaps with another width or other buckets.
+        quantizer: the quantizer; each encode reads the probability of its second width.
+        spec: the lowered quantizer, perhaps with another width or other buckets.
     """
 
     decodes_anew = True
@@ -114,10 +114,10 @@ class LoweredCodec(BucketCodec):
         self.quantizer = quantizer
         self.spec = spec
         self.bit_widths = spec.bit_widths
-        # Operators of a graph that decode get no seed.
+        # Operators that decode in a graph get no seed.
         self.in_graphs = not _one_width(spec, spec.bit_width).decoding_draws
         self.name = codec_name(spec.bit_widths, spec.rounding.name)
-        # By the identity of a layout, which is found faster than an equal one.
+        # Keyed by the identity of a layout: that is faster than finding an equal layout.
         self._ready: dict[int, _Ready] = {}
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
@@ -125,11 +125,11 @@ class LoweredCodec(BucketCodec):
         return self._encode(x, seed, where)
 
     def encode_derivative(self, x: Tensor, name: str, *, seed: int, where: str = "") -> Packed:
-        """In one pass over ``x``."""
+        """Stores the derivative at ``x``, in one pass over ``x``."""
         return self._encode(x, seed, where, derivative=name)
 
     def encode_normalized(self, x: Tensor, affine: Affine, *, seed: int, where: str = "") -> Packed:
-        """In one pass over ``x``."""
+        """Stores ``x`` normalized, in one pass over ``x``."""
         return self._encode(x, seed, where, affine=affine)
 
     def _encode(
@@ -147,7 +147,7 @@ class LoweredCodec(BucketCodec):
         return self._decode(packed, None)
 
     def decode_normalized(self, packed: Packed, affine: Affine) -> Tensor:
-        """In one pass."""
+        """Decodes, and applies ``affine`` in the same pass."""
         return self._decode(packed, affine)
 
     def _decode(self, packed: Packed, affine: Affine | None) -> Tensor:
@@ -169,7 +169,7 @@ class LoweredCodec(BucketCodec):
         return replace(self.spec, mix_prob=0.0)
 
     def in_graph(self, x: GraphTensor) -> GraphForm | None:
-        """A graph has sizes that no seed may change: of two widths the larger serves."""
+        """Returns its form with one width, the larger of two: no seed may change sizes in a graph."""
         if not self.in_graphs:
             return None
         spec = _one_width(self.spec, max(self.bit_widths))
@@ -220,15 +220,15 @@ def codec_from(quantizer: Any, **overrides: Any) -> Codec:
         overrides: settings of the config, as keywords of a Brevitas layer.
 
     Raises:
-        UnknownNameError: an override that the config does not know.
+        UnknownNameError: the config does not know an override.
         UnsupportedQuantizerError: the quantizer has no codes that could be stored.
-        TypeError: not a quantizer at all.
+        TypeError: the argument is not a quantizer.
 
     >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat
     >>> codec_from(ShiftedUint2DynamicActPerBucketFloat, bit_width=4).name
     '4-bit nearest'
     """
-    # A codec's constants are read on the host, wherever new tensors go by default.
+    # Read a codec's constants on the host, whatever the default device is.
     with torch.device("cpu"):
         return _codec_from(quantizer, overrides)
 
@@ -277,15 +277,15 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
     if _is_one_per_tensor(quantizer):
         if isinstance(codec, AverageCodec):
             raise UnsupportedQuantizerError(
-                f"{where}: {config.__name__} averages groups and has a running range; what is not "
-                "averaged would have to run on another range. Leave out one of the two")
+                f"{where}: {config.__name__} averages groups and has a running range; tensors that are "
+                "not averaged would need another running range. Leave out one of the two")
         codec = StatefulCodec(partial(_codec_from_recipe, recipe), codec.name)
     codec.recipe = recipe
     return codec
 
 
 def _refuse_order(where: str, config: Any, error: Exception) -> None:
-    """Says so where fragments stand right of the solver, whose settings win over theirs."""
+    """Raises if fragments stand right of the solver, whose settings win over theirs."""
     bases = list(config.__mro__)
     if ActQuantSolver not in bases:
         return
@@ -293,19 +293,19 @@ def _refuse_order(where: str, config: Any, error: Exception) -> None:
     late = [c.__name__ for c in config.__bases__ if bases.index(c) > solver]
     if late:
         raise UnsupportedQuantizerError(
-            f"{where}: {config.__name__} has {', '.join(late)} right of ActQuantSolver, which wins over "
-            f"what stands there; write class {config.__name__}({', '.join(late)}, ActQuantSolver)"
+            f"{where}: {config.__name__} has {', '.join(late)} right of ActQuantSolver, which overrides "
+            f"their settings; write class {config.__name__}({', '.join(late)}, ActQuantSolver)"
             ) from error
 
 
 def _codec_from_recipe(recipe: Recipe) -> Codec:
-    # On the host, as codec_from does.
+    # Build on the host, as codec_from does.
     with torch.device("cpu"):
         return _codec_of(_build(recipe))
 
 
 def _is_one_per_tensor(quantizer: nn.Module) -> bool:
-    """Whether tensors must not share it. Parameters of a bucket quantizer's own parts are shared."""
+    """Whether each tensor needs its own quantizer. Parameters of a bucket quantizer may be shared."""
     if isinstance(quantizer, (AverageQuant, BucketRescalingIntQuant)):
         return keeps_statistics(quantizer)
     return is_stateful(quantizer)
@@ -331,11 +331,11 @@ def _tensor_quant_of(proxy: Any) -> nn.Module:
 
 
 class _Draws(TorchDispatchMode):
-    """Stops where torch's generator is to be drawn from."""
+    """Raises when an operation is about to draw from torch's generator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # A generator of its own touches no other.
+        # A call with a generator of its own touches no other generator.
         if torch.Tag.nondeterministic_seeded in func.tags and func.namespace != "brevitas_bp" and (
                 kwargs.get("generator") is None):
             raise _DrawsError
@@ -343,14 +343,14 @@ class _Draws(TorchDispatchMode):
 
 
 class _DrawsError(Exception):
-    """A part draws by itself."""
+    """A part draws from torch's generator."""
 
 
 def _check_rounding(quantizer: nn.Module) -> None:
-    """Tries a rounding part of one's own once: two promises rest on it.
+    """Tries a custom rounding part once: it must give integers, and not draw from torch's generator.
 
     Raises:
-        UnsupportedQuantizerError: it draws from torch's generator, or gives no integers.
+        UnsupportedQuantizerError: the part draws from torch's generator, or gives no integers.
     """
     part: Any = getattr(getattr(quantizer, "int_quant", None), "float_to_int_impl", None)
     if not isinstance(part, nn.Module) or type(part).__module__.partition(".")[0] in _KNOWN:
@@ -372,7 +372,7 @@ def _check_rounding(quantizer: nn.Module) -> None:
             f"brevitas_bp.codec: {kind} draws from torch's generator, so that dropout of the forward "
             "pass would change; take noise from torch.ops.brevitas_bp.noise_like(x), uniform in [0, 1)"
             ) from error
-    except Exception:  # It may want other values, or another device: that is not for this to say.
+    except Exception:  # It may need other values or another device. This check does not judge that.
         return
     if not sound:
         raise UnsupportedQuantizerError(

@@ -1,4 +1,4 @@
-"""What a codec was built from, so that it can be built again."""
+"""The recipe of a codec, from which the codec can be built again."""
 
 import sys
 from typing import Any, final
@@ -8,13 +8,14 @@ from brevitas_bp.errors import UnsupportedQuantizerError
 
 @final
 class Recipe:
-    """A config class and settings of it. Immutable.
+    """A config class and its settings. Immutable.
 
-    Pickles where the class can be imported. One that was defined in a function cannot: then the copy
-    knows its name, and raises when something is to be built from it.
+    It pickles the class if the class can be imported. A class that was defined in a function cannot be
+    imported. The unpickled recipe then knows only the name of the class, and raises when something is to
+    be built from it.
 
     Args:
-        config: an injector class, or after unpickling perhaps its name.
+        config: an injector class; after unpickling perhaps only its name.
         settings: keywords of a Brevitas layer.
     """
 
@@ -27,7 +28,7 @@ class Recipe:
         """The injector class.
 
         Raises:
-            UnsupportedQuantizerError: it was lost in pickling.
+            UnsupportedQuantizerError: the class was lost in pickling.
         """
         if isinstance(self._config, str):
             raise UnsupportedQuantizerError(

@@ -1,8 +1,8 @@
-"""One or two bits an element where backward only asks in which region an element lies.
+"""Codecs of one or two bits per element, for backward passes that only ask in which region it lies.
 
-Backward kernels compare what autograd saved with constants and look no further. These codecs store the
-answers and give back values for which every kernel answers the same, so the gradient is that of plain
-autograd, bit for bit, at the borders, infinities and NaN too.
+Backward kernels compare the saved tensor with constants, and read nothing else from it. These codecs
+store the answers. They decode to values for which every kernel gives the same answers. So the gradient
+is that of plain autograd, bit for bit, at borders, infinities and NaN too.
 """
 
 from collections.abc import Sequence
@@ -33,27 +33,27 @@ def _masks(packed: Packed, count: int) -> Sequence[TensorType]:
 @final
 @dataclass(frozen=True)
 class Region(Codec):
-    """Whether ``lo < x < hi`` (``<=`` where ``closed``), 1 bit an element.
+    """Stores whether ``lo < x < hi`` (``<=`` if ``closed``), 1 bit per element.
 
-    Decoded is a value inside for every element inside, one outside for every other. Both lie apart from
-    the borders, wherever there is room: releases of torch do not agree on the gradient there. Autograd's
-    kernels disagree on NaN (see ``keep_nan``) but nowhere else.
+    Every element inside decodes to one value inside. Every other element decodes to one value outside.
+    Both values keep away from the borders if there is room, because releases of torch disagree on the
+    gradient there. Autograd's kernels also disagree on NaN (see ``keep_nan``), but nowhere else.
 
     NOTE [ Borders are compared as the kernel compares them ]
-    A Python number meets a half-precision tensor either rounded to its dtype (``clamp``, the shrinks) or
-    in float32 (``threshold``, ``hardtanh``). ``bounds`` says which; the inclusive borders among the
-    values of the dtype follow from it. A kernel's border between two values of the dtype is no border
-    of the region.
+    A kernel compares a half-precision tensor with a Python number in one of two ways. It rounds the
+    number to the dtype of the tensor (``clamp``, the shrinks), or it compares in float32 (``threshold``,
+    ``hardtanh``). ``bounds`` says which. The inclusive borders among the values of the dtype follow from
+    it. A kernel's border between two values of the dtype is not a border of the region.
 
     Attributes:
         name: shown in reports.
-        lo: lower border; None: there is none, and -inf is inside.
-        hi: upper border, the same. A region may be empty.
-        closed: the borders belong to the region.
-        nan: NaN counts as inside.
-        keep_nan: CPU kernels take NaN for inside or outside depending on where it lies in memory (vector
-            lanes or the rest): there it stays NaN, at 1 more bit an element, if there is any. Exact for
-            tensors without gaps, which decode to their own strides.
+        lo: lower border; None: no border, and -inf is inside.
+        hi: upper border; None: no border, and inf is inside. A region may be empty.
+        closed: whether the borders belong to the region.
+        nan: whether NaN counts as inside.
+        keep_nan: whether NaN stays NaN on the CPU. CPU kernels take NaN for inside or outside depending
+            on its place in memory (vector lanes or the rest). Keeping NaN takes 1 more bit per element,
+            if there is any NaN. It is exact for tensors without gaps, which decode to their own strides.
         bounds: the arithmetic of the comparison.
     """
 
@@ -68,7 +68,7 @@ class Region(Codec):
     bounds: Literal["dtype", "float32"] = "float32"
 
     def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Packs the answers."""
+        """Packs which elements are inside."""
         layout = self.layout_of(x, where)
         flat = layout.flatten(x)
         watch = self.keep_nan and x.device.type == "cpu"
@@ -79,7 +79,7 @@ class Region(Codec):
         return Packed(self, (mask, nans), layout, 2, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """A representative of each element's region."""
+        """Returns a value inside for elements inside, and a value outside for all others."""
         layout = packed.layout
         outside, inside = representatives(self, layout.dtype)
         flat = dispatch.unpack_select(
@@ -98,7 +98,7 @@ class Region(Codec):
 
 @lru_cache(maxsize=256)
 def interval_of(region: Region, dtype: torch.dtype) -> Interval:
-    """The values of ``dtype`` in a region, by its first and last one."""
+    """Returns the values of ``dtype`` in a region, as the first and the last one."""
     arithmetic = dtype
     if region.bounds == "float32" and dtype.itemsize == 2:
         arithmetic = torch.float32
@@ -112,7 +112,7 @@ def interval_of(region: Region, dtype: torch.dtype) -> Interval:
 def _inner(
         bound: float | None, dtype: torch.dtype, arithmetic: torch.dtype, step: int,
         closed: bool) -> float | None:
-    """The value of ``dtype`` nearest to ``bound`` on the side of ``step``; None where there is none."""
+    """Returns the value of ``dtype`` nearest to ``bound`` on the side of ``step``; None if none is."""
     if bound is None:
         return -step * _INF
     border = float(torch.tensor(bound, dtype=arithmetic, device="cpu"))
@@ -126,7 +126,7 @@ def _inner(
 
 @lru_cache(maxsize=256)
 def representatives(region: Region, dtype: torch.dtype) -> tuple[float, float]:
-    """A value (outside, inside) a region; the same one twice where all or none are inside."""
+    """Returns a value (outside, inside) a region; one value twice if all values or none are inside."""
     interval = interval_of(region, dtype)
     largest = torch.finfo(dtype).max
     ends = [interval.lo, interval.hi]
@@ -136,7 +136,7 @@ def representatives(region: Region, dtype: torch.dtype) -> tuple[float, float]:
     borders = [
         float(torch.tensor(b, dtype=dtype, device="cpu"))
         for b in (region.lo, region.hi) if b is not None]
-    # What lies at a border comes last.
+    # Values at a border come last.
     candidates.sort(key=lambda v: v in borders)
     inside = next((v for v in candidates if v in interval), None)
     outside = next((v for v in candidates if v not in interval), None)
@@ -146,7 +146,7 @@ def representatives(region: Region, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _apart(region: Region, dtype: torch.dtype) -> list[float]:
-    """Values between the borders of a region, and well beyond them."""
+    """Returns values between the borders of a region, and values well beyond them."""
     lo, hi = region.lo, region.hi
     found = []
     if lo is not None and hi is not None:
@@ -161,13 +161,13 @@ def _apart(region: Region, dtype: torch.dtype) -> list[float]:
 
 @lru_cache(maxsize=256)
 def threshold_region(threshold: float) -> Region:
-    """For ``threshold``, of its input: backward is ``0 where x <= threshold else grad``."""
+    """Returns the codec of ``threshold``'s input: backward is ``0 where x <= threshold else grad``."""
     return Region("threshold mask", lo=threshold, nan=True)
 
 
 @lru_cache(maxsize=1)
 def relu_region() -> Region:
-    """For ``relu``, of its output (or input): backward is ``0 where y <= 0 else grad``.
+    """Returns the codec of the output (or input) of ``relu``: backward is ``0 where y <= 0 else grad``.
 
     >>> relu_region().encode(torch.tensor([-1.0, 0.0, 2.0, float("nan")])).decode().tolist()
     [-1.0, -1.0, 1.0, 1.0]
@@ -177,42 +177,46 @@ def relu_region() -> Region:
 
 @lru_cache(maxsize=1)
 def positive_region() -> Region:
-    """``x > 0``, NaN outside.
+    """Returns the codec of the region ``x > 0``, with NaN outside.
 
-    For ``leaky_relu`` and for ``rrelu`` in evaluation (their input; in place, their output), and for
-    the input of ``prelu`` if its weight needs no gradient.
+    It suits ``leaky_relu`` and ``rrelu`` in evaluation (their input; in place, their output). It also
+    suits the input of ``prelu`` if its weight needs no gradient.
     """
     return Region("positive mask", lo=0.0)
 
 
 @lru_cache(maxsize=256)
 def hardtanh_region(min_val: float = -1.0, max_val: float = 1.0) -> Region:
-    """For ``hardtanh``, of its input: backward is ``grad where min < x < max else 0``."""
+    """Returns the codec of ``hardtanh``'s input: backward is ``grad where min < x < max else 0``."""
     return Region("hardtanh mask", lo=min_val, hi=max_val, nan=True, keep_nan=True)
 
 
 def relu6_region() -> Region:
-    """For ``relu6``, of its input."""
+    """Returns the codec of the input of ``relu6``."""
     return hardtanh_region(0.0, 6.0)
 
 
 @lru_cache(maxsize=1)
 def hardsigmoid_region() -> Region:
-    """For ``hardsigmoid``, of its input: backward is ``grad / 6 where -3 < x < 3 else 0``."""
+    """Returns the codec of ``hardsigmoid``'s input: backward is ``grad / 6 where -3 < x < 3 else 0``."""
     return Region("hardsigmoid mask", lo=-3.0, hi=3.0)
 
 
 @lru_cache(maxsize=256)
 def shrink_region(lambd: float = 0.5) -> Region:
-    """For ``hardshrink`` and ``softshrink``, of their input: ``0 where -l <= x <= l else grad``."""
+    """Returns the codec of the input of ``hardshrink`` and ``softshrink``.
+
+    Backward is ``0 where -l <= x <= l else grad``.
+    """
     return Region("shrink mask", lo=-lambd, hi=lambd, closed=True, keep_nan=True, bounds="dtype")
 
 
 @lru_cache(maxsize=256)
 def clamp_region(min: float | None = None, max: float | None = None) -> Region | None:
-    """For ``clamp`` with numbers, of its input: ``grad where min <= x <= max else 0``.
+    """Returns the codec of the input of ``clamp`` with numbers.
 
-    From torch 2.14 on, ``<`` in place of ``<=``. None: this torch gives a part of ``grad`` at a bound.
+    Backward is ``grad where min <= x <= max else 0``. From torch 2.14 on, it has ``<`` in place of
+    ``<=``. Returns None if this torch gives a part of ``grad`` at a bound.
     """
     closed = clamp_keeps_borders()
     return None if closed is None else Region(
@@ -222,9 +226,9 @@ def clamp_region(min: float | None = None, max: float | None = None) -> Region |
 @final
 @dataclass(frozen=True)
 class Sign(Codec):
-    """Negative, zero (or NaN) or positive, 2 bits an element, decoded as -1, 0 and 1.
+    """Stores negative, zero (or NaN) or positive in 2 bits per element; decodes to -1, 0 or 1.
 
-    For the input of ``abs``: backward is ``grad * sgn(x)``, and autograd's ``sgn(NaN)`` is 0.
+    It suits the input of ``abs``: backward is ``grad * sgn(x)``, and autograd's ``sgn(NaN)`` is 0.
     """
 
     restores = FLOATS
@@ -240,7 +244,7 @@ class Sign(Codec):
         return Packed(self, masks, layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The signs."""
+        """Returns the signs."""
         layout, (positive, negative) = packed.layout, packed.tensors
         flat = dispatch.unpack_select(positive, layout.numel, 0, 1, layout.dtype)
         flat -= dispatch.unpack_select(negative, layout.numel, 0, 1, layout.dtype)
@@ -255,17 +259,17 @@ class Sign(Codec):
 
 @lru_cache(maxsize=1)
 def sign() -> Sign:
-    """For ``abs``, of its input."""
+    """Returns the codec of the input of ``abs``."""
     return Sign()
 
 
 @final
 @dataclass(frozen=True)
 class ScaledMask(Codec):
-    """A float tensor that holds only 0 and one positive value ``v``, 1 bit an element.
+    """Stores a float tensor that holds only 0 and one positive value ``v``, 1 bit per element.
 
-    ``v`` is what the operation itself computes: 1 in the tensor's dtype, on its device, divided or
-    multiplied in place by a number.
+    ``v`` is computed as the operation itself computes it: 1 in the tensor's dtype, on its device,
+    divided or multiplied in place by a number.
 
     Attributes:
         name: shown in reports.
@@ -287,7 +291,7 @@ class ScaledMask(Codec):
         return Packed(self, (mask,), layout, _scaled_one(self, x.dtype, x.device), where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """Zeros and ``v``."""
+        """Returns zeros and ``v``."""
         layout = packed.layout
         flat = dispatch.unpack_select(
             packed.tensors[0], layout.numel, 0, packed.facts, layout.dtype)
@@ -312,13 +316,16 @@ def _scaled_one(codec: ScaledMask, dtype: torch.dtype, device: torch.device) -> 
 
 @lru_cache(maxsize=256)
 def dropout_mask(p: float) -> ScaledMask:
-    """For ``dropout`` and ``dropout1d/2d/3d`` on CPU, of the only tensor they save: 0 or 1 / (1 - p)."""
+    """Returns the codec of the only tensor that ``dropout`` and ``dropout1d/2d/3d`` save on CPU.
+
+    Its values are 0 and 1 / (1 - p).
+    """
     return ScaledMask("dropout mask", divisor=1 - p)
 
 
 @lru_cache(maxsize=256)
 def alpha_dropout_mask(p: float) -> ScaledMask:
-    """For ``alpha_dropout`` and ``feature_alpha_dropout``, of the only tensor they save.
+    """Returns the codec of the only tensor that ``alpha_dropout`` and ``feature_alpha_dropout`` save.
 
     Its values are 0 and ``((a^2 p + 1) (1 - p))^(-1/2)`` with ``a = 1.7580993408473766``.
     """

@@ -1,10 +1,10 @@
-"""Buckets that end with a row of the tensor.
+"""Codecs whose buckets end with the rows of a tensor.
 
 NOTE [ Rows ]
 Backward multiplies all elements of a row (the features of a token, the pixels of an image) by the same
-gradients, and the sizes of rows may differ by any factor. The rounding of an element is as large as the
-range of its bucket. So a bucket that held elements of two rows would round the smaller one at the scale
-of the larger: its gradient could be wrong by any factor. See docs/bounds.md.
+gradients. The sizes of rows may differ by any factor. The rounding error of an element grows with the
+range of its bucket. So a bucket with elements of two rows would round the smaller row at the scale of
+the larger row. The gradient of the smaller row could then be wrong by any factor. See docs/bounds.md.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class Rows(NamedTuple):
 
     Attributes:
         length: elements of a row.
-        last: elements of the last dimension, of which a row is a multiple or a part.
-        order: dimensions from the slowest to the fastest, in which rows are consecutive elements; None
-            where they are so in memory.
+        last: elements of the last dimension; a row is a multiple or a part of it.
+        order: dimensions from the slowest to the fastest, such that rows are consecutive elements; None:
+            rows are consecutive in memory.
     """
 
     length: int
@@ -35,11 +35,11 @@ class Rows(NamedTuple):
 
 
 class ReorderedCodec(WrappingCodec):
-    """Stores a tensor with its dimensions in another order, as a contiguous one.
+    """Stores a tensor as a contiguous tensor with its dimensions in another order.
 
     Args:
-        inner: stores that tensor.
-        order: of the dimensions.
+        inner: stores the reordered tensor.
+        order: order of the dimensions.
     """
 
     def __init__(self, inner: Codec, order: tuple[int, ...]) -> None:
@@ -57,7 +57,7 @@ class ReorderedCodec(WrappingCodec):
         return Packed(self, stored.tensors, TensorLayout.of(x), stored, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """The tensor, in its own order in memory."""
+        """Returns the tensor in its own memory order."""
         values = self.stored_in(packed).decode()
         return packed.layout.restore(
             values.permute([self.order.index(d) for d in range(len(self.order))]))
@@ -71,7 +71,7 @@ class ReorderedCodec(WrappingCodec):
 
 
 def in_rows(codec: Codec, rows: Rows) -> Codec:
-    """``codec`` with buckets that end with each row, made once; itself where it has no buckets."""
+    """Returns ``codec`` with buckets that end with each row, made once; itself without buckets."""
     return derived.rows.get(codec, rows, lambda: _in_rows(codec, rows))
 
 

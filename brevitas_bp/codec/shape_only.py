@@ -1,4 +1,4 @@
-"""Nothing at all, where backward only asks for the shape."""
+"""Codecs that store no values, for tensors whose shape is all that backward asks for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from brevitas_bp.codec.layout import TensorLayout
 @final
 @dataclass(frozen=True)
 class ShapeOnly(Codec):
-    """Shape, strides, dtype and device; decoded is uninitialised memory.
+    """Stores only shape, strides, dtype and device; decodes to uninitialised memory.
 
-    For what backward never reads. Measured with PyTorch 2.13 on CPU, with NaN in its place:
+    It suits tensors that backward never reads. Measured with PyTorch 2.13 on CPU, with NaN as values:
 
     ================================================ =============================================
     operation                                        saved tensor that is not read
@@ -38,8 +38,8 @@ class ShapeOnly(Codec):
     sgn                                              both
     ================================================ =============================================
 
-    The 1-d poolings save tensors with a dimension of 1 before the last. Nothing is saved by other
-    interpolation and padding, pixel_shuffle, unfold, fold, expand, repeat, roll, flip, cat, sum, mean.
+    The 1-d poolings save tensors with a dimension of 1 before the last. Other interpolation and padding,
+    pixel_shuffle, unfold, fold, expand, repeat, roll, flip, cat, sum and mean save nothing.
     """
 
     lossy = False
@@ -50,7 +50,7 @@ class ShapeOnly(Codec):
         return Packed(self, (), TensorLayout.of(x), None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """Uninitialised; not to be read."""
+        """Returns uninitialised memory, which must not be read."""
         layout = packed.layout
         return torch.empty_strided(
             layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
@@ -65,9 +65,9 @@ class ShapeOnly(Codec):
 @final
 @dataclass(frozen=True)
 class Zeros(Codec):
-    """Shape, dtype and device; decoded are zeros.
+    """Stores only shape, dtype and device; decodes to zeros.
 
-    For the mean of a norm whose input is stored as its deviation from the mean.
+    It suits the mean of a norm whose input is stored as its deviation from the mean.
     """
 
     lossy = False
@@ -78,7 +78,7 @@ class Zeros(Codec):
         return Packed(self, (), TensorLayout.of(x), None, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """Zeros."""
+        """Returns zeros."""
         layout = packed.layout
         return torch.empty_strided(
             layout.shape, layout.stride, dtype=layout.dtype, device=layout.device).zero_()
@@ -92,11 +92,11 @@ class Zeros(Codec):
 
 @lru_cache(maxsize=1)
 def zeros() -> Zeros:
-    """The codec of what is zero when it is decoded."""
+    """Returns the codec that decodes to zeros."""
     return Zeros()
 
 
 @lru_cache(maxsize=1)
 def shape_only() -> ShapeOnly:
-    """The codec that stores nothing."""
+    """Returns the codec that stores no values and decodes to uninitialised memory."""
     return ShapeOnly()

@@ -1,4 +1,4 @@
-"""The part of a distributed tensor that this process holds, stored in place of the whole."""
+"""Stores the part of a distributed tensor that this process holds, in place of the whole tensor."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,16 +13,17 @@ from brevitas_bp.codec.layout import TensorLayout
 
 def is_dtensor(x: Any) -> bool:
     """Whether ``x`` is a ``torch.distributed.tensor.DTensor``; a parameter may be one too."""
-    # Who has one has imported the module; importing it here would cost everybody else its time.
+    # Anyone holding a DTensor has already imported the module. Importing it here would cost all others
+    # time.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
 def shard_of(x: Tensor) -> Tensor:
-    """The shard that this process holds of a DTensor; any other tensor itself.
+    """Returns the shard of a DTensor that this process holds; any other tensor itself.
 
-    The result of a collective that may still be under way is waited for: the operation that saves it
-    has done so, too.
+    If a collective still computes the tensor, this function waits for the result. The operation that
+    saves the tensor has waited too.
     """
     if type(x) in PLAIN:
         return x
@@ -35,14 +36,14 @@ def shard_of(x: Tensor) -> Tensor:
 
 
 def placements_of(x: Any) -> tuple[Any, Any] | None:
-    """Device mesh and placements of a DTensor; None for other tensors."""
+    """Returns device mesh and placements of a DTensor; None for other tensors."""
     return (x.device_mesh, x.placements) if is_dtensor(x) else None
 
 
 def is_storable(x: Tensor) -> bool:
-    """Whether a codec may take apart ``x``, or the shard of it that is here.
+    """Whether a codec may take apart ``x``, or the local shard of ``x``.
 
-    Not integers of a DTensor: how they are narrowed follows from the shape of the whole.
+    Integers of a DTensor are excluded: the shape of the whole tensor decides how they are narrowed.
     """
     if not is_dtensor(x):
         return is_plain(shard_of(x))
@@ -50,19 +51,19 @@ def is_storable(x: Tensor) -> bool:
 
 
 def is_partial(x: Any) -> bool:
-    """Whether ``x`` is a DTensor of which the processes hold summands."""
+    """Whether ``x`` is a DTensor whose processes hold summands."""
     return is_dtensor(x) and any(placement.is_partial() for placement in x.placements)
 
 
 def on_shards(function: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """An elementwise function of two tensors of one shape; of DTensors, computed shard by shard.
+    """Applies an elementwise function to two tensors of one shape; to DTensors, shard by shard.
 
-    So ``function`` need not be one that PyTorch can distribute.
+    So PyTorch need not be able to distribute ``function``.
 
     Args:
-        function: of two ordinary tensors.
-        x: any tensor that is not a sum still to be taken.
-        y: placed like ``x``.
+        function: a function of two ordinary tensors.
+        x: any tensor except a DTensor whose processes hold summands.
+        y: a tensor placed like ``x``.
     """
     placed = placements_of(x)
     if placed is None:
@@ -73,7 +74,7 @@ def on_shards(function: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 def _distributed(
         shard: Tensor, placed: tuple[Any, Any], shape: torch.Size, stride: Sequence[int]) -> Tensor:
-    """The DTensor that has this shard; nothing is communicated."""
+    """Returns the DTensor that has this shard, without communication."""
     from torch.distributed.tensor import DTensor
 
     with torch.no_grad():
@@ -82,12 +83,12 @@ def _distributed(
 
 
 class ShardCodec(Codec):
-    """Stores the local shard with another codec; decodes to a DTensor placed as the original.
+    """Stores the local shard with another codec; decodes to a DTensor placed like the original.
 
-    Processes that hold replicas of one shard decode the same only if they encode with the same seed.
+    Processes that hold replicas of one shard decode equal values only if they encode with the same seed.
 
     Args:
-        codec: of the shard.
+        codec: codec of the shard.
     """
 
     # The payload of the shard checks itself.
@@ -99,19 +100,19 @@ class ShardCodec(Codec):
         self.compresses = codec.compresses
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Stores the shard of ``x``, and how ``x`` is placed."""
+        """Stores the shard of ``x``, and the placements of ``x``."""
         packed = self.codec.encode(shard_of(x), seed=seed, where=where)
-        # Bytes are those of the shard.
+        # The layout counts the bytes of the shard.
         layout = TensorLayout(x.shape, x.stride(), packed.layout.base_shape, x.dtype, x.device)
         return Packed(self, packed.tensors, layout, (packed, placements_of(x)), where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """A tensor like the one stored; nothing is communicated."""
+        """Returns a tensor like the stored one, without communication."""
         shard, placed = packed.facts
         x = shard.decode()
         return x if placed is None else _distributed(
             x, placed, packed.layout.shape, packed.layout.stride)
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        """That of the shard's codec, for the layout of the shard."""
+        """Returns the bytes that the shard's codec states, for the layout of the shard."""
         return self.codec.stored_nbytes(layout)

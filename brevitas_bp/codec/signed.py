@@ -1,4 +1,4 @@
-"""The sign exactly, the negative part through another codec."""
+"""A codec that stores the sign exactly, and the negative part with another codec."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,19 @@ from brevitas_bp.format.masks import mask_nbytes
 @final
 @dataclass(frozen=True)
 class SignExact(Codec):
-    """For ``prelu``, of its input: 1 bit for ``x > 0``, and ``min(x, 0)`` through ``inner``.
+    """Stores the input of ``prelu``: 1 bit for ``x > 0``, and ``min(x, 0)`` with ``inner``.
 
-    Backward is ``grad_x = grad where x > 0 else w * grad`` and ``grad_w = sum(grad * min(x, 0))``:
-    with the sign exact, the gradient of the input is that of plain autograd, bit for bit, and that of
-    the weight is linear in what ``inner`` stores, so unbiased if ``inner`` is. (What ``inner`` decodes
-    above 0 is cut to 0: no more than the rounding of its metadata, where the range comes from the data.)
+    Backward is ``grad_x = grad where x > 0 else w * grad`` and ``grad_w = sum(grad * min(x, 0))``. The
+    sign is exact, so the gradient of the input is that of plain autograd, bit for bit. The gradient of
+    the weight is linear in what ``inner`` stores, so it is unbiased if ``inner`` is. Values that
+    ``inner`` decodes above 0 are cut to 0. If the range comes from the data, the cut is no more than the
+    rounding of the metadata.
 
-    Decoded is 1 where ``x > 0``, else the negative part; NaN stays NaN as far as ``inner`` keeps it.
+    An element decodes to 1 if ``x > 0``, else to the negative part. NaN stays NaN as far as ``inner``
+    keeps it.
 
     Attributes:
-        inner: stores the negative part, zero where ``x > 0``.
+        inner: codec of the negative part, which is zero where ``x > 0``.
     """
 
     restores = FLOATS
@@ -36,9 +38,9 @@ class SignExact(Codec):
     name: str = "sign and negative part"
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Packs the sign, and ``min(x, 0)``."""
+        """Packs the sign, and encodes ``min(x, 0)``."""
         layout = self.layout_of(x, where)
-        # detach: codecs run while autograd is recording.
+        # Detach, because codecs run while autograd is recording.
         base = TensorLayout.base(x.detach())
         sign = positive_region().encode(base)
         negative = self.inner.encode(base.clamp(max=0), seed=seed, where=where)
@@ -46,9 +48,9 @@ class SignExact(Codec):
             self, (*sign.tensors, *negative.tensors), layout, (sign, negative), where)
 
     def decode(self, packed: Packed) -> Tensor:
-        """1 or the negative part."""
+        """Returns 1 or the negative part of each element."""
         sign, negative = _parts(packed)
-        # clamp copies: the inner codec may give back what it keeps.
+        # clamp copies, because the inner codec may return a tensor that it keeps.
         x = negative.decode().clamp(max=0)
         return packed.layout.restore(x.masked_fill_(sign.decode() > 0, 1))
 
@@ -57,7 +59,7 @@ class SignExact(Codec):
         for half in packed.facts:
             if (half.layout.shape, half.layout.dtype) != (layout.base_shape, layout.dtype):
                 refuse(packed, f"halves of {layout}", half.layout)
-        # Whether they belong to their layout is compared by the halves, when they are decoded.
+        # The halves compare their tensors with their layouts when they are decoded.
         return [TensorType(tuple(t.shape), t.dtype) for half in packed.facts for t in half.tensors]
 
     def in_rows(self, length: int, last: int) -> Codec:
@@ -80,12 +82,12 @@ class SignExact(Codec):
 
 
 def _parts(packed: Packed) -> tuple[Packed, Packed]:
-    """Both halves, of the tensors that the whole was checked with."""
+    """Returns both halves, with the tensors of ``packed``, which have been checked."""
     sign, negative = packed.facts
     count = len(sign.tensors)
     return sign.with_tensors(packed.tensors), negative.with_tensors(packed.tensors[count:])
 
 
 def sign_exact(inner: Codec) -> SignExact:
-    """The codec of ``prelu``'s input beside an inner one."""
+    """Returns the codec of ``prelu``'s input, around an inner codec."""
     return SignExact(inner)

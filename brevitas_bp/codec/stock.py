@@ -1,4 +1,4 @@
-"""Brevitas' own quantizers: integer and minifloat codes, packed."""
+"""Codecs of Brevitas' own quantizers: integer and minifloat codes, packed."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -20,10 +20,10 @@ from brevitas_bp.format.spec import MAX_BIT_WIDTH
 
 
 def stock_codec(quantizer: nn.Module) -> Codec:
-    """The codec of a stock ``tensor_quant``.
+    """Returns the codec of a stock ``tensor_quant``.
 
     Raises:
-        UnsupportedQuantizerError: it computes no codes.
+        UnsupportedQuantizerError: the quantizer computes no codes.
     """
     kind = kind_of(quantizer)
     if kind == "RescalingIntQuant":
@@ -41,7 +41,7 @@ def stock_codec(quantizer: nn.Module) -> Codec:
 
 
 def kind_of(module: nn.Module) -> str:
-    """The class name of a module, also where BREVITAS_JIT=1 has scripted it."""
+    """Returns the class name of a module, even if BREVITAS_JIT=1 has scripted it."""
     return getattr(module, "original_name", type(module).__name__)
 
 
@@ -51,13 +51,13 @@ def is_stateful(quantizer: nn.Module) -> bool:
 
 
 def keeps_statistics(quantizer: nn.Module) -> bool:
-    """Whether a part of a quantizer remembers what it saw."""
+    """Whether a part of a quantizer collects statistics of the tensors that it quantizes."""
     names = ("collect_stats_steps", "running_stats", "first_batch")
     return any(hasattr(m, name) for m in quantizer.modules() for name in names)
 
 
 class StockCodec(Codec):
-    """What stock codecs share: sound input, codes packed flat, a scale that is NaN for bad values."""
+    """The common part of stock codecs: finite input, flat packed codes, a NaN scale for bad values."""
 
     restores = FLOATS
 
@@ -95,14 +95,17 @@ class StockCodec(Codec):
 
     @abstractmethod
     def _quantize(self, x: Tensor) -> tuple[Tensor, ...]:
-        """uint8 codes and scale of a contiguous float32 or float64 tensor, and what else is stored."""
+        """Returns uint8 codes, scale, and any other tensor to store.
+
+        ``x`` is a contiguous float32 or float64 tensor.
+        """
 
 
 class StockIntCodec(StockCodec):
     """Integer quantizers (per tensor, per channel, per group, fixed point, MX): ``to_int`` codes.
 
-    Scale and zero point are stored as they were, so a statistic that moves later changes nothing.
-    Computed in float32 for 16-bit input, where Brevitas' epsilons would underflow.
+    Scale and zero point are stored as they were, so a statistic that moves later changes nothing. 16-bit
+    input is computed in float32, because Brevitas' epsilons would underflow in 16 bits.
     """
 
     def __init__(self, quantizer: Any) -> None:
@@ -113,7 +116,7 @@ class StockIntCodec(StockCodec):
         if any(kind_of(module) == "AbsMaxAve" for module in quantizer.modules()):
             raise UnsupportedQuantizerError(
                 "brevitas_bp.codec: batch quantizers take their scale from the channels of batches of "
-                "one rank, and saved tensors have any rank; use a per-tensor or per-bucket quantizer")
+                "one rank, but saved tensors have any rank; use a per-tensor or per-bucket quantizer")
         self.group_dim = _group_dim(quantizer.int_quant.input_view_impl)
         self.name = f"{self.bit_width}-bit stock"
 
@@ -137,7 +140,7 @@ class StockIntCodec(StockCodec):
 class StockFloatCodec(StockCodec):
     """Minifloat quantizers (FP8 in all flavours, MXFP): sign, exponent and mantissa bits.
 
-    The code of a value ``v`` (after the scale) is exact: Brevitas has rounded ``v`` to the format.
+    The code of a value ``v`` (divided by the scale) is exact: Brevitas has rounded ``v`` to the format.
     """
 
     def __init__(self, quantizer: Any) -> None:
@@ -174,7 +177,7 @@ class StockFloatCodec(StockCodec):
 
     def _to_codes(self, values: Tensor) -> Tensor:
         magnitude, exponent = torch.frexp(values.abs())
-        # frexp gives [0.5, 1) * 2**e; a minifloat is [1, 2) * 2**(e - 1), below that subnormal.
+        # frexp gives [0.5, 1) * 2**e. A minifloat is [1, 2) * 2**(e - 1), or subnormal below that.
         biased = (exponent - 1 + self.bias).clamp(min=1)
         unit = torch.ldexp(magnitude, exponent - biased + self.bias)
         mantissa = (unit * 2**self.mantissa_bits).to(torch.int32)
@@ -194,12 +197,12 @@ class StockFloatCodec(StockCodec):
 
 
 class StatefulCodec(Codec):
-    """One quantizer per saved tensor, for quantizers that collect statistics.
+    """Builds one quantizer per saved tensor, for quantizers that collect statistics.
 
-    Sharing one would average the ranges of unrelated tensors. Tensors are told apart by the operation
-    and the module that save them, and by their order within: layers may be skipped, and a new layer
-    begins anew. The statistics are not part of a checkpoint: they are collected anew. Copies and
-    pickles of the codec (of the wrapper) have them.
+    A shared quantizer would average the ranges of unrelated tensors. A tensor is identified by the
+    operation and the module that save it, and by its order among their tensors. So layers may be
+    skipped, and a new layer starts with new statistics. A checkpoint does not contain the statistics:
+    they are collected anew. Copies and pickles of the codec (of the wrapper) contain them.
     """
 
     def __init__(self, build: Callable[[], Codec], name: str) -> None:
@@ -212,13 +215,13 @@ class StatefulCodec(Codec):
         return True
 
     def at_site(self, key: Hashable) -> Codec:
-        """The codec of the tensor that is told apart by ``key``."""
+        """Returns the codec of the tensor that ``key`` identifies."""
         if key not in self.slots:
             self.slots[key] = self.build()
         return self.slots[key]
 
     def quantizers(self) -> Iterator[nn.Module]:
-        """Those of all slots."""
+        """Yields the quantizers of all slots."""
         for slot in self.slots.values():
             yield from slot.quantizers()
 
@@ -245,7 +248,7 @@ def _group_dim(view: Any) -> int | None:
 
 
 def _fits(codes: Sequence[int], group_dim: int, shape: Sequence[int]) -> bool:
-    """Whether codes [..., groups, size of a group, ...] are those of a tensor of this shape."""
+    """Whether codes [..., groups, size of a group, ...] belong to a tensor of this shape."""
     dim = group_dim % len(shape)
     groups, size = codes[dim:dim + 2]
     return (*codes[:dim], -(-shape[dim] // size), *codes[dim + 2:]) == (
@@ -253,10 +256,11 @@ def _fits(codes: Sequence[int], group_dim: int, shape: Sequence[int]) -> bool:
 
 
 def _finite_input(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What stock statistics can read, and a number that is NaN where ``x`` holds NaN or Inf.
+    """Returns ``x`` with NaN and Inf set to 0, and a number that is NaN if ``x`` holds NaN or Inf.
 
-    One bad value would stay in the statistics for ever, a static scale would clip an Inf, and integer
-    codes cannot hold a NaN: so bad values become 0 here, and the scale NaN. No device sync.
+    One bad value would stay in the statistics forever. A static scale would clip an Inf, and integer
+    codes cannot hold a NaN. So bad values become 0 here, and the scale becomes NaN. This does not
+    synchronise a device.
     """
     base = TensorLayout.base(x.detach()).to(compute_dtype(x.dtype)).contiguous()
     return torch.where(base.isfinite(), base, 0), (base * 0).sum()
@@ -280,6 +284,6 @@ def _restore(
         values = groupwise_dequant_expand(
             values, scale, scale, group_dim, layout.base_shape, False)[0]
     if values.shape != layout.base_shape:
-        # A flat-bucket view in a stock quantizer: the last bucket is padded.
+        # A stock quantizer with a flat-bucket view pads the last bucket.
         values = values.reshape(-1)[:layout.numel].view(layout.base_shape)
     return layout.restore(values)

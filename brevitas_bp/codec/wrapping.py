@@ -1,4 +1,4 @@
-"""Codecs that change the order or the units of a tensor, and leave the bytes to another codec."""
+"""Base of codecs that change the order or the units of a tensor, and leave bytes to another codec."""
 
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator
@@ -10,10 +10,10 @@ from brevitas_bp.codec.layout import TensorLayout
 
 
 class WrappingCodec(Codec):
-    """Hands a tensor to ``inner`` in another form; what ``inner`` stored is in the facts.
+    """Hands a tensor to ``inner`` in another form. The facts hold the ``Packed`` of ``inner``.
 
     Args:
-        inner: chooses the bytes.
+        inner: the codec that chooses the bytes.
     """
 
     wraps = True
@@ -25,7 +25,7 @@ class WrappingCodec(Codec):
 
     @abstractmethod
     def around(self, inner: Codec) -> Codec:
-        """The same, around another codec."""
+        """Returns this codec around another inner codec."""
 
     @property
     def per_site(self) -> bool:
@@ -42,5 +42,5 @@ class WrappingCodec(Codec):
 
     @staticmethod
     def stored_in(packed: Packed) -> Packed:
-        """What ``inner`` stored, with the tensors that ``packed`` has now, which have been checked."""
+        """Returns the ``Packed`` of ``inner``, with the tensors of ``packed``, which are checked."""
         return packed.facts.with_tensors(packed.tensors)

@@ -60,9 +60,9 @@ def derive(seed: int, *path: int) -> int:
     return state
 
 
-def noise_keys(seed: int, occurrence: int = 0) -> tuple[int, int]:
+def noise_keys(seed: int) -> tuple[int, int]:
     """Returns the two 32-bit keys of the rounding noise of one encode."""
-    return _split(derive(seed, ROUNDING, occurrence))
+    return _split(derive(seed, ROUNDING, 0))
 
 
 def _split(key: int) -> tuple[int, int]:

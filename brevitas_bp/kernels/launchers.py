@@ -21,11 +21,11 @@ class Launcher(Protocol):
     """Encodes and decodes tensors of one size, dtype and kind of device."""
 
     def encode(
-            self, x: Tensor, seed: int, function: str | None = None,
+            self, x: Tensor, seed: int, derivative: str | None = None,
             affine: Affine | None = None) -> tuple[Tensor, Tensor]:
         """Returns payload and metadata of a contiguous tensor, which must not be lazily negated.
 
-        With ``function``, the derivative of this function at ``x`` is encoded, see
+        With ``derivative``, the derivative of this function at ``x`` is encoded, see
         :mod:`~brevitas_bp.activations.derivatives`. With ``affine``, ``x`` is normalized first.
         """
         ...
@@ -65,12 +65,12 @@ class StepwiseLauncher:
         self._derivative = derivative
 
     def encode(
-            self, x: Tensor, seed: int, function: str | None = None,
+            self, x: Tensor, seed: int, derivative: str | None = None,
             affine: Affine | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Launcher.encode`."""
         flat = x.view(-1)
-        if function is not None:
-            flat = self._derivative(flat, function)
+        if derivative is not None:
+            flat = self._derivative(flat, derivative)
         elif affine is not None:
             flat = normalize(flat, affine)
         return self._kernels.encode(*reference.padded_rows(flat, self._spec), seed).tensors

@@ -1,4 +1,4 @@
-"""Operators with which a compiled graph encodes a tensor, with a seed of the pass that runs it."""
+"""Operators that encode a tensor in a compiled graph, with a seed of the pass that runs the graph."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 _DRAWS = FLEXIBLE + tuple(
     getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe")
     if hasattr(torch.Tag, name))
-# See NOTE [ Graphs call the kernels ]. ``site`` is the number of the call. It keeps two calls with equal
-# arguments from being merged.
+# See NOTE [ Graphs call the kernels ]. ``site`` numbers the calls, so that calls with otherwise equal
+# arguments are not merged.
 _library.define(
     "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
     tags=_DRAWS)
@@ -38,7 +38,7 @@ def _seed_in(graph: int) -> int:
 def _encode_channels(
         x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
         mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes like :func:`_encode`, in units of channels; adds means and deviations [2, K].
+    """Encodes like :func:`_encode`, but in units of channels; also returns means and deviations [2, K].
 
     ``variance`` and ``mean`` come from the norm that reads ``x``. Without them, this operator computes
     them from ``x``.

@@ -50,11 +50,11 @@ def encode(
         x: Any, bits: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any,
         multiplier: Any, shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any,
         integer: Any, rounding: Any, k0: Any, k1: Any, payload: Any, metadata: Any,
-        function: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
+        derivative: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
         inner: Any, largest: Any, divides: Any, pads_with_zero: Any, affine: Any) -> None:
     """Encodes buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
 
-    If ``function`` is not 0, the kernel encodes the derivative of that function at ``x``. With
+    If ``derivative`` is not 0, the kernel encodes the derivative of that function at ``x``. With
     :data:`NORMALIZED` it encodes ``x`` normalized by :func:`normalize`. :func:`place` explains rows.
 
     ``metadata`` holds the scales, then for affine codes the offsets, as :func:`store` writes them.
@@ -67,7 +67,7 @@ def encode(
     buffer = np.empty(group * size, np.uint8)
     scratch = np.empty(scratch_size(rule, size), np.float64)
     # Buffers for computed or padded values. Without rows, only the last bucket of all is padded.
-    apart = function != 0 or row != 0
+    apart = derivative != 0 or row != 0
     copy_bits = np.empty(group * size if apart else size, bits.dtype)
     copies = copy_bits.view(x.dtype)
     lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
@@ -80,15 +80,15 @@ def encode(
             top[i] = number(tops[kind])
             start, most = place(begin + i, first, size, row, per_row)
             valid = min(most, x.size - start)
-            if function != 0 or valid < size:
+            if derivative != 0 or valid < size:
                 slot = i * size if apart else 0
                 values, words = window(copies, slot, size), window(copy_bits, slot, size)
                 source, target = window(x, start, valid), window(copies, slot, valid)
-                if function == NORMALIZED:
+                if derivative == NORMALIZED:
                     normalize(
                         source, index + start, shifts, scales_of, inner, largest, divides, target)
-                elif function != 0:
-                    differentiate(function, source, target)
+                elif derivative != 0:
+                    differentiate(derivative, source, target)
                 else:
                     copy_bytes(source, target)
                 fill = number(0) if pads_with_zero else values[valid - 1]
@@ -104,7 +104,7 @@ def encode(
             start, most = place(bucket, first, size, row, per_row)
             kind, _ = locate(bucket, size, n, mixed, multiplier, shift, widths)
             scale, lo, codes = scales[i], offsets[i], window(buffer, i * size, size)
-            if function != 0 or min(most, x.size - start) < size:
+            if derivative != 0 or min(most, x.size - start) < size:
                 values = window(copies, i * size if apart else 0, size)
             else:
                 values = window(x, start, size)

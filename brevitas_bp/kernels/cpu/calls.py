@@ -17,9 +17,9 @@ from brevitas_bp.kernels.cpu.numbers import (
     BF16,
     BUCKETS,
     COUNT,
+    DERIVATIVE,
     DIVIDES,
     FIRST,
-    FUNCTION,
     INDEX,
     INNER,
     INTEGER_ZERO_POINT,
@@ -91,7 +91,7 @@ def encoder(computed: torch.dtype) -> Kernel:
                 x, bits, a[FIRST], begin, min(begin + step, last), a[SIZE], a[BUCKETS], a[MIXED],
                 a[MULTIPLIER], a[SHIFT], (a[WIDTH], a[MIX_WIDTH]), (a[TOP], a[MIX_TOP]),
                 (a[LOWEST], a[MIX_LOWEST]), a[RULE], a[BF16] != 0, a[INTEGER_ZERO_POINT] != 0,
-                a[ROUNDING], k0, k1, payload, metadata, a[FUNCTION], a[ROW], a[PER_ROW], a[INDEX],
+                a[ROUNDING], k0, k1, payload, metadata, a[DERIVATIVE], a[ROW], a[PER_ROW], a[INDEX],
                 shifts, scales, a[INNER], largest, a[DIVIDES] != 0, a[PADS_WITH_ZERO] != 0,
                 a[AFFINE] != 0)
 

@@ -79,22 +79,22 @@ class Launcher:
         common[numbers.ROW], common[numbers.PER_ROW] = self._row, self._per_row
 
     def encode(
-            self, x: Tensor, seed: int, function: str | None = None,
+            self, x: Tensor, seed: int, derivative: str | None = None,
             affine: Affine | None = None) -> tuple[Tensor, Tensor]:
         """Returns payload and metadata of a contiguous tensor, which must not be lazily negated.
 
         Args:
             x: the tensor.
             seed: seed of noise and widths.
-            function: encodes the derivative of this function at ``x``, which must be float32; see
+            derivative: encodes the derivative of this function at ``x``, which must be float32; see
                 :mod:`brevitas_bp.activations.derivatives`.
             affine: encodes ``x`` normalized, see :mod:`brevitas_bp.format.normalizing`.
         """
         call, nbytes = self._common[:], self._payload
-        if function is not None:
-            call[numbers.FUNCTION] = FUNCTIONS[function]
+        if derivative is not None:
+            call[numbers.DERIVATIVE] = FUNCTIONS[derivative]
         elif affine is not None:
-            call[numbers.FUNCTION] = NORMALIZED
+            call[numbers.DERIVATIVE] = NORMALIZED
             _enter_affine(call, affine)
         if self._mixed:
             nbytes = self._mix(call, seed)

@@ -23,7 +23,7 @@ small tensor, numba's own way of passing forty arguments takes longer than the k
     # Decoder only: the number of the dtype whose largest float bounds the decoded values.
     LIMIT,
     # Encoder only: the function whose derivative is encoded, or NORMALIZED, or 0.
-    FUNCTION,
+    DERIVATIVE,
     # Rows: their elements (0: there are no rows) and buckets; flat index of the first element.
     ROW, PER_ROW, INDEX,
     # The affine map of format.normalizing: shifts and scales (address, number), elements of a

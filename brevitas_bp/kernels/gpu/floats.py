@@ -43,9 +43,9 @@ def bits_of(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def load(pointer: tl.tensor, mask: tl.tensor, other: tl.tensor, form: tl.constexpr) -> tl.tensor:
+def load(pointer: tl.tensor, mask: tl.tensor, other: tl.tensor, float_format: tl.constexpr) -> tl.tensor:
     """Loads floats of a format as float32; bfloat16 is the upper half of a float32."""
-    if form == _BF16:
+    if float_format == _BF16:
         half = tl.load(pointer.to(tl.pointer_type(tl.int16), bitcast=True), mask)
         x = float_of(half.to(tl.int32) << 16)
     else:
@@ -56,19 +56,19 @@ def load(pointer: tl.tensor, mask: tl.tensor, other: tl.tensor, form: tl.constex
 
 
 @triton.jit
-def store(pointer: tl.tensor, x: tl.tensor, mask: tl.tensor, form: tl.constexpr) -> None:
+def store(pointer: tl.tensor, x: tl.tensor, mask: tl.tensor, float_format: tl.constexpr) -> None:
     """Stores float32 in a format, rounded to nearest; NaN has one bit pattern."""
     nan = x != x
-    if form == _F16:
+    if float_format == _F16:
         half = x.to(tl.float16).to(tl.int16, bitcast=True)
         half = tl.where(nan, tl.full(half.shape, _NAN_BITS_16, tl.int16), half)
         tl.store(pointer.to(tl.pointer_type(tl.int16), bitcast=True), half, mask)
     else:
         bits = bits_of(x)
-        if form == _BF16:
+        if float_format == _BF16:
             bits = bits + (((bits >> 16) & 1) + 0x7FFF)
         bits = tl.where(nan, _NAN_BITS, bits)
-        if form == _BF16:
+        if float_format == _BF16:
             half = (bits >> 16).to(tl.int16)
             tl.store(pointer.to(tl.pointer_type(tl.int16), bitcast=True), half, mask)
         else:

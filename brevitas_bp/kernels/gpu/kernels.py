@@ -55,8 +55,8 @@ def encode_kernel(
         levels: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, top: tl.constexpr,
         mix_top: tl.constexpr, signed: tl.constexpr, affine: tl.constexpr,
         pads_with_zero: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
-        rounding: tl.constexpr, rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr,
-        meta_form: tl.constexpr) -> None:
+        rounding: tl.constexpr, rows: tl.constexpr, units: tl.constexpr, float_format: tl.constexpr,
+        metadata_format: tl.constexpr) -> None:
     """Encodes ``buckets`` buckets; ``mix_width`` is 0 if all have one width."""
     slice_size: tl.constexpr = size // 8
     padded: tl.constexpr = slice_size != lanes
@@ -78,22 +78,23 @@ def encode_kernel(
         whole = False
     if whole:
         xs = load_slices(
-            here, inside, lane, 0, 0.0, far, kind, scales, shifts, inner, kinds, form,
+            here, inside, lane, 0, 0.0, far, kind, scales, shifts, inner, kinds, float_format,
             slice_size, units, padded, False)
     else:
         limit = end if rows else (numel - place).to(tl.int32)
-        fill = fill_of(here, place, limit, scales, shifts, inner, kinds, pads_with_zero, units, form)
+        fill = fill_of(
+            here, place, limit, scales, shifts, inner, kinds, pads_with_zero, units, float_format)
         xs = load_slices(
-            here, inside, lane, limit, fill, far, kind, scales, shifts, inner, kinds, form,
+            here, inside, lane, limit, fill, far, kind, scales, shifts, inner, kinds, float_format,
             slice_size, units, padded, True)
 
     tops = tl.where(is_mixed, mix_top, top).to(tl.float32)
     scale, inverse, lo, broken = metadata_of(
-        xs, lane, tops, buckets, slice_size, lanes, levels, rule, integer, meta_form == _BF16)
+        xs, lane, tops, buckets, slice_size, lanes, levels, rule, integer, metadata_format == _BF16)
     exists = bucket < n
-    store(metadata + bucket, scale, exists, meta_form)
+    store(metadata + bucket, scale, exists, metadata_format)
     if affine:
-        store(metadata + n + bucket, lo, exists, meta_form)
+        store(metadata + n + bucket, lo, exists, metadata_format)
 
     high = tops[:, None]
     low = -high if signed else high * 0.0
@@ -124,7 +125,7 @@ def _decode_slices(
         out: tl.tensor, lines: tl.tuple, mix_lines: tl.tuple, lowest: tl.tensor, scale: tl.tensor,
         lo: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, far: tl.tensor,
         kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
-        largest: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, form: tl.constexpr,
+        largest: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, float_format: tl.constexpr,
         slice_size: tl.constexpr, units: tl.constexpr, padded: tl.constexpr,
         tail: tl.constexpr) -> None:
     if units == _ONE:
@@ -146,11 +147,11 @@ def _decode_slices(
         y = tl.clamp(y, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
         offset = inside + s * slice_size
         if tail:
-            store(out + offset, y, (offset < limit) & (lane < slice_size), form)
+            store(out + offset, y, (offset < limit) & (lane < slice_size), float_format)
         elif padded:
-            store(out + offset, y, (lane < slice_size) & (offset >= 0), form)
+            store(out + offset, y, (lane < slice_size) & (offset >= 0), float_format)
         else:
-            store(out + offset, y, None, form)
+            store(out + offset, y, None, float_format)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["scales", "shifts"])
@@ -160,7 +161,8 @@ def decode_kernel(
         scales: tl.tensor, shifts: tl.tensor, inner: tl.int64, kinds: tl.int64, size: tl.constexpr,
         buckets: tl.constexpr, lanes: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr,
         lowest: tl.constexpr, mix_lowest: tl.constexpr, affine: tl.constexpr, largest: tl.constexpr,
-        rows: tl.constexpr, units: tl.constexpr, form: tl.constexpr, meta_form: tl.constexpr) -> None:
+        rows: tl.constexpr, units: tl.constexpr, float_format: tl.constexpr,
+        metadata_format: tl.constexpr) -> None:
     """Decodes ``buckets`` buckets; ``mix_width`` is 0 if all have one width."""
     slice_size: tl.constexpr = size // 8
     padded: tl.constexpr = slice_size != lanes
@@ -173,9 +175,9 @@ def decode_kernel(
     is_mixed, start = locate(
         bucket, n, mixed, multiplier.to(tl.int64), shift.to(tl.int64), size, width, mix_width)
     exists = bucket < n
-    scale = load(metadata + bucket, exists, 0.0, meta_form)[:, None]
+    scale = load(metadata + bucket, exists, 0.0, metadata_format)[:, None]
     if affine:
-        lo = load(metadata + n + bucket, exists, 0.0, meta_form)[:, None]
+        lo = load(metadata + n + bucket, exists, 0.0, metadata_format)[:, None]
     else:
         lo = 0.0
     pointer = payload + start[:, None] + lane
@@ -198,9 +200,11 @@ def decode_kernel(
     if whole:
         _decode_slices(
             here, lines, mix_lines, low, scale, lo, inside, lane, 0, far, kind, scales,
-            shifts, inner, kinds, largest, width, mix_width, form, slice_size, units, padded, False)
+            shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, units, padded,
+            False)
     else:
         limit = tl.where(exists[:, None], end, 0) if rows else (numel - place).to(tl.int32)
         _decode_slices(
             here, lines, mix_lines, low, scale, lo, inside, lane, limit, far, kind, scales,
-            shifts, inner, kinds, largest, width, mix_width, form, slice_size, units, padded, True)
+            shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, units, padded,
+            True)

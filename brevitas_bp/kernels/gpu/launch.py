@@ -76,10 +76,10 @@ class Launcher:
         self._grid = (-(-self._n // self._shape["buckets"]),)
 
     def encode(
-            self, x: Tensor, seed: int, function: str | None = None,
+            self, x: Tensor, seed: int, derivative: str | None = None,
             affine: Affine | None = None) -> tuple[Tensor, Tensor]:
-        """Returns payload and metadata of a contiguous tensor; ``function`` must be None."""
-        assert function is None
+        """Returns payload and metadata of a contiguous tensor; ``derivative`` must be None."""
+        assert derivative is None
         spec, n = self._spec, self._n
         layout = draw_layout(n, spec, seed)
         payload = x.new_empty(payload_nbytes(layout, spec, self._size), dtype=torch.uint8)
@@ -196,8 +196,8 @@ def _encode_options(
         "mix_top": codes.top(mix_width or width), "signed": codes.signed, "affine": spec.affine,
         "pads_with_zero": spec.pads_with_zero,
         "rule": spec.scale_rule.number, "integer": spec.integer_zero_point,
-        "rounding": spec.rounding.number, "form": _FORMATS[dtype],
-        "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}
+        "rounding": spec.rounding.number, "float_format": _FORMATS[dtype],
+        "metadata_format": _FORMATS[spec.metadata_dtype], **_LAUNCH}
 
 
 @lru_cache(maxsize=256)
@@ -207,5 +207,5 @@ def _decode_options(
     return {
         "width": width, "mix_width": mix_width, "lowest": codes.lowest(width),
         "mix_lowest": codes.lowest(mix_width or width), "affine": spec.affine,
-        "largest": torch.finfo(dtype).max, "form": _FORMATS[dtype],
-        "meta_form": _FORMATS[spec.metadata_dtype], **_LAUNCH}
+        "largest": torch.finfo(dtype).max, "float_format": _FORMATS[dtype],
+        "metadata_format": _FORMATS[spec.metadata_dtype], **_LAUNCH}

@@ -108,7 +108,7 @@ def unit_of(kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor) -> tl.tensor:
 def load_slices(
         x: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, fill: tl.tensor,
         far: tl.tensor, kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor,
-        kinds: tl.tensor, form: tl.constexpr, slice_size: tl.constexpr, units: tl.constexpr,
+        kinds: tl.tensor, float_format: tl.constexpr, slice_size: tl.constexpr, units: tl.constexpr,
         padded: tl.constexpr, tail: tl.constexpr) -> tl.tensor:
     """Loads the eight slices of all buckets, normalized; ``fill`` from ``limit`` on."""
     if units == _ONE:
@@ -122,7 +122,7 @@ def load_slices(
             mask = (lane < slice_size) & (offset >= 0)
         else:
             mask = None
-        value = load(x + offset, mask, fill if tail else 0.0, form)
+        value = load(x + offset, mask, fill if tail else 0.0, float_format)
         if units == _SEVERAL:
             if s > 0:
                 far, kind = next_units(far, kind, inner, kinds, slice_size)
@@ -140,7 +140,7 @@ def load_slices(
 def fill_of(
         x: tl.tensor, place: tl.tensor, limit: tl.tensor, scales: tl.tensor, shifts: tl.tensor,
         inner: tl.tensor, kinds: tl.tensor, pads_with_zero: tl.constexpr, units: tl.constexpr,
-        form: tl.constexpr) -> tl.tensor:
+        float_format: tl.constexpr) -> tl.tensor:
     """Returns the padding of buckets: zero, or their last element, normalized.
 
     The tensor continues with ``x`` at ``place``, and ends ``limit`` elements later.
@@ -148,7 +148,7 @@ def fill_of(
     value = 0.0
     if not pads_with_zero:
         last = limit - 1
-        value = load(x + last, None, 0.0, form)
+        value = load(x + last, None, 0.0, float_format)
         if units > 0:
             _, kind = first_units(place, last, inner, kinds, units)
             scale, shift = unit_of(kind, scales, shifts)
