@@ -1,4 +1,4 @@
-"""Bit plans: a width for every saved tensor. Print them, edit them, save them, fit them to a budget."""
+"""Bit plans: the candidate chosen for each site. Print, edit or save a plan, or fit it to a budget."""
 
 import fnmatch
 import json
@@ -17,7 +17,7 @@ from brevitas_bp.text import mib, table
 Method = Literal["optimal", "greedy"]
 
 _WHERE = "brevitas_bp.plan_bit_widths"
-# Errors were measured to add up below this share of the gradient's energy.
+# Measured: the errors of tensors add up while their sum is below this share of the gradient's energy.
 _COMPOUNDS = 0.5
 _METHODS = {"optimal": optimal, "greedy": greedy}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -25,10 +25,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """Tensors that share one width.
+    """Saved tensors that share one candidate (a group).
 
     Attributes:
-        sites: their names: "module:operation:role of the tensor in the operation".
+        sites: names of the tensors: "module:operation:role of the tensor in the operation".
         elements: number of stored elements.
         exact_bytes: bytes of the tensors uncompressed.
         reach: how far a rounding error travels: "weight", "sum", "norm" or "all".
@@ -56,11 +56,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class BitPlan:
-    """Widths for the saved tensors of a network. ``print`` it, edit it, save it, wrap with it.
+    """The chosen candidate of each saved tensor that a plan may round.
+
+    Print it, edit it, save it, or pass it to a wrapper.
 
     Attributes:
-        tensors: the tensors that have a width, in the order of the forward pass.
-        fixed_bytes: bytes saved besides these tensors: exact tensors, masks, indices.
+        tensors: these tensors, in the order of the forward pass.
+        fixed_bytes: bytes of all other saved tensors: exact tensors, masks, indices.
         exact_bytes: bytes that plain autograd saves.
         gradient_energy: ``|g|^2`` of the exact gradient, the unit of errors.
         sensitivity: name of the estimator.
@@ -80,7 +82,7 @@ class BitPlan:
 
     @property
     def choices(self) -> dict[str, str]:
-        """Name of a saved tensor -> candidate. The wrapper reads these."""
+        """Name of a saved tensor -> chosen candidate. The wrapper reads these names."""
         return {site: t.chosen for t in self.tensors for site in t.sites}
 
     @property
@@ -90,12 +92,12 @@ class BitPlan:
 
     @property
     def average_bits(self) -> float:
-        """Stored bits for each element that has a width, including metadata and padding."""
+        """Stored bits per element of ``tensors``, including metadata and padding."""
         return 8 * sum(t.stored_bytes for t in self.tensors) / sum(t.elements for t in self.tensors)
 
     @property
     def error(self) -> float:
-        """Expected ``|g~ - g|^2 / |g|^2`` of the whole gradient."""
+        """Expected squared error ``|g~ - g|^2 / |g|^2`` of the whole gradient."""
         return sum(t.error for t in self.tensors) / (self.gradient_energy or 1.0)
 
     def within(
@@ -158,7 +160,7 @@ class BitPlan:
     def only(self, candidates: Sequence[Candidate | float | str]) -> "BitPlan":
         """Returns the plan with fewer candidates to choose from.
 
-        Each tensor takes its smallest candidate until :meth:`within` chooses again.
+        Each tensor has the first of its remaining candidates until :meth:`within` chooses again.
 
         Raises:
             ValueError: a tensor has none of the candidates.
@@ -304,7 +306,7 @@ def _worth_having(options: dict[str, tuple[float, float]]) -> list[str]:
 
 
 def _limit(plan: BitPlan, budget: int | str | None, average_bits: float | None) -> float:
-    """Returns the bytes that the budget leaves for the tensors that have a width."""
+    """Returns the bytes that the budget leaves for the tensors of a plan."""
     if budget is not None:
         return parse_bytes(budget, plan.exact_bytes) - plan.fixed_bytes
     assert average_bits is not None

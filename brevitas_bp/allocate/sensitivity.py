@@ -1,13 +1,14 @@
-"""How much the gradient's error grows when one saved tensor is rounded.
+"""Estimates the error of the gradient when one group of saved tensors is rounded.
 
-An estimator fills a table with the expected ``|g~ - g|^2`` for each group of tensors and each candidate.
-g holds all gradients of the parameters, and g~ those with only this group rounded. Roundings of
-different groups are independent, so the errors of unbiased roundings add up.
+A group consists of the tensors that share one candidate. An estimator fills a table with the expected
+``|g~ - g|^2`` for each group and each candidate. g holds the exact gradients of all parameters, and g~
+the gradients with only this group rounded. Roundings of different groups are independent, so the errors
+of unbiased roundings add up.
 
 Measurements cost backward passes; the forward pass ran once
-(:class:`~brevitas_bp.allocate.profile.Profile`). The error of a width that was not measured follows from
-how far its rounding moves the tensor. Error and squared distance are proportional: for plain widths both
-go as ``1 / (2^b - 1)^2``.
+(:class:`~brevitas_bp.allocate.profile.Profile`). An error that was not measured is computed from the
+distance by which the candidate's rounding moves the tensor. Error and squared distance are proportional:
+without averages, both are proportional to ``1 / (2^b - 1)^2``.
 """
 
 from abc import ABC, abstractmethod
@@ -50,9 +51,9 @@ class Sensitivity(ABC):
 
 
 class ClosedForm(Sensitivity):
-    """From the exact backward alone: ``|x~ - x|^2`` times the energy of the gradient that x multiplies.
+    """Multiplies ``|x~ - x|^2`` by the energy of the exact gradient that x multiplies in backward.
 
-    This estimator takes one backward pass. Below, v is the mean squared distance of an element.
+    This estimator takes one backward pass. Below, v is the mean squared distance per element.
 
     * For the input of a layer with weight W [out, ...]: ``v |d|^2 W.numel() / out``, with d the
       gradient of the layer's output. This is the variance of the weight's gradient, apart from the
@@ -87,8 +88,8 @@ class Empirical(Sensitivity):
       for each candidate. The difference in a weight's gradient is then the error of its group.
     * Each other group is rounded alone, with the reference candidate.
 
-    So biased candidates are measured where that is cheap. All measurements include the error that
-    travels further up.
+    Biased candidates (averages) are allowed only in groups of the first kind, where measuring them is
+    cheap. All measurements include the error that travels further up.
 
     Args:
         draws: roundings averaged for each measurement.
@@ -154,9 +155,9 @@ class Empirical(Sensitivity):
 class GradientNorms(Empirical):
     """Like :class:`Empirical`, but compares only the norm of each parameter's gradient.
 
-    An error orthogonal to the gradient hardly changes its norm, so values are smaller and noisier. A
-    step that cannot hold a second set of gradients needs to keep only the norms: one number for each
-    parameter tensor.
+    An error orthogonal to the gradient hardly changes the gradient's norm, so values are smaller and
+    noisier. If memory does not suffice for a second set of gradients, the norms do: they take one number
+    for each parameter.
 
     Source: "Average Quantization" (the light sensitivity of ALAM), 2024.
     """

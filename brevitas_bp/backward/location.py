@@ -51,7 +51,8 @@ class Location:
         self.rounded_unseen: set[int] = set()
         # All storages that were saved rounded in this pass.
         self.ever_rounded: set[int] = set()
-        # The pass itself, and what returns its next seed; for hooks that serve several passes.
+        # The pass itself, and the function that returns its next seed. Hooks that serve several passes
+        # need both.
         self.forward_pass: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
@@ -284,7 +285,8 @@ def _watch_modules(location: Location) -> None:
     # Compiled graphs have guards on the keys of the hooks. So a key is the same in every step, and no
     # two running passes of a process have the same key.
     if location.compiled:
-        # It warns that our hooks run once more for the shell around a compiled module. That is fine.
+        # torch warns that our hooks run a second time, for the ``OptimizedModule`` around a compiled
+        # module. That does no harm.
         warnings.filterwarnings("ignore", _SHELL_WARNING)
     key: Any = f"brevitas_bp {threading.get_ident()} {len(_running.locations)}"
     torch_module._global_forward_pre_hooks[key] = location.enter_module
@@ -323,7 +325,7 @@ def enter(location: Location) -> None:
     for mode in function_modes():
         if isinstance(mode, _OpMode) and mode.location.ended:
             _remove_mode(mode.location)
-    # Nothing but its graph runs inside a compiled root, and Dynamo warns about global hooks.
+    # Inside a compiled root, only its graph runs. Hooks would be of no use there, and Dynamo would warn.
     if not location.root_compiled:
         _watch_modules(location)
     (_OpModeInPython if location.compiled else _OpMode)(location).__enter__()

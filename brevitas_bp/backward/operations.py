@@ -1,8 +1,8 @@
 """Rules that say how the saved tensors of an operation are stored, and the registry of these rules.
 
-Users may add rules to the registry. Stochastic rounding leaves a gradient unbiased exactly if backward
-is linear in the rounded tensor, and if no two roundings of one tensor are multiplied. Each rule says
-which saved tensors of its operation meet both conditions. All other saved tensors are exact.
+Users may add rules. Stochastic rounding leaves a gradient unbiased if backward is linear in the rounded
+tensor, and if no two roundings of one tensor are multiplied. Each rule says which saved tensors of its
+operation meet both conditions. All others are exact, except inputs of norms (:func:`normalization`).
 """
 
 import math
@@ -38,8 +38,8 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.codec.base import FLOATS, Codec
 
-# A factor that is broadcast to this many times its size is kept. It has few bytes, and each of its
-# roundings would reach many gradients.
+# A factor that is broadcast to at least this many times its size is kept. It has few bytes, and each of
+# its roundings would reach many gradients.
 _BROADCAST = 16
 
 # Elements to a statistic of a norm. From _ENOUGH on, the input needs no more bits than configured; below
@@ -57,8 +57,8 @@ class OpRule:
     """How the saved tensors of one operation are stored.
 
     Attributes:
-        decide: saved tensor -> :class:`Decision`. It is called only for tensors of numbers, and only
-            where a quantizer is configured.
+        decide: saved tensor -> :class:`Decision`. It is called only for tensors of numbers, and only in
+            modules that have a configured codec.
         rewrite: runs the operation so that it saves something else; None runs the operation as it is.
         few_bit: call -> arguments of :func:`~brevitas_bp.activations.few_bit.few_bit_table` except the
             bits, or None if the call's arguments have no table. The attribute is None without any table.
@@ -115,7 +115,7 @@ def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
 
 
 def _is_weight(saved: SavedTensor, weight: int) -> bool:
-    """Whether a saved tensor is the weight: by memory, or for a copy of autocast by shape or history."""
+    """Whether a saved tensor is the weight (by memory) or a cast of the weight (by shape or history)."""
     position, x = saved.position, saved.tensor
     if position is not None:
         return position == weight
@@ -130,8 +130,8 @@ def _is_weight(saved: SavedTensor, weight: int) -> bool:
 def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
     """Makes a rule for a product of two tensors, elementwise or of matrices.
 
-    The gradient of each factor is linear in the other factor. Both may depend on one input. So a tensor
-    that a product saves shares its rounding with no other operation. A broadcast factor is kept exact.
+    The gradient of each factor is linear in the other factor. Both may depend on one input, so a factor
+    shares no rounding, unless the other factor is a parameter. A widely broadcast factor is exact.
 
     Args:
         summands: number of arguments before the factors, to which the product is added.
@@ -151,10 +151,10 @@ def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
 
 
 def quotient() -> OpRule:
-    """Makes a rule for a quotient ``a / b``: it is linear in ``a``, but not in ``b``.
+    """Makes a rule for a quotient ``a / b``: backward is linear in ``a``, but not in ``b``.
 
     If the quotient has the shape of ``a``, it is stored instead of ``a``. The gradient of ``b`` is
-    ``-g (a / b) / b``, so a rounding of ``a`` would count the more, the smaller ``b`` is.
+    ``-g (a / b) / b``. A rounding of ``a`` would count more where ``b`` is smaller.
     """
     def decide(saved: SavedTensor) -> Decision:
         dividend, divisor = (
@@ -182,7 +182,7 @@ def _others(saved: SavedTensor) -> list[Tensor]:
 
 
 def stands_alone(saved: SavedTensor) -> bool:
-    """Whether the tensor's rounding meets no other rounding in the gradients of the other arguments.
+    """Whether gradients of the other arguments meet no other rounding of the saved tensor.
 
     See NOTE [ No two roundings of one tensor are multiplied ] in :mod:`brevitas_bp.backward.origins`.
     """
@@ -203,7 +203,7 @@ def stands_alone(saved: SavedTensor) -> bool:
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
     """Returns the reach of a tensor of ``size`` elements that is multiplied by ``factors``.
 
-    A rounding goes no further than a factor that is a parameter. A small factor's gradient sums many.
+    If a factor is a parameter, nothing else is reached. A small factor's gradient sums many roundings.
     """
     if any(is_parameter(t) for t in factors):
         return "weight"
@@ -214,8 +214,8 @@ def normalization(statistics: bool = False) -> OpRule:
     """Makes a rule for a norm over the last dimension: only its input is quantized.
 
     Mean and inverse deviation are exact. The gradient of the scale is unbiased. The gradient of the
-    input has a relative bias of order 1/M with M elements to a statistic: the normalized input enters it
-    twice.
+    input has a relative bias of order 1/M with M elements to a statistic, because the normalized input
+    enters this gradient twice.
 
     Args:
         statistics: whether the last two tensors that the operation saves are mean and inverse deviation.
@@ -251,9 +251,9 @@ def norm_bits(elements: int) -> int | None:
     """Returns the least bits for the input of a norm; None means that the input stays exact.
 
     Here ``elements`` elements share one statistic. A rounding reaches the gradient of the input with a
-    weight of order 1 / sqrt(elements). So four times fewer elements call for one more bit; such tensors
-    are small. With very few elements, the norm removes most of the gradient. The rest of the gradient is
-    far smaller than the numbers that are rounded.
+    weight of order 1 / sqrt(elements). So four times fewer elements need one more bit; such tensors are
+    small. With very few elements, the norm removes most of the gradient. The rest is far smaller than
+    the numbers that are rounded.
 
     >>> [norm_bits(elements) for elements in (1000, 256, 64, 16, 4)]
     [1, 1, 3, 4, None]
@@ -300,7 +300,7 @@ _NOT_REWRITTEN = Decision(None, "not linear in what is saved, and not rewritten 
 
 
 def composite() -> OpRule:
-    """Makes a rule for a Python function of torch that calls others: each of these has its own rule."""
+    """Makes a rule for a Python function of torch whose inner functions follow their own rules."""
     return OpRule(
         exact("saved by a composite function itself").decide, look_through)
 

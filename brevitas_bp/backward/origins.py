@@ -26,7 +26,7 @@ _MOST = 4096
 def note_rounded(output: Any, storages: set[int]) -> None:
     """Marks the outputs of an operation that has saved tensors of these storages rounded."""
     for tensor in tensors_in(output if isinstance(output, (tuple, list)) else (output,)):
-        # An in-place operation gives a view a new node; the node of the view's base stays.
+        # After an in-place operation on a view, the view and its base have different nodes.
         for made in (tensor, tensor._base):
             node: Any = None if made is None else made.grad_fn
             if node is not None:

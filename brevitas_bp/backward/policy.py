@@ -1,4 +1,4 @@
-"""Decides how each saved tensor is stored: facts in, decision out."""
+"""The policies: they decide from the facts about a saved tensor how it is stored."""
 
 import functools
 import threading
@@ -119,7 +119,8 @@ class OpAware:
     * It quantizes the tensors in which backward is linear. These are inputs of convolutions and linear
       layers, factors of products, inputs of norms, and the value of attention. They are also derivatives
       of smooth activations, which are saved instead of the inputs of these activations.
-    * It stores exactly, in 1 to 8 bits: masks of piecewise linear activations, dropout masks, indices.
+    * It stores exactly: masks of piecewise linear activations and dropout masks, in 1 or 2 bits, and
+      indices, in the narrowest integer.
     * It does not keep tensors from which backward reads only the shape.
     * It keeps all other tensors as they are.
 
@@ -134,9 +135,9 @@ class OpAware:
             further up. A rounding of a layer's input reaches only the gradient of that layer's weight.
         norm_bits: least width of the inputs of norms; None: the configured width. A rounding of these
             reaches all layers further up, with a weight of order 1 / sqrt(M) for M elements to a
-            statistic. Small batches can give batch and instance norms fewer than 256 elements to a
-            statistic. They then get one more bit for each factor of four. With fewer than 16 elements,
-            their input stays exact.
+            statistic. Small batches can give batch and instance norms few elements to a statistic. With
+            M < 256 their inputs get at least 3 bits, and with M < 64 at least 4 bits. With M < 16 they
+            stay exact.
         multiplier_quant: quantizer that replaces the configured quantizer with ``multiplier_bits``.
         few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
             2023), stored instead of a rounded derivative. It is smaller and has no noise, but is biased.
@@ -202,7 +203,7 @@ class OpAware:
         return self.decide(saved).codec
 
     def decide(self, saved: SavedTensor) -> Decision:
-        """Returns codec and reason for a saved tensor; override it to store some tensors otherwise.
+        """Returns the decision for a saved tensor; override it to store some tensors differently.
 
         Example:
             class Mine(OpAware):
@@ -290,7 +291,7 @@ class OpAware:
                     reach="all", rows=last_dimension)
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
-            # Copy a view: it would keep the value alive, which lies in the same memory.
+            # Copy a view. A kept view would keep the value alive, which is in the same memory.
             return Decision(_COPY if apart else None, "query and key: weights must be exact")
         return Decision(None, "needed to run again")
 
@@ -307,7 +308,7 @@ class OpAware:
 #: Reach -> why a tensor of a compiled graph is quantized.
 _LINEAR = {
     "weight": "backward is linear in it", "sum": "backward is linear in it",
-    "norm": "input of a norm, run backward", "all": "factor of the passing gradient"}
+    "norm": "input of a norm", "all": "factor of the passing gradient"}
 _STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
@@ -329,7 +330,7 @@ _INTEGERS = Decision(None, "integers")
 
 
 def _is_log_sum(saved: SavedTensor) -> bool:
-    """Whether an attention kernel saves the denominators of its softmax, one for each query."""
+    """Whether the tensor is the log-sum-exp that an attention kernel saves, one number per query."""
     return saved.op is not None and "attention" in saved.op and saved.tensor.dim() < 4
 
 
@@ -341,7 +342,7 @@ def _rows_of_derivative(call: Call) -> RowsOf | None:
 
 
 def _with_table(rule: OpRule, bits: int, running: RunningPass, call: Call) -> Any:
-    """Runs a function so that a table stores its input; if no table fits, it saves its derivative."""
+    """Runs a function so that a few-bit table encodes its input. If none fits, saves the derivative."""
     rewrite = rule.rewrite
     assert isinstance(rewrite, SaveDerivative)
     if _few_bit_codec(rule, call, bits) is not None:

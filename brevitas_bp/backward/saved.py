@@ -71,16 +71,17 @@ class SavedTensor:
             output, from which the derivative follows.
         op: name of the torch function that saves it, or None (for instance in a custom Function).
         module: qualified name of the innermost running module.
-        codec: the codec configured for that module; None if its tensors are to be kept exact.
+        codec: the codec configured for that module; None if its tensors are to be kept.
         call: the running call of the function.
         module_type: class of that module.
         path: name of that module in the wrapped module; ``module`` is its name in a larger network.
         compiled: whether a compiled graph saves it; the operations of such a graph are not visible.
-        reach: what the backward graph does with it, if known: how far a rounding travels, as in
-            :class:`Decision`, or "nonlinear".
-        role: what the tensor is to a rewritten operation, or to checkpointing; else None.
+        reach: for compiled graphs, how far a rounding travels, as in :class:`Decision`, or "nonlinear";
+            None if the backward graph cannot be read.
+        role: what the tensor is to a rewritten operation, or to checkpointing. None for a tensor that an
+            operation saves as it is; its arguments then tell what the tensor is.
         derivative: name of the function whose derivative is stored, in the tensor's shape and dtype.
-            None stores the tensor itself, which is always so while a report listens.
+            None stores the tensor itself. It is always None while a report listens.
         sharing: elements that share one statistic of a norm in a compiled graph, if known.
         original: the tensor with its Python class, if ``tensor`` is without it.
     """
@@ -179,9 +180,9 @@ class Decision(NamedTuple):
               needed;
             * "norm": weakly into all gradients further up;
             * "all": as a factor into all gradients further up.
-        rows: the rows with which buckets end, see :mod:`~brevitas_bp.backward.rows`; None: buckets may
-            lie anywhere.
-        least_bits: width below which a rounding would be too coarse, whatever is configured.
+        rows: finds the rows with which buckets end, see :mod:`~brevitas_bp.backward.rows`. None: buckets
+            may hold elements of several rows.
+        least_bits: least width of the codes, even if a smaller width is configured.
         units: the units in which backward uses the tensor and in which the tensor is stored, see
             :mod:`~brevitas_bp.backward.units`; None: the tensor's own units.
     """

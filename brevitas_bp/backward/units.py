@@ -8,7 +8,7 @@ NOTE [ Inputs of norms are stored normalized ]
    hook returns a :class:`Deferred`, which is filled when the operation has ended.
 3. The input decodes to ``normalized / rstd``, and the mean decodes to zero. The formula of backward then
    gives the normalized input, whichever kernel computes it. So the mean itself is not kept.
-4. A row or channel without deviation is stored exactly, as zeros.
+4. The normalized values of a row or channel without deviation are zeros, which are stored exactly.
 5. If mean and inverse deviation are not available (evaluation; custom Functions), the middle and the
    range of each channel replace them. The middle is kept, and decoding adds it.
 """
@@ -31,7 +31,7 @@ from brevitas_bp.format.normalizing import Affine
 from brevitas_bp.private import in_forward_ad, is_functorch_wrapped
 
 _LAYER, _GROUP = "layer_norm", "group_norm"
-# If the variance is below eps times this, rstd has no digits left to tell it from zero.
+# If the variance is below eps times this number, rstd has too few digits to tell the variance from zero.
 _NO_VARIANCE = 2.0**-20
 _STATISTIC = Decision(None, "statistic of a norm")
 
@@ -97,8 +97,8 @@ class NormUnits:
     Attributes:
         affine: the map that normalizes.
         undo: the way back.
-        rows: rows of the buckets. None: buckets may straddle statistics, because all are normalized to
-            one scale.
+        rows: the rows with which buckets end. None: buckets may hold elements of several statistics,
+            because all are normalized to one scale.
         drops_mean: whether the mean is decoded as zero.
     """
 
@@ -139,7 +139,7 @@ def units_of(pending: PendingNorm) -> NormUnits | None:
 
 
 def _rows(x: Tensor, inner: int) -> Rows | None:
-    """Returns rows of ``inner`` elements, if they are whole trailing dimensions or equal parts."""
+    """Returns rows of ``inner`` elements: whole trailing dimensions or equal parts of these, or None."""
     dims = 1
     while dims < x.dim() and prod(x.shape[-dims:]) < inner:
         dims += 1

@@ -35,7 +35,9 @@ Repeat = Callable[[Tensor, int, int], Tensor]
 
 
 def group_means(x: Tensor, size: int, kernel: Kernel = averages.means) -> Tensor:
-    """Computes the means of ``size`` neighbours along the last dimension; the last may have fewer.
+    """Computes the means of groups of ``size`` neighbours along the last dimension.
+
+    The last group may have fewer elements.
 
     Args:
         x: [..., L], any layout in memory; a 0-d tensor counts as one element.
@@ -85,8 +87,7 @@ class AverageQuant(nn.Module):
 
     ``x~[i] = Q(mean of the group of i)``. A group is ``g`` neighbours along the last dimension (the
     width of NCHW, the features of a linear layer; see NOTE [ Groups are logical, wherever they lie in
-    memory ]). A group never spans two lines along that dimension. The last group of a line has the
-    remaining elements.
+    memory ]). A group never crosses the end of that dimension. The last group has the rest.
 
     An element therefore takes ``bit_width / g`` bits, and more if the length of the last dimension is
     not a multiple of ``g``. A last dimension of 1 is not averaged.
@@ -96,8 +97,8 @@ class AverageQuant(nn.Module):
     smooth data lose less.
 
     The gradient of a weight is the gradient for the averaged input: each feature (pixel) of a group
-    gets the mean of the group. The gradient of this module's input is, likewise, the mean over each
-    group of the gradient of its output.
+    gets the mean of the group. The gradient of this module's input is averaged too: it is the mean over
+    each group of the gradient of the output.
 
     NaN or Inf spreads to the bucket of its group's mean. Empty tensors are returned as they are.
 
@@ -119,7 +120,7 @@ class AverageQuant(nn.Module):
         self.observer_only = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns a value like ``x``, and scale, zero point and bit width of the means' buckets."""
+        """Returns values shaped like ``x``, and scale, zero point and width of the means' buckets."""
         if x.numel() == 0:
             return self.bucket_quant(x)
         means, *metadata = self.bucket_quant(

@@ -18,8 +18,8 @@ class TwoBitWidthSelector(nn.Module):
 
     The seed alone determines the mixed buckets (systematic sampling, see
     :mod:`brevitas_bp.format.widths`). Their number is ``floor(p * n + U)``, and every bucket is mixed
-    with probability exactly ``p``. Given the choice, each width rounds without bias. The mixture is
-    therefore unbiased too, and its variance is the mean of the two variances.
+    with probability exactly ``p``. Each of the two widths rounds without bias. The mixture is therefore
+    unbiased too, and its variance is the mean of the two variances, weighted by the probabilities.
 
     The probability is a buffer, so a schedule can change it and a checkpoint saves it.
 

@@ -128,9 +128,9 @@ class BucketRescalingIntQuant(nn.Module):
     """Computes scale, offset and width of each bucket, then its codes. Fills ``tensor_quant``.
 
     The module composes a bucket quantizer from replaceable parts. ``forward`` returns Brevitas'
-    ``(value, scale, zero_point, bit_width)``. The value is like the input, and the others are [N, 1];
-    the bit width is 0-d if all buckets share one width. :meth:`quantize` and :meth:`dequantize` stop
-    at the codes.
+    ``(value, scale, zero_point, bit_width)``. The value has the shape, dtype and memory layout of the
+    input. The others are [N, 1]; the bit width is 0-d if all buckets share one width. :meth:`quantize`
+    returns the codes, and :meth:`dequantize` takes them.
 
     The module computes in float32 (float64 for float64 input) for every input dtype. Special cases:
 

@@ -12,12 +12,13 @@ class StochasticRound(nn.Module):
     """Rounds up with the probability of the fractional part. Fills ``float_to_int_impl``.
 
     ``q = floor(u) + (noise < u - floor(u))`` with ``noise`` uniform in [0, 1). ``E[q] = u`` up to
-    2**-24, and integers are fixed points. NaN and Inf pass through. The gradient is straight through.
+    2**-24, and integers stay as they are. NaN and Inf pass through. The gradient is that of the identity
+    (straight-through estimator).
 
     The noise is float32 for every input dtype, because 16-bit uniforms bias the rounding. Each call
-    draws a new seed. Within :func:`brevitas_bp.seeded`, the seed is derived from the given seed; else
-    from torch's global generator. So ``torch.manual_seed`` and checkpointing govern the noise as they
-    govern dropout.
+    draws a new seed. Within :func:`brevitas_bp.seeded`, the seed is derived from the given seed.
+    Otherwise it comes from torch's global generator, so ``torch.manual_seed`` and checkpointing govern
+    the noise as they govern dropout.
 
     The module differs from Brevitas' ``StochasticRoundSte``:
 

@@ -9,8 +9,10 @@ class RunningStatistic(nn.Module):
 
     With the statistic ``s_t`` of the t-th tensor and the momentum ``m``, the result is ``r_t``::
 
-        r_1 = s_1,    r_(t+1) = (1 - m) r_t + m s_t      for t > 1, r_t does not depend on s_t
+        r_1 = s_1
+        r_(t+1) = (1 - m) r_t + m s_t
 
+    For t > 1, ``r_t`` does not depend on ``s_t``.
     A tensor is thus encoded in the range of the tensors before it. Values outside of ``[lo, hi]`` are
     clipped, which is **biased** by exactly ``min(max(x, lo), hi) - x``; values inside are unbiased. If
     the statistic grows by a factor ``g`` per tensor, ``r_t / s_t`` tends to ``m / (m + g - 1)``.

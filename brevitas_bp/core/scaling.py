@@ -6,9 +6,10 @@ from brevitas_bp.format.stages import NEUTRAL, Neutral
 
 
 class RuntimeDynamicBucketScaling(nn.Module):
-    """Computes the scale ``statistic / threshold`` of each bucket, restricted. Fills ``scaling_impl``.
+    """Computes the restricted scale ``statistic / threshold`` of a bucket. Fills ``scaling_impl``.
 
-    This is what Brevitas' ``RuntimeDynamicGroupStatsScaling`` computes, with two differences:
+    ``threshold`` is Brevitas' name for the top code. Brevitas' ``RuntimeDynamicGroupStatsScaling``
+    computes the same, with two differences:
 
     * There is no absolute minimum, so data of size 1e-30 keeps its levels.
     * The module is plain Python. The stock module is a ScriptModule under ``BREVITAS_JIT=1`` and would

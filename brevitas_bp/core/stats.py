@@ -69,8 +69,8 @@ class BucketAbsMax(nn.Module):
 class BucketL2Norm(nn.Module):
     """Computes the Euclidean norm of each bucket. Fills ``scaling_stats_impl``.
 
-    The norm never clips, and is coarse: the norm of B values is about sqrt(B) times their size. Source:
-    Alistarh et al., "QSGD", 2017.
+    A scale that follows from the norm never clips values. But it is coarse, because the norm of B values
+    is about sqrt(B) times their size. Source: Alistarh et al., "QSGD", 2017.
     """
 
     def __init__(self) -> None:

@@ -16,8 +16,9 @@ class RuntimeDynamicBucketZeroPoint(nn.Module):
     Args:
         zero_point_stats_impl: buckets [N, B] -> minimum [N, 1].
         input_view_impl: the bucket view.
-        quantize_zero_point: rounds ``z`` to an integer, as printed in Li, 2025. Zero is then on the
-            grid. The elements within half a step of one end of the range are clipped: biased.
+        quantize_zero_point: rounds ``z`` to an integer, as printed in Li, 2025. Zero is then decoded
+            exactly. The elements within half a step of one end of the range are clipped, which biases
+            them.
     """
 
     def __init__(
@@ -40,5 +41,5 @@ class RuntimeDynamicBucketZeroPoint(nn.Module):
         return integer_offset(lo, scale) if self.quantize_zero_point else lo
 
     def forward(self, x: Tensor, scale: Tensor, bit_width: Tensor) -> Tensor:
-        """Returns the zero point in codes, [N, 1]; 0 for a constant bucket."""
+        """Returns the zero point in units of codes, [N, 1]; 0 for a constant bucket."""
         return -self.offset(x, scale) * reciprocal(scale)

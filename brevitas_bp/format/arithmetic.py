@@ -12,7 +12,7 @@ _RUN, _LARGE_RUN = 1 << 14, 1 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype that values of ``dtype`` are computed in: the computation dtype."""
+    """Returns the dtype that values of ``dtype`` are computed in: the compute dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -41,7 +41,7 @@ def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
 def stored_metadata_dtype(metadata_dtype: torch.dtype, computed: torch.dtype) -> torch.dtype:
     """Returns the dtype that scale and offset are stored in.
 
-    ``float32`` means the computation dtype. float64 data always stores its metadata in float64, because
+    ``float32`` means the compute dtype. float64 data always stores its metadata in float64, because
     bfloat16 cannot hold its exponents.
     """
     return metadata_dtype if computed == torch.float32 else computed
@@ -66,7 +66,7 @@ def largest_magnitude(x: Tensor) -> Tensor:
 
 
 def l2_norm(x: Tensor, size: int | None = None) -> Tensor:
-    """Returns the norm of each bucket [n, 1] in the computation dtype: the same bits on every backend.
+    """Returns the norm of each bucket [n, 1] in the compute dtype: the same bits on every backend.
 
     The squares are summed in float64, as a binary tree. While ``B`` terms are left, term
     ``i + (B + 1) // 2`` is added to term ``i``.

@@ -20,8 +20,8 @@ class Affine(NamedTuple):
     Element ``i`` of a flat tensor belongs to statistic ``i // inner % K``.
 
     Attributes:
-        scale: [K], contiguous, in the computation dtype.
-        shift: [K], contiguous, in the computation dtype; None means zeros.
+        scale: [K], contiguous, in the compute dtype.
+        shift: [K], contiguous, in the compute dtype; None means zeros.
         inner: consecutive elements of one statistic.
         largest: a scale that reaches this bound counts as 0.
         divides: values are multiplied by ``1 / scale``.
@@ -40,14 +40,14 @@ class Affine(NamedTuple):
 
 
 def normalize(flat: Tensor, affine: Affine) -> Tensor:
-    """Returns ``(x - shift) * scale`` of a flat tensor, in the computation dtype."""
+    """Returns ``(x - shift) * scale`` of a flat tensor, in the compute dtype."""
     x = flat.to(compute_dtype(flat.dtype)).view(-1, len(affine.scale), affine.inner)
     centred = x * 1 if affine.shift is None else x - affine.shift.view(-1, 1)
     return centred.mul_(affine.multipliers().view(-1, 1)).view(-1)
 
 
 def denormalize(flat: Tensor, affine: Affine, dtype: torch.dtype) -> Tensor:
-    """Returns ``y * scale + shift`` as ``dtype``; decoded values ``y`` are in the computation dtype."""
+    """Returns ``y * scale + shift`` as ``dtype``; decoded values ``y`` are in the compute dtype."""
     y = flat.view(-1, len(affine.scale), affine.inner) * (
         affine.multipliers().view(-1, 1))
     if affine.shift is not None:

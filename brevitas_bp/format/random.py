@@ -75,7 +75,7 @@ def _indices(numel: int, device: torch.device | str) -> Tensor:
 
 
 def row_numbers(rows: Tensor | slice, device: torch.device | str) -> Tensor:
-    """Returns ``rows`` as int64 [r]."""
+    """Returns the indices that ``rows`` selects along a first dimension, as int64 [r]."""
     if isinstance(rows, Tensor):
         return rows
     return torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
@@ -139,7 +139,12 @@ def uniform(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu
 
 
 class _Ambient(threading.local):
-    """The stack of seeds set by :func:`seeded`, one per thread, with the draws that each handed out."""
+    """State of :func:`seeded` in a thread.
+
+    Attributes:
+        stack: the seeds of the open blocks, each with the number of draws of each stream so far.
+        rows: the indices that :func:`seeded_rows` has set, or None.
+    """
 
     def __init__(self) -> None:
         self.stack: list[tuple[int, Counter[int]]] = []
@@ -151,7 +156,7 @@ _ambient = _Ambient()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Makes stochastic components draw from ``seed`` within the block, in this thread only.
+    """Makes stochastic modules draw from ``seed`` within the block, in this thread only.
 
     The k-th draw of a stream is a pure function of ``(seed, stream, k)``. torch's generators are not
     touched. Outside any block, each draw takes its seed from torch's global generator.
@@ -167,9 +172,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def seeded_rows(seed: int, rows: Tensor | slice) -> Iterator[None]:
-    """Works like :func:`seeded`, for tensors that are some rows of a larger tensor.
+    """Works like :func:`seeded`, for tensors [r, ...] that are a part of a larger tensor.
 
-    A tensor [r, ...] gets the noise that these rows would get within the larger tensor.
+    ``rows`` are the indices of the part along the first dimension. The part gets the noise that it would
+    get within the larger tensor.
 
     >>> whole = torch.zeros(5, 3)
     >>> with seeded(1):
@@ -190,7 +196,7 @@ def next_seed(stream: int) -> int:
         occurrence = used[stream]
         used[stream] += 1
     else:
-        # The CPU generator needs no device synchronisation, and torch.manual_seed governs it.
+        # The CPU generator needs no device synchronization, and torch.manual_seed governs it.
         seed, occurrence = int(torch.empty((), dtype=torch.int64, device="cpu").random_()), 0
     return derive(seed, stream, occurrence)
 
@@ -244,8 +250,8 @@ class SeedStream:
         self._lock = threading.Lock()
         self._base = base & _MASK64
         self._position = 0
-        # The rank that asked last (mostly the same rank), and the state that its seeds are derived
-        # from.
+        # The rank of the last call (mostly the same rank), and the state from which the seeds of this
+        # rank are derived.
         self._start = 0, splitmix64(self._base)
 
     def next(self, rank: int = 0) -> int:

@@ -1,8 +1,8 @@
 """The definition of every byte, in torch operations.
 
-This is one bucket ``x`` of ``B`` elements with the top code ``T`` (see
-:class:`~brevitas_bp.format.stages.CodeRange`). All arithmetic is in float32 (float64 for float64
-input), without fused multiply-add::
+The formulas are for one bucket ``x`` of ``B`` elements with the top code ``T`` (see
+:class:`~brevitas_bp.format.stages.CodeRange`). ``q`` are its codes, and ``x~`` its decoded values. All
+arithmetic is in float32 (float64 for float64 input), without fused multiply-add::
 
     min_max  lo = min(x) + 0, hi = max(x) + 0          NaN propagates; + 0 turns -0 into 0
              lo = down(lo)                             bfloat16 metadata only: towards -inf
@@ -22,8 +22,9 @@ clamped to the finite range of the output dtype.
 If buckets end with a row (``spec.row_size``), each row is padded to whole buckets first. Flat indices
 are those of the padded tensor.
 
-The rules and roundings are rows of :mod:`brevitas_bp.format.stages`, which has their formulas. A
-transform is applied to the padded bucket before all these steps, and undone after them.
+Scale rules, code ranges and roundings are rows of the tables in :mod:`brevitas_bp.format.stages`, which
+has their formulas. A transform is applied to the padded bucket before all these steps, and undone after
+them.
 """
 
 from dataclasses import dataclass, replace
@@ -56,8 +57,8 @@ from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import NO_TRANSFORM
 from brevitas_bp.format.widths import WidthLayout
 
-# Elements handled at once. Temporaries are small compared to the tensor, and on CPU they stay in the
-# cache. On other devices, a launch costs more than memory.
+# Elements handled at once. So temporaries are small compared to the tensor, and on CPU they stay in the
+# cache. On other devices the number is larger, because there each launch is expensive.
 _CHUNK, _LARGE_CHUNK = 1 << 17, 1 << 22
 
 
@@ -66,10 +67,9 @@ class Encoded:
     """The bytes of one tensor.
 
     Attributes:
-        payload: uint8, the packed codes; with two widths, the codes of mixed buckets come first.
-        metadata: in the metadata dtype, scales [n_buckets]; if codes are unsigned, offsets [n_buckets]
-            follow.
-        affine: whether there are offsets.
+        payload: uint8, the packed codes; buckets with the second width come first.
+        metadata: in the metadata dtype, scales [n_buckets]; offsets [n_buckets] follow if ``affine``.
+        affine: whether the scale rule has offsets.
     """
 
     payload: Tensor
@@ -88,18 +88,18 @@ class Encoded:
 
     @property
     def offset(self) -> Tensor | None:
-        """Offsets [n_buckets], a view; None if codes are signed."""
+        """Offsets [n_buckets], a view; None if the scale rule has no offsets."""
         return self.metadata[len(self.metadata) // 2:] if self.affine else None
 
 
 def bucket_shape(
         numel: int, bucket_size: int | None, row_size: int | None = None) -> tuple[int, int]:
-    """Returns number and size of the buckets of ``numel`` elements; pads the size to a multiple of 8.
+    """Returns number and size of the buckets of ``numel`` elements.
 
     Args:
         numel: elements of the tensor.
-        bucket_size: elements of a bucket; None means one bucket.
-        row_size: elements after which a bucket ends early, see :class:`BucketQuantSpec`.
+        bucket_size: elements of a bucket; None means one bucket, padded to a multiple of 8.
+        row_size: elements of a row, with which a bucket ends, see :class:`BucketQuantSpec`.
 
     >>> bucket_shape(1000, 256), bucket_shape(1000, None), bucket_shape(0, 256)
     ((4, 256), (1, 1000), (0, 256))
@@ -250,7 +250,7 @@ def decode(
 def bucket_metadata(
         x: Tensor, spec: BucketQuantSpec, bit_width: int,
         size: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Returns scale and offset [n, 1] of buckets [n, B], in the computation dtype.
+    """Returns scale and offset [n, 1] of buckets [n, B], in the compute dtype.
 
     Args:
         x: buckets of any float dtype.
@@ -259,7 +259,7 @@ def bucket_metadata(
         size: elements of a full bucket, if ``x`` lacks its padding and is too large for temporaries.
 
     Returns:
-        The scale; and the offset, or None if codes are signed.
+        The scale; and the offset, or None if the scale rule has no offsets.
     """
     scale, offset = spec.scale_rule.measure(x, spec.code_range.top(bit_width), spec.metadata_dtype, size)
     if spec.integer_zero_point and offset is not None:
@@ -324,7 +324,7 @@ def _starts(rows: Tensor | slice, size: int, device: torch.device) -> Tensor:
 
 
 def take(flat: Tensor, rows: Tensor | slice, size: int, pad_with_zero: bool) -> Tensor:
-    """Returns buckets [r, size] of a flat tensor; pads a copy of the last bucket only."""
+    """Returns buckets [r, size] of a flat tensor; to pad, it copies the last bucket, not the tensor."""
     if isinstance(rows, slice):
         return to_buckets(flat[rows.start * size:rows.stop * size], size, pad_with_zero)
     whole = flat.numel() // size

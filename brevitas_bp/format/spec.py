@@ -71,7 +71,7 @@ _TABLES: dict[str, type[Stage]] = {
 
 @dataclass(frozen=True)
 class BucketQuantSpec:
-    """A bucket quantizer as kernels see it: one row of each kind of stage, and the sizes.
+    """A bucket quantizer as kernels see it: one row of each stage table, and the sizes.
 
     Attributes:
         bit_width: bits of a stored code, 1..8.
@@ -80,10 +80,11 @@ class BucketQuantSpec:
         code_range: the codes of each width.
         rounding: turns scaled values into codes.
         integer_zero_point: rounds the affine zero point to an integer (biased at the range ends).
-        metadata_dtype: stored dtype of scale and offset; float32 means "the computation dtype".
+        metadata_dtype: stored dtype of scale and offset; float32 means the compute dtype, which is
+            float64 for float64 tensors.
         mix_bit_width: second width, or None.
         mix_prob: probability of the second width.
-        mix_per: one draw for each "bucket" or one for each "tensor".
+        mix_per: one draw of the width for each "bucket" or one for each "tensor".
         row_size: elements of a row. The last bucket of each row is padded, so no bucket holds elements
             of two rows. None: buckets follow one another through the whole tensor.
         transform: applied to each bucket before it is quantized.
@@ -174,7 +175,7 @@ class BucketQuantSpec:
 
     @property
     def bit_widths(self) -> tuple[int, ...]:
-        """The widths that a bucket can have; the first is the base width."""
+        """The widths that a bucket can have: the base width, then the second width if there is one."""
         if self.mix_bit_width is None:
             return (self.bit_width,)
         return (self.bit_width, self.mix_bit_width)
@@ -218,7 +219,7 @@ def _from_text(text: str) -> BucketQuantSpec:
 
 
 def check_code_range(where: str, code_range: CodeRange, bit_width: int) -> None:
-    """Raises if ``bit_width`` leaves no level on both sides of zero."""
+    """Raises if ``bit_width`` is too small for codes of this range."""
     if bit_width < code_range.least_width:
         raise ValueError(
             f"{where}: {code_range.name} codes need bit_width >= {code_range.least_width}, got "

@@ -1,23 +1,23 @@
 """The stages of a bucket quantizer: transform, scale rule, code range and rounding.
 
-Each kind of stage is a table of frozen rows. A row has the name and the number of the stage, the facts
-that other code needs, and the formula in torch operations that defines its bytes. A quantizer is made
-of one row of each kind (:class:`~brevitas_bp.format.spec.BucketQuantSpec`).
+Each of the four stages has a table of frozen rows. A row is one way to do the stage. It has a name, a
+number, the facts that other code needs, and the formula in torch operations that defines its bytes. A
+quantizer is made of one row of each table (:class:`~brevitas_bp.format.spec.BucketQuantSpec`).
 
-The formulas come from two papers:
+The formulas come from two papers, each with one change:
 
 * Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed Training",
-  2021, without its absolute epsilon.
-* Li, "Mix-Precision Stochastic Quantization of Activations during Backpropagation", 2025, with metadata
-  rounded before the codes.
+  2021. There is no absolute epsilon here.
+* Li, "Mix-Precision Stochastic Quantization of Activations during Backpropagation", 2025. Metadata are
+  rounded before the codes are computed here.
 
 NOTE [ Adding a stage ]
 1. Add a row here. From then on, the torch reference computes the stage on every device.
 2. Compiled kernels list the rows that they implement (``COVERED`` in :mod:`brevitas_bp.kernels.cpu` and
    :mod:`brevitas_bp.kernels.gpu`), and take the numbers of the rows as constants. The reference serves
    a quantizer with any other row.
-3. A module in :mod:`brevitas_bp.core` says with ``bucket_stage(slot)`` which row it computes. If a part
-   of a quantizer says nothing, the quantizer runs through its modules, not through a kernel.
+3. A module in :mod:`brevitas_bp.core` says with ``bucket_stage(slot)`` which row it computes. If
+   ``bucket_stage`` is missing or returns None, the quantizer runs through its modules, not through a kernel.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Stage:
     """A row of one of the tables. Rows are compared by identity; copies and pickles keep the identity.
 
     Attributes:
-        name: used in messages, in compiled graphs and in pickles.
+        name: identifies the row in messages, in compiled graphs and in pickles.
         number: constant that identifies the row in compiled kernels.
 
     Raises:
@@ -56,7 +56,7 @@ class Stage:
     name: str
     number: int
 
-    #: Name -> row; each kind of stage has its own table.
+    #: Name -> row; each subclass has its own table.
     rows: ClassVar[dict[str, Any]]
 
     def __init_subclass__(cls) -> None:
@@ -101,7 +101,7 @@ class Transform(Stage):
     """An invertible linear map of a bucket, applied before quantizing and undone after dequantizing.
 
     Attributes:
-        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the computation dtype.
+        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the compute dtype.
         undo: the inverse of ``apply``, with the same arguments.
         pads_with_zero: a bucket that is not full is padded with zeros, not with its last element.
         draws: the map depends on the seed.
@@ -127,11 +127,11 @@ NO_TRANSFORM = Transform("none", 0)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CodeRange(Stage):
-    """The integers that a width has for codes: ``lowest(width) .. top(width)``.
+    """The integers that codes of a width can be: ``lowest(width) .. top(width)``.
 
     Attributes:
         signed: codes run from ``-top`` to ``top``; otherwise from 0.
-        least_width: narrower widths have no code on both sides of zero.
+        least_width: smallest width with codes on both sides of zero; 1 for unsigned codes.
         top: width -> largest code, which the scale rule divides by.
     """
 
@@ -165,7 +165,7 @@ class ScaleRule(Stage):
         signed: the rule needs signed codes; otherwise it needs unsigned codes.
         measure:
             ``(x [n, B], top code, metadata dtype, B or None) -> (scale [n, 1], offset [n, 1] or None)``
-            in the computation dtype. ``B`` is passed if ``x`` lacks its padding and is too large for
+            in the compute dtype. ``B`` is passed if ``x`` lacks its padding and is too large for
             temporaries. Metadata are rounded outwards, to values that their dtype holds.
     """
 
@@ -180,7 +180,7 @@ def _min_max(
         size: int | None) -> tuple[Tensor, Tensor | None]:
     """``lo = min``, ``scale = (max - lo) / top``."""
     computed = compute_dtype(x.dtype)
-    # aminmax takes eight times as long on CPU.
+    # torch.aminmax would take eight times as long on CPU.
     lo, hi = (m.to(computed) for m in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
     lo = round_down(lo + 0, metadata_dtype)
     scale = round_up(finite_range(lo, hi + 0) / top, metadata_dtype)

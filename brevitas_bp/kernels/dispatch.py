@@ -42,7 +42,7 @@ class _Choice(threading.local):
         return self.blocks[-1] if self.blocks else self.process[0]
 
 
-#: Launchers made with another preference are out of date.
+#: The choice of this process. Launchers made with another preference are out of date.
 CHOICE = _Choice()
 
 
@@ -203,7 +203,7 @@ def decode(
 
 
 def derivative(flat: Tensor, name: str) -> Tensor:
-    """See :func:`brevitas_bp.activations.derivatives.derivative`, also for the supported tensors."""
+    """See :func:`brevitas_bp.activations.derivatives.derivative`; takes the same tensors."""
     if _is_compiled_for(flat.device):
         from brevitas_bp.kernels.cpu import derivatives as compiled
 

@@ -1,1 +1,1 @@
-"""Compiled kernels for CPU tensors, by numba. Importing this room imports numba."""
+"""Compiled kernels for CPU tensors, by numba. Importing this package imports numba."""

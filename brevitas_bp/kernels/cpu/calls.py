@@ -66,7 +66,7 @@ _LIMIT64 = _D(torch.finfo(torch.float64).max)
 
 @cache
 def encoder(computed: torch.dtype) -> Kernel:
-    """Compiles :func:`buckets.encode` for a computation dtype."""
+    """Compiles :func:`buckets.encode` for a compute dtype."""
     real, word = (_F, np.int32) if computed == torch.float32 else (_D, np.int64)
     digest = SOURCES
 
@@ -100,7 +100,7 @@ def encoder(computed: torch.dtype) -> Kernel:
 
 @cache
 def decoder(computed: torch.dtype) -> Kernel:
-    """Compiles :func:`buckets.decode` for a computation dtype."""
+    """Compiles :func:`buckets.decode` for a compute dtype."""
     real, digest = (_F if computed == torch.float32 else _D), SOURCES
 
     @c_function

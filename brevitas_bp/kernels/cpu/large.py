@@ -232,7 +232,7 @@ def _on_pieces(
 def _metadata(
         part: Tensor, size: int, spec: BucketQuantSpec, static: Static,
         top: int) -> tuple[Any, Any]:
-    """Returns scale and offset of one bucket, in the computation dtype."""
+    """Returns scale and offset of one bucket, in the compute dtype."""
     number = _NUMBERS[static.computed]
     lows, highs = (np.array([key], _INTEGERS[static.computed]) for key in _extremes(part, static))
     tops = np.array([top], number)
@@ -256,7 +256,7 @@ def _peak(*keys: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _largest(dtype: torch.dtype) -> Any:
-    """Returns the largest float of ``dtype``, in the computation dtype."""
+    """Returns the largest float of ``dtype``, in the compute dtype."""
     return _NUMBERS[compute_dtype(dtype)](torch.finfo(dtype).max)
 
 

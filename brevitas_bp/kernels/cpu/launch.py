@@ -1,11 +1,10 @@
-"""Fast forms for CPU tensors, compiled by numba; they finish each bucket while it is in the cache.
+"""The compiled backend for CPU tensors: calls the numba kernels of ``buckets.py`` in this package.
 
-They give the bytes of :mod:`brevitas_bp.format.reference`. The kernels themselves are in
-:mod:`brevitas_bp.kernels.cpu.buckets`. This module calls them.
+The kernels give the bytes of :mod:`brevitas_bp.format.reference`. They finish each bucket while it is in
+the cache. NOTE [ The threads are torch's ] in :mod:`brevitas_bp.kernels.cpu.threads` says which threads
+run them.
 
-NOTE [ The threads are torch's ] in :mod:`brevitas_bp.kernels.cpu.threads` says which threads run them.
-
-Larger buckets have kernels of their own, including a large tensor in one bucket: see
+Buckets of more than :data:`LARGEST_BUCKET` elements have kernels of their own, see
 :mod:`brevitas_bp.kernels.cpu.large`.
 """
 
@@ -36,7 +35,7 @@ _LIMITS = {dtype: number for number, dtype in enumerate(calls.LIMITS)}
 
 
 def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
-    """Returns whether these kernels serve such tensors: all stages, and buckets that a cache holds."""
+    """Returns whether these kernels have all stages of ``spec`` and its buckets fit into a cache."""
     size = numel if spec.bucket_size is None else spec.bucket_size
     return dtype.is_floating_point and 0 < size <= LARGEST_BUCKET and spec.is_covered_by(COVERED)
 
@@ -223,7 +222,7 @@ class Static(NamedTuple):
 
 @lru_cache(maxsize=256)
 def static_of(spec: BucketQuantSpec, computed: torch.dtype) -> Static:
-    """Returns the facts of a spec that kernels take, for the computation dtype."""
+    """Returns the facts of a spec that kernels take, for the compute dtype."""
     base, mixed = spec.bit_width, spec.mix_bit_width or spec.bit_width
     codes = spec.code_range
     stored = stored_metadata_dtype(spec.metadata_dtype, computed)
@@ -233,8 +232,8 @@ def static_of(spec: BucketQuantSpec, computed: torch.dtype) -> Static:
 
 
 def _converted(dtype: torch.dtype, n: int, size: int, per_row: int) -> list[tuple[int, int]]:
-    """Returns ranges of buckets handled at once: all of them, or chunks to be converted to float32."""
+    """Returns ranges of buckets handled at once: all buckets, or parts to be converted to float32."""
     step = max(n, 1) if dtype == compute_dtype(dtype) else max(1, _CHUNK // size)
-    # A chunk ends with a row.
+    # A part ends with a row.
     step = -(-step // max(per_row, 1)) * max(per_row, 1)
     return [(first, min(first + step, n)) for first in range(0, n, step)]
