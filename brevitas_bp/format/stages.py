@@ -17,7 +17,7 @@ NOTE [ Adding a stage ]
    :mod:`brevitas_bp.kernels.gpu`), and take the numbers of the rows as constants. The reference serves
    a quantizer with any other row.
 3. A module in :mod:`brevitas_bp.core` says with ``bucket_stage(slot)`` which row it computes. If
-   ``bucket_stage`` is missing or returns None, the quantizer runs through its modules, not through a kernel.
+   ``bucket_stage`` is missing or returns None, the quantizer runs through its modules, not a kernel.
 """
 
 from collections.abc import Callable

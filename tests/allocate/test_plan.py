@@ -447,3 +447,13 @@ def test_default_candidates_are_those_that_the_quantizer_can_have() -> None:
     assert all("2" in t.options and "1" not in t.options for t in plan().tensors)
     with pytest.raises(ValueError, match="bit_width >= 2"):
         plan(candidates=[1, 2])
+
+
+def test_a_plan_with_a_width_that_the_quantizer_cannot_have_is_refused_when_it_is_set() -> None:
+    signed: Any = Int4DynamicActPerBucketFloatStochastic
+    with pytest.raises(ValueError, match="bit_width >= 2"):
+        QuantBackwardWrapper(module(), signed, plan={"*": 1})
+    model = QuantBackwardWrapper(module(), signed)
+    with pytest.raises(ValueError, match="bit_width >= 2"):
+        model.use_plan({"*": 1})
+    model.use_plan({"*": 2})

@@ -118,3 +118,19 @@ def test_an_entry_that_is_wrong_gives_a_wrong_gradient(registry: None) -> None:
     register_op(gated, activation(Activation("gated", derivative, (Parameter("slope", 2, 1.0),))))
     x = torch.linspace(-3, 3, WIDTH).expand(COPIES, -1)
     assert (gradient(wrapped(), x).double().mean(0) - exact(x[0])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("call", [
+    pytest.param(lambda x: torch.ops.aten.elu(x, 1.0, 2.0, 1.0), id="aten.elu, scale 2"),
+    pytest.param(lambda x: torch._C._nn.elu(x, 1.0, 1.0, 3.0), id="_nn.elu, input scale 3"),
+])
+def test_arguments_that_no_entry_describes_run_as_they_are(call: Any) -> None:
+    """The operator behind ``elu`` has two factors that ``torch.nn.functional.elu`` does not have."""
+    x = torch.linspace(-3, 3, WIDTH).expand(COPIES, -1)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(call(leaf).sum(), leaf)[0]
+    got = gradient(QuantBackwardWrapper(Apply(call), bucket_size=WIDTH, bit_width=8, seed=0), x)
+    assert (got.mean(0) - expected[0]).abs().max() < 0.05
+    # The control: the derivative of plain elu is another one.
+    plain = torch.autograd.grad(torch.nn.functional.elu(leaf).sum(), leaf)[0]
+    assert (plain - expected).abs().max() > 0.5

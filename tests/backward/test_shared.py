@@ -227,6 +227,47 @@ def test_other_modules_do_not_share() -> None:
     assert len(set(map(id, pairs))) == 4
 
 
+class Scaled(nn.Module):
+    """Eager code that passes its buffer, or another tensor, to a compiled module."""
+
+    class _Product(nn.Module):
+        def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+            return x * factor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(128, 64))
+        self.inner = compiled(Scaled._Product())
+
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        return self.inner(x, self.table if factor is None else factor)
+
+
+def test_a_buffer_of_one_module_is_not_stored_as_another_modules_activation_was() -> None:
+    """A graph knows which of its inputs are parameters or buffers from the pass that made it."""
+    x, other = tokens().requires_grad_(), torch.randn(128, 64)
+
+    def gradient(model: nn.Module, *inputs: Tensor) -> Tensor:
+        return torch.autograd.grad(model(*inputs).sum(), inputs[0])[0]
+
+    first, second = (QuantBackwardWrapper(Scaled(), seed=1) for _ in range(2))
+    rounded = gradient(first, x, other)
+    # The control: an activation in the same place is rounded.
+    assert not torch.equal(rounded, other)
+    assert torch.equal(gradient(second, x), second.module.table)
+
+
+def test_eager_code_with_parameters_does_not_share_but_compiled_code_with_parameters_does() -> None:
+    def around(*eager: nn.Module) -> QuantBackwardWrapper:
+        return QuantBackwardWrapper(nn.Sequential(compiled_in_place(Block()), *eager))
+
+    assert hooks(around()) is hooks(around())
+    assert hooks(around(nn.Tanh())) is hooks(around(nn.Tanh()))
+    assert hooks(around(nn.Linear(64, 64))) is not hooks(around(nn.Linear(64, 64)))
+    assert hooks(around(nn.BatchNorm1d(64, affine=False))) is not hooks(
+        around(nn.BatchNorm1d(64, affine=False)))
+
+
 @pytest.mark.parametrize("policy", ["op_aware", "exact"])
 def test_reports_name_each_block_and_what_it_ran(policy: Policy) -> None:
     class Network(nn.Module):

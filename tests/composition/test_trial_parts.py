@@ -101,6 +101,31 @@ class Unknown2(PerBucketMinMax, ActQuantSolver):
     bucket_size = 64
 
 
+class AcrossRound(nn.Module):
+    """Looks at all buckets, and has a ``bucket_stage`` that names no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def bucket_stage(self, slot: str) -> Rounding | None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.floor(x + x.mean())
+
+
+class NumberedRound(nn.Module):
+    """Rounds to the nearest. Its ``bucket_stage`` is a number of its own, not a method."""
+
+    bucket_stage = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+
 class ByteSwap(Codec):
     """A lossless codec: reorders the bytes of the tensor, and compresses them if all are zero."""
 
@@ -223,6 +248,31 @@ def test_a_compiled_graph_says_why_it_does_not_store_with_modules() -> None:
     model = QuantBackwardWrapper(torch.compile(network(), backend="aot_eager"), Unknown2)
     with pytest.warns(UserWarning, match="compiled graphs cannot store"):
         model(torch.randn(8, 64)).sum().backward()
+
+
+def of_rounding(part: Any) -> Any:
+    class Config(PerBucketMinMax, ActQuantSolver):
+        float_to_int_impl = part
+        bit_width = 2
+        bucket_size = 64
+
+    return codec_from(Config)
+
+
+def test_a_part_that_names_no_row_is_not_taken_for_one_that_works_bucket_by_bucket() -> None:
+    codec = of_rounding(AcrossRound)
+    assert not codec.bucketwise and not isinstance(codec, LoweredCodec)
+    # Large enough for chunks, with buckets that differ from chunk to chunk.
+    x = torch.randn(1 << 18)
+    x[:1 << 16].exp_()
+    assert torch.equal(codec.encode(x, seed=1).decode(), codec.quantizer(x)[0])
+
+
+def test_an_attribute_that_is_no_method_names_no_row() -> None:
+    codec = of_rounding(NumberedRound)
+    assert not isinstance(codec, LoweredCodec)
+    x = torch.randn(1024)
+    assert torch.equal(codec.encode(x, seed=1).decode(), codec.quantizer(x)[0])
 
 
 def test_a_codec_of_the_users_own_runs_through_all_of_it() -> None:
