@@ -1,13 +1,13 @@
 """Encodes saved tensors as decided: in their rows and units, once, and only if the result is smaller.
 
-NOTE [ One encode per storage and version ]
-1. A tensor that several operations save is encoded once. A table holds the encodings. Its key is:
+NOTE [ One encode per key ]
+1. Operations that save the same tensor share one encoding. "The same" means an equal key:
    * the tensor's storage, offset, shape, strides, dtype and version,
    * the tensor's lazy conjugation or negation,
    * the codec,
    * the call, if the policy says that the rounding must not be shared.
-2. The table holds the storage by a weak reference. This keeps the address from being reused, but it
-   does not keep the memory.
+2. A table holds the encodings. It holds the storage by a weak reference. This keeps the address from
+   being reused, but it does not keep the memory.
 3. The table holds the ``Packed`` weakly too: it lives exactly as long as the graph nodes that need it.
 4. The table lives as long as the forward pass.
 """
@@ -41,7 +41,7 @@ InUnits = Callable[[Codec], Codec]
 
 
 class Encodings:
-    """The encodings of one forward pass. See NOTE [ One encode per storage and version ].
+    """The encodings of one forward pass. See NOTE [ One encode per key ].
 
     Args:
         next_seed: returns the seed of the next encode.
@@ -121,8 +121,8 @@ class Encodings:
     def _cannot_pay(self, codec: Codec, x: Tensor) -> bool:
         """Whether it is clear before encoding that the result would not be smaller.
 
-        Large tensors are encoded without this check. A tensor in other units needs the answer now, even
-        if it is encoded later: the answer decides whether the mean that belongs to the tensor is kept.
+        Large tensors are encoded without this check. An exception are tensors in other units that are
+        encoded later: whether the mean that belongs to the tensor is kept must be known now.
         """
         if x.numel() >= _SMALL and not (self._on_backward and codec.wraps):
             return False
@@ -148,7 +148,7 @@ def can_encode(x: Tensor) -> bool:
 
 
 def _in_its_rows(saved: SavedTensor, decision: Decision, units: NormUnits | None) -> Codec:
-    """Returns the decided codec, with buckets that end with the rows of the tensor."""
+    """Returns the codec of the decision, with buckets that end with the rows of the tensor."""
     codec = decision.codec
     if codec is None:
         return KEEP

@@ -35,7 +35,7 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
 
 
 def quantize_all_but_relu(saved: SavedTensor) -> Codec | None:
-    """Like :func:`quantize_all`, but stores only the exact sign of a ReLU's output, in 1 bit."""
+    """Like :func:`quantize_all`, but stores of a ReLU's output only whether it is positive, in 1 bit."""
     if saved.op in _RELU and saved.tensor.dtype in FLOATS:
         return None if saved.codec is None else relu_region()
     return quantize_all(saved)

@@ -46,7 +46,7 @@ class Listener(Protocol):
     def __call__(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
-        """Called after a tensor was packed.
+        """Called after a tensor was stored or kept.
 
         Args:
             saved: the tensor, and the place that saves it.
@@ -57,7 +57,7 @@ class Listener(Protocol):
         ...
 
 
-#: A callable that receives what a compiled graph keeps: the site, if known, and the live tensors.
+#: A callable that receives what a compiled graph stores: the site, if known, and the live tensors.
 GraphListener = Callable[[CompiledSite | None, list[Tensor]], None]
 
 #: The decision for parameters and buffers, about which no policy is asked.
@@ -77,8 +77,8 @@ class ForwardPass:
 
     Args:
         root: the module that runs.
-        codec_of: module name -> configured codec, or None for exact.
-        policy: saved tensor -> codec, or None for exact.
+        codec_of: module name -> configured codec; None: keep every tensor of the module.
+        policy: saved tensor -> decision.
         next_seed: returns the seed of the next encode.
         on_backward: keep floats, and quantize them when backward asks.
         listeners: called for every saved tensor.
@@ -266,7 +266,7 @@ class ForwardPass:
 
     def graphs(
             self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
-        """Yields the tensors that compiled graphs of this pass keep, each with its site if known.
+        """Yields the tensors that compiled graphs of this pass store, each with its site if known.
 
         Parameters are left out.
         """
@@ -302,7 +302,7 @@ class ForwardPass:
     def _is_innermost(self) -> bool:
         """Whether this pass gets the tensors saved now, not hooks that others set inside it.
 
-        Checkpointing sets hooks that drop the saved tensors, and counts whether the second run saves the
+        Checkpointing sets hooks that drop the saved tensors, and checks that the second run saves the
         same tensors. Under these hooks, operations must not be rewritten.
         """
         top: Any = top_hooks(True)

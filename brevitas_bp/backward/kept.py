@@ -23,7 +23,7 @@ _WORTH_NOTING = 64
 class Kept:
     """A kept tensor, if there are no listeners: like a ``Packed`` of :class:`Keep`, but faster to make.
 
-    Most tensors that a network saves are parameters and statistics.
+    Speed counts: most tensors that a network saves are parameters and statistics, which are kept.
 
     Args:
         x: the tensor.

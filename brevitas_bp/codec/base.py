@@ -1,4 +1,4 @@
-"""The codec interface, the stored tensor that a codec returns, and the codecs that keep tensors."""
+"""The codec interface, the stored tensor that a codec returns, and the codecs that change no bit."""
 
 import zlib
 from abc import ABC, abstractmethod
@@ -39,7 +39,7 @@ class Packed(_Referable):
         tensors: everything that takes memory.
         layout: layout of the decoded tensor.
         facts: static facts of the codec.
-        where: op and module that saved the tensor, for messages.
+        where: operation and module that saved the tensor, for messages.
         seal: checksum of tensors and layout, see :meth:`sealed`; None: not requested.
         nbytes: bytes of all stored tensors: codes, padding, metadata, checksum.
         versions: version counters of the tensors; empty if the codec does not own them.
@@ -98,7 +98,10 @@ class Packed(_Referable):
         return self if same else replace(self, tensors=own)
 
     def sealed(self) -> "Packed":
-        """Returns a copy with a checksum for :meth:`decode` to compare; itself if nothing is owned."""
+        """Returns a copy with a checksum, which :meth:`decode` compares.
+
+        If the codec does not own the tensors, this is the ``Packed`` itself.
+        """
         return replace(self, seal=self._checksum()) if self.codec.owns else self
 
     def _check(self) -> None:
@@ -107,9 +110,9 @@ class Packed(_Referable):
             refuse(self, f"stored tensors at versions {self.versions}", f"versions {versions}")
         if not (self.layout.made_here or self.layout.is_sound()):
             refuse(self, "strides that address every stored element once", self.layout)
-        forms = self.codec.tensor_types(self)
-        if forms is not None:
-            check_types(self, forms)
+        types = self.codec.tensor_types(self)
+        if types is not None:
+            check_types(self, types)
         if self.seal is not None and not torch.equal(self._checksum(), self.seal):
             refuse(self, f"checksum {int(self.seal)}", int(self._checksum()))
 
@@ -205,7 +208,8 @@ class Codec(ABC):
     def in_rows(self, length: int, last: int) -> "Codec":
         """Returns this codec with buckets that end with each row; see :mod:`~brevitas_bp.codec.rows`.
 
-        A codec without buckets returns itself. A new codec must not hold this one.
+        A codec without buckets returns itself. A new codec must not hold this one: the table that
+        remembers the new one (:mod:`~brevitas_bp.codec.derived`) would keep both forever.
 
         Args:
             length: elements of a row, which are consecutive in memory.
@@ -241,7 +245,7 @@ class Codec(ABC):
             lambda: self._variant(bits, bucket_size, average_size))
 
     def _variant(self, bits: int, bucket_size: int | None, average_size: int) -> "Codec | None":
-        """Makes the codec that :meth:`variant` returns. That codec must not hold this one."""
+        """Makes the codec of :meth:`variant`, which must not hold this one (see :meth:`in_rows`)."""
         return None
 
     def at_least(self, bits: int) -> "Codec":
@@ -276,7 +280,7 @@ class Codec(ABC):
         return None
 
     def in_graph(self, x: GraphTensor) -> GraphForm | None:
-        """Returns its form for a tensor that a compiled graph saves; None: it keeps the tensor."""
+        """Returns its form for a tensor of a compiled graph; None: the graph keeps the tensor."""
         return None
 
     def encode_derivative(self, x: Tensor, name: str, *, seed: int, where: str = "") -> Packed:
@@ -286,7 +290,7 @@ class Codec(ABC):
             x: the input or the output of the activation, whichever its derivative takes.
             name: a derivative in :mod:`~brevitas_bp.activations.derivatives` that supports ``x``.
             seed: seed of all randomness.
-            where: op and module, for messages.
+            where: operation and module, for messages.
         """
         return self.encode(derivative_at(x, name), seed=seed, where=where)
 
@@ -363,7 +367,7 @@ def refuse_modified(kept: Tensor, version: int | None, where: str) -> NoReturn:
 
 
 class Copy(Codec):
-    """Keeps an exact copy, so that the larger memory that the tensor is part of can be freed."""
+    """Stores an exact copy, so that the larger memory that the tensor is part of can be freed."""
 
     lossy = False
     name = "exact copy"

@@ -44,9 +44,9 @@ _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 
 def _decode(
         payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
-    plan = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
+    launcher = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
     # With one width, decoding draws nothing, so the seed has no effect.
-    return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,))
+    return launcher.decode(payload, metadata, 0, torch.Size((numel,)), (1,))
 
 
 def _decode_rectified(
@@ -60,9 +60,9 @@ def _decode_channels(
         payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
         dtype: torch.dtype) -> Tensor:
     """See :class:`ChannelForm`."""
-    plan = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
+    launcher = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
     affine = Affine(statistics[1].contiguous(), statistics[0].contiguous(), inner)
-    return plan.decode(payload, metadata, 0, torch.Size((numel,)), (1,), affine)
+    return launcher.decode(payload, metadata, 0, torch.Size((numel,)), (1,), affine)
 
 
 def _pack_bits(x: Tensor) -> Tensor:

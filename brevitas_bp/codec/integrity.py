@@ -55,25 +55,25 @@ def versions_of(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     return tuple([None if t.is_inference() else t._version for t in tensors])
 
 
-def check_types(payload: Any, forms: Sequence[TensorType]) -> None:
+def check_types(payload: Any, types: Sequence[TensorType]) -> None:
     """Compares the tensors of a payload with the types that they must have.
 
     Raises:
         CorruptPayloadError: they differ.
     """
     tensors = payload.tensors
-    if len(tensors) != len(forms):
-        refuse(payload, f"{len(forms)} stored tensors", len(tensors))
+    if len(tensors) != len(types):
+        refuse(payload, f"{len(types)} stored tensors", len(tensors))
     device = payload.layout.device
-    for i, (tensor, form) in enumerate(zip(tensors, forms)):
+    for i, (tensor, wanted) in enumerate(zip(tensors, types)):
         # This runs for every tensor of every step, so one check for a sound tensor comes first.
-        if tensor.shape == form.shape and tensor.dtype is form.dtype and tensor.device == device and (
-                tensor.layout is torch.strided and tensor.is_contiguous()
+        if tensor.shape == wanted.shape and tensor.dtype is wanted.dtype and (
+                tensor.device == device and tensor.layout is torch.strided and tensor.is_contiguous()
                 and tensor.untyped_storage().nbytes() >= tensor.nbytes
                 and not tensor.storage_offset()):
             continue
-        if tensor.shape != form.shape or tensor.dtype != form.dtype:
-            refuse(payload, f"tensor {i} to be {form.dtype} {list(form.shape)}",
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            refuse(payload, f"tensor {i} to be {wanted.dtype} {list(wanted.shape)}",
                    f"{tensor.dtype} {list(tensor.shape)}")
         # A 0-d tensor may stay on the CPU: operations combine it with tensors of any device.
         if tensor.device != device and tensor.dim():

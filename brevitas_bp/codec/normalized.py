@@ -57,7 +57,7 @@ class Undo:
 
 @final
 class NormalizedCodec(WrappingCodec):
-    """Stores ``(x - shift) * scale``, with one shift and scale for each row or channel.
+    """Stores ``(x - mean) * rstd``, with one mean and inverse deviation for each row or channel.
 
     Rounding errors then have the same size in all rows or channels, whatever the size of their values.
 

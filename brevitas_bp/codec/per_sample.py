@@ -165,8 +165,8 @@ class PerSampleCodec(Codec):
                 packed.layout.dtype}:
             refuse(packed, f"{packed.layout.numel} elements of {dtypes}", packed.layout)
         # The parts compare their tensors with their layouts when they are decoded.
-        forms = [TensorType(tuple(t.shape), t.dtype) for part in parts for t in part.tensors]
-        return [*forms, TensorType.flat(sum(counts))] if len(parts) > 1 else forms
+        types = [TensorType(tuple(t.shape), t.dtype) for part in parts for t in part.tensors]
+        return [*types, TensorType.flat(sum(counts))] if len(parts) > 1 else types
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self._codecs[self.candidates[0]].stored_nbytes(layout)

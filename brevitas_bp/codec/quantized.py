@@ -78,26 +78,26 @@ class _Ready(NamedTuple):
         layout: layout of the tensors.
         spec: how they are quantized.
         launcher: encodes and decodes them.
-        forms: types of the stored tensors; None with two widths, because they then differ with the seed.
+        types: types of the stored tensors; None with two widths, because they then differ with the seed.
         preference: preference of kernels, with which the launcher was made.
     """
 
     layout: TensorLayout
     spec: BucketQuantSpec
     launcher: Launcher
-    forms: list[TensorType] | None
+    types: list[TensorType] | None
     preference: str
 
     @classmethod
     def of(cls, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
         numel, dtype = layout.numel, layout.dtype
-        forms = None
+        types = None
         if spec.mix_bit_width is None:
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
-            forms = _types_of(spec, WidthLayout(n, 0), numel, dtype)
+            types = _types_of(spec, WidthLayout(n, 0), numel, dtype)
         preference = CHOICE.preference
         return cls(
-            layout, spec, launcher(spec, numel, dtype, layout.device, preference), forms, preference)
+            layout, spec, launcher(spec, numel, dtype, layout.device, preference), types, preference)
 
 
 @final
@@ -181,12 +181,12 @@ class LoweredCodec(BucketCodec):
         if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
             refuse(packed, own, spec)
         dtype = float_dtype(packed)
-        forms = self._ready_for(packed.layout, spec).forms
-        if forms is None:
+        types = self._ready_for(packed.layout, spec).types
+        if types is None:
             numel = packed.layout.numel
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
-            forms = _types_of(spec, draw_layout(n, spec, seed), numel, dtype)
-        return forms
+            types = _types_of(spec, draw_layout(n, spec, seed), numel, dtype)
+        return types
 
     def _ready_for(self, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
         ready = self._ready.get(id(layout))
@@ -286,7 +286,7 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
 
 
 def _refuse_order(where: str, config: Any, error: Exception) -> None:
-    """Raises if fragments stand right of the solver, whose settings win over theirs."""
+    """Raises if fragments are listed after the solver: its settings would then replace theirs."""
     bases = list(config.__mro__)
     if ActQuantSolver not in bases:
         return

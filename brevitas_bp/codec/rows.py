@@ -2,9 +2,10 @@
 
 NOTE [ Rows ]
 Backward multiplies all elements of a row (the features of a token, the pixels of an image) by the same
-gradients. The sizes of rows may differ by any factor. The rounding error of an element grows with the
-range of its bucket. So a bucket with elements of two rows would round the smaller row at the scale of
-the larger row. The gradient of the smaller row could then be wrong by any factor. See docs/bounds.md.
+gradients. The values of one row may be any number of times larger than those of another. The rounding
+error of an element grows with the range of its bucket. So a bucket with elements of two rows would round
+the smaller row at the scale of the larger row. The gradient of the smaller row could then be wrong by
+any factor. See docs/bounds.md, also for rows so short that one bucket holds several of them.
 """
 
 from collections.abc import Sequence

@@ -53,15 +53,15 @@ def _encode_channels(
         compute_dtype(x.dtype))
     scale = torch.where(statistics[1] > 0, statistics[1].reciprocal(), 0)
     affine = Affine(scale, statistics[0], x[0].numel() // channels if dim == 1 else 1)
-    plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
-    return *plan.encode(flat, seed, affine=affine), statistics
+    launcher = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
+    return *launcher.encode(flat, seed, affine=affine), statistics
 
 
 def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
     """Returns payload and metadata of a tensor that a graph saves in this thread's forward pass."""
     seed = _seed_in(graph)
-    plan = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
-    return plan.encode(x.reshape(-1).resolve_neg().contiguous(), seed)
+    launcher = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
+    return launcher.encode(x.reshape(-1).resolve_neg().contiguous(), seed)
 
 
 _library.impl("encode", _encode, "CompositeExplicitAutograd")
