@@ -25,6 +25,7 @@ from torch import nn
 
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
+from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import (
@@ -66,9 +67,11 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
     See NOTE [ What a part says of itself ]. Under BREVITAS_JIT=1, stock parts are scripted copies, which
     are instances of no known class.
     """
-    if type(quantizer) is not BucketRescalingIntQuant:
+    if type(quantizer) not in (BucketRescalingIntQuant, BucketLevelQuant):
         return None
     stages: dict[type[Stage], Stage] = {Transform: NO_TRANSFORM}
+    if type(quantizer) is BucketLevelQuant:
+        stages[Rounding] = NEAREST
     if not _collect(quantizer, stages) or not _is_consistent(quantizer, stages):
         return None
     selector = quantizer.msb_clamp_bit_width_impl
@@ -82,9 +85,13 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
         bucket_size=view.bucket_size,
         scale_rule=rows[ScaleRule], code_range=rows[CodeRange], rounding=rows[Rounding],
         transform=rows[Transform],
-        integer_zero_point=bool(getattr(quantizer.zero_point_impl, "quantize_zero_point", False)),
+        integer_zero_point=_rounds_zero_point(quantizer),
         metadata_dtype=quantizer.metadata_dtype,
         **mixing)
+
+
+def _rounds_zero_point(quantizer: Any) -> bool:
+    return bool(getattr(getattr(quantizer, "zero_point_impl", None), "quantize_zero_point", False))
 
 
 def _collect(part: nn.Module, stages: dict[type[Stage], Stage]) -> bool:
@@ -123,10 +130,14 @@ def _is_consistent(quantizer: Any, stages: dict[type[Stage], Any]) -> bool:
     if not {ScaleRule, CodeRange, Rounding} <= stages.keys():
         return False
     rule, codes, transform = stages[ScaleRule], stages[CodeRange], stages[Transform]
-    has_offset = type(quantizer.zero_point_impl) is RuntimeDynamicBucketZeroPoint
-    if rule.signed != codes.signed or codes.signed != quantizer.int_quant.signed or (
-            rule.affine != has_offset):
+    by_levels = type(quantizer) is BucketLevelQuant
+    if by_levels != (codes.nearest is not None) or by_levels != (rule.refit is not None):
         return False
+    if not by_levels:
+        has_offset = type(quantizer.zero_point_impl) is RuntimeDynamicBucketZeroPoint
+        if rule.signed != codes.signed or codes.signed != quantizer.int_quant.signed or (
+                rule.affine != has_offset):
+            return False
     views = {
         (part.bucket_size, part.bucket_pad_zero) for part in quantizer.modules()
         if hasattr(part, "bucket_pad_zero")}

@@ -31,6 +31,7 @@ from brevitas_bp.codec.stock import (
 from brevitas_bp.core.average import AverageQuant
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
+from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.format.normalizing import Affine
@@ -38,6 +39,7 @@ from brevitas_bp.format.packing import packed_nbytes
 from brevitas_bp.format.random import seeded
 from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.stages import NO_TRANSFORM
 from brevitas_bp.format.widths import WidthLayout
 from brevitas_bp.kernels.dispatch import CHOICE, launcher
 from brevitas_bp.kernels.launchers import Launcher
@@ -61,6 +63,16 @@ def _least_nbytes(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> int:
     n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
     metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)).itemsize
     return n * (packed_nbytes(size, min(spec.bit_widths)) + metadata * (1 + spec.affine))
+
+
+def _name_of(spec: BucketQuantSpec) -> str:
+    """Returns the name of a quantizer for reports, for instance "2-bit rotated"."""
+    kinds = [] if spec.transform is NO_TRANSFORM else [spec.transform.name]
+    if spec.code_range.nearest is None:
+        kinds.append(spec.rounding.name)
+    elif not kinds:
+        kinds.append(spec.code_range.name)
+    return codec_name(spec.bit_widths, ", ".join(kinds))
 
 
 def _one_width(spec: BucketQuantSpec, bits: int) -> BucketQuantSpec:
@@ -117,7 +129,7 @@ class LoweredCodec(BucketCodec):
         self.bit_widths = spec.bit_widths
         # Operators that decode in a graph get no seed.
         self.in_graphs = not _one_width(spec, spec.bit_width).decoding_draws
-        self.name = codec_name(spec.bit_widths, spec.rounding.name)
+        self.name = _name_of(spec)
         # Keyed by the identity of a layout: that is faster than finding an equal layout.
         self._ready: dict[int, _Ready] = {}
 
@@ -174,7 +186,7 @@ class LoweredCodec(BucketCodec):
         if not self.in_graphs:
             return None
         spec = _one_width(self.spec, max(self.bit_widths))
-        return bucket_form(codec_name(spec.bit_widths, spec.rounding.name), spec, x)
+        return bucket_form(_name_of(spec), spec, x)
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         (spec, seed), own = packed.facts, self.spec
@@ -307,7 +319,7 @@ def _codec_from_recipe(recipe: Recipe) -> Codec:
 
 def _is_one_per_tensor(quantizer: nn.Module) -> bool:
     """Whether each tensor needs its own quantizer. Parameters of a bucket quantizer may be shared."""
-    if isinstance(quantizer, (AverageQuant, BucketRescalingIntQuant)):
+    if isinstance(quantizer, (AverageQuant, BucketRescalingIntQuant, BucketLevelQuant)):
         return keeps_statistics(quantizer)
     return is_stateful(quantizer)
 
@@ -389,11 +401,18 @@ def _codec_of(quantizer: nn.Module) -> Codec:
     _check_rounding(quantizer)
     if type(quantizer) is AverageQuant:
         return AverageCodec(_codec_of(quantizer.bucket_quant), quantizer.average_size)
-    if not isinstance(quantizer, BucketRescalingIntQuant):
+    if not isinstance(quantizer, (BucketRescalingIntQuant, BucketLevelQuant)):
         return stock_codec(quantizer)
     if any(True for _ in quantizer.msb_clamp_bit_width_impl.parameters()):
         raise UnsupportedQuantizerError(
             "brevitas_bp.codec: a learned bit width would have to be read from the device for "
             "every saved tensor; use a constant bit_width, or two with the fragment TwoBitWidth")
     spec = lower(quantizer)
-    return ModuleCodec(quantizer) if spec is None else LoweredCodec(quantizer, spec)
+    if spec is not None:
+        return LoweredCodec(quantizer, spec)
+    if isinstance(quantizer, BucketLevelQuant) or quantizer.decoding_draws:
+        raise UnsupportedQuantizerError(
+            "brevitas_bp.codec: codes of levels, and codes that need their draws again, are stored by "
+            f"kernels that know all parts of the quantizer, and a part of {type(quantizer).__name__} is "
+            "unknown to them; use the parts of brevitas_bp.core, or give yours a method bucket_stage")
+    return ModuleCodec(quantizer)

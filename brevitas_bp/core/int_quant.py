@@ -1,5 +1,7 @@
 """Bucketed integer quantization: values <-> codes."""
 
+from typing import Any, NamedTuple
+
 import torch
 from brevitas.function.ops import tensor_clamp
 from torch import Tensor, nn
@@ -7,7 +9,14 @@ from torch import Tensor, nn
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
-from brevitas_bp.format.arithmetic import compute_dtype, reciprocal, round_down, round_up
+from brevitas_bp.format.arithmetic import (
+    compute_dtype,
+    largest_magnitude,
+    reciprocal,
+    round_down,
+    round_up,
+    unit_of,
+)
 from brevitas_bp.format.spec import check_bit_width, check_metadata_dtype
 from brevitas_bp.format.stages import NEUTRAL, SIGN_MAGNITUDE, CodeRange, Neutral
 
@@ -101,16 +110,27 @@ class BucketIntQuant(nn.Module):
     def _lowest(self, top: Tensor) -> Tensor:
         return -top if self.signed else torch.zeros_like(top)
 
-    def quantize(self, x: Tensor, scale: Tensor, offset: Tensor, bit_width: Tensor) -> Tensor:
-        """Converts buckets [N, B] to codes as floats [N, B]."""
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Draws the noise that both directions need, for buckets [N, B]; None: decoding needs none."""
+        draw: Any = getattr(self.float_to_int_impl, "draw", None)
+        return None if draw is None else draw(x)
+
+    def quantize(
+            self, x: Tensor, scale: Tensor, offset: Tensor, bit_width: Tensor,
+            noise: Tensor | None = None) -> Tensor:
+        """Converts buckets [N, B] to codes as floats [N, B]. ``noise`` is what :meth:`draw` returned."""
         u = (x - offset) * reciprocal(scale)
-        codes = self.float_to_int_impl(u)
+        noise = self.draw(u) if noise is None else noise
+        codes = self.float_to_int_impl(u) if noise is None else self.float_to_int_impl(u, noise)
         top = self.int_scaling_impl(bit_width).to(x.dtype)
         # torch.clamp from torch 2.14 on passes only half of the gradient if a code is at an end.
         return tensor_clamp(codes, self._lowest(top), top)
 
-    def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        """Converts codes as floats [N, B] to values [N, B]."""
+    def dequantize(
+            self, codes: Tensor, scale: Tensor, offset: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Converts codes as floats [N, B] to values [N, B]; ``noise`` is that of :meth:`quantize`."""
+        if noise is not None:
+            codes = self.float_to_int_impl.restore(codes, noise)  # pyright: ignore[reportCallIssue]
         return codes * scale + offset
 
     def to_int(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
@@ -122,6 +142,22 @@ class BucketIntQuant(nn.Module):
         """Returns quantized values [N, B] in Brevitas' convention."""
         return self.dequantize(
             self.to_int(scale, zero_point, bit_width, x), scale, (0 - zero_point) * scale)
+
+
+class Draws(NamedTuple):
+    """Random numbers that a quantizer draws once, and needs in both directions.
+
+    Attributes:
+        signs: of the transform, see :class:`~brevitas_bp.core.rotation.RandomRotation`.
+        noise: of the rounding, [N, B].
+    """
+
+    signs: Tensor | None
+    noise: Tensor | None
+
+
+def _signs(draws: Draws | None) -> tuple[Tensor, ...]:
+    return () if draws is None or draws.signs is None else (draws.signs,)
 
 
 class BucketRescalingIntQuant(nn.Module):
@@ -148,7 +184,8 @@ class BucketRescalingIntQuant(nn.Module):
         metadata_dtype: stored dtype of scale and offset. bfloat16 metadata are rounded outwards before
             any code is computed, so rounding stays unbiased.
         transform_impl: a linear map of each bucket, with methods ``forward(buckets)`` and
-            ``inverse(values)``; None quantizes values as they are.
+            ``inverse(values)``; None quantizes values as they are. If it has a method ``draw(buckets)``,
+            both methods get what that method returned as a second argument.
 
     Raises:
         ValueError: a bit width is outside 1..8; raised at construction if the width is constant.
@@ -214,40 +251,78 @@ class BucketRescalingIntQuant(nn.Module):
                 f"{metadata_dtype}; a rounded offset would move zero off the grid")
 
     def quantize(
-            self, x: Tensor, bit_width: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            self, x: Tensor, bit_width: Tensor | None = None,
+            draws: Draws | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns codes as floats [N, B], scale [N, 1], and offset and bit width, each [N, 1] or 0-d.
 
         Args:
             x: any shape.
             bit_width: the widths of the buckets, if they have been drawn already.
+            draws: what :meth:`draw` returned, if :meth:`dequantize` is to get it too.
         """
         buckets = self.input_view_impl(x.to(compute_dtype(x.dtype)))
+        draws = self.draw(x) if draws is None else draws
+        noise, unit = None if draws is None else draws.noise, None
         if self.transform_impl is not None:
-            buckets = self.transform_impl(buckets)
+            unit, inverse = unit_of(largest_magnitude(buckets.detach()))
+            buckets = buckets * inverse
+            buckets = self.transform_impl(buckets, *_signs(draws))
         bit_width = self._bit_width(buckets) if bit_width is None else bit_width
         top = self.int_scaling_impl(bit_width).to(buckets.dtype)
         scale = self.scaling_impl(buckets, top)
         rounded = round_up(scale.detach(), self.metadata_dtype)
         scale = scale + (rounded - scale).detach() if rounded is not scale else scale
         offset = self._offset(buckets, scale, bit_width)
-        return self.int_quant.quantize(buckets, scale, offset, bit_width), scale, offset, bit_width
+        codes = self.int_quant.quantize(buckets, scale, offset, bit_width, noise)
+        if unit is not None:
+            scale, offset = scale * unit, offset * unit
+        return codes, scale, offset, bit_width
 
-    def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor, like: Tensor) -> Tensor:
-        """Converts ``codes`` [N, B] to values with the shape, dtype and memory layout of ``like``."""
-        values = self.int_quant.dequantize(codes, scale, offset)
-        if self.transform_impl is not None:
-            values = self.transform_impl.inverse(values)  # pyright: ignore[reportCallIssue]
+    def dequantize(
+            self, codes: Tensor, scale: Tensor, offset: Tensor, like: Tensor,
+            draws: Draws | None = None) -> Tensor:
+        """Converts ``codes`` [N, B] to values with the shape, dtype and memory layout of ``like``.
+
+        Raises:
+            ValueError: a part needs its draws again, and ``draws`` is None.
+        """
+        if draws is None and self.decoding_draws:
+            raise ValueError(
+                "brevitas_bp.core.BucketRescalingIntQuant.dequantize: a part needs the numbers that it "
+                "drew for the codes; call draw(x), and pass what it returns to quantize "
+                "and dequantize")
+        noise = None if draws is None else draws.noise
+        if self.transform_impl is None:
+            values = self.int_quant.dequantize(codes, scale, offset, noise)
+        else:
+            unit, inverse = unit_of(torch.maximum(scale, offset.abs()).detach())
+            values = self.int_quant.dequantize(codes, scale * inverse, offset * inverse, noise)
+            values = self.transform_impl.inverse(values, *_signs(draws)) * unit  # pyright: ignore
         limit = torch.finfo(like.dtype).max
         flat = values.clamp(-limit, limit).to(like.dtype).reshape(-1)[:like.numel()]
         return unflatten(flat, like)
+
+    @property
+    def decoding_draws(self) -> bool:
+        """Whether a part needs its draws again when codes are dequantized."""
+        return hasattr(self.transform_impl, "draw") or hasattr(self.int_quant.float_to_int_impl, "draw")
+
+    def draw(self, x: Tensor) -> Draws | None:
+        """Draws for ``x`` what both directions need; None if dequantizing needs nothing."""
+        if not self.decoding_draws:
+            return None
+        buckets = self.input_view_impl(x.detach())
+        draw: Any = getattr(self.transform_impl, "draw", None)
+        return Draws(None if draw is None else draw(buckets), self.int_quant.draw(buckets))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns value, scale, zero point and bit width."""
         if x.numel() == 0:
             empty = x.new_empty((0, 1), dtype=compute_dtype(x.dtype))
             return x, empty, empty, torch.tensor(float(self.bit_widths[0]))
-        codes, scale, offset, bit_width = self.quantize(x)
-        value = x if self.observer_only else self.dequantize(codes, scale, offset, x)
+        draws = self.draw(x)
+        codes, scale, offset, bit_width = self.quantize(x, None, draws)
+        value = x if self.observer_only else self.dequantize(codes, scale, offset, x, draws)
         return value, scale, -offset * reciprocal(scale), bit_width
 
     def _bit_width(self, buckets: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Stochastic rounding."""
+"""Stochastic rounding and subtractive dither."""
 
 import torch
 from brevitas.function.ops_ste import floor_ste, round_ste
 from torch import Tensor, nn
 
 import brevitas_bp.format.random  # noqa: F401  (registers the operator)
-from brevitas_bp.format.stages import STOCHASTIC, Rounding
+from brevitas_bp.format.stages import DITHERED, STOCHASTIC, Rounding
 
 
 class StochasticRound(nn.Module):
@@ -51,3 +51,43 @@ class StochasticRound(nn.Module):
         floor = floor_ste(x)
         fraction = x.detach() - floor.detach()
         return floor + (torch.ops.brevitas_bp.noise_like(x) < fraction).to(x.dtype)
+
+
+class DitheredRound(nn.Module):
+    """Subtractive dither: decoding subtracts the noise that encoding adds. Fills ``float_to_int_impl``.
+
+    ``q = floor(u + noise)`` is decoded as ``q + 1/2 - noise``. The error is uniform within half a step,
+    whatever ``u`` is. So its mean is zero, and its variance is 1/12 of a squared step. Stochastic
+    rounding has ``a (1 - a)`` squared steps for the fractional part ``a``: 1/6 on average, and nothing
+    if ``u`` is an integer. Values on the grid, for instance zeros and ones, are better off with
+    :class:`StochasticRound`.
+
+    Source: Roberts, "Picture coding using pseudo-random noise", 1962.
+
+    >>> rounding, u = DitheredRound(), torch.full((1000,), 0.25)
+    >>> noise = rounding.draw(u)
+    >>> error = rounding.restore(rounding(u, noise), noise) - u
+    >>> bool(error.abs().max() <= 0.5), bool(error.mean().abs() < 0.1)
+    (True, True)
+    """
+
+    bucketwise = True
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def bucket_stage(self, slot: str) -> Rounding | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return DITHERED if slot == "float_to_int_impl" else None
+
+    def draw(self, u: Tensor) -> Tensor:
+        """Draws the noise for ``u``: float32 in [0, 1), in the same shape."""
+        return torch.ops.brevitas_bp.noise_like(u)
+
+    def forward(self, u: Tensor, noise: Tensor) -> Tensor:
+        """Rounds ``u`` to integers of the same dtype."""
+        return floor_ste(u + noise.to(u.dtype))
+
+    def restore(self, codes: Tensor, noise: Tensor) -> Tensor:
+        """Returns what the codes stand for, in steps."""
+        return codes + 0.5 - noise.to(codes.dtype)

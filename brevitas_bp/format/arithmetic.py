@@ -144,6 +144,76 @@ def _add_to_front(longer: Tensor, shorter: Tensor) -> Tensor:
     return longer + torch.nn.functional.pad(shorter, (0, longer.shape[-1] - shorter.shape[-1]))
 
 
+# Partial sums of :func:`lane_sum`.
+LANES = 16
+
+
+def lane_sum(x: Tensor) -> Tensor:
+    """Returns the sum of each bucket [n, 1]: the same bits on every backend.
+
+    Lane ``j`` sums elements ``j, j + 16, j + 32, ...`` one after another. Then the upper half of the
+    lanes is added to the lower half, until one lane is left. Missing elements count as zero.
+    """
+    missing = -x.shape[-1] % LANES
+    if missing:
+        x = torch.nn.functional.pad(x, (0, missing))
+    lanes = torch.zeros_like(x[:, :LANES])
+    for part in x.split(LANES, -1):
+        lanes = lanes + part
+    while lanes.shape[-1] > 1:
+        a, b = lanes.chunk(2, -1)
+        lanes = a + b
+    return lanes
+
+
+def unit_of(peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a power of two near a magnitude, and its reciprocal. Both are normal numbers.
+
+    Divided by the unit, the largest magnitude of a bucket is below 4. It is 1 or more, unless it is a
+    subnormal number. Products with units are exact, so they change no relative error. Sums of squares
+    in units neither overflow nor underflow.
+    """
+    double = peak.dtype == torch.float64
+    integer, mantissa, top = (torch.int64, 52, 2046) if double else (torch.int32, 23, 254)
+    exponent = (peak.contiguous().view(integer) >> mantissa).clamp(1, top - 1)
+    return (exponent << mantissa).view(peak.dtype), ((top - exponent) << mantissa).view(peak.dtype)
+
+
+def mean_about_first(x: Tensor, counts: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Returns the means [n, 1] of the first elements of buckets; exact if all elements are equal.
+
+    Args:
+        x: buckets in units [n, B].
+        counts: elements that count, [n, 1].
+        unit: see :func:`unit_of`.
+        inverse: of the unit.
+    """
+    first = x[:, :1]
+    inside = torch.arange(x.shape[-1], device=x.device) < counts
+    return (first + lane_sum(torch.where(inside, x - first, 0)) / counts.to(x.dtype)) * unit
+
+
+def to_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds ``x`` to the nearest finite value that the metadata dtype holds; keeps its own dtype."""
+    stored = stored_metadata_dtype(dtype, x.dtype)
+    limit = torch.finfo(stored).max
+    return x.to(stored).to(x.dtype).clamp(-limit, limit)
+
+
+def to_random(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
+    """Rounds ``x >= 0`` up or down at random to what the metadata dtype holds, without bias.
+
+    Args:
+        x: [n, 1], in the compute dtype, which is kept.
+        dtype: the metadata dtype.
+        words: 32 random bits of each bucket, int32 [n, 1].
+    """
+    if stored_metadata_dtype(dtype, x.dtype) == x.dtype:
+        return x.clamp(max=torch.finfo(x.dtype).max)
+    rounded = ((x.view(torch.int32) + (words & 0xFFFF)) & -65536).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded.clamp(max=torch.finfo(torch.bfloat16).max))
+
+
 def finite_norm(norm: Tensor, peak: Tensor) -> Tensor:
     """Returns the range of a symmetric bucket: its norm, limited; NaN if its peak is not finite."""
     limited = norm.clamp(max=torch.finfo(norm.dtype).max * RANGE_LIMIT)

@@ -31,9 +31,11 @@ HASH_LAST_SHIFT = 14
 NOISE_BITS = 24
 NOISE_STEP = 2.0**-NOISE_BITS
 
-# One encode draws from these streams. Rounding and the choice of widths must not share noise.
+# One encode draws from these streams. They must not share noise.
 ROUNDING = 0
 WIDTHS = 1
+ROTATION = 2
+METADATA = 3
 
 
 def splitmix64(value: int) -> int:
@@ -60,9 +62,9 @@ def derive(seed: int, *path: int) -> int:
     return state
 
 
-def noise_keys(seed: int) -> tuple[int, int]:
-    """Returns the two 32-bit keys of the rounding noise of one encode."""
-    return _split(derive(seed, ROUNDING, 0))
+def noise_keys(seed: int, stream: int = ROUNDING) -> tuple[int, int]:
+    """Returns the two 32-bit keys of the first draw of a stream in one encode."""
+    return _split(derive(seed, stream, 0))
 
 
 def _split(key: int) -> tuple[int, int]:
@@ -107,8 +109,8 @@ def _xor_shift_(x: Tensor, shift: int) -> Tensor:
     return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
 
 
-def uniform_(index: Tensor, keys: tuple[int, int]) -> Tensor:
-    """Returns uniform float32 noise in [0, 1), a multiple of 2**-24, for int32 flat indices.
+def words_(index: Tensor, keys: tuple[int, int]) -> Tensor:
+    """Returns 32 random bits as int32 for each int32 index.
 
     Args:
         index: int32 tensor of any shape; overwritten (it is the scratch memory of the hash).
@@ -121,8 +123,12 @@ def uniform_(index: Tensor, keys: tuple[int, int]) -> Tensor:
             # The second key enters between rounds, so two seeds do not give shifted copies of the same
             # noise.
             x = x.bitwise_xor_(_int32(keys[1]))
-    x = _xor_shift_(x, HASH_LAST_SHIFT)
-    bits = (x >> (32 - NOISE_BITS)).bitwise_and_((1 << NOISE_BITS) - 1)
+    return _xor_shift_(x, HASH_LAST_SHIFT)
+
+
+def uniform_(index: Tensor, keys: tuple[int, int]) -> Tensor:
+    """Returns uniform float32 noise in [0, 1), a multiple of 2**-24; arguments as of :func:`words_`."""
+    bits = (words_(index, keys) >> (32 - NOISE_BITS)).bitwise_and_((1 << NOISE_BITS) - 1)
     return bits.to(torch.float32).mul_(NOISE_STEP)
 
 
@@ -199,6 +205,11 @@ def next_seed(stream: int) -> int:
         # The CPU generator needs no device synchronization, and torch.manual_seed governs it.
         seed, occurrence = int(torch.empty((), dtype=torch.int64, device="cpu").random_()), 0
     return derive(seed, stream, occurrence)
+
+
+def next_words(stream: int, index: Tensor) -> Tensor:
+    """Returns 32 random bits for each int32 index, seeded by :func:`next_seed`; overwrites ``index``."""
+    return words_(index, _split(next_seed(stream)))
 
 
 def noise_like_reference(x: Tensor) -> Tensor:

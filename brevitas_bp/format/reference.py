@@ -23,8 +23,11 @@ If buckets end with a row (``spec.row_size``), each row is padded to whole bucke
 are those of the padded tensor.
 
 Scale rules, code ranges and roundings are rows of the tables in :mod:`brevitas_bp.format.stages`, which
-has their formulas. A transform is applied to the padded bucket before all these steps, and undone after
-them.
+have their formulas.
+
+A transform is applied to the padded bucket before all these steps, and undone after them. The bucket is
+then divided by a power of two near its largest magnitude first (:func:`encode_in_units`), and its
+metadata are multiplied by it. So are buckets that are coded by levels.
 """
 
 from dataclasses import dataclass, replace
@@ -37,21 +40,28 @@ from brevitas_bp.format.arithmetic import (
     compute_dtype,
     dequantize,
     integer_offset,
+    largest_magnitude,
+    mean_about_first,
     scaled,
     stored_metadata_dtype,
     to_bytes,
     to_metadata,
+    to_nearest,
+    to_random,
     to_range,
+    unit_of,
 )
 from brevitas_bp.format.packing import pack, packed_nbytes, unpack
 from brevitas_bp.format.pieces import pieces_of, runs_of, segments_of
 from brevitas_bp.format.random import (
+    METADATA,
     WIDTHS,
     derive,
     noise_keys,
     row_indices,
     row_numbers,
     uniform_,
+    words_,
 )
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import NO_TRANSFORM
@@ -180,6 +190,7 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
         spec: the quantizer.
         seed: 64-bit seed of the rounding noise and of the choice of widths.
     """
+    numel, row_size = flat.numel(), spec.row_size
     flat, spec = padded_rows(flat, spec)
     n, size = bucket_shape(flat.numel(), spec.bucket_size)
     layout = draw_layout(n, spec, seed)
@@ -192,19 +203,23 @@ def encode(flat: Tensor, spec: BucketQuantSpec, seed: int) -> Encoded:
             nbytes = (last - first) * packed_nbytes(size, width)
             out = payload[position:position + nbytes].view(last - first, -1)
             position += nbytes
-            if size > chunk and spec.transform is NO_TRANSFORM:
+            if size > chunk and not spec.works_in_units:
                 rows = _bucket_at(layout, first)
                 part = flat[rows * size:(rows + 1) * size]
                 scale, offset = _encode_large(part, rows * size, size, spec, width, seed, out[0])
             else:
                 rows = rows_of(layout, first, last, flat.device)
                 x = take(flat, rows, size, spec.pads_with_zero)
-                starts = _starts(rows, size, flat.device)
-                if spec.transform is not NO_TRANSFORM:
-                    x = x.to(compute_dtype(x.dtype))
-                    x = spec.transform.apply(x, row_numbers(rows, x.device), seed)
-                scale, offset = bucket_metadata(x, spec, width)
-                out.copy_(pack(_codes(x, scale, offset, starts, spec, width, seed), width))
+                if spec.works_in_units:
+                    buckets = row_numbers(rows, x.device)
+                    counts = elements_of(buckets, numel, size, row_size)
+                    codes, scale, offset = encode_in_units(
+                        x.to(compute_dtype(x.dtype)), counts, buckets, spec, width, seed)
+                else:
+                    scale, offset = bucket_metadata(x, spec, width)
+                    starts = _starts(rows, size, flat.device)
+                    codes = _codes(x, scale, offset, starts, spec, width, seed)
+                out.copy_(pack(codes, width))
             metadata[0][rows] = to_metadata(scale, stored_dtype)
             if offset is not None:
                 metadata[1][rows] = to_metadata(offset, stored_dtype)
@@ -233,17 +248,17 @@ def decode(
             rows = rows_of(layout, first, last, device)
             scale = scales[rows].to(inner).unsqueeze(-1)
             offset = None if offsets is None else offsets[rows].to(inner).unsqueeze(-1)
-            if size > chunk and spec.transform is NO_TRANSFORM:
+            if size > chunk and not spec.works_in_units:
                 bucket = _bucket_at(layout, first)
                 _decode_large(packed[0], scale, offset, bucket * size, spec, width, seed, out[bucket])
                 continue
-            starts = _starts(rows, size, device)
+            factors = _factors(
+                unpack(packed, width, size), scale.dtype, _starts(rows, size, device), spec, width, seed)
             if spec.transform is NO_TRANSFORM:
-                out[rows] = _values(packed, size, scale, offset, starts, spec, width, seed, dtype)
+                out[rows] = dequantize(factors, scale, offset, dtype)
             else:
-                values = _values(packed, size, scale, offset, starts, spec, width, seed, inner)
-                values = spec.transform.undo(values, row_numbers(rows, device), seed)
-                out[rows] = to_range(values, dtype)
+                out[rows] = decode_in_units(
+                    factors, scale, offset, row_numbers(rows, device), spec, seed, dtype)
     return out.view(-1)[:numel]
 
 
@@ -271,29 +286,96 @@ def _codes(
         x: Tensor, scale: Tensor, offset: Tensor | None, starts: Tensor, spec: BucketQuantSpec,
         width: int, seed: int) -> Tensor:
     """Returns the codes of parts ``x`` [r, L], which begin at the flat indices ``starts`` [r, 1]."""
+    if spec.code_range.nearest is not None:
+        return to_bytes(spec.code_range.nearest(scaled(x, scale, None), width), 0, scale)
     noise = _noise(starts, x.shape[-1], seed) if spec.rounding.encoding_draws else None
     top, lowest = spec.code_range.top(width), spec.code_range.lowest(width)
     codes = spec.rounding.round_(scaled(x.to(scale.dtype), scale, offset), noise).clamp_(lowest, top)
     return to_bytes(codes, lowest, scale)
 
 
-def _values(
-        packed: Tensor, size: int, scale: Tensor, offset: Tensor | None, starts: Tensor,
-        spec: BucketQuantSpec, width: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Unpacks and dequantizes bytes to values [r, size]; the parts are those of :func:`_codes`."""
-    return _dequantized(unpack(packed, width, size), scale, offset, starts, spec, width, seed, dtype)
-
-
-def _dequantized(
-        codes: Tensor, scale: Tensor, offset: Tensor | None, starts: Tensor, spec: BucketQuantSpec,
-        width: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Dequantizes stored codes [r, L]; the parts are those of :func:`_codes`."""
+def _factors(
+        codes: Tensor, dtype: torch.dtype, starts: Tensor, spec: BucketQuantSpec, width: int,
+        seed: int) -> Tensor:
+    """Returns what stored codes [r, L] stand for, in steps; the parts are those of :func:`_codes`."""
+    codes = codes.to(dtype)
+    if spec.code_range.level is not None:
+        return spec.code_range.level(codes, width)
     lowest = spec.code_range.lowest(width)
-    codes = codes.to(scale.dtype)
     codes = codes.add_(lowest) if lowest else codes
     if spec.rounding.decoding_draws:
         codes = spec.rounding.restore(codes, _noise(starts, codes.shape[-1], seed))
-    return dequantize(codes, scale, offset, dtype)
+    return codes
+
+
+def elements_of(
+        buckets: Tensor, numel: int, size: int, row_size: int | None = None) -> Tensor:
+    """Returns how many elements buckets have without their padding, int64 [r, 1].
+
+    Args:
+        buckets: numbers of the buckets, [r].
+        numel: elements of the tensor.
+        size: elements of a full bucket.
+        row_size: elements of a row.
+    """
+    if row_size is None:
+        return (numel - buckets * size).clamp(max=size).unsqueeze(-1)
+    inside = buckets % -(-row_size // size) * size
+    return (row_size - inside).clamp(max=size).unsqueeze(-1)
+
+
+def encode_in_units(
+        x: Tensor, counts: Tensor, buckets: Tensor, spec: BucketQuantSpec, width: int,
+        seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns codes, scale and offset of buckets that are centred, transformed or coded by levels.
+
+    Args:
+        x: the buckets [r, B], in the compute dtype.
+        counts: elements of each bucket without padding, [r, 1].
+        buckets: numbers of the buckets, [r].
+        spec: the quantizer.
+        width: bit width of these buckets.
+        seed: seed of all randomness.
+    """
+    rule, size = spec.scale_rule, x.shape[-1]
+    peak = largest_magnitude(x)
+    unit, inverse = unit_of(peak)
+    x, mean = x * inverse, None
+    if rule.centres:
+        mean = to_nearest(mean_about_first(x, counts, unit, inverse), spec.metadata_dtype)
+        inside = torch.arange(size, device=x.device) < counts
+        x = torch.where(inside, x - mean * inverse, 0)
+    x = spec.transform.apply(x, buckets, seed)
+    scale, offset = bucket_metadata(x, spec, width)
+    starts = buckets.unsqueeze(-1) * size
+    codes = _codes(x, scale, offset, starts, spec, width, seed)
+    if rule.refit is None:
+        scale = to_nearest(scale * unit, spec.metadata_dtype)
+    else:
+        words = words_(buckets.to(torch.int32).unsqueeze(-1), noise_keys(seed, METADATA))
+        levels = _factors(codes, x.dtype, starts, spec, width, seed)
+        scale = to_random(rule.refit(x, levels) * unit, spec.metadata_dtype, words)
+    if offset is not None:
+        offset = to_nearest(offset * unit, spec.metadata_dtype)
+    known = torch.isfinite(peak)
+    offset = mean if rule.centres else offset
+    return (
+        torch.where(known, codes, 0), torch.where(known, scale, torch.nan),
+        None if offset is None else torch.where(known, offset, torch.nan))
+
+
+def decode_in_units(
+        factors: Tensor, scale: Tensor, offset: Tensor | None, buckets: Tensor, spec: BucketQuantSpec,
+        seed: int, dtype: torch.dtype) -> Tensor:
+    """Inverts :func:`encode_in_units` from the factors that codes stand for."""
+    if spec.scale_rule.refit is not None:
+        # The levels are small numbers, so they are transformed before they get their scale.
+        return dequantize(spec.transform.undo(factors, buckets, seed), scale, offset, dtype)
+    peak = scale if offset is None else torch.maximum(scale, offset.abs())
+    unit, inverse = unit_of(peak)
+    values = factors * (scale * inverse)
+    values += 0 if offset is None else offset * inverse
+    return to_range(spec.transform.undo(values, buckets, seed) * unit, dtype)
 
 
 def _chunk(device: torch.device) -> int:
@@ -373,6 +455,6 @@ def _decode_large(
     for start, stop in pieces_of(out.numel(), width, _chunk(out.device)):
         piece = torch.cat([packed[there] for there, _ in runs_of(width, period, start, stop)])
         codes = unpack(piece.unsqueeze(0), width, segments.shape[0] * (stop - start))
-        segments[:, start:stop] = _dequantized(
-            codes.view(segments.shape[0], -1), scale, offset, starts + start, spec, width, seed,
-            out.dtype)
+        factors = _factors(
+            codes.view(segments.shape[0], -1), scale.dtype, starts + start, spec, width, seed)
+        segments[:, start:stop] = dequantize(factors, scale, offset, out.dtype)

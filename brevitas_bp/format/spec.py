@@ -11,6 +11,7 @@ import torch
 
 from brevitas_bp.format.stages import (
     MIN_MAX,
+    NEAREST,
     NO_TRANSFORM,
     STOCHASTIC,
     UNSIGNED,
@@ -128,6 +129,14 @@ class BucketQuantSpec:
                 f"{where}: the scale rule {self.scale_rule.name!r} goes with "
                 f"{'signed' if self.scale_rule.signed else 'unsigned'} codes, got "
                 f"{self.code_range.name!r}")
+        if (self.scale_rule.refit is None) != (self.code_range.nearest is None):
+            raise ValueError(
+                f"{where}: the scale rule {self.scale_rule.name!r} does not go with "
+                f"{self.code_range.name!r} codes; levels need an unbiased scale, and only they do")
+        if self.code_range.nearest is not None and self.rounding is not NEAREST:
+            raise ValueError(
+                f"{where}: {self.code_range.name!r} codes are those of the nearest levels, got the "
+                f"rounding {self.rounding.name!r}; use rounding to nearest")
         if self.integer_zero_point and self.metadata_dtype != torch.float32:
             raise ValueError(
                 f"{where}: an integer zero point needs metadata_dtype=torch.float32, got "
@@ -136,11 +145,15 @@ class BucketQuantSpec:
             raise ValueError(
                 f"{where}: row_size must be a positive number of elements and needs a bucket_size, got "
                 f"row_size={self.row_size!r} and bucket_size={self.bucket_size!r}")
-        if self.transform is not NO_TRANSFORM and self.bucket_size is None:
+        if self.works_in_units and self.bucket_size is None:
             raise ValueError(
-                f"{where}: the transform {self.transform.name!r} needs a bucket_size, because its "
-                "temporaries are as large as a bucket, and without a bucket_size that is the whole "
-                "tensor; set for instance bucket_size=256")
+                f"{where}: {self.transform.name!r} buckets with {self.code_range.name!r} codes need a "
+                "bucket_size, because their temporaries are as large as a bucket, and without a "
+                "bucket_size that is the whole tensor; set for instance bucket_size=256")
+        if self.transform.power_of_two and not is_rotatable(self.bucket_size):
+            raise ValueError(
+                f"{where}: {self.transform.name!r} buckets have a power of two of elements, 16 or more, "
+                f"got bucket_size={self.bucket_size!r}; use for instance 64 or 256")
 
     def in_rows(self, length: int) -> "BucketQuantSpec":
         """Returns this quantizer with buckets that end with each row of ``length`` elements.
@@ -154,10 +167,36 @@ class BucketQuantSpec:
         """
         if self.bucket_size is None:
             return self
-        size = row_bucket(length, self.bucket_size)
+        size = self._power_bucket(length) if self.transform.power_of_two else (
+            row_bucket(length, self.bucket_size))
         # Buckets that fill a row exactly need no row_size.
         return replace(
             self, bucket_size=size, row_size=None if length % size == 0 else length)
+
+    def for_numel(self, numel: int) -> "BucketQuantSpec":
+        """Returns this quantizer with a bucket that is not much larger than the whole tensor.
+
+        Only buckets whose padding is stored too become smaller.
+
+        >>> from brevitas_bp.format.stages import ROTATED
+        >>> BucketQuantSpec(transform=ROTATED).for_numel(40).bucket_size
+        64
+        """
+        if not self.transform.power_of_two or self.bucket_size is None:
+            return self
+        least = max(16, 1 << (numel - 1).bit_length())
+        return self if self.bucket_size <= least else replace(self, bucket_size=least)
+
+    def _power_bucket(self, length: int) -> int:
+        """Returns the power of two with which a row takes the fewest bytes; the larger of two such."""
+        assert self.bucket_size is not None
+        metadata = self.metadata_dtype.itemsize * (1 + self.affine)
+        sizes = [1 << k for k in range(4, self.bucket_size.bit_length())]
+
+        def nbytes(size: int) -> int:
+            return -(-length // size) * (size * self.bit_width // 8 + metadata)
+
+        return min(reversed(sizes), key=nbytes)
 
     def to_text(self) -> str:
         """Returns the spec as text, for operators of compiled graphs, which take no objects.
@@ -191,6 +230,11 @@ class BucketQuantSpec:
         return self.scale_rule.pads_with_zero or self.transform.pads_with_zero
 
     @property
+    def works_in_units(self) -> bool:
+        """Whether buckets are divided by a power of two first (:mod:`brevitas_bp.format.reference`)."""
+        return self.transform is not NO_TRANSFORM or self.scale_rule.refit is not None
+
+    @property
     def decoding_draws(self) -> bool:
         """Whether decoding repeats the draws that encoding made from the seed."""
         return self.rounding.decoding_draws or self.transform.draws or self.mix_bit_width is not None
@@ -198,6 +242,11 @@ class BucketQuantSpec:
     def is_covered_by(self, stages: Set[Stage]) -> bool:
         """Returns whether ``stages`` contains all stages of this quantizer."""
         return {getattr(self, field) for field in _TABLES} <= stages
+
+
+def is_rotatable(bucket_size: int | None) -> bool:
+    """Returns whether buckets of this size can be rotated: a power of two, 16 or more."""
+    return bucket_size is not None and bucket_size >= 16 and bucket_size & (bucket_size - 1) == 0
 
 
 def row_bucket(length: int, bucket_size: int) -> int:

@@ -33,10 +33,14 @@ from brevitas_bp.format.arithmetic import (
     finite_norm,
     finite_range,
     l2_norm,
+    lane_sum,
     largest_magnitude,
     round_down,
     round_up,
+    square_root,
 )
+from brevitas_bp.format.levels import level_of, nearest_level
+from brevitas_bp.format.rotation import rotate, rotate_back, sign_words
 
 _Row = TypeVar("_Row", bound="Stage")
 
@@ -101,16 +105,19 @@ class Transform(Stage):
     """An invertible linear map of a bucket, applied before quantizing and undone after dequantizing.
 
     Attributes:
-        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the compute dtype.
+        apply: ``(x [r, B], numbers of the buckets [r], seed) -> y [r, B]``, in the compute dtype. The
+            largest magnitude in a bucket is between 1 and 4, or 0. It must not grow much.
         undo: the inverse of ``apply``, with the same arguments.
         pads_with_zero: a bucket that is not full is padded with zeros, not with its last element.
         draws: the map depends on the seed.
+        power_of_two: it needs buckets of 16, 32, 64, ... elements.
     """
 
     apply: Callable[[Tensor, Tensor, int], Tensor] = _unchanged
     undo: Callable[[Tensor, Tensor, int], Tensor] = _unchanged
     pads_with_zero: bool = False
     draws: bool = False
+    power_of_two: bool = False
 
 
 class Neutral:
@@ -125,19 +132,38 @@ NEUTRAL = Neutral()
 NO_TRANSFORM = Transform("none", 0)
 
 
+def _rotation(rotations: int) -> dict[str, Any]:
+    def apply(x: Tensor, buckets: Tensor, seed: int) -> Tensor:
+        return rotate(x, sign_words(buckets, x.shape[-1], seed), rotations)
+
+    def undo(y: Tensor, buckets: Tensor, seed: int) -> Tensor:
+        return rotate_back(y, sign_words(buckets, y.shape[-1], seed), rotations)
+
+    return {"apply": apply, "undo": undo, "pads_with_zero": True, "draws": True, "power_of_two": True}
+
+
+#: Random rotations, see :mod:`brevitas_bp.format.rotation`.
+ROTATED = Transform("rotated once", 1, **_rotation(1))
+ROTATED_TWICE = Transform("rotated", 2, **_rotation(2))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class CodeRange(Stage):
-    """The integers that codes of a width can be: ``lowest(width) .. top(width)``.
+    """The integers that codes of a width can be, and what they stand for.
 
     Attributes:
         signed: codes run from ``-top`` to ``top``; otherwise from 0.
         least_width: smallest width with codes on both sides of zero; 1 for unsigned codes.
         top: width -> largest code, which the scale rule divides by.
+        nearest: ``(scaled values, width) -> codes``, as floats; None: the rounding makes integers.
+        level: ``(codes, width) -> levels`` that codes stand for; None: codes stand for themselves.
     """
 
     signed: bool
     least_width: int
     top: Callable[[int], int]
+    nearest: Callable[[Tensor, int], Tensor] | None = None
+    level: Callable[[Tensor, int], Tensor] | None = None
 
     def lowest(self, bit_width: int) -> int:
         """Returns the smallest code. Stored codes are counted from the smallest code.
@@ -153,6 +179,8 @@ UNSIGNED = CodeRange("unsigned", 0, False, 1, lambda width: 2**width - 1)
 NARROW = CodeRange("narrow", 1, True, 2, lambda width: 2**(width - 1) - 1)
 #: Sign times one of 2**(b-2) levels, or zero: the codes of Listing 5.1 of Li, 2025.
 SIGN_MAGNITUDE = CodeRange("sign_magnitude", 2, True, 2, lambda width: 2**(width - 2))
+#: Places of the Lloyd-Max levels of the normal distribution, see :mod:`brevitas_bp.format.levels`.
+NORMAL = CodeRange("normal", 3, False, 1, lambda width: 2**width - 1, nearest_level, level_of)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -167,12 +195,17 @@ class ScaleRule(Stage):
             ``(x [n, B], top code, metadata dtype, B or None) -> (scale [n, 1], offset [n, 1] or None)``
             in the compute dtype. ``B`` is passed if ``x`` lacks its padding and is too large for
             temporaries. Metadata are rounded outwards, to values that their dtype holds.
+        centres: the mean of each bucket is subtracted before the transform, and stored as the offset.
+        refit: ``(values [n, B], levels of their codes [n, B]) -> scale [n, 1]`` to store, computed when
+            the codes are known; None: the scale that ``measure`` has returned is stored.
     """
 
     affine: bool
     pads_with_zero: bool
     signed: bool
     measure: Callable[[Tensor, int, torch.dtype, int | None], tuple[Tensor, Tensor | None]]
+    centres: bool = False
+    refit: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _min_max(
@@ -208,6 +241,28 @@ MAX = ScaleRule("max", 1, False, False, True, _max)
 L2 = ScaleRule("l2", 2, False, True, True, _l2)
 
 
+def _deviation(
+        x: Tensor, top: int, metadata_dtype: torch.dtype,
+        size: int | None) -> tuple[Tensor, Tensor | None]:
+    """``sqrt(mean(x**2))``: the deviation from zero."""
+    energy = lane_sum(x * x) * (1 / x.shape[-1])
+    return square_root(energy.to(torch.float64)).to(x.dtype), None
+
+
+def _unbiased_scale(x: Tensor, levels: Tensor) -> Tensor:
+    """``S = sum(x**2) / sum(x * level)``: along ``x``, the decoded bucket has the length of ``x``."""
+    along = lane_sum(x * levels)
+    return torch.where(along > 0, lane_sum(x * x) / along, 0)
+
+
+#: The scale of Vargaftik et al., 2021 and 2022. It makes levels unbiased, if a random rotation comes
+#: first.
+UNBIASED = ScaleRule("unbiased", 3, False, True, False, _deviation, refit=_unbiased_scale)
+#: The same for deviations from the mean of the bucket.
+CENTRED = ScaleRule(
+    "centred", 4, True, True, False, _deviation, centres=True, refit=_unbiased_scale)
+
+
 def _as_they_are(codes: Tensor, noise: Tensor | None) -> Tensor:
     return codes
 
@@ -241,6 +296,23 @@ def _stochastically(u: Tensor, noise: Tensor | None) -> Tensor:
     return floor.add_(noise < u.sub_(floor))
 
 
+def _with_dither(u: Tensor, noise: Tensor | None) -> Tensor:
+    """``floor(u + noise)``."""
+    assert noise is not None
+    return u.add_(noise).floor_()
+
+
+def _without_dither(codes: Tensor, noise: Tensor | None) -> Tensor:
+    """``q + 1/2 - noise``: within half a step of ``u``, uniformly, whatever ``u`` is."""
+    assert noise is not None
+    return codes.add_(0.5).sub_(noise)
+
+
 #: Rounds to nearest, ties to even.
 NEAREST = Rounding("nearest", 0, _to_nearest)
 STOCHASTIC = Rounding("stochastic", 1, _stochastically, encoding_draws=True)
+#: Subtractive dither (Roberts, "Picture coding using pseudo-random noise", 1962): decoding subtracts the
+#: noise that encoding has added. The variance is a twelfth of a squared step; that of
+#: :data:`STOCHASTIC` is a sixth on average.
+DITHERED = Rounding(
+    "dithered", 2, _with_dither, encoding_draws=True, decoding_draws=True, restore=_without_dither)

@@ -6,13 +6,16 @@ from brevitas_bp.quant import act
 from brevitas_bp.quant.act import *  # noqa: F403
 from brevitas_bp.quant.base import (
     BucketQuant,
+    DitheredRounding,
     GroupAverage,
     PerBucketL2,
     PerBucketMax,
     PerBucketMinMax,
+    PerBucketNormal,
     PerTensorL2,
     PerTensorMax,
     PerTensorMinMax,
+    RotatedBuckets,
     RunningRange,
     SignMagnitude,
     StochasticRounding,
@@ -20,7 +23,7 @@ from brevitas_bp.quant.base import (
 )
 
 __all__ = [
-    "ActQuantSolver", "BucketQuant", "GroupAverage", "PerBucketL2", "PerBucketMax", "PerBucketMinMax",
-    "PerTensorL2", "PerTensorMax", "PerTensorMinMax", "RunningRange", "SignMagnitude",
-    "StochasticRounding", "TwoBitWidth"]
+    "ActQuantSolver", "BucketQuant", "DitheredRounding", "GroupAverage", "PerBucketL2", "PerBucketMax",
+    "PerBucketMinMax", "PerBucketNormal", "PerTensorL2", "PerTensorMax", "PerTensorMinMax",
+    "RotatedBuckets", "RunningRange", "SignMagnitude", "StochasticRounding", "TwoBitWidth"]
 __all__ += act.__all__

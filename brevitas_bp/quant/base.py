@@ -23,6 +23,9 @@ from brevitas.inject.enum import (
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.bucket import OverBucketView
 from brevitas_bp.core.int_quant import BucketIntQuant, SignMagnitudeIntScaling
+from brevitas_bp.core.levels import NormalLevels, UnbiasedScaling
+from brevitas_bp.core.rotation import RandomRotation
+from brevitas_bp.core.rounding import DitheredRound
 from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
 from brevitas_bp.core.stats import BucketAbsMax, BucketL2Norm, BucketMin, BucketMinMaxRange
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
@@ -30,6 +33,7 @@ from brevitas_bp.proxy import BucketwiseActQuantProxyFromInjector
 from brevitas_bp.quant.solver import (
     SolveBucketTensorQuant,
     SolveFloatToIntImpl,
+    SolveLevelTensorQuant,
     SolveRunningRange,
 )
 
@@ -117,6 +121,38 @@ class SignMagnitude(PerBucketMax):
     """
 
     int_scaling_impl = SignMagnitudeIntScaling
+
+
+class DitheredRounding(ExtendedInjector):
+    """Rounds with subtractive dither: half the variance of stochastic rounding, equally unbiased."""
+
+    float_to_int_impl = DitheredRound
+
+
+class RotatedBuckets(ExtendedInjector):
+    """Rotates each bucket at random before it is quantized, so that outliers set no scale.
+
+    Buckets have a power of two of elements, 16 or more.
+    """
+
+    transform_impl = RandomRotation
+    rotations = 2
+    bucket_pad_zero = True
+
+
+class PerBucketNormal(SolveLevelTensorQuant, BucketQuant):
+    """Lloyd-Max levels of the normal distribution, with one scale and mean for each bucket.
+
+    With :class:`RotatedBuckets` it is unbiased, and it has the least error of all quantizers here.
+    Without a rotation it is **biased**.
+    """
+
+    levels_impl = NormalLevels
+    scaling_impl = UnbiasedScaling
+    remove_mean = True
+    bucket_pad_zero = True
+    signed = False
+    narrow_range = False
 
 
 class TwoBitWidth(ExtendedInjector):

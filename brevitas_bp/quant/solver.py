@@ -10,6 +10,7 @@ from dependencies.exceptions import DependencyError
 
 from brevitas_bp.core.average import AverageQuant, check_average_size
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
+from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.core.rounding import StochasticRound
 from brevitas_bp.core.running import RunningStatistic
 from brevitas_bp.core.scaling import RuntimeDynamicBucketScaling
@@ -66,14 +67,28 @@ class SolveBucketTensorQuant(ExtendedInjector):
     @value
     def tensor_quant(quant_type: Any, average_size: Any = 1) -> Any:  # noqa: N805
         # Optional, so that the fragment that sets it may be left or right of the others.
-        if quant_type == QuantType.FP:
-            return None
-        if quant_type == QuantType.INT:
-            size = check_average_size("brevitas_bp.quant", average_size)
-            return BucketRescalingIntQuant if size == 1 else AverageQuant
-        raise ValueError(
-            f"brevitas_bp.quant: a bucket quantizer has quant_type INT, or FP to switch it off, got "
-            f"{quant_type}; use Brevitas' own binary or ternary quantizers")
+        return _solve_tensor_quant(quant_type, average_size, BucketRescalingIntQuant)
+
+
+class SolveLevelTensorQuant(ExtendedInjector):
+    """Maps ``INT`` to :class:`~brevitas_bp.core.levels.BucketLevelQuant`, ``FP`` to None."""
+
+    bucket_quant = BucketLevelQuant
+
+    @value
+    def tensor_quant(quant_type: Any, average_size: Any = 1) -> Any:  # noqa: N805
+        return _solve_tensor_quant(quant_type, average_size, BucketLevelQuant)
+
+
+def _solve_tensor_quant(quant_type: Any, average_size: Any, bucket_quant: type) -> type | None:
+    if quant_type == QuantType.FP:
+        return None
+    if quant_type == QuantType.INT:
+        size = check_average_size("brevitas_bp.quant", average_size)
+        return bucket_quant if size == 1 else AverageQuant
+    raise ValueError(
+        f"brevitas_bp.quant: a bucket quantizer has quant_type INT, or FP to switch it off, got "
+        f"{quant_type}; use Brevitas' own binary or ternary quantizers")
 
 
 class SolveRunningRange(ExtendedInjector):
