@@ -361,6 +361,9 @@ class ForwardPass:
             # Drop the hooks, because they hold the pass. Otherwise the pass and its modules would wait
             # for the garbage collector.
             self.hooks = unpack, unpack
+            # An exception in the middle of a norm leaves it pending. The norm's output may be held here,
+            # and its graph holds the pack hook, which holds this pass: no collector finds that cycle.
+            self._norm = self._substitution = None
 
 
 def _remove_hooks(pack: Callable[[Tensor], Any]) -> None:

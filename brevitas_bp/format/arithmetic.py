@@ -144,26 +144,15 @@ def _add_to_front(longer: Tensor, shorter: Tensor) -> Tensor:
     return longer + torch.nn.functional.pad(shorter, (0, longer.shape[-1] - shorter.shape[-1]))
 
 
-# Partial sums of :func:`lane_sum`.
-LANES = 16
+def tree_sum(x: Tensor) -> Tensor:
+    """Returns the sum of each bucket [n, 1] in its own dtype: the same bits on every backend.
 
-
-def lane_sum(x: Tensor) -> Tensor:
-    """Returns the sum of each bucket [n, 1]: the same bits on every backend.
-
-    Lane ``j`` sums elements ``j, j + 16, j + 32, ...`` one after another. Then the upper half of the
-    lanes is added to the lower half, until one lane is left. Missing elements count as zero.
+    While ``B`` terms are left, term ``i + (B + 1) // 2`` is added to term ``i``.
     """
-    missing = -x.shape[-1] % LANES
-    if missing:
-        x = torch.nn.functional.pad(x, (0, missing))
-    lanes = torch.zeros_like(x[:, :LANES])
-    for part in x.split(LANES, -1):
-        lanes = lanes + part
-    while lanes.shape[-1] > 1:
-        a, b = lanes.chunk(2, -1)
-        lanes = a + b
-    return lanes
+    while x.shape[-1] > 1:
+        half = (x.shape[-1] + 1) // 2
+        x = _add_to_front(x[:, :half], x[:, half:])
+    return x
 
 
 def unit_of(peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +179,7 @@ def mean_about_first(x: Tensor, counts: Tensor, unit: Tensor, inverse: Tensor) -
     """
     first = x[:, :1]
     inside = torch.arange(x.shape[-1], device=x.device) < counts
-    return (first + lane_sum(torch.where(inside, x - first, 0)) / counts.to(x.dtype)) * unit
+    return (first + tree_sum(torch.where(inside, x - first, 0)) / counts.to(x.dtype)) * unit
 
 
 def to_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:

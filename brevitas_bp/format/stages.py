@@ -33,11 +33,11 @@ from brevitas_bp.format.arithmetic import (
     finite_norm,
     finite_range,
     l2_norm,
-    lane_sum,
     largest_magnitude,
     round_down,
     round_up,
     square_root,
+    tree_sum,
 )
 from brevitas_bp.format.levels import level_of, nearest_level
 from brevitas_bp.format.rotation import rotate, rotate_back, sign_words
@@ -245,14 +245,14 @@ def _deviation(
         x: Tensor, top: int, metadata_dtype: torch.dtype,
         size: int | None) -> tuple[Tensor, Tensor | None]:
     """``sqrt(mean(x**2))``: the deviation from zero."""
-    energy = lane_sum(x * x) * (1 / x.shape[-1])
+    energy = tree_sum(x * x) * (1 / x.shape[-1])
     return square_root(energy.to(torch.float64)).to(x.dtype), None
 
 
 def _unbiased_scale(x: Tensor, levels: Tensor) -> Tensor:
     """``S = sum(x**2) / sum(x * level)``: along ``x``, the decoded bucket has the length of ``x``."""
-    along = lane_sum(x * levels)
-    return torch.where(along > 0, lane_sum(x * x) / along, 0)
+    along = tree_sum(x * levels)
+    return torch.where(along > 0, tree_sum(x * x) / along, 0)
 
 
 #: The scale of Vargaftik et al., 2021 and 2022. It makes levels unbiased, if a random rotation comes

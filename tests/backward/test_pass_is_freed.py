@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from brevitas_bp import QuantBackwardWrapper
+from brevitas_bp import OpAware, QuantBackwardWrapper, SavedTensor
 from brevitas_bp.backward import wrapper as wrapper_module
+from brevitas_bp.backward.saved import Decision
 
 
 def test_a_pass_leaves_no_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +30,26 @@ def test_a_pass_leaves_no_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [made() for made in passes] == [None]
     finally:
         gc.enable()
+
+
+class OutOfMemory(OpAware):
+    """A policy that fails at the statistics of a norm, as a device without memory may."""
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        if saved.is_norm_statistic:
+            raise torch.OutOfMemoryError
+        return super().decide(saved)
+
+
+def test_an_exception_in_the_middle_of_a_norm_leaves_nothing() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 4))
+    model = QuantBackwardWrapper(net, seed=0, policy=OutOfMemory())
+    before = live_tensors()
+    with pytest.raises(torch.OutOfMemoryError):
+        model(torch.randn(64, 64))
+    assert live_tensors() == before
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
