@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from brevitas_bp.format.stages import NO_TRANSFORM
+from brevitas_bp.format.stages import CENTRED, DITHERED, UNBIASED
+from brevitas_bp.kernels.cpu import levels
 from brevitas_bp.kernels.cpu.codes import (
     ROUNDINGS,
     copy_bytes,
     dequantize,
+    factors_of,
     locate,
     pack,
     round_codes,
@@ -24,8 +26,17 @@ from brevitas_bp.kernels.cpu.codes import (
 )
 from brevitas_bp.kernels.cpu.compiling import jit, prefetch, window
 from brevitas_bp.kernels.cpu.derivatives import differentiate
+from brevitas_bp.kernels.cpu.in_units import (
+    enter_units,
+    leave_units,
+    to_nearest,
+    to_random,
+    unit_of,
+)
+from brevitas_bp.kernels.cpu.levels import decode_levels, encode_levels
 from brevitas_bp.kernels.cpu.metadata import (
     RULES,
+    largest_magnitude,
     load,
     ranges,
     reciprocal,
@@ -33,12 +44,14 @@ from brevitas_bp.kernels.cpu.metadata import (
     scratch_size,
     store,
 )
+from brevitas_bp.kernels.cpu.rotation import TRANSFORMS, random_words
 from brevitas_bp.kernels.cpu.units import denormalize, normalize, place
 from brevitas_bp.kernels.launchers import CODE_RANGES
 
 #: The stages that these kernels implement.
-COVERED = ROUNDINGS | RULES | CODE_RANGES | {NO_TRANSFORM}
+COVERED = ROUNDINGS | RULES | CODE_RANGES | TRANSFORMS | levels.RULES | levels.CODES
 _U = np.uint32
+_UNBIASED, _CENTRED, _DITHERED = UNBIASED.number, CENTRED.number, DITHERED.number
 # Elements of a group of buckets: half of a first-level cache.
 _GROUP = 1 << 12
 #: Replaces the number of a derivative: the input is normalized.
@@ -49,7 +62,7 @@ NORMALIZED = -1
 def encode(
         x: Any, bits: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any,
         multiplier: Any, shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any,
-        integer: Any, rounding: Any, k0: Any, k1: Any, payload: Any, metadata: Any,
+        integer: Any, rounding: Any, transform: Any, keys: Any, payload: Any, metadata: Any,
         derivative: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
         inner: Any, largest: Any, divides: Any, pads_with_zero: Any, affine: Any) -> None:
     """Encodes buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
@@ -66,12 +79,20 @@ def encode(
     group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
     buffer = np.empty(group * size, np.uint8)
     scratch = np.empty(scratch_size(rule, size), np.float64)
+    (k0, k1), (r0, r1), (m0, m1) = keys
+    by_levels = rule == _UNBIASED or rule == _CENTRED
+    in_units = transform != 0 or by_levels
     # Buffers for computed or padded values. Without rows, only the last bucket of all is padded.
-    apart = derivative != 0 or row != 0
+    apart = derivative != 0 or row != 0 or in_units
     copy_bits = np.empty(group * size if apart else size, bits.dtype)
     copies = copy_bits.view(x.dtype)
     lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
-    norms, all_tops = highs.view(x.dtype), np.empty(group, x.dtype)
+    norms, means, all_tops = highs.view(x.dtype), lows.view(x.dtype), np.empty(group, x.dtype)
+    terms = np.empty(size if in_units else 1, x.dtype)
+    signs, random = np.empty(size // 16 if transform else 1, np.uint32), np.empty(1, np.uint32)
+    one_bits, unit_bits = np.empty(1, bits.dtype), np.empty(group if in_units else 1, bits.dtype)
+    one, units = one_bits.view(x.dtype), unit_bits.view(x.dtype)
+    infinite = np.array([np.inf], x.dtype).view(bits.dtype)[0]
     while begin < end:
         count = min(group, end - begin)
         low, high, top = window(lows, 0, count), window(highs, 0, count), window(all_tops, 0, count)
@@ -80,7 +101,7 @@ def encode(
             top[i] = number(tops[kind])
             start, most = place(begin + i, first, size, row, per_row)
             valid = min(most, x.size - start)
-            if derivative != 0 or valid < size:
+            if derivative != 0 or valid < size or in_units:
                 slot = i * size if apart else 0
                 values, words = window(copies, slot, size), window(copy_bits, slot, size)
                 source, target = window(x, start, valid), window(copies, slot, valid)
@@ -96,15 +117,36 @@ def encode(
                     values[j] = fill
             else:
                 values, words = window(x, start, size), window(bits, start, size)
-            ranges(values, words, i, rule, low, high, norms, scratch)
+            if in_units:
+                peak = largest_magnitude(words)
+                unit_bits[i] = peak
+                inverse = unit_of(unit_bits, units, i)
+                mean = enter_units(
+                    values, valid, inverse, units[i], rule == _CENTRED, bf16, transform, begin + i, r0,
+                    r1, signs, terms, one, one_bits)
+                if peak >= infinite:
+                    units[i] = np.nan
+                if by_levels:
+                    codes = window(buffer, i * size, size)
+                    if peak >= infinite:
+                        codes[:] = 0
+                        norms[i] = mean = number(np.nan)
+                    else:
+                        scale = encode_levels(values, widths[kind], codes, terms) * units[i]
+                        random_words(_U((begin + i) & 0xFFFFFFFF), m0, m1, random)
+                        norms[i] = to_random(scale, bf16, random[0], one, one_bits)
+                    means[i] = mean
+            if not by_levels:
+                ranges(values, words, i, rule, low, high, norms, scratch)
         scales, offsets = high.view(x.dtype), low.view(x.dtype)
-        scales_of_ranges(rule, low, high, top, bf16, integer)
-        for i in range(count):
+        if not by_levels:
+            scales_of_ranges(rule, low, high, top, bf16, integer)
+        for i in range(0 if by_levels else count):
             bucket = begin + i
             start, most = place(bucket, first, size, row, per_row)
             kind, _ = locate(bucket, size, n, mixed, multiplier, shift, widths)
             scale, lo, codes = scales[i], offsets[i], window(buffer, i * size, size)
-            if derivative != 0 or min(most, x.size - start) < size:
+            if derivative != 0 or min(most, x.size - start) < size or in_units:
                 values = window(copies, i * size if apart else 0, size)
             else:
                 values = window(x, start, size)
@@ -119,6 +161,9 @@ def encode(
                 round_codes(
                     rounding, values, codes, lo, inverse, lowests[kind], tops[kind],
                     _U((bucket * size) & 0xFFFFFFFF), k0, k1)
+            if in_units:
+                scales[i] = to_nearest(scale * units[i], bf16, one, one_bits)
+                offsets[i] = to_nearest(lo * units[i], bf16, one, one_bits)
         # Pack in a separate loop: right after rounding, the last codes are still on their way to the
         # cache.
         for i in range(count):
@@ -134,13 +179,14 @@ def encode(
 @jit
 def decode(
         out: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any, multiplier: Any,
-        shift: Any, widths: Any, lowests: Any, bf16: Any, payload: Any, scales: Any, offsets: Any,
+        shift: Any, widths: Any, lowests: Any, rule: Any, rounding: Any, transform: Any, keys: Any,
+        bf16: Any, payload: Any, scales: Any, offsets: Any,
         limit: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
-        inner: Any, largest: Any, divides: Any) -> None:
+        inner: Any, largest: Any, divides: Any, unit_bits: Any) -> None:
     """Decodes buckets ``begin .. end - 1`` into ``out``, which starts with bucket ``first``.
 
-    The last eight arguments are those of :func:`encode`; ``scales_of`` is empty if nothing is
-    normalized.
+    The arguments from ``row`` on are those of :func:`encode`; ``scales_of`` is empty if nothing is
+    normalized. ``unit_bits`` is scratch for one integer as large as a float of ``out``.
     """
     number = out.dtype.type
     codes = np.empty(size, np.uint8)
@@ -151,14 +197,30 @@ def decode(
     else:
         lo[:] = number(0)
     bound = number(np.finfo(out.dtype).max) if scales_of.size else limit
+    (k0, k1), (r0, r1) = keys
+    by_levels = rule == _UNBIASED or rule == _CENTRED
+    apart = transform != 0 or by_levels or rounding == _DITHERED
+    factors = np.empty(size if apart else 1, out.dtype)
+    signs = np.empty(size // 16 if transform else 1, np.uint32)
+    unit = unit_bits.view(out.dtype)
     for bucket in range(begin, end):
         kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
         unpack(window(payload, position, size * width // 8), width, codes)
         start, most = place(bucket, first, size, row, per_row)
         values = window(out, start, min(most, out.size - start))
-        dequantize(
-            codes, lowests[kind], scale[bucket - begin], lo[bucket - begin], bound, values)
+        s, offset = scale[bucket - begin], lo[bucket - begin]
+        if not apart:
+            dequantize(codes, lowests[kind], s, offset, bound, values)
+        else:
+            if by_levels:
+                decode_levels(codes, width, factors)
+            else:
+                factors_of(
+                    codes, lowests[kind], rounding, _U((bucket * size) & 0xFFFFFFFF), k0, k1, factors)
+            leave_units(
+                factors, s, offset, by_levels or transform == 0, bound, transform, bucket, r0, r1,
+                signs, unit_bits, unit, values)
         if scales_of.size:
             denormalize(
                 values, index + start, shifts, scales_of, inner, largest, divides, limit)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from brevitas_bp.format import random
 from brevitas_bp.kernels.cpu import buckets
 from brevitas_bp.kernels.cpu.codes import noise_keys
 from brevitas_bp.kernels.cpu.compiling import SOURCES, c_function, memory, next_of, pointer
@@ -50,6 +51,7 @@ from brevitas_bp.kernels.cpu.numbers import (
     SIZE,
     STEP,
     TOP,
+    TRANSFORM,
     VALUES,
     WIDTH,
     WORDS,
@@ -57,6 +59,8 @@ from brevitas_bp.kernels.cpu.numbers import (
 from brevitas_bp.kernels.cpu.threads import Kernel
 
 _F, _D = np.float32, np.float64
+#: Streams of the draws of a kernel.
+STREAMS = (random.ROUNDING, random.ROTATION, random.METADATA)
 #: Dtypes in the order of their numbers in a call. Decoded values stay within the finite range of their
 #: dtype.
 LIMITS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -80,7 +84,9 @@ def encoder(computed: torch.dtype) -> Kernel:
         largest = real(memory(data, (COUNT,), np.float64)[LARGEST])
         x = memory(pointer(a[VALUES]), (a[NUMEL],), real)
         bits = memory(pointer(a[VALUES]), (a[NUMEL],), word)
-        k0, k1 = noise_keys(np.uint64(a[SEED]))
+        keys = (
+            noise_keys(np.uint64(a[SEED]), STREAMS[0]), noise_keys(np.uint64(a[SEED]), STREAMS[1]),
+            noise_keys(np.uint64(a[SEED]), STREAMS[2]))
         payload = memory(pointer(a[PAYLOAD]), (a[NBYTES],), np.uint8)
         metadata = memory(pointer(a[METADATA]), (a[WORDS],), np.uint16)
         while True:
@@ -91,8 +97,8 @@ def encoder(computed: torch.dtype) -> Kernel:
                 x, bits, a[FIRST], begin, min(begin + step, last), a[SIZE], a[BUCKETS], a[MIXED],
                 a[MULTIPLIER], a[SHIFT], (a[WIDTH], a[MIX_WIDTH]), (a[TOP], a[MIX_TOP]),
                 (a[LOWEST], a[MIX_LOWEST]), a[RULE], a[BF16] != 0, a[INTEGER_ZERO_POINT] != 0,
-                a[ROUNDING], k0, k1, payload, metadata, a[DERIVATIVE], a[ROW], a[PER_ROW], a[INDEX],
-                shifts, scales, a[INNER], largest, a[DIVIDES] != 0, a[PADS_WITH_ZERO] != 0,
+                a[ROUNDING], a[TRANSFORM], keys, payload, metadata, a[DERIVATIVE], a[ROW], a[PER_ROW],
+                a[INDEX], shifts, scales, a[INNER], largest, a[DIVIDES] != 0, a[PADS_WITH_ZERO] != 0,
                 a[AFFINE] != 0)
 
     return Kernel(encode)
@@ -101,7 +107,8 @@ def encoder(computed: torch.dtype) -> Kernel:
 @cache
 def decoder(computed: torch.dtype) -> Kernel:
     """Compiles :func:`buckets.decode` for a compute dtype."""
-    real, digest = (_F if computed == torch.float32 else _D), SOURCES
+    real, word = (_F, np.int32) if computed == torch.float32 else (_D, np.int64)
+    digest = SOURCES
 
     @c_function
     def decode(data: Any) -> None:
@@ -110,8 +117,11 @@ def decoder(computed: torch.dtype) -> Kernel:
         step, last = a[STEP], a[LAST]
         shifts = memory(pointer(a[SHIFTS]), (a[SHIFT_COUNT],), real)
         units = memory(pointer(a[SCALES]), (a[KINDS],), real)
+        unit_bits = np.empty(1, word)
         largest = real(memory(data, (COUNT,), np.float64)[LARGEST])
         out = memory(pointer(a[VALUES]), (a[NUMEL],), real)
+        keys = (
+            noise_keys(np.uint64(a[SEED]), STREAMS[0]), noise_keys(np.uint64(a[SEED]), STREAMS[1]))
         payload = memory(pointer(a[PAYLOAD]), (a[NBYTES],), np.uint8)
         # Scales; if codes are affine, as many offsets follow.
         words = a[WORDS] >> a[AFFINE]
@@ -131,7 +141,8 @@ def decoder(computed: torch.dtype) -> Kernel:
             buckets.decode(
                 out, a[FIRST], begin, min(begin + step, last), a[SIZE], a[BUCKETS], a[MIXED],
                 a[MULTIPLIER], a[SHIFT], (a[WIDTH], a[MIX_WIDTH]), (a[LOWEST], a[MIX_LOWEST]),
-                a[BF16] != 0, payload, scales, offsets, limit, a[ROW], a[PER_ROW], a[INDEX], shifts,
-                units, a[INNER], largest, a[DIVIDES] != 0)
+                a[RULE], a[ROUNDING], a[TRANSFORM], keys, a[BF16] != 0, payload, scales, offsets,
+                limit, a[ROW], a[PER_ROW], a[INDEX], shifts, units, a[INNER], largest,
+                a[DIVIDES] != 0, unit_bits)
 
     return Kernel(decode)

@@ -11,15 +11,14 @@ from brevitas_bp.format.random import (
     HASH_LAST_SHIFT,
     HASH_ROUNDS,
     NOISE_BITS,
-    ROUNDING,
     SPLITMIX,
 )
-from brevitas_bp.format.stages import NEAREST, STOCHASTIC
+from brevitas_bp.format.stages import DITHERED, NEAREST, STOCHASTIC
 from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
 
 #: The roundings that :func:`round_codes` implements.
-ROUNDINGS = frozenset({NEAREST, STOCHASTIC})
-_STOCHASTIC = STOCHASTIC.number
+ROUNDINGS = frozenset({NEAREST, STOCHASTIC, DITHERED})
+_STOCHASTIC, _DITHERED = STOCHASTIC.number, DITHERED.number
 
 _U = np.uint32
 _L = np.uint64
@@ -45,9 +44,9 @@ def _splitmix64(value: Any) -> Any:
 
 
 @jit
-def noise_keys(seed: Any) -> Any:
+def noise_keys(seed: Any, stream: Any) -> Any:
     """See ``random.noise_keys``; ``seed`` is the lower 64 bits of the seed."""
-    key = _splitmix64(_splitmix64(np.uint64(_splitmix64(seed) ^ _L(ROUNDING))))
+    key = _splitmix64(_splitmix64(np.uint64(_splitmix64(seed) ^ _L(stream))))
     return _U(key & _L(0xFFFFFFFF)), _U(key >> _L(32))
 
 
@@ -77,6 +76,50 @@ def round_stochastic(
 
 
 @jit
+def round_dithered(
+        x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any, index: Any, k0: Any,
+        k1: Any) -> None:
+    """Works like :func:`round_stochastic`, with subtractive dither."""
+    wide_vectors()
+    number = x.dtype.type
+    low, high = number(lowest), number(top)
+    for i in range(x.size):
+        u = (x[i] - lo) * inverse
+        h = _U(_U(index + _U(i)) + k0)
+        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
+        h = _U(h ^ k1)
+        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
+        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
+        h = _U(h ^ _U(h >> _S3))
+        q = np.floor(u + number(_F(np.int32(h >> _TO_NOISE)) * _STEP))
+        q = low if q < low else q
+        q = high if q > high else q
+        codes[i] = np.uint8(np.int32(q - low))
+
+
+@jit
+def factors_of(
+        codes: Any, lowest: Any, rounding: Any, index: Any, k0: Any, k1: Any, out: Any) -> None:
+    """Writes what codes stand for, in steps; ``index`` is the flat index of the first."""
+    wide_vectors()
+    number = out.dtype.type
+    low = number(lowest)
+    if rounding != _DITHERED:
+        for i in range(out.size):
+            out[i] = number(np.int32(codes[i])) + low
+        return
+    for i in range(out.size):
+        h = _U(_U(index + _U(i)) + k0)
+        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
+        h = _U(h ^ k1)
+        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
+        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
+        h = _U(h ^ _U(h >> _S3))
+        noise = number(_F(np.int32(h >> _TO_NOISE)) * _STEP)
+        out[i] = ((number(np.int32(codes[i])) + low) + number(0.5)) - noise
+
+
+@jit
 def round_nearest(x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any) -> None:
     """Works like :func:`round_stochastic`, rounding to nearest."""
     wide_vectors()
@@ -97,6 +140,8 @@ def round_codes(
     """Codes of ``x`` by the rounding of this number; arguments as of :func:`round_stochastic`."""
     if rounding == _STOCHASTIC:
         round_stochastic(x, codes, lo, inverse, lowest, top, index, k0, k1)
+    elif rounding == _DITHERED:
+        round_dithered(x, codes, lo, inverse, lowest, top, index, k0, k1)
     else:
         round_nearest(x, codes, lo, inverse, lowest, top)
 

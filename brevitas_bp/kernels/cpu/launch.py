@@ -56,7 +56,7 @@ class Launcher:
         self._numel, self._dtype, self._plain = numel, dtype, dtype == static.computed
         self._stored, self._metadata = static.stored, n * (1 + spec.affine)
         self._payload = n * packed_nbytes(size, spec.bit_width)
-        self._mixed = spec.mix_bit_width is not None
+        self._mixed, self._draws = spec.mix_bit_width is not None, spec.decoding_draws
         self._row = spec.row_size or 0
         self._per_row = -(-self._row // size) if size else 0
         self._parts = _converted(dtype, n, size, self._per_row)
@@ -70,6 +70,7 @@ class Launcher:
         common[numbers.TOP:numbers.MIX_TOP + 1] = array("q", static.tops)
         common[numbers.LOWEST:numbers.MIX_LOWEST + 1] = array("q", static.lowests)
         common[numbers.RULE], common[numbers.ROUNDING] = spec.scale_rule.number, spec.rounding.number
+        common[numbers.TRANSFORM] = spec.transform.number
         common[numbers.AFFINE], common[numbers.BF16] = spec.affine, static.bf16
         common[numbers.PADS_WITH_ZERO] = spec.pads_with_zero
         common[numbers.INTEGER_ZERO_POINT] = spec.integer_zero_point
@@ -101,8 +102,7 @@ class Launcher:
             call[numbers.NBYTES] = nbytes
         payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         metadata = torch.empty(self._metadata, dtype=self._stored, device="cpu")
-        seed &= _MASK64
-        call[numbers.SEED] = seed - _TWO64 if seed >= _TWO63 else seed
+        _enter_seed(call, seed)
         call[numbers.PAYLOAD] = payload.data_ptr()
         call[numbers.METADATA] = metadata.data_ptr()
         kernel = calls.encoder(self._computed)
@@ -133,6 +133,8 @@ class Launcher:
             _enter_affine(call, affine)
         if self._mixed:
             self._mix(call, seed)
+        if self._draws:
+            _enter_seed(call, seed)
         call[numbers.PAYLOAD] = payload.data_ptr()
         call[numbers.NBYTES] = payload.numel()
         call[numbers.METADATA] = metadata.data_ptr()
@@ -194,6 +196,11 @@ def decode_into(out: Tensor, encoded: Encoded, spec: BucketQuantSpec, seed: int)
     """Decodes into ``out``, a flat contiguous tensor, and returns it."""
     launcher(spec, out.numel(), out.dtype).decode_into(out, *encoded.tensors, seed)
     return out
+
+
+def _enter_seed(call: "array[int]", seed: int) -> None:
+    seed &= _MASK64
+    call[numbers.SEED] = seed - _TWO64 if seed >= _TWO63 else seed
 
 
 def _enter_affine(call: "array[int]", affine: Affine) -> None:

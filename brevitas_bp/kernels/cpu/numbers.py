@@ -16,7 +16,7 @@ small tensor, numba's own way of passing forty arguments takes longer than the k
     # For base and mixed buckets: bits of a code, largest and smallest code.
     WIDTH, MIX_WIDTH, TOP, MIX_TOP, LOWEST, MIX_LOWEST,
     # Numbers of the rows of format.stages, and switches.
-    RULE, ROUNDING, AFFINE, PADS_WITH_ZERO, BF16, INTEGER_ZERO_POINT,
+    RULE, ROUNDING, TRANSFORM, AFFINE, PADS_WITH_ZERO, BF16, INTEGER_ZERO_POINT,
     SEED,
     # Stored bytes: codes (address, bytes); metadata (address, words of 16 bits).
     PAYLOAD, NBYTES, METADATA, WORDS,
@@ -29,6 +29,6 @@ small tensor, numba's own way of passing forty arguments takes longer than the k
     # The affine map of format.normalizing: shifts and scales (address, number), elements of a
     # statistic, the largest scale (the bits of a float64), and whether values are divided by scales.
     SHIFTS, SHIFT_COUNT, SCALES, KINDS, INNER, LARGEST, DIVIDES,
-) = range(40)
+) = range(41)
 #: Count of the numbers in a call.
 COUNT = DIVIDES + 1
