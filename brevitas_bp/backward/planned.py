@@ -71,8 +71,10 @@ class PlannedPolicy:
         if candidate.average_size > 1 and decision.reach != "weight":
             # Averages are biased. The bias may reach the gradient of the tensor's own weight only.
             candidate = replace(candidate, average_size=1)
-        return decision._replace(
-            codec=candidate.codec(configured_of(saved, decision.codec)))
+        configured = configured_of(saved, decision.codec)
+        if decision.reach == "all":
+            configured = configured.for_factors
+        return decision._replace(codec=candidate.codec(configured))
 
     def unused(self) -> list[str]:
         """Returns names and globs of the plan that no tensor had in the first pass; later, none."""

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.base import FLOATS, Codec
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
+from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.reference import to_buckets
+
+#: A quantizer with a view of buckets and a bit width for each.
+BucketQuantizer = BucketRescalingIntQuant | BucketLevelQuant
 
 # Elements whose ranges are taken at once if they must be converted first.
 _CHUNK = 1 << 18
@@ -27,7 +31,7 @@ class BucketCodec(Codec):
 
     restores = FLOATS
 
-    quantizer: BucketRescalingIntQuant
+    quantizer: BucketQuantizer
 
     def quantizers(self) -> Iterator[nn.Module]:
         yield self.quantizer
@@ -66,7 +70,8 @@ class BucketCodec(Codec):
 
     def steps_in_range(self, bits: int) -> float:
         """Returns the number of steps that ``bits``-bit codes divide the range of a bucket into."""
-        return float(self.quantizer.int_scaling_impl(torch.tensor(float(bits))))
+        scaling: Any = self.quantizer.int_scaling_impl
+        return float(scaling(torch.tensor(float(bits))))
 
     @property
     def _view(self) -> Any:
