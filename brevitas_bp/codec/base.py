@@ -259,21 +259,24 @@ class Codec(ABC):
             return self
         return self.variant(bits) or self
 
+    def of_kind(self, kind: str) -> "Codec | None":
+        """Returns this codec with another kind of code, for instance "rotated"; None if it has none."""
+        return None
+
     @property
     def for_factors(self) -> "Codec":
-        """The codec for factors of passing gradients, such as derivatives; it may have other buckets."""
+        """The codec for factors of passing gradients, such as derivatives."""
         return self
 
     @property
     def for_values(self) -> "Codec":
-        """The codec for tensors whose zeros and signs matter; see :data:`Codec.keeps_zeros`."""
+        """The codec for tensors whose zeros and signs matter."""
         return self
 
     def is_variant_of(self, configured: "Codec") -> bool:
         """Whether this codec is ``configured``, perhaps with another width or for another use."""
         plain = configured.per_element
-        return self is configured or any(
-            self is one or variants.has(one, self) for one in (plain, plain.for_factors))
+        return self is configured or self is plain or variants.has(plain, self)
 
     @property
     def per_site(self) -> bool:

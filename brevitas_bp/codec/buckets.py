@@ -31,7 +31,7 @@ class BucketCodec(Codec):
 
     restores = FLOATS
 
-    quantizer: BucketQuantizer
+    quantizer: Any
 
     def quantizers(self) -> Iterator[nn.Module]:
         yield self.quantizer
@@ -70,8 +70,7 @@ class BucketCodec(Codec):
 
     def steps_in_range(self, bits: int) -> float:
         """Returns the number of steps that ``bits``-bit codes divide the range of a bucket into."""
-        scaling: Any = self.quantizer.int_scaling_impl
-        return float(scaling(torch.tensor(float(bits))))
+        return float(self.quantizer.int_scaling_impl(torch.tensor(float(bits))))
 
     @property
     def _view(self) -> Any:

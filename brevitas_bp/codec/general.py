@@ -46,8 +46,6 @@ class ModuleCodec(BucketCodec):
     again, if all parts work bucket by bucket; see :func:`~brevitas_bp.codec.bucketwise.is_bucketwise`.
     """
 
-    quantizer: BucketRescalingIntQuant  # pyright: ignore[reportIncompatibleVariableOverride]
-
     def __init__(
             self, quantizer: BucketRescalingIntQuant, row_size: int | None = None) -> None:
         self.quantizer = quantizer

@@ -22,16 +22,30 @@ from brevitas_bp.format.packing import packed_nbytes
 from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import (
+    CENTRED,
     DITHERED,
     MIN_MAX,
+    NEAREST,
     NO_TRANSFORM,
+    NORMAL,
+    ROTATED_TWICE,
     STOCHASTIC,
     UNSIGNED,
-    Rounding,
 )
 from brevitas_bp.format.widths import WidthLayout
 from brevitas_bp.kernels.dispatch import CHOICE, launcher
 from brevitas_bp.kernels.launchers import Launcher
+
+#: Kinds of codes, and the stages in which they differ.
+KINDS: dict[str, dict[str, Any]] = {
+    "rotated": {
+        "scale_rule": CENTRED, "code_range": NORMAL, "rounding": NEAREST, "transform": ROTATED_TWICE},
+    "dithered": {
+        "scale_rule": MIN_MAX, "code_range": UNSIGNED, "rounding": DITHERED,
+        "transform": NO_TRANSFORM},
+    "stochastic": {
+        "scale_rule": MIN_MAX, "code_range": UNSIGNED, "rounding": STOCHASTIC,
+        "transform": NO_TRANSFORM}}
 
 
 def _types_of(
@@ -104,12 +118,15 @@ class LoweredCodec(BucketCodec):
 
     Args:
         quantizer: the quantizer; each encode reads the probability of its second width.
-        spec: the lowered quantizer, perhaps with another width or other buckets.
+        spec: the lowered quantizer, perhaps with another width, other buckets or another kind of code.
+        family: an object that all codecs share that are made from one configured codec; None: a new one.
     """
 
     decodes_anew = True
 
-    def __init__(self, quantizer: BucketQuantizer, spec: BucketQuantSpec) -> None:
+    def __init__(
+            self, quantizer: BucketQuantizer, spec: BucketQuantSpec, family: Any = None) -> None:
+        self._family = object() if family is None else family
         self.quantizer = quantizer
         self.spec = spec
         self.bit_widths = spec.bit_widths
@@ -156,12 +173,12 @@ class LoweredCodec(BucketCodec):
 
     def in_rows(self, length: int, last: int) -> Codec:
         spec = self.spec.in_rows(length)
-        return self if spec == self.spec else LoweredCodec(self.quantizer, spec)
+        return self if spec == self.spec else self._with_spec(spec)
 
     def _with_width(self, bits: int, bucket_size: int | None) -> Codec:
         spec = _one_width(self.spec, bits)
-        return LoweredCodec(
-            self.quantizer, spec if bucket_size is None else replace(spec, bucket_size=bucket_size))
+        return self._with_spec(
+            spec if bucket_size is None else replace(spec, bucket_size=bucket_size))
 
     def graph_key(self) -> Hashable:
         return replace(self.spec, mix_prob=0.0)
@@ -201,20 +218,25 @@ class LoweredCodec(BucketCodec):
     @property
     def for_factors(self) -> Codec:
         """Without rotation: bounded factors gain nothing from it, and dither halves their variance."""
-        return self._with_stages("factors", DITHERED)
+        return self if self.spec.code_range.nearest is None else self.of_kind("dithered")
 
     @property
     def for_values(self) -> Codec:
         """With stochastic rounding in the range of each bucket: the least value decodes exactly."""
-        return self._with_stages("values", STOCHASTIC)
+        return self if self.spec.code_range.nearest is None else self.of_kind("stochastic")
 
-    def _with_stages(self, key: str, rounding: Rounding) -> Codec:
-        """Returns a codec of the ranges of buckets, made once; itself unless it codes by levels."""
-        if self.spec.code_range.nearest is None:
+    def of_kind(self, kind: str) -> Codec:
+        stages = KINDS[kind]
+        if all(getattr(self.spec, field) is row for field, row in stages.items()):
             return self
-        return variants.get(self, key, lambda: LoweredCodec(self.quantizer, replace(
-            self.spec, scale_rule=MIN_MAX, code_range=UNSIGNED, rounding=rounding,
-            transform=NO_TRANSFORM)))
+        return variants.get(self, kind, lambda: self._with_spec(
+            replace(self.spec, integer_zero_point=False, **stages)))
+
+    def is_variant_of(self, configured: Codec) -> bool:
+        return self._family is getattr(configured.per_element, "_family", None)
+
+    def _with_spec(self, spec: BucketQuantSpec) -> "LoweredCodec":
+        return LoweredCodec(self.quantizer, spec, self._family)
 
     def _spec_for(self, layout: TensorLayout) -> BucketQuantSpec:
         """Returns how a tensor of this layout is quantized now."""
