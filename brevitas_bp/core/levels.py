@@ -173,8 +173,8 @@ class BucketLevelQuant(nn.Module):
             return x, x.new_empty((0, 1), dtype=zero.dtype), zero, width
         with torch.no_grad():
             value, scale, bit_width = self._quantized(x.detach())
-        # The value is exact: x - x is 0.
-        value = x if self.observer_only else value + (x - x.detach())
+        # The value is exact: x - x is 0. Subtracting 0 keeps the sign of a zero; adding it would not.
+        value = x if self.observer_only else value - (x.detach() - x)
         return value, scale, zero, bit_width
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
