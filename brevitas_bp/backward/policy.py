@@ -249,7 +249,8 @@ class OpAware:
         if decision.codec is not codec or decision.reach == "weight":
             return decision
         if decision.reach == "all":
-            return decision.with_codec(self._multiplier or codec.at_least(self.multiplier_bits))
+            return decision.with_codec(
+                self._multiplier or codec.for_factors.at_least(self.multiplier_bits))
         bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reach == "norm" else 1)
         return decision.with_codec(codec.at_least(bits))
 
@@ -268,7 +269,8 @@ class OpAware:
                 codec, _LINEAR[saved.reach], reach=saved.reach, least_bits=least), codec)
         bits = self.recomputed_bits
         return _RECOMPUTED_EXACT if bits is None else Decision(
-            codec.at_least(bits), "backward recomputes functions of it: slightly biased", reach="all")
+            codec.for_values.at_least(bits), "backward recomputes functions of it: slightly biased",
+            reach="all")
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
         if role == CHECKPOINT_INPUT:

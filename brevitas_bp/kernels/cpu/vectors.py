@@ -14,6 +14,7 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+
 def _has_fma() -> bool:
     """Whether the processor multiplies and adds in one operation. LLVM would call a slow function."""
     return platform.machine() in ("aarch64", "arm64") or bool(get_host_cpu_features().get("fma"))
