@@ -140,6 +140,8 @@ class BucketLevelQuant(nn.Module):
         ValueError: a bit width is outside 1..8.
     """
 
+    #: See :class:`~brevitas_bp.core.int_quant.BucketRescalingIntQuant`.
+    decoding_draws = True
     msb_clamp_bit_width_impl: nn.Module
 
     def __init__(
