@@ -41,7 +41,7 @@ from brevitas_bp.backward.policy import Policy, explained
 from brevitas_bp.backward.transparent import TABLES, Transparent
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.configured import ConfiguredCodec
-from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
 
 _UNUSED_HINT = (
     "brevitas_bp.QuantBackwardWrapper: the plan names {}, and no tensor that was quantized has such a "
@@ -124,7 +124,7 @@ class QuantBackwardWrapper(Transparent):
     def __init__(
             self,
             module: nn.Module,
-            act_quant: Any = ShiftedUint2DynamicActPerBucketFloatStochastic,
+            act_quant: Any = RotatedNormal2DynamicActPerBucketFloat,
             *,
             overrides: Mapping[str, Any] | None = None,
             policy: str | Policy = "op_aware",
