@@ -44,8 +44,8 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         signed_t: 0-d bool.
         training_t: 0-d bool.
         average_size: neighbours along the last dimension that share one code.
-        has_codes: values are codes times scale plus offset. They are not if buckets are rotated, if codes
-            are dithered, or if levels are not equally far apart.
+        has_codes: values are codes times scale plus offset. They are not if buckets are rotated, codes
+            are dithered, or levels are not equally far apart.
     """
 
     def __new__(
