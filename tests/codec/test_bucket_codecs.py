@@ -70,7 +70,7 @@ each_form = pytest.mark.parametrize(("form", "name"), [
 def stored_bucket(name: str, numel: int) -> int | None:
     """Returns the bucket of a codec for a small tensor; None if it is that of the layer.
 
-    The codec stores the padding of a rotated bucket, so it takes a smaller bucket. A layer stores nothing.
+    The codec stores the padding of a rotated bucket, so it takes a smaller one. A layer stores nothing.
     """
     codec = lowered(name).per_element
     assert isinstance(codec, LoweredCodec)
