@@ -447,6 +447,16 @@ def test_device_bytes_equal_the_reference(part: int) -> None:
 
 @gpu_test
 @each_dtype
+def test_device_bytes_of_levels_rotations_and_dither(dtype: torch.dtype) -> None:
+    # The reference serves them, on the device.
+    x, tail = joined(dtype, 20_000), samples(dtype)["seven"]
+    for spec in UNIT_SPECS[::5]:
+        check(OnDevice(), x, spec)
+        check(OnDevice(), tail, spec)
+
+
+@gpu_test
+@each_dtype
 def test_device_bytes_of_all_values(dtype: torch.dtype) -> None:
     for x in samples(dtype).values():
         for spec in (BucketQuantSpec(5, 256), MIXED, BucketQuantSpec(4, 24, L2, NARROW)):
