@@ -33,7 +33,7 @@ from brevitas_bp.kernels.cpu.in_units import (
     to_random,
     unit_of,
 )
-from brevitas_bp.kernels.cpu.levels import decode_levels, encode_levels
+from brevitas_bp.kernels.cpu.levels import decode_levels, encode_bucket
 from brevitas_bp.kernels.cpu.metadata import (
     RULES,
     largest_magnitude,
@@ -43,6 +43,15 @@ from brevitas_bp.kernels.cpu.metadata import (
     scales_of_ranges,
     scratch_size,
     store,
+)
+from brevitas_bp.kernels.cpu.rotated import (
+    encode_group,
+    find_peaks,
+    in_registers,
+    packs_levels,
+    rotate_back_into,
+    rotate_group,
+    unpack_levels,
 )
 from brevitas_bp.kernels.cpu.rotation import TRANSFORMS, random_words
 from brevitas_bp.kernels.cpu.units import denormalize, normalize, place
@@ -81,7 +90,7 @@ def encode(
     scratch = np.empty(scratch_size(rule, size), np.float64)
     (k0, k1), (r0, r1), (m0, m1) = keys
     by_levels = rule == _UNBIASED or rule == _CENTRED
-    in_units = transform != 0 or by_levels
+    in_units, whole = transform != 0 or by_levels, in_registers(size, transform)
     # Buffers for computed or padded values. Without rows, only the last bucket of all is padded.
     apart = derivative != 0 or row != 0 or in_units
     copy_bits = np.empty(group * size if apart else size, bits.dtype)
@@ -92,6 +101,9 @@ def encode(
     signs, random = np.empty(size // 16 if transform else 1, np.uint32), np.empty(1, np.uint32)
     one_bits, unit_bits = np.empty(1, bits.dtype), np.empty(group if in_units else 1, bits.dtype)
     one, units = one_bits.view(x.dtype), unit_bits.view(x.dtype)
+    starts, valids = np.empty(group if whole else 1, np.int64), np.empty(group if whole else 1, np.int64)
+    held, known = np.empty(starts.size, np.bool_), np.empty(starts.size, np.bool_)
+    inverses, energies = np.empty(starts.size, x.dtype), np.empty(starts.size, x.dtype)
     infinite = np.array([np.inf], x.dtype).view(bits.dtype)[0]
     while begin < end:
         count = min(group, end - begin)
@@ -101,7 +113,9 @@ def encode(
             top[i] = number(tops[kind])
             start, most = place(begin + i, first, size, row, per_row)
             valid = min(most, x.size - start)
-            if derivative != 0 or valid < size or in_units:
+            if whole:
+                starts[i], valids[i], held[i] = start, valid, derivative != 0 or valid < size
+            if derivative != 0 or valid < size or in_units and not whole:
                 slot = i * size if apart else 0
                 values, words = window(copies, slot, size), window(copy_bits, slot, size)
                 source, target = window(x, start, valid), window(copies, slot, valid)
@@ -117,7 +131,7 @@ def encode(
                     values[j] = fill
             else:
                 values, words = window(x, start, size), window(bits, start, size)
-            if in_units:
+            if in_units and not whole:
                 peak = largest_magnitude(words)
                 unit_bits[i] = peak
                 inverse = unit_of(unit_bits, units, i)
@@ -132,12 +146,38 @@ def encode(
                         codes[:] = 0
                         norms[i] = mean = number(np.nan)
                     else:
-                        scale = encode_levels(values, widths[kind], codes, terms) * units[i]
+                        scale = encode_bucket(values, widths[kind], codes, terms) * units[i]
                         random_words(_U((begin + i) & 0xFFFFFFFF), m0, m1, random)
                         norms[i] = to_random(scale, bf16, random[0], one, one_bits)
                     means[i] = mean
-            if not by_levels:
+            if not by_levels and not whole:
                 ranges(values, words, i, rule, low, high, norms, scratch)
+        if whole:
+            places, used, peaks = window(starts, 0, count), window(held, 0, count), window(unit_bits, 0, count)
+            find_peaks(bits, copy_bits, places, used, size, peaks)
+            for i in range(count):
+                known[i] = peaks[i] < infinite
+            rotate_group(
+                x, copies, places, valids, used, size, rule == _CENTRED, bf16, transform, begin, r0, r1,
+                unit_bits, units, inverses, means, energies, signs, one, one_bits)
+            if by_levels:
+                encode_group(
+                    copies, size, begin, n, mixed, multiplier, shift, widths, bf16, m0, m1, units,
+                    inverses, energies, window(norms, 0, count), terms, buffer, payload, random, one,
+                    one_bits)
+            else:
+                for i in range(count):
+                    ranges(
+                        window(copies, i * size, size), window(copy_bits, i * size, size), i, rule, low,
+                        high, norms, scratch)
+            for i in range(count):
+                if not known[i]:
+                    units[i] = np.nan
+                    if by_levels:
+                        norms[i] = means[i] = number(np.nan)
+                        kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
+                        window(payload, position, size * widths[kind] // 8)[:] = 0
+                        window(buffer, i * size, size)[:] = 0
         scales, offsets = high.view(x.dtype), low.view(x.dtype)
         if not by_levels:
             scales_of_ranges(rule, low, high, top, bf16, integer)
@@ -169,7 +209,8 @@ def encode(
         for i in range(count):
             kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
             width = widths[kind]
-            pack(window(buffer, i * size, size), width, window(payload, position, size * width // 8))
+            if not (whole and by_levels and packs_levels(width)):
+                pack(window(buffer, i * size, size), width, window(payload, position, size * width // 8))
         store(metadata, begin, scales, bf16)
         if affine:
             store(metadata, n + begin, offsets, bf16)
@@ -202,25 +243,34 @@ def decode(
     apart = transform != 0 or by_levels or rounding == _DITHERED
     factors = np.empty(size if apart else 1, out.dtype)
     signs = np.empty(size // 16 if transform else 1, np.uint32)
+    whole = by_levels and in_registers(size, transform)
     unit = unit_bits.view(out.dtype)
     for bucket in range(begin, end):
         kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
-        unpack(window(payload, position, size * width // 8), width, codes)
+        packed = window(payload, position, size * width // 8)
         start, most = place(bucket, first, size, row, per_row)
         values = window(out, start, min(most, out.size - start))
         s, offset = scale[bucket - begin], lo[bucket - begin]
+        if not (whole and packs_levels(width)):
+            unpack(packed, width, codes)
         if not apart:
             dequantize(codes, lowests[kind], s, offset, bound, values)
         else:
-            if by_levels:
+            if whole and packs_levels(width):
+                unpack_levels(packed, width, factors)
+            elif by_levels:
                 decode_levels(codes, width, factors)
             else:
                 factors_of(
                     codes, lowests[kind], rounding, _U((bucket * size) & 0xFFFFFFFF), k0, k1, factors)
-            leave_units(
-                factors, s, offset, by_levels or transform == 0, bound, transform, bucket, r0, r1,
-                signs, unit_bits, unit, values)
+            if whole:
+                rotate_back_into(
+                    factors, bucket, r0, r1, transform, signs, s, offset, bound, values)
+            else:
+                leave_units(
+                    factors, s, offset, by_levels or transform == 0, bound, transform, bucket, r0, r1,
+                    signs, unit_bits, unit, values)
         if scales_of.size:
             denormalize(
                 values, index + start, shifts, scales_of, inner, largest, divides, limit)
