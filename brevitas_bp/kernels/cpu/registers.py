@@ -6,7 +6,7 @@ the first element of their arrays. Counts of vectors, rotations and bits are lit
 The order of operations is that of :mod:`brevitas_bp.format.rotation` and ``arithmetic.tree_sum``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numba import types
@@ -130,6 +130,20 @@ def _turn_back(
     return types.none(y, words, y.dtype, y.dtype, y.dtype, out, rotations, vectors), generate
 
 
+def _place(v: Vectors, size: Any, borders: Sequence[float]) -> list[Any]:
+    """Returns how many of the ascending borders are not above ``size``, as bits: see ``choose``.
+
+    The number of borders is one less than a power of two.
+    """
+    bits: list[Any] = []
+    step = (len(borders) + 1) // 2
+    while step:
+        border = v.choose(borders[step - 1::2 * step], bits)
+        bits.insert(0, v.builder.fcmp_ordered(">=", size, border))
+        step //= 2
+    return bits
+
+
 def _planes(width: int) -> list[tuple[int, int]]:
     """Returns the bits of each plane of packed codes, and the number of its lowest bit."""
     found, first = [], 0
@@ -151,44 +165,35 @@ def _encode(
         v = Vectors(context, builder, signature.args[0], arguments[0])
         target = Vectors(context, builder, signature.args[2], arguments[2])
         count, bits = vectors.literal_value, width.literal_value
-        half = 2**(bits - 1)
+        half, planes = 2**(bits - 1), _planes(bits)
         inverse, zero = v.all_of(arguments[1]), v.all_of(v.number(0.0))
-        choices = [v.all_of(v.number(level)) for level in levels(bits)[half:]]
-        borders = [v.all_of(v.number(border)) for border in thresholds(bits)]
-        codes: list[Any] = [None] * count
+        # At first, each code is that of the smallest positive level.
+        words = {(size, j): v.code(sum(
+            (half >> first) % 2**size << i for i in range(0, 8, size)))
+            for size, first in planes for j in range(count * size // 8)}
+
+        def change(k: int, where: Any, difference: int) -> None:
+            """Inverts bits of codes of vector ``k``."""
+            for size, first in planes:
+                step = count * size // 8
+                part = (difference >> first) % 2**size << k // step * size
+                if part:
+                    words[size, k % step] = v.change(words[size, k % step], where, part)
 
         def choose(k: int) -> Any:
             value = v.load_at(k)
             u = builder.fmul(value, inverse)
-            size = v.magnitude(u)
-            code, level = v.code(half), choices[0]
-            for place, border in enumerate(borders):
-                far = builder.fcmp_ordered(">=", size, border)
-                code = builder.select(far, v.code(half + place + 1), code)
-                level = builder.select(far, choices[place + 1], level)
+            place = _place(v, v.magnitude(u), thresholds(bits))
+            for bit, where in enumerate(place):
+                change(k, where, 1 << bit)
             # The code of the opposite level has the opposite bits.
-            below = builder.fcmp_ordered("<", u, zero)
-            codes[k] = builder.select(below, builder.xor(code, v.code(2**bits - 1)), code)
-            return builder.fmul(v.magnitude(value), level)
+            change(k, builder.fcmp_ordered("<", u, zero), 2**bits - 1)
+            return builder.fmul(v.magnitude(value), v.choose(levels(bits)[half:], place))
 
         along = _sum(v, count, choose)
-        start = 0
-        for size, first in _planes(bits):
-            step = count * size // 8
-            for j in range(step):
-                word = None
-                for i in range(8 // size):
-                    part = codes[j + i * step]
-                    if bits > size:
-                        part = builder.and_(part, v.code((2**size - 1) << first))
-                    shift = i * size - first
-                    if shift > 0:
-                        part = builder.shl(part, v.code(shift))
-                    elif shift < 0:
-                        part = builder.lshr(part, v.code(-shift))
-                    word = part if word is None else builder.or_(word, part)
-                target.store_at(builder.trunc(word, target.vector), start + j)
-            start += step
+        # The planes follow one another in this order.
+        for place, word in enumerate(words.values()):
+            target.store_at(builder.trunc(word, target.vector), place)
         return along
 
     return z.dtype(z, z.dtype, out, width, vectors), generate
@@ -201,22 +206,22 @@ def _decode(context: Any, packed: Any, out: Any, width: Any, vectors: Any) -> An
         source = Vectors(context, builder, signature.args[0], arguments[0])
         v = Vectors(context, builder, signature.args[1], arguments[1])
         count, bits = vectors.literal_value, width.literal_value
-        table = [v.all_of(v.number(level)) for level in levels(bits)]
-        loaded, start = {}, 0
-        for size, _ in _planes(bits):
-            for j in range(count * size // 8):
-                loaded[size, j] = builder.zext(source.load_at(start + j), v.code(0).type)
-            start += count * size // 8
+        planes, loaded = _planes(bits), []
+        for k in range(count * bits // 8):
+            loaded.append(builder.zext(source.load_at(k), v.code(0).type))
+
+        def codes_of(k: int, size: int, first: int) -> Any:
+            """Returns the bits of one plane in the codes of vector ``k``, with other bits above."""
+            step = count * size // 8
+            word, shift = loaded[count * first // 8 + k % step], k // step * size
+            return builder.lshr(word, v.code(shift)) if shift else word
+
         for k in range(count):
-            choices = table
-            for size, _ in _planes(bits):
-                step = count * size // 8
-                word = loaded[size, k % step]
-                for bit in range(size):
-                    place = v.code(1 << (k // step * size + bit))
-                    set_ = builder.icmp_unsigned("!=", builder.and_(word, place), v.code(0))
-                    choices = [builder.select(set_, b, a) for a, b in zip(choices[::2], choices[1::2])]
-            v.store_at(choices[0], k)
+            code = codes_of(k, *planes[0])
+            for size, first in planes[1:]:
+                code = builder.and_(code, v.code(2**first - 1))
+                code = builder.or_(code, builder.shl(codes_of(k, size, first), v.code(first)))
+            v.store_at(v.look_up(levels(bits), code), k)
         return context.get_dummy_value()
 
     return types.none(packed, out, width, vectors), generate

@@ -5,21 +5,26 @@ LLVM does not turn butterflies of neighbours into vector code. The order of oper
 """
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
+from numba.core import config
 from numba.core.cgutils import get_or_insert_function
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-def _has_fma() -> bool:
-    """Whether the processor multiplies and adds in one operation. LLVM would call a slow function."""
-    return platform.machine() in ("aarch64", "arm64") or bool(get_host_cpu_features().get("fma"))
+def _has(feature: str) -> bool:
+    """Whether numba compiles for processors with this feature."""
+    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return f"+{feature}" in features.split(",")
 
 
-_HAS_FMA = _has_fma()
+# Without this operation, LLVM would call a slow function.
+_HAS_FMA = platform.machine() in ("aarch64", "arm64") or _has("fma")
+_HAS_AVX512 = _has("avx512f")
 #: Elements of a vector. LLVM splits it into the registers that the processor has.
 WIDTH = 16
 _I32 = ir.IntType(32)
@@ -68,6 +73,52 @@ class Vectors:
         """Returns a vector of integers with 32 bits."""
         return ir.Constant(ir.VectorType(_I32, WIDTH), [_I32(number)] * WIDTH)
 
+    def choose(self, table: Sequence[float], bits: list[Any]) -> Any:
+        """Returns numbers of a table of float32 numbers; ``bits`` are those of their places.
+
+        Args:
+            table: 1, 2, 4, 8 or 16 numbers.
+            bits: for each bit of the places, lowest first, where it is set.
+        """
+        if _HAS_AVX512 and len(table) > 4:
+            place = self.code(0)
+            for i, where in enumerate(bits):
+                place = self.change(place, where, 1 << i)
+            return self.look_up(table, place)
+        kind = ir.FloatType()
+        choices = [
+            ir.Constant(ir.VectorType(kind, WIDTH), [kind(number)] * WIDTH) for number in table]
+        for where in bits:
+            choices = [
+                self.builder.select(where, b, a) for a, b in zip(choices[::2], choices[1::2])]
+        return self._from_float32(choices[0])
+
+    def look_up(self, table: Sequence[float], places: Any) -> Any:
+        """Returns numbers of a table of float32 numbers, 16 or a divisor of 16.
+
+        ``places`` are integers of 32 bits; their low bits count.
+        """
+        kind = ir.FloatType()
+        numbers = ir.VectorType(kind, WIDTH)
+        data = ir.Constant(numbers, [kind(table[i % len(table)]) for i in range(WIDTH)])
+        if not _HAS_AVX512:
+            bits = range(len(table).bit_length() - 1)
+            return self.choose(table, [self.builder.icmp_unsigned(
+                "!=", self.builder.and_(places, self.code(1 << i)), self.code(0)) for i in bits])
+        function = get_or_insert_function(
+            self.builder.module, ir.FunctionType(numbers, [numbers, places.type]),
+            "llvm.x86.avx512.permvar.sf.512")
+        return self._from_float32(self.builder.call(function, [data, places]))
+
+    def change(self, codes: Any, where: Any, bits: int) -> Any:
+        """Inverts these bits of the integers ``codes`` at some places."""
+        return self.builder.select(where, self.builder.xor(codes, self.code(bits)), codes)
+
+    def _from_float32(self, numbers: Any) -> Any:
+        if self.vector == numbers.type:
+            return numbers
+        return self.builder.fpext(numbers, self.vector)
+
     def magnitude(self, value: Any) -> Any:
         kind = ir.FunctionType(self.vector, [self.vector])
         name = f"llvm.fabs.v{WIDTH}f{self.bits}"
@@ -94,6 +145,10 @@ class Vectors:
     def signs_of(self, word: Any, first: int = 0) -> Any:
         """Returns bit ``first + i`` of a word of 32 bits as the highest bit of element ``i``."""
         kind = ir.IntType(self.bits)
+        if _HAS_AVX512:
+            mask = self.builder.bitcast(self.builder.trunc(
+                self.builder.lshr(word, word.type(first)), ir.IntType(16)), ir.VectorType(ir.IntType(1), 16))
+            return self.builder.select(mask, self._highest(range(WIDTH)), self._highest([]))
         all_ = self._broadcast(
             self.builder.zext(word, kind) if self.bits == 64 else word, self.words)
         places = ir.Constant(
