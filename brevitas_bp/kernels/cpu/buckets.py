@@ -30,7 +30,7 @@ from brevitas_bp.kernels.cpu.in_units import (
     enter_units,
     leave_units,
     to_nearest,
-    to_random,
+    round_at_random,
     unit_of,
 )
 from brevitas_bp.kernels.cpu.levels import decode_levels, encode_bucket
@@ -86,24 +86,27 @@ def encode(
     """
     number = x.dtype.type
     group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
-    buffer = np.empty(group * size, np.uint8)
-    scratch = np.empty(scratch_size(rule, size), np.float64)
     (k0, k1), (r0, r1), (m0, m1) = keys
     by_levels = rule == _UNBIASED or rule == _CENTRED
     in_units, whole = transform != 0 or by_levels, in_registers(size, transform)
+    # Few allocations: they would take a twentieth of the time.
+    buffer = np.empty(group * size, np.uint8)
+    scratch = np.empty(scratch_size(rule, size), np.float64)
     # Buffers for computed or padded values. Without rows, only the last bucket of all is padded.
     apart = derivative != 0 or row != 0 or in_units
     copy_bits = np.empty(group * size if apart else size, bits.dtype)
     copies = copy_bits.view(x.dtype)
-    lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
-    norms, means, all_tops = highs.view(x.dtype), lows.view(x.dtype), np.empty(group, x.dtype)
-    terms = np.empty(size if in_units else 1, x.dtype)
-    signs, random = np.empty(size // 16 if transform else 1, np.uint32), np.empty(1, np.uint32)
-    one_bits, unit_bits = np.empty(1, bits.dtype), np.empty(group if in_units else 1, bits.dtype)
-    one, units = one_bits.view(x.dtype), unit_bits.view(x.dtype)
-    starts, valids = np.empty(group if whole else 1, np.int64), np.empty(group if whole else 1, np.int64)
-    held, known = np.empty(starts.size, np.bool_), np.empty(starts.size, np.bool_)
-    inverses, energies = np.empty(starts.size, x.dtype), np.empty(starts.size, x.dtype)
+    places = np.empty(4 * group if whole else 4, np.int64).reshape((4, -1))
+    starts, valids, held, known = places[0], places[1], places[2], places[3]
+    per_bucket = np.empty(6 * group, bits.dtype).reshape((6, group))
+    floats = per_bucket.view(x.dtype)
+    lows, highs, unit_bits = per_bucket[0], per_bucket[1], per_bucket[2]
+    means, norms, units = floats[0], floats[1], floats[2]
+    all_tops, inverses, energies = floats[3], floats[4], floats[5]
+    others = np.empty(1 + (size if in_units else 1), bits.dtype)
+    one_bits, one, terms = others[:1], others.view(x.dtype)[:1], others.view(x.dtype)[1:]
+    drawn = np.empty(group + (size // 16 if transform else 1), np.uint32)
+    random, signs = drawn[:group], drawn[group:]
     infinite = np.array([np.inf], x.dtype).view(bits.dtype)[0]
     while begin < end:
         count = min(group, end - begin)
@@ -147,24 +150,26 @@ def encode(
                         norms[i] = mean = number(np.nan)
                     else:
                         scale = encode_bucket(values, widths[kind], codes, terms) * units[i]
-                        random_words(_U((begin + i) & 0xFFFFFFFF), m0, m1, random)
-                        norms[i] = to_random(scale, bf16, random[0], one, one_bits)
+                        one[0], word = scale, window(random, 0, 1)
+                        random_words(_U((begin + i) & 0xFFFFFFFF), m0, m1, word)
+                        round_at_random(one, one_bits, bf16, word)
+                        norms[i] = one[0]
                     means[i] = mean
             if not by_levels and not whole:
                 ranges(values, words, i, rule, low, high, norms, scratch)
         if whole:
-            places, used, peaks = window(starts, 0, count), window(held, 0, count), window(unit_bits, 0, count)
-            find_peaks(bits, copy_bits, places, used, size, peaks)
+            at, used, peaks = window(starts, 0, count), window(held, 0, count), window(unit_bits, 0, count)
+            find_peaks(bits, copy_bits, at, used, size, peaks)
             for i in range(count):
                 known[i] = peaks[i] < infinite
             rotate_group(
-                x, copies, places, valids, used, size, rule == _CENTRED, bf16, transform, begin, r0, r1,
-                unit_bits, units, inverses, means, energies, signs, one, one_bits)
+                x, copies, at, valids, used, size, rule == _CENTRED, bf16, transform, begin, r0, r1,
+                unit_bits, units, inverses, window(means, 0, count), low, energies, signs)
             if by_levels:
                 encode_group(
                     copies, size, begin, n, mixed, multiplier, shift, widths, bf16, m0, m1, units,
-                    inverses, energies, window(norms, 0, count), terms, buffer, payload, random, one,
-                    one_bits)
+                    inverses, energies, window(norms, 0, count), high, terms, buffer, payload,
+                    window(random, 0, count))
             else:
                 for i in range(count):
                     ranges(

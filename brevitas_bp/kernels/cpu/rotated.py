@@ -15,7 +15,7 @@ import numpy as np
 
 from brevitas_bp.kernels.cpu.codes import locate
 from brevitas_bp.kernels.cpu.compiling import inline, jit, prefetch, wide_vectors, window
-from brevitas_bp.kernels.cpu.in_units import to_nearest, to_random, unit_of
+from brevitas_bp.kernels.cpu.in_units import round_at_random, round_to_nearest, unit_of
 from brevitas_bp.kernels.cpu.levels import encode_levels
 from brevitas_bp.kernels.cpu.metadata import reciprocal
 from brevitas_bp.kernels.cpu.registers import (
@@ -66,7 +66,7 @@ def find_peaks(
 def rotate_group(
         x: Any, copies: Any, starts: Any, valid: Any, held: Any, size: Any, centres: Any, bf16: Any,
         transform: Any, first: Any, r0: Any, r1: Any, unit_bits: Any, units: Any, inverses: Any,
-        means: Any, energies: Any, words: Any, one: Any, one_bits: Any) -> None:
+        means: Any, mean_bits: Any, energies: Any, words: Any) -> None:
     """Centres and rotates buckets in units, as ``in_units.enter_units`` does.
 
     Args:
@@ -81,9 +81,9 @@ def rotate_group(
         units: the same memory as floats.
         inverses: gets the reciprocals of the units.
         means: gets the means, if ``centres``.
+        mean_bits: the same memory as integers.
         energies: gets the sums of squares after the rotation.
         words: scratch for the signs of a bucket.
-        one, one_bits: the memory of one number, as a float and as an integer.
     """
     wide_vectors()
     number, count = x.dtype.type, starts.size
@@ -99,7 +99,8 @@ def rotate_group(
             total = differences(values, inverse, 16) if size == 256 else differences(values, inverse, 8)
             means[i] = values[0] * inverse + total / number(valid[i])
         for i in range(count):
-            means[i] = to_nearest(means[i] * units[i], bf16, one, one_bits)
+            means[i] = means[i] * units[i]
+        round_to_nearest(means, mean_bits, bf16)
     for i in range(count):
         target = window(copies, i * size, size)
         values = target if held[i] else window(x, starts[i], size)
@@ -131,11 +132,12 @@ def _turn(x: Any, inverse: Any, mean: Any, words: Any, out: Any, rotations: Any)
 def encode_group(
         copies: Any, size: Any, first: Any, n: Any, mixed: Any, multiplier: Any, shift: Any,
         widths: Any, bf16: Any, m0: Any, m1: Any, units: Any, inverses: Any, energies: Any, scales: Any,
-        terms: Any, codes: Any, payload: Any, random: Any, one: Any, one_bits: Any) -> None:
+        scale_bits: Any, terms: Any, codes: Any, payload: Any, random: Any) -> None:
     """Encodes the buckets in ``copies`` by levels; ``scales`` gets the scales to store.
 
     Codes of a width that is not packed here are written to ``codes``. ``inverses`` is overwritten; the
-    other arguments are those of :func:`rotate_group` and ``buckets.encode``.
+    other arguments are those of :func:`rotate_group` and ``buckets.encode``. ``random`` is scratch for one
+    word of each bucket.
     """
     wide_vectors()
     number = copies.dtype.type
@@ -152,9 +154,9 @@ def encode_group(
             scales[i] = encode_levels(z, inverses[i], width, window(codes, i * size, size), terms)
     for i in range(scales.size):
         along = scales[i]
-        scale = (energies[i] / along if along > number(0) else number(0)) * units[i]
-        random_words(_U((first + i) & 0xFFFFFFFF), m0, m1, random)
-        scales[i] = to_random(scale, bf16, random[0], one, one_bits)
+        scales[i] = (energies[i] / along if along > number(0) else number(0)) * units[i]
+    random_words(_U(first & 0xFFFFFFFF), m0, m1, random)
+    round_at_random(scales, scale_bits, bf16, random)
 
 
 @inline
