@@ -29,8 +29,9 @@ from brevitas_bp.kernels.cpu.derivatives import differentiate
 from brevitas_bp.kernels.cpu.in_units import (
     enter_units,
     leave_units,
-    to_nearest,
     round_at_random,
+    scale_in_units,
+    to_nearest,
     unit_of,
 )
 from brevitas_bp.kernels.cpu.levels import decode_levels, encode_bucket
@@ -214,7 +215,7 @@ def encode(
         for i in range(count):
             kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
             width = widths[kind]
-            if not (whole and by_levels and packs_levels(width)):
+            if not (whole and by_levels and packs_levels(size, width)):
                 pack(window(buffer, i * size, size), width, window(payload, position, size * width // 8))
         store(metadata, begin, scales, bf16)
         if affine:
@@ -248,7 +249,8 @@ def decode(
     apart = transform != 0 or by_levels or rounding == _DITHERED
     factors = np.empty(size if apart else 1, out.dtype)
     signs = np.empty(size // 16 if transform else 1, np.uint32)
-    whole = by_levels and in_registers(size, transform)
+    whole = in_registers(size, transform)
+    unpacks = whole and by_levels
     unit = unit_bits.view(out.dtype)
     for bucket in range(begin, end):
         kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
@@ -257,25 +259,26 @@ def decode(
         start, most = place(bucket, first, size, row, per_row)
         values = window(out, start, min(most, out.size - start))
         s, offset = scale[bucket - begin], lo[bucket - begin]
-        if not (whole and packs_levels(width)):
+        if not (unpacks and packs_levels(size, width)):
             unpack(packed, width, codes)
         if not apart:
             dequantize(codes, lowests[kind], s, offset, bound, values)
         else:
-            if whole and packs_levels(width):
+            if unpacks and packs_levels(size, width):
                 unpack_levels(packed, width, factors)
             elif by_levels:
                 decode_levels(codes, width, factors)
             else:
                 factors_of(
                     codes, lowests[kind], rounding, _U((bucket * size) & 0xFFFFFFFF), k0, k1, factors)
+                if transform:
+                    s, offset = scale_in_units(factors, s, offset, unit_bits, unit), number(0)
             if whole:
                 rotate_back_into(
                     factors, bucket, r0, r1, transform, signs, s, offset, bound, values)
             else:
                 leave_units(
-                    factors, s, offset, by_levels or transform == 0, bound, transform, bucket, r0, r1,
-                    signs, unit_bits, unit, values)
+                    factors, s, offset, bound, transform, bucket, r0, r1, signs, values)
         if scales_of.size:
             denormalize(
                 values, index + start, shifts, scales_of, inner, largest, divides, limit)

@@ -139,24 +139,26 @@ def enter_units(
 
 
 @jit
+def scale_in_units(x: Any, scale: Any, lo: Any, peaks: Any, units: Any) -> Any:
+    """Writes factors times ``scale`` plus ``lo``, in units; returns the unit.
+
+    ``peaks`` and ``units`` are the memory of one number, as an integer and as a float.
+    """
+    units[0] = scale if scale > abs(lo) or np.isnan(scale) else abs(lo)
+    inverse = unit_of(peaks, units, 0)
+    _scale(x, scale * inverse, lo * inverse)
+    return units[0]
+
+
+@jit
 def leave_units(
-        x: Any, scale: Any, lo: Any, by_levels: Any, limit: Any, transform: Any, bucket: Any, r0: Any,
-        r1: Any, words: Any, peaks: Any, units: Any, out: Any) -> None:
-    """Rotates a bucket of factors back, and dequantizes it; see ``reference.decode_in_units``."""
-    number = x.dtype.type
-    unit = number(1)
-    if not by_levels:
-        units[0] = scale if scale > abs(lo) or np.isnan(scale) else abs(lo)
-        inverse = unit_of(peaks, units, 0)
-        unit = units[0]
-        _scale(x, scale * inverse, lo * inverse)
+        x: Any, scale: Any, lo: Any, limit: Any, transform: Any, bucket: Any, r0: Any, r1: Any,
+        words: Any, out: Any) -> None:
+    """Rotates a bucket back, and writes it times ``scale`` plus ``lo``; see ``decode_in_units``."""
     if transform:
         random_words(_U((bucket * words.size) & 0xFFFFFFFF), r0, r1, words)
         rotate_back(x, words, transform)
-    if by_levels:
-        _finish(x, scale, lo, limit, out)
-    else:
-        _finish(x, unit, number(0), limit, out)
+    _finish(x, scale, lo, limit, out)
 
 
 @jit

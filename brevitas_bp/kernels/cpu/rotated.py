@@ -34,13 +34,13 @@ _U = np.uint32
 @inline
 def in_registers(size: Any, transform: Any) -> Any:
     """Returns whether this module handles buckets of this size."""
-    return transform != 0 and (size == 256 or size == 128)
+    return transform != 0 and (size == 256 or size == 128 or size == 64)
 
 
 @inline
-def packs_levels(width: Any) -> Any:
-    """Returns whether levels of this width are packed in registers."""
-    return width <= 4
+def packs_levels(size: Any, width: Any) -> Any:
+    """Returns whether levels of this width are packed in registers, and unpacked there."""
+    return size >= 128 and width <= 4
 
 
 @jit
@@ -59,7 +59,12 @@ def find_peaks(
     wide_vectors()
     for i in range(peaks.size):
         values = window(copies, i * size, size) if held[i] else window(x, starts[i], size)
-        peaks[i] = peak_of(values, 16) if size == 256 else peak_of(values, 8)
+        if size == 256:
+            peaks[i] = peak_of(values, 16)
+        elif size == 128:
+            peaks[i] = peak_of(values, 8)
+        else:
+            peaks[i] = peak_of(values, 4)
 
 
 @jit
@@ -96,8 +101,7 @@ def rotate_group(
             for j in range(valid[i], size):
                 values[j] = values[0]
             inverse = inverses[i]
-            total = differences(values, inverse, 16) if size == 256 else differences(values, inverse, 8)
-            means[i] = values[0] * inverse + total / number(valid[i])
+            means[i] = values[0] * inverse + _differences(values, inverse) / number(valid[i])
         for i in range(count):
             means[i] = means[i] * units[i]
         round_to_nearest(means, mean_bits, bf16)
@@ -118,14 +122,27 @@ def rotate_group(
 
 
 @inline
-def _turn(x: Any, inverse: Any, mean: Any, words: Any, out: Any, rotations: Any) -> Any:
+def _differences(x: Any, inverse: Any) -> Any:
     if x.size == 256:
-        if rotations == 2:
-            return turn(x, inverse, mean, words, out, 2, 16)
-        return turn(x, inverse, mean, words, out, 1, 16)
+        return differences(x, inverse, 16)
+    if x.size == 128:
+        return differences(x, inverse, 8)
+    return differences(x, inverse, 4)
+
+
+@inline
+def _turn(x: Any, inverse: Any, mean: Any, words: Any, out: Any, rotations: Any) -> Any:
     if rotations == 2:
-        return turn(x, inverse, mean, words, out, 2, 8)
-    return turn(x, inverse, mean, words, out, 1, 8)
+        if x.size == 256:
+            return turn(x, inverse, mean, words, out, 2, 16)
+        if x.size == 128:
+            return turn(x, inverse, mean, words, out, 2, 8)
+        return turn(x, inverse, mean, words, out, 2, 4)
+    if x.size == 256:
+        return turn(x, inverse, mean, words, out, 1, 16)
+    if x.size == 128:
+        return turn(x, inverse, mean, words, out, 1, 8)
+    return turn(x, inverse, mean, words, out, 1, 4)
 
 
 @jit
@@ -147,7 +164,7 @@ def encode_group(
     for i in range(scales.size):
         kind, position = locate(first + i, size, n, mixed, multiplier, shift, widths)
         width, z = widths[kind], window(copies, i * size, size)
-        if packs_levels(width):
+        if packs_levels(size, width):
             packed = window(payload, position, size * width // 8)
             scales[i] = _encode(z, inverses[i], packed, width)
         else:
@@ -209,15 +226,19 @@ def rotate_back_into(
     wide_vectors()
     random_words(_U((bucket * words.size) & 0xFFFFFFFF), r0, r1, words)
     target = out if out.size == y.size else y
-    if y.size == 256:
-        if rotations == 2:
+    if rotations == 2:
+        if y.size == 256:
             turn_back(y, words, scale, lo, limit, target, 2, 16)
+        elif y.size == 128:
+            turn_back(y, words, scale, lo, limit, target, 2, 8)
         else:
-            turn_back(y, words, scale, lo, limit, target, 1, 16)
-    elif rotations == 2:
-        turn_back(y, words, scale, lo, limit, target, 2, 8)
-    else:
+            turn_back(y, words, scale, lo, limit, target, 2, 4)
+    elif y.size == 256:
+        turn_back(y, words, scale, lo, limit, target, 1, 16)
+    elif y.size == 128:
         turn_back(y, words, scale, lo, limit, target, 1, 8)
+    else:
+        turn_back(y, words, scale, lo, limit, target, 1, 4)
     if out.size < y.size:
         for i in range(out.size):
             out[i] = y[i]
