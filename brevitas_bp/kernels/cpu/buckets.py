@@ -88,7 +88,7 @@ def encode(
     number = x.dtype.type
     group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
     (k0, k1), (r0, r1), (m0, m1) = keys
-    by_levels = rule == _UNBIASED or rule == _CENTRED
+    by_levels = rule in (_UNBIASED, _CENTRED)
     in_units, whole = transform != 0 or by_levels, in_registers(size, transform)
     # Few allocations: they would take a twentieth of the time.
     buffer = np.empty(group * size, np.uint8)
@@ -119,7 +119,7 @@ def encode(
             valid = min(most, x.size - start)
             if whole:
                 starts[i], valids[i], held[i] = start, valid, derivative != 0 or valid < size
-            if derivative != 0 or valid < size or in_units and not whole:
+            if derivative != 0 or valid < size or (in_units and not whole):
                 slot = i * size if apart else 0
                 values, words = window(copies, slot, size), window(copy_bits, slot, size)
                 source, target = window(x, start, valid), window(copies, slot, valid)
@@ -159,7 +159,8 @@ def encode(
             if not by_levels and not whole:
                 ranges(values, words, i, rule, low, high, norms, scratch)
         if whole:
-            at, used, peaks = window(starts, 0, count), window(held, 0, count), window(unit_bits, 0, count)
+            at, used = window(starts, 0, count), window(held, 0, count)
+            peaks = window(unit_bits, 0, count)
             find_peaks(bits, copy_bits, at, used, size, peaks)
             for i in range(count):
                 known[i] = peaks[i] < infinite
@@ -171,19 +172,17 @@ def encode(
                     copies, size, begin, n, mixed, multiplier, shift, widths, bf16, m0, m1, units,
                     inverses, energies, window(norms, 0, count), high, terms, buffer, payload,
                     window(random, 0, count))
-            else:
-                for i in range(count):
-                    ranges(
-                        window(copies, i * size, size), window(copy_bits, i * size, size), i, rule, low,
-                        high, norms, scratch)
             for i in range(count):
-                if not known[i]:
-                    units[i] = np.nan
-                    if by_levels:
-                        norms[i] = means[i] = number(np.nan)
-                        kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
-                        window(payload, position, size * widths[kind] // 8)[:] = 0
-                        window(buffer, i * size, size)[:] = 0
+                codes, values = window(buffer, i * size, size), window(copies, i * size, size)
+                if not by_levels:
+                    ranges(
+                        values, window(copy_bits, i * size, size), i, rule, low, high, norms, scratch)
+                elif known[i] == 0:
+                    norms[i] = means[i] = number(np.nan)
+                    kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
+                    window(payload, position, size * widths[kind] // 8)[:] = 0
+                    codes[:] = 0
+                units[i] = units[i] if known[i] else number(np.nan)
         scales, offsets = high.view(x.dtype), low.view(x.dtype)
         if not by_levels:
             scales_of_ranges(rule, low, high, top, bf16, integer)
@@ -245,7 +244,7 @@ def decode(
         lo[:] = number(0)
     bound = number(np.finfo(out.dtype).max) if scales_of.size else limit
     (k0, k1), (r0, r1) = keys
-    by_levels = rule == _UNBIASED or rule == _CENTRED
+    by_levels = rule in (_UNBIASED, _CENTRED)
     apart = transform != 0 or by_levels or rounding == _DITHERED
     factors = np.empty(size if apart else 1, out.dtype)
     signs = np.empty(size // 16 if transform else 1, np.uint32)

@@ -108,10 +108,12 @@ def enter_units(
         bf16: whether metadata are bfloat16.
         transform: number of rotations.
         bucket: number of the bucket.
-        r0, r1: keys of the signs.
+        r0: first key of the signs.
+        r1: second key of the signs.
         words: scratch for the signs.
         terms: scratch of the size of the bucket.
-        scratch, bits: the memory of one number, as a float and as an integer.
+        scratch: the memory of one number.
+        bits: the same memory as an integer.
     """
     number = x.dtype.type
     factor = number(1)

@@ -3,9 +3,9 @@
 The bytes are those of :mod:`brevitas_bp.kernels.cpu.in_units` and :mod:`brevitas_bp.kernels.cpu.levels`.
 
 NOTE [ One step for all buckets ]
-A step of one bucket ends with a chain of dependent operations: a sum across a vector, a root, a division.
-So each step is done for all buckets of a group before the next step. The processor then runs the chain of
-one bucket beside the work of the next buckets.
+A step of one bucket ends with a chain of dependent operations: a sum across a vector, a root, a
+division. So each step is done for all buckets of a group before the next step. The processor then runs
+the chain of one bucket beside the work of the next buckets.
 """
 
 import math
@@ -75,13 +75,18 @@ def rotate_group(
     """Centres and rotates buckets in units, as ``in_units.enter_units`` does.
 
     Args:
-        x, copies, starts, held, size: see :func:`find_peaks`. Afterwards the copies hold all buckets.
+        x: the tensor.
+        copies: see :func:`find_peaks`. Afterwards it holds all buckets.
+        starts: see :func:`find_peaks`.
+        held: see :func:`find_peaks`.
+        size: elements of a bucket.
         valid: elements of each bucket without padding.
         centres: whether means are subtracted.
         bf16: whether metadata are bfloat16.
         transform: number of rotations.
         first: number of the first bucket.
-        r0, r1: keys of the signs.
+        r0: first key of the signs.
+        r1: second key of the signs.
         unit_bits: the largest magnitudes, as bits. Afterwards the memory holds the units.
         units: the same memory as floats.
         inverses: gets the reciprocals of the units.
@@ -152,9 +157,9 @@ def encode_group(
         scale_bits: Any, terms: Any, codes: Any, payload: Any, random: Any) -> None:
     """Encodes the buckets in ``copies`` by levels; ``scales`` gets the scales to store.
 
-    Codes of a width that is not packed here are written to ``codes``. ``inverses`` is overwritten; the
-    other arguments are those of :func:`rotate_group` and ``buckets.encode``. ``random`` is scratch for one
-    word of each bucket.
+    Codes of a width that is not packed here are written to ``codes``. ``inverses`` is overwritten, and
+    ``random`` is scratch for one word of each bucket. The other arguments are those of
+    :func:`rotate_group` and ``buckets.encode``.
     """
     wide_vectors()
     number = copies.dtype.type

@@ -16,6 +16,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+
 def _has(feature: str) -> bool:
     """Whether numba compiles for processors with this feature."""
     features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
@@ -146,8 +147,9 @@ class Vectors:
         """Returns bit ``first + i`` of a word of 32 bits as the highest bit of element ``i``."""
         kind = ir.IntType(self.bits)
         if _HAS_AVX512:
-            mask = self.builder.bitcast(self.builder.trunc(
-                self.builder.lshr(word, word.type(first)), ir.IntType(16)), ir.VectorType(ir.IntType(1), 16))
+            # The bits of the word become a mask register.
+            part = self.builder.trunc(self.builder.lshr(word, word.type(first)), ir.IntType(WIDTH))
+            mask = self.builder.bitcast(part, ir.VectorType(ir.IntType(1), WIDTH))
             return self.builder.select(mask, self._highest(range(WIDTH)), self._highest([]))
         all_ = self._broadcast(
             self.builder.zext(word, kind) if self.bits == 64 else word, self.words)
