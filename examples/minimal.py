@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from brevitas_bp import QuantBackwardWrapper, check_gradients, track_saved_memory
 from brevitas_bp.models.efficientnet_v2 import efficientnet_v2_nano
-from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
 
 torch.manual_seed(0)
 pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
@@ -20,7 +20,7 @@ images = interpolate(pixels.float().reshape(-1, 1, 8, 8) / 16, size=16, mode="bi
 
 model = QuantBackwardWrapper(
     efficientnet_v2_nano(num_classes=10, in_channels=1),
-    act_quant=ShiftedUint2DynamicActPerBucketFloatStochastic,
+    act_quant=RotatedNormal2DynamicActPerBucketFloat,
     bucket_size=256,
 )
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

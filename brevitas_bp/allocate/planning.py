@@ -13,7 +13,7 @@ from brevitas_bp.allocate.sensitivity import Sensitivity, estimator
 from brevitas_bp.backward.seam import wrappers_in
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.candidate import Candidate
-from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
 
 CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8, "exact")
 
@@ -32,7 +32,7 @@ def plan_bit_widths(
         candidates: Sequence[Candidate | float | str] | None = None,
         sensitivity: str | Sensitivity = "empirical",
         method: Method = "optimal",
-        act_quant: Any = ShiftedUint2DynamicActPerBucketFloatStochastic,
+        act_quant: Any = RotatedNormal2DynamicActPerBucketFloat,
         seed: int = 0,
         progress: bool | Callable[[str], None] = False,
         **wrapper_options: Any) -> BitPlan:
@@ -109,7 +109,7 @@ def _wrapped(model: nn.Module, act_quant: Any, options: dict[str, Any]) -> Quant
                 f"{_WHERE}: {type(model).__name__} contains wrappers, which round by themselves; "
                 "plan for each of them, or wrap the whole once")
         return QuantBackwardWrapper(model, act_quant, **options)
-    if options or act_quant is not ShiftedUint2DynamicActPerBucketFloatStochastic:
+    if options or act_quant is not RotatedNormal2DynamicActPerBucketFloat:
         raise TypeError(
             f"{_WHERE}: the model is wrapped already, so the settings "
             f"{sorted(options) or ['act_quant']} would do nothing; change those of the "

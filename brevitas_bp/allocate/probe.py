@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from brevitas_bp.backward.parameters import leaf_behind
-from brevitas_bp.backward.planned import configured_of, is_quantized, site_of
+from brevitas_bp.backward.planned import base_of, is_quantized, site_of
 from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, tensors_in
@@ -28,7 +28,7 @@ class Probed:
     Attributes:
         flat: an exact copy, in memory order.
         layout: of the tensor.
-        configured: the module's own codec; candidates are variants of it.
+        configured: the module's own codec, or its kind for factors; candidates are variants of it.
         sites: names of the sites that save the tensor.
         calls: number of each call that saves the tensor -> indices of the other parameters in the call.
             None if the call has another trained tensor, or if no call is visible.
@@ -223,7 +223,8 @@ class Probing:
             return
         if place.probed is None:
             place.probed = Probed(
-                packed.tensors[0], packed.layout, configured_of(saved, place.codec), place.rows, spared)
+                packed.tensors[0], packed.layout,
+                base_of(saved, decision._replace(codec=place.codec)), place.rows, spared)
             self._packed.append(weakref.ref(packed))
         tensor = place.probed
         tensor.sites.add(site_of(saved))

@@ -28,7 +28,7 @@ def quantize_all(saved: SavedTensor) -> Codec | None:
         # rrelu writes its noise only after autograd has saved it.
         late = saved.op is not None and saved.op.startswith("rrelu")
         statistic = saved.is_norm_statistic and (saved.op is not None or saved.compiled)
-        return None if late or statistic else saved.codec
+        return None if late or statistic or saved.codec is None else saved.codec.for_values
     if x.dtype == torch.int64 and x.device.type == "cpu" and saved.op and _POOLING in saved.op:
         return _NARROW_INT
     return None

@@ -71,8 +71,7 @@ class PlannedPolicy:
         if candidate.average_size > 1 and decision.reach != "weight":
             # Averages are biased. The bias may reach the gradient of the tensor's own weight only.
             candidate = replace(candidate, average_size=1)
-        return decision._replace(
-            codec=candidate.codec(configured_of(saved, decision.codec)))
+        return decision._replace(codec=candidate.codec(base_of(saved, decision)))
 
     def unused(self) -> list[str]:
         """Returns names and globs of the plan that no tensor had in the first pass; later, none."""
@@ -113,6 +112,13 @@ def is_quantized(saved: SavedTensor, decision: Decision) -> bool:
         return False
     configured = configured_of(saved, codec)
     return bool(configured.bit_widths) and codec.is_variant_of(configured)
+
+
+def base_of(saved: SavedTensor, decision: Decision) -> Codec:
+    """Returns the codec that a plan varies: the configured one, or its kind for factors."""
+    assert decision.codec is not None
+    configured = configured_of(saved, decision.codec)
+    return configured.for_factors if decision.reach == "all" else configured
 
 
 def configured_of(saved: SavedTensor, codec: Codec) -> Codec:

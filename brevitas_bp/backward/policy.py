@@ -124,6 +124,9 @@ class OpAware:
     * It does not keep tensors from which backward reads only the shape.
     * It keeps all other tensors as they are.
 
+    If the configured quantizer uses rotated codes, derivatives and factors are dithered instead
+    (:attr:`~brevitas_bp.codec.Codec.for_factors`): they are bounded, so a rotation would not help.
+
     A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages only tensors that reach
     the gradient of one weight, such as inputs of convolutions and linear layers. In other tensors, each
     element has its own code of the same width. ``multiplier_quant`` and ``attention_quant`` are used as
@@ -249,7 +252,8 @@ class OpAware:
         if decision.codec is not codec or decision.reach == "weight":
             return decision
         if decision.reach == "all":
-            return decision.with_codec(self._multiplier or codec.at_least(self.multiplier_bits))
+            return decision.with_codec(
+                self._multiplier or codec.for_factors.at_least(self.multiplier_bits))
         bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reach == "norm" else 1)
         return decision.with_codec(codec.at_least(bits))
 
@@ -268,7 +272,8 @@ class OpAware:
                 codec, _LINEAR[saved.reach], reach=saved.reach, least_bits=least), codec)
         bits = self.recomputed_bits
         return _RECOMPUTED_EXACT if bits is None else Decision(
-            codec.at_least(bits), "backward recomputes functions of it: slightly biased", reach="all")
+            codec.for_values.at_least(bits), "backward recomputes functions of it: slightly biased",
+            reach="all")
 
     def _decide_role(self, saved: SavedTensor, role: str, codec: Codec) -> Decision:
         if role == CHECKPOINT_INPUT:

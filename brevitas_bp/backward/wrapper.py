@@ -41,7 +41,7 @@ from brevitas_bp.backward.policy import Policy, explained
 from brevitas_bp.backward.transparent import TABLES, Transparent
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.configured import ConfiguredCodec
-from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
 
 _UNUSED_HINT = (
     "brevitas_bp.QuantBackwardWrapper: the plan names {}, and no tensor that was quantized has such a "
@@ -77,7 +77,7 @@ class QuantBackwardWrapper(Transparent):
     Args:
         module: the module to run.
         act_quant: any Brevitas activation quantizer: an injector class, a proxy, or None to keep
-            every tensor exact.
+            every tensor exact. The default stores 2 bits in rotated codes, see docs/rotated.md.
         overrides: glob over qualified module names -> quantizer, None (exact), or the bits that
             ``act_quant`` has there; the first pattern that matches a module, or one around it, wins.
         policy: how each saved tensor is stored. A callable ``SavedTensor -> Codec | None``, or one of
@@ -124,7 +124,7 @@ class QuantBackwardWrapper(Transparent):
     def __init__(
             self,
             module: nn.Module,
-            act_quant: Any = ShiftedUint2DynamicActPerBucketFloatStochastic,
+            act_quant: Any = RotatedNormal2DynamicActPerBucketFloat,
             *,
             overrides: Mapping[str, Any] | None = None,
             policy: str | Policy = "op_aware",

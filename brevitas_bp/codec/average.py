@@ -89,6 +89,10 @@ class AverageCodec(Codec):
         """The codec that stores the averages."""
         return self.inner
 
+    @property
+    def for_factors(self) -> Codec:
+        return self.inner.for_factors
+
     def variant(
             self, bits: int, bucket_size: int | None = None, average_size: int = 1) -> Codec | None:
         return self.inner.variant(bits, bucket_size, average_size)

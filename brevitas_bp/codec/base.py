@@ -14,7 +14,9 @@ from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.codec.derived import variants
 from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
 from brevitas_bp.codec.integrity import TensorType, check_types, refuse, versions_of
+from brevitas_bp.codec.layout import PLAIN as PLAIN
 from brevitas_bp.codec.layout import TensorLayout, shape_of
+from brevitas_bp.codec.layout import is_plain as is_plain
 from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.errors import ModifiedInPlaceError, UnsupportedTensorError
 from brevitas_bp.format.arithmetic import compute_dtype
@@ -257,8 +259,22 @@ class Codec(ABC):
             return self
         return self.variant(bits) or self
 
+    def of_kind(self, kind: str) -> "Codec | None":
+        """Returns this codec with another kind of code, for instance "rotated"; None if it has none."""
+        return None
+
+    @property
+    def for_factors(self) -> "Codec":
+        """The codec for factors of passing gradients, such as derivatives."""
+        return self
+
+    @property
+    def for_values(self) -> "Codec":
+        """The codec for tensors whose zeros and signs matter."""
+        return self
+
     def is_variant_of(self, configured: "Codec") -> bool:
-        """Whether this codec is ``configured``, perhaps with another width or without averages."""
+        """Whether this codec is ``configured``, perhaps with another width or for another use."""
         plain = configured.per_element
         return self is configured or self is plain or variants.has(plain, self)
 
@@ -384,17 +400,3 @@ class Copy(Codec):
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
         return [TensorType.flat(packed.layout.numel, packed.layout.dtype)]
-
-
-#: Classes of ordinary tensors.
-PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary strided tensor that a codec may take apart.
-
-    Nested tensors are not ordinary: they have several shapes. Neither are tensors without memory: those
-    on the meta device, and zero tangents of forward mode.
-    """
-    return type(x) in PLAIN and x.layout is torch.strided and not (
-        x.is_nested or x.is_meta or x._is_zerotensor())

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.base import FLOATS, Codec
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
+from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.reference import to_buckets
+
+#: A quantizer with a view of buckets and a bit width for each.
+BucketQuantizer = BucketRescalingIntQuant | BucketLevelQuant
 
 # Elements whose ranges are taken at once if they must be converted first.
 _CHUNK = 1 << 18
@@ -27,7 +31,7 @@ class BucketCodec(Codec):
 
     restores = FLOATS
 
-    quantizer: BucketRescalingIntQuant
+    quantizer: Any
 
     def quantizers(self) -> Iterator[nn.Module]:
         yield self.quantizer

@@ -26,43 +26,49 @@ from brevitas_bp.kernels import dispatch
 #    A compiled step of EfficientNetV2-S took five times as long.
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 _library.define(
-    "decode(Tensor payload, Tensor metadata, str spec, SymInt numel, ScalarType dtype) -> Tensor")
+    "decode(Tensor payload, Tensor metadata, str spec, SymInt numel, ScalarType dtype, "
+    "Tensor? seed=None) -> Tensor")
 # Inductor may lay out a tensor in any memory order: we read the tensor in its own order, mostly without
 # a copy.
 FLEXIBLE = tuple(
     getattr(torch.Tag, name) for name in ("flexible_layout",) if hasattr(torch.Tag, name))
 _library.define(
     "decode_rectified(Tensor payload, Tensor metadata, Tensor positive, str spec, SymInt numel, "
-    "ScalarType dtype) -> Tensor")
+    "ScalarType dtype, Tensor? seed=None) -> Tensor")
 _library.define(
     "decode_channels(Tensor payload, Tensor metadata, Tensor statistics, str spec, SymInt numel, "
-    "SymInt inner, ScalarType dtype) -> Tensor")
+    "SymInt inner, ScalarType dtype, Tensor? seed=None) -> Tensor")
 _library.define("pack_bits(Tensor x) -> Tensor", tags=FLEXIBLE)
 _library.define("pack_positive(Tensor x) -> Tensor", tags=FLEXIBLE)
 _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 
 
 def _decode(
-        payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
+        payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype,
+        seed: Tensor | None = None) -> Tensor:
     launcher = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
-    # With one width, decoding draws nothing, so the seed has no effect.
-    return launcher.decode(payload, metadata, 0, torch.Size((numel,)), (1,))
+    return launcher.decode(payload, metadata, _number(seed), torch.Size((numel,)), (1,))
+
+
+def _number(seed: Tensor | None) -> int:
+    """Returns the seed of a stored tensor. Without one, decoding draws nothing."""
+    return 0 if seed is None else int(seed)
 
 
 def _decode_rectified(
         payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
-        dtype: torch.dtype) -> Tensor:
+        dtype: torch.dtype, seed: Tensor | None = None) -> Tensor:
     """See :class:`RectifiedForm`. NaN stays NaN."""
-    return dispatch.rectify_(_decode(payload, metadata, spec, numel, dtype), positive)
+    return dispatch.rectify_(_decode(payload, metadata, spec, numel, dtype, seed), positive)
 
 
 def _decode_channels(
         payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
-        dtype: torch.dtype) -> Tensor:
+        dtype: torch.dtype, seed: Tensor | None = None) -> Tensor:
     """See :class:`ChannelForm`."""
     launcher = dispatch.launcher_from_text(spec, numel, dtype, payload.device)
     affine = Affine(statistics[1].contiguous(), statistics[0].contiguous(), inner)
-    return launcher.decode(payload, metadata, 0, torch.Size((numel,)), (1,), affine)
+    return launcher.decode(payload, metadata, _number(seed), torch.Size((numel,)), (1,), affine)
 
 
 def _pack_bits(x: Tensor) -> Tensor:
@@ -91,21 +97,22 @@ for _name, _function in (
 
 @torch.library.register_fake("brevitas_bp::decode", lib=_library)
 def _decode_fake(
-        payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype) -> Tensor:
+        payload: Tensor, metadata: Tensor, spec: str, numel: int, dtype: torch.dtype,
+        seed: Tensor | None = None) -> Tensor:
     return payload.new_empty(numel, dtype=dtype)
 
 
 @torch.library.register_fake("brevitas_bp::decode_rectified", lib=_library)
 def _decode_rectified_fake(
         payload: Tensor, metadata: Tensor, positive: Tensor, spec: str, numel: int,
-        dtype: torch.dtype) -> Tensor:
+        dtype: torch.dtype, seed: Tensor | None = None) -> Tensor:
     return payload.new_empty(numel, dtype=dtype)
 
 
 @torch.library.register_fake("brevitas_bp::decode_channels", lib=_library)
 def _decode_channels_fake(
         payload: Tensor, metadata: Tensor, statistics: Tensor, spec: str, numel: int, inner: int,
-        dtype: torch.dtype) -> Tensor:
+        dtype: torch.dtype, seed: Tensor | None = None) -> Tensor:
     return payload.new_empty(numel, dtype=dtype)
 
 
@@ -121,7 +128,8 @@ def _unpack_bits_fake(packed: Tensor, numel: int) -> Tensor:
 
 
 #: A tensor, a spec of one width and perhaps the place of its channels -> stored tensors: the payload,
-#: one tensor of scales and offsets, and, with channels, their means and deviations.
+#: one tensor of scales and offsets; with channels, their means and deviations; and the seed, if
+#: decoding draws.
 Quantize = Callable[..., tuple[Tensor, ...]]
 
 
@@ -177,26 +185,33 @@ class GraphForm(ABC):
 
 @dataclass(frozen=True)
 class BucketForm(GraphForm):
-    """A bucket quantizer of one width.
+    """A bucket quantizer of one width. If decoding draws, the seed is the last stored tensor.
 
     Attributes:
         spec: the lowered quantizer.
     """
 
     draws: ClassVar[bool] = True
+    #: Stored tensors beside the seed.
+    own_parts: ClassVar[int] = 2
 
     spec: BucketQuantSpec
 
     @property
     def parts(self) -> int:
-        return 2
+        return self.own_parts + self.spec.decoding_draws
 
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
         return quantize(x, self.spec)
 
     def decode(
             self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
-        return torch.ops.brevitas_bp.decode(*tensors, self.spec.to_text(), numel, self.dtype)
+        own, seed = self._split(tensors)
+        return torch.ops.brevitas_bp.decode(*own, self.spec.to_text(), numel, self.dtype, *seed)
+
+    def _split(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Returns the stored tensors without the seed, and the seed if there is one."""
+        return tensors[:self.own_parts], tensors[self.own_parts:]
 
 
 @dataclass(frozen=True)
@@ -210,11 +225,9 @@ class ChannelForm(BucketForm):
         dim: place of the channels in ``order``: 1, or the last.
     """
 
-    dim: int
+    own_parts: ClassVar[int] = 3
 
-    @property
-    def parts(self) -> int:
-        return 3
+    dim: int
 
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
         return quantize(x, self.spec, self.dim)
@@ -224,8 +237,9 @@ class ChannelForm(BucketForm):
         inner = 1
         for size in sizes[self.dim + 1:]:
             inner = inner * size
+        own, seed = self._split(tensors)
         return torch.ops.brevitas_bp.decode_channels(
-            *tensors, self.spec.to_text(), numel, inner, self.dtype)
+            *own, self.spec.to_text(), numel, inner, self.dtype, *seed)
 
 
 @dataclass(frozen=True)
@@ -236,17 +250,17 @@ class RectifiedForm(BucketForm):
     result. Every other element decodes to 2**-64 (2**-24 in float16) or more: smaller values are raised.
     """
 
-    @property
-    def parts(self) -> int:
-        return 3
+    own_parts: ClassVar[int] = 3
 
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        return *quantize(x, self.spec), torch.ops.brevitas_bp.pack_positive(x)
+        payload, metadata, *seed = quantize(x, self.spec)
+        return payload, metadata, torch.ops.brevitas_bp.pack_positive(x), *seed
 
     def decode(
             self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        own, seed = self._split(tensors)
         return torch.ops.brevitas_bp.decode_rectified(
-            *tensors, self.spec.to_text(), numel, self.dtype)
+            *own, self.spec.to_text(), numel, self.dtype, *seed)
 
 
 @dataclass(frozen=True)

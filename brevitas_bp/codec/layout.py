@@ -172,3 +172,17 @@ def _dense_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ..
 def shape_of(x: Tensor) -> torch.Size:
     """Returns the shape; for a nested tensor, which has several shapes, the number of its parts."""
     return torch.Size((x.size(0),)) if x.is_nested and x.layout == torch.strided else x.shape
+
+
+#: Classes of ordinary tensors.
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary strided tensor that a codec may take apart.
+
+    Nested tensors are not ordinary: they have several shapes. Neither are tensors without memory: those
+    on the meta device, and zero tangents of forward mode.
+    """
+    return type(x) in PLAIN and x.layout is torch.strided and not (
+        x.is_nested or x.is_meta or x._is_zerotensor())

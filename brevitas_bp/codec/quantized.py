@@ -1,10 +1,8 @@
 """The codec of any Brevitas activation quantizer: values -> codes -> bytes."""
 
 import inspect
-from collections.abc import Hashable, Sequence
-from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, final
+from functools import partial
+from typing import Any
 
 import torch
 from brevitas.inject import ExtendedInjector
@@ -13,12 +11,9 @@ from brevitas.quant.solver.act import ActQuantSolver
 from torch import Tensor, nn
 
 from brevitas_bp.codec.average import AverageCodec
-from brevitas_bp.codec.base import Codec, Packed
-from brevitas_bp.codec.buckets import BucketCodec, codec_name
-from brevitas_bp.codec.general import ModuleCodec, float_dtype
-from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, bucket_form
-from brevitas_bp.codec.integrity import TensorType, refuse
-from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.base import Codec
+from brevitas_bp.codec.general import ModuleCodec
+from brevitas_bp.codec.lowered import LoweredCodec
 from brevitas_bp.codec.lowering import lower
 from brevitas_bp.codec.recipe import Recipe
 from brevitas_bp.codec.stock import (
@@ -29,199 +24,13 @@ from brevitas_bp.codec.stock import (
     stock_codec,
 )
 from brevitas_bp.core.average import AverageQuant
-from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.errors import UnsupportedQuantizerError
-from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
-from brevitas_bp.format.normalizing import Affine
-from brevitas_bp.format.packing import packed_nbytes
 from brevitas_bp.format.random import seeded
-from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbytes
-from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.format.stages import NO_TRANSFORM
-from brevitas_bp.format.widths import WidthLayout
-from brevitas_bp.kernels.dispatch import CHOICE, launcher
-from brevitas_bp.kernels.launchers import Launcher
 from brevitas_bp.private import TorchDispatchMode
 from brevitas_bp.probes import undisturbed
 from brevitas_bp.proxy import check_override_names
-
-
-def _types_of(
-        spec: BucketQuantSpec, layout: WidthLayout, numel: int, dtype: torch.dtype) -> list[TensorType]:
-    """Returns the types of the tensors stored for ``numel`` elements whose buckets have these widths."""
-    n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
-    metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype))
-    return [
-        TensorType.flat(payload_nbytes(layout, spec, size)),
-        TensorType.flat(n * (1 + spec.affine), metadata)]
-
-
-@lru_cache(maxsize=4096)
-def _least_nbytes(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> int:
-    n, size = bucket_shape(numel, spec.bucket_size, spec.row_size)
-    metadata = stored_metadata_dtype(spec.metadata_dtype, compute_dtype(dtype)).itemsize
-    return n * (packed_nbytes(size, min(spec.bit_widths)) + metadata * (1 + spec.affine))
-
-
-def _name_of(spec: BucketQuantSpec) -> str:
-    """Returns the name of a quantizer for reports, for instance "2-bit rotated"."""
-    kinds = [] if spec.transform is NO_TRANSFORM else [spec.transform.name]
-    if spec.code_range.nearest is None:
-        kinds.append(spec.rounding.name)
-    elif not kinds:
-        kinds.append(spec.code_range.name)
-    return codec_name(spec.bit_widths, ", ".join(kinds))
-
-
-def _one_width(spec: BucketQuantSpec, bits: int) -> BucketQuantSpec:
-    return replace(spec, bit_width=bits, mix_bit_width=None, mix_prob=0.0)
-
-
-# Limit of the layouts that a codec remembers: more than a network has.
-_MOST_READY = 4096
-
-
-class _Ready(NamedTuple):
-    """Facts that a codec finds out once for all tensors of one layout.
-
-    Attributes:
-        layout: layout of the tensors.
-        spec: how they are quantized.
-        launcher: encodes and decodes them.
-        types: types of the stored tensors; None with two widths, because they then differ with the seed.
-        preference: preference of kernels, with which the launcher was made.
-    """
-
-    layout: TensorLayout
-    spec: BucketQuantSpec
-    launcher: Launcher
-    types: list[TensorType] | None
-    preference: str
-
-    @classmethod
-    def of(cls, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
-        numel, dtype = layout.numel, layout.dtype
-        types = None
-        if spec.mix_bit_width is None:
-            n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
-            types = _types_of(spec, WidthLayout(n, 0), numel, dtype)
-        preference = CHOICE.preference
-        return cls(
-            layout, spec, launcher(spec, numel, dtype, layout.device, preference), types, preference)
-
-
-@final
-class LoweredCodec(BucketCodec):
-    """A bucket quantizer of known parts: one kernel from values to bytes.
-
-    Args:
-        quantizer: the quantizer; each encode reads the probability of its second width.
-        spec: the lowered quantizer, perhaps with another width or other buckets.
-    """
-
-    decodes_anew = True
-
-    def __init__(self, quantizer: BucketRescalingIntQuant, spec: BucketQuantSpec) -> None:
-        self.quantizer = quantizer
-        self.spec = spec
-        self.bit_widths = spec.bit_widths
-        # Operators that decode in a graph get no seed.
-        self.in_graphs = not _one_width(spec, spec.bit_width).decoding_draws
-        self.name = _name_of(spec)
-        # Keyed by the identity of a layout: that is faster than finding an equal layout.
-        self._ready: dict[int, _Ready] = {}
-
-    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Quantizes and packs a float tensor."""
-        return self._encode(x, seed, where)
-
-    def encode_derivative(self, x: Tensor, name: str, *, seed: int, where: str = "") -> Packed:
-        """Stores the derivative at ``x``, in one pass over ``x``."""
-        return self._encode(x, seed, where, derivative=name)
-
-    def encode_normalized(self, x: Tensor, affine: Affine, *, seed: int, where: str = "") -> Packed:
-        """Stores ``x`` normalized, in one pass over ``x``."""
-        return self._encode(x, seed, where, affine=affine)
-
-    def _encode(
-            self, x: Tensor, seed: int, where: str, derivative: str | None = None,
-            affine: Affine | None = None) -> Packed:
-        layout = self.layout_of(x, where)
-        spec = self._current_spec()
-        as_it_is = layout.contiguous and not x.is_neg()
-        tensors = self._ready_for(layout, spec).launcher.encode(
-            x if as_it_is else layout.flatten(x), seed, derivative, affine)
-        return Packed(self, tensors, layout, (spec, seed), where)
-
-    def decode(self, packed: Packed) -> Tensor:
-        """Unpacks and dequantizes."""
-        return self._decode(packed, None)
-
-    def decode_normalized(self, packed: Packed, affine: Affine) -> Tensor:
-        """Decodes, and applies ``affine`` in the same pass."""
-        return self._decode(packed, affine)
-
-    def _decode(self, packed: Packed, affine: Affine | None) -> Tensor:
-        (spec, seed), layout = packed.facts, packed.layout
-        payload, metadata = packed.tensors
-        return self._ready_for(layout, spec).launcher.decode(
-            payload, metadata, seed, layout.shape, layout.stride, affine)
-
-    def in_rows(self, length: int, last: int) -> Codec:
-        spec = self.spec.in_rows(length)
-        return self if spec == self.spec else LoweredCodec(self.quantizer, spec)
-
-    def _with_width(self, bits: int, bucket_size: int | None) -> Codec:
-        spec = _one_width(self.spec, bits)
-        return LoweredCodec(
-            self.quantizer, spec if bucket_size is None else replace(spec, bucket_size=bucket_size))
-
-    def graph_key(self) -> Hashable:
-        return replace(self.spec, mix_prob=0.0)
-
-    def in_graph(self, x: GraphTensor) -> GraphForm | None:
-        """Returns its form with one width, the larger of two: no seed may change sizes in a graph."""
-        if not self.in_graphs:
-            return None
-        spec = _one_width(self.spec, max(self.bit_widths))
-        return bucket_form(_name_of(spec), spec, x)
-
-    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
-        (spec, seed), own = packed.facts, self.spec
-        if spec is not own and replace(spec, mix_prob=own.mix_prob) != own:
-            refuse(packed, own, spec)
-        dtype = float_dtype(packed)
-        types = self._ready_for(packed.layout, spec).types
-        if types is None:
-            numel = packed.layout.numel
-            n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)
-            types = _types_of(spec, draw_layout(n, spec, seed), numel, dtype)
-        return types
-
-    def _ready_for(self, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
-        ready = self._ready.get(id(layout))
-        if ready is None or ready.layout is not layout or ready.spec is not spec or (
-                ready.preference is not CHOICE.preference):
-            if len(self._ready) >= _MOST_READY:
-                self._ready.clear()
-            ready = self._ready[id(layout)] = _Ready.of(layout, spec)
-        return ready
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": {}}
-
-    def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        return _least_nbytes(self.spec, layout.numel, layout.dtype)
-
-    def _current_spec(self) -> BucketQuantSpec:
-        if self.spec.mix_bit_width is not None:
-            selector = self.quantizer.msb_clamp_bit_width_impl
-            if isinstance(selector, TwoBitWidthSelector) and (
-                    selector.probability != self.spec.mix_prob):
-                self.spec = replace(self.spec, mix_prob=selector.probability)
-        return self.spec
 
 
 def codec_from(quantizer: Any, **overrides: Any) -> Codec:

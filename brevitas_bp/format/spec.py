@@ -185,7 +185,7 @@ class BucketQuantSpec:
         if not self.transform.power_of_two or self.bucket_size is None:
             return self
         least = max(16, 1 << (numel - 1).bit_length())
-        return self if self.bucket_size <= least else replace(self, bucket_size=least)
+        return self if self.bucket_size <= least else _with_bucket_size(self, least)
 
     def _power_bucket(self, length: int) -> int:
         """Returns the power of two with which a row takes the fewest bytes; the larger of two such."""
@@ -242,6 +242,11 @@ class BucketQuantSpec:
     def is_covered_by(self, stages: Set[Stage]) -> bool:
         """Returns whether ``stages`` contains all stages of this quantizer."""
         return {getattr(self, field) for field in _TABLES} <= stages
+
+
+@lru_cache(maxsize=256)
+def _with_bucket_size(spec: BucketQuantSpec, size: int) -> BucketQuantSpec:
+    return replace(spec, bucket_size=size)
 
 
 def is_rotatable(bucket_size: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""Trains one network, with one seed and data order, with six ways to keep saved tensors.
+"""Trains one network, with one seed and data order, with nine ways to keep saved tensors.
 
     python examples/efficientnet_v2/demo.py                                  # digits, make demo
     python examples/efficientnet_v2/demo.py --dataset cifar10 --model efficientnet_v2_tiny \
@@ -7,7 +7,7 @@
 Prints one table and writes `comparison.png` and `results.json`. Ctrl-C leaves runs that can be resumed:
 the same command continues where it stopped, and never repeats a finished run.
 
-Expect on two CPU cores, in about a minute and a half (accuracies vary by a point or two between
+Expect on two CPU cores, in about two minutes (accuracies vary by a point or two between
 machines and seeds; the accuracy of the per-tensor baseline varies by ten):
 
     saved tensors         accuracy     exact    stored  ratio
@@ -72,6 +72,12 @@ VARIANTS: Mapping[str, Variant] = {
     "mix-2-4bit": Variant(
         "2/4-bit mix", "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic", "#2a8f7b"
     ),
+    "rotated-2bit": Variant("2-bit rotated", "RotatedNormal2DynamicActPerBucketFloat", "#1b6f6a"),
+    # With 1 bit, stochastic rounding collapses. A rotated code still trains.
+    "stochastic-1bit": Variant(
+        "1-bit stochastic", "ShiftedUint1DynamicActPerBucketFloatStochastic", "#9db7dc"
+    ),
+    "rotated-1bit": Variant("1-bit rotated", "RotatedNormal1DynamicActPerBucketFloat", "#6bb5a9"),
 }
 #: Runs that only `--only` can select.
 MORE_VARIANTS: Mapping[str, Variant] = {
@@ -80,13 +86,13 @@ MORE_VARIANTS: Mapping[str, Variant] = {
     ),
     "planned-5%": Variant(
         "planned, 1/20",
-        "ShiftedUint2DynamicActPerBucketFloatStochastic",
+        "RotatedNormal2DynamicActPerBucketFloat",
         "#1d8348",
         budget="5%",
     ),
     "planned-9%": Variant(
         "planned, 1/11",
-        "ShiftedUint2DynamicActPerBucketFloatStochastic",
+        "RotatedNormal2DynamicActPerBucketFloat",
         "#7d9d2c",
         budget="9%",
     ),

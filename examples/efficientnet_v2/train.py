@@ -3,7 +3,7 @@
     python examples/efficientnet_v2/train.py                      # digits, 2-bit stochastic buckets
     python examples/efficientnet_v2/train.py --quant none         # plain float32
     python examples/efficientnet_v2/train.py --dataset cifar10 --model efficientnet_v2_tiny \
-        --quant ShiftedUint2DynamicActPerBucketFloatStochastic \
+        --quant RotatedNormal2DynamicActPerBucketFloat \
         --quant-override bucket_size=256 --quant-override metadata_dtype=torch.bfloat16
 
 Ctrl-C leaves a checkpoint; the same command with `--resume` continues bit for bit. The output
@@ -68,7 +68,7 @@ class Knobs:
     """All settings: the parts of the thesis' recipe, sized for the digits."""
 
     quant: str = knob(
-        "ShiftedUint2DynamicActPerBucketFloatStochastic",
+        "RotatedNormal2DynamicActPerBucketFloat",
         "quantizer class (bare name or dotted path), or 'none' for float32",
     )
     quant_override: tuple[str, ...] = knob((), "KEY=VALUE for the quantizer, repeatable")

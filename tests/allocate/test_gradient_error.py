@@ -18,6 +18,7 @@ from brevitas_bp import OpAware, QuantBackwardWrapper
 from brevitas_bp.allocate import GradientErrorRow, gradient_error, measure_gradient_error
 from brevitas_bp.format.random import derive
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat as Nearest2
+from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
 from tests.backward.support import Apply, cotangent, net, run
 from tests.backward.test_unbiased import rounding_variance
 from tests.stats import normal
@@ -97,7 +98,8 @@ def test_variance_of_a_linear_layer_and_no_bias_but_chance() -> None:
     delta = cotangent(module(x)).double()
     # Gradients of different inputs are independent. Sum all variances, input by input:
     variances = (delta.square().sum(1)[:, None] * rounding_variance(x, 3, 64)).sum(0)
-    model = QuantBackwardWrapper(module, bucket_size=64)
+    model = QuantBackwardWrapper(
+        module, Stochastic2, bucket_size=64)
     error = measure_gradient_error(model, lambda m: simple_loss(m, x), draws=draws)
     row = error.total
     predicted = float(variances.sum())

@@ -127,12 +127,12 @@ def test_choices_are_obeyed(measured: BitPlan) -> None:
     loss(model, images())
     stored = {(s.module, s.op): s.stored for s in model.explain().sites.values()}
     assert stored["stem", "conv2d"] == "exact"
-    assert stored["head", "linear"] == "8-bit stochastic"
+    assert stored["head", "linear"] == "8-bit rotated"
     assert stored["", "relu"] == "mask of relu" or "relu" in stored["", "relu"]  # exact without a plan
     model.use_plan(None)
     loss(model, images())
     assert {s.stored for s in model.explain().sites.values() if s.module == "stem"} == {
-        "2-bit stochastic"}
+        "2-bit rotated"}
 
 
 def test_averages_stay_where_their_bias_does(measured: BitPlan) -> None:
@@ -317,8 +317,8 @@ def test_names_that_a_plan_does_not_have_are_stored_as_the_policy_says() -> None
         model(x).sum().backward()
     model(x)
     stored = {s.module: s.stored for s in model.explain().sites.values()}
-    assert stored["layers.2"] == "2-bit stochastic"
-    assert stored["layers.0"] == f"{plan.choices['layers.0:linear:argument 0']}-bit stochastic"
+    assert stored["layers.2"] == "2-bit rotated"
+    assert stored["layers.0"] == f"{plan.choices['layers.0:linear:argument 0']}-bit rotated"
 
 
 def test_replanner_plans_now_and_then_and_resumes() -> None:
@@ -392,8 +392,8 @@ def test_overrides_of_containers_come_after_what_they_contain() -> None:
     model = QuantBackwardWrapper(Root(), overrides=plan.overrides())
     model(x.requires_grad_()).sum().backward()
     stored = {s.module: s.stored for s in model.explain().sites.values()}
-    assert stored["inner.inner"] == "8-bit stochastic"
-    assert stored["inner"] == "4-bit stochastic"
+    assert stored["inner.inner"] == "8-bit rotated"
+    assert stored["inner"] == "4-bit rotated"
 
 
 def test_a_plan_is_made_under_the_policy_not_under_the_plan_before() -> None:
@@ -420,9 +420,9 @@ def test_globs_average_only_what_stays_in_one_weight() -> None:
     model = wrapped({"*": 0.5})
     loss(model, images())
     stored = {(s.module, s.op, s.stored) for s in model.explain().sites.values()}
-    assert ("stem", "conv2d", "2-bit stochastic, means of 4") in stored
-    assert ("", "silu", "2-bit stochastic") in stored
-    assert ("norm", "batch_norm", "2-bit stochastic") in stored
+    assert ("stem", "conv2d", "2-bit rotated, means of 4") in stored
+    assert ("", "silu", "2-bit dithered") in stored
+    assert ("norm", "batch_norm", "2-bit rotated") in stored
 
 
 def test_settings_that_would_do_nothing_are_refused() -> None:

@@ -110,7 +110,7 @@ def test_a_report_shows_it_and_changes_no_gradient(registered: OpRule) -> None:
     assert leaf.grad is not None and torch.equal(leaf.grad, expected)
     assert report.stored_bytes < x.nbytes / 4 and not report.unknown_operations
     (site,) = model.explain().sites.values()
-    assert (site.op, site.stored) == ("gated", "4-bit stochastic")
+    assert (site.op, site.stored) == ("gated", "4-bit dithered")
 
 
 def test_an_entry_that_is_wrong_gives_a_wrong_gradient(registry: None) -> None:

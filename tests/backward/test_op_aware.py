@@ -183,7 +183,7 @@ def test_tensor_methods_and_functions_are_one_operation() -> None:
         model = wrapped(Apply(function))
         model(torch.randn(64, 64, requires_grad=True))
         (site,) = model.explain().sites.values()
-        assert site.stored == "4-bit stochastic"
+        assert site.stored == "4-bit dithered"
 
 
 # Products and layers.
@@ -298,7 +298,7 @@ def test_norms_round_their_input_only(name: str) -> None:
     stored = {site.reason: site.stored for site in model.explain().sites.values()}
     # It has more bits if few elements share a statistic: here a bucket of them in each instance.
     bits = norm_bits(BUCKET) if name == "instance" else 2
-    assert stored["input of a norm: bias of order 1/M"] == f"{bits}-bit stochastic"
+    assert stored["input of a norm: bias of order 1/M"] == f"{bits}-bit rotated"
     if name == "instance":
         assert bits > 2
     assert stored["statistic of a norm"] == "exact"
@@ -452,7 +452,7 @@ def test_few_bit_leaves_operations_without_a_table_alone(
     model = wrapped(module, policy=OpAware(few_bit=2))
     run(model, x, copied=False)
     (site,) = model.explain().sites.values()
-    assert site.stored == "4-bit stochastic"
+    assert site.stored == "4-bit dithered"
 
 
 @pytest.mark.parametrize("exponent", [0.5, -1, 2, 2.5, torch.tensor(3.0), 3j])

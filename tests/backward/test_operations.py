@@ -60,7 +60,7 @@ def test_function_of_ones_own_is_registered_in_a_line(registry: None) -> None:
     module = Apply(own_swish)
     model = QuantBackwardWrapper(module, policy=OpAware(multiplier_bits=8), seed=0)
     ours, plain = run(model, x, copied=False), run(module, x)
-    assert sites(model) == [("own_swish", "8-bit stochastic")]
+    assert sites(model) == [("own_swish", "8-bit dithered")]
     assert torch.equal(ours.output, plain.output)
     # One of 255 steps of derivatives between -0.1 and 1.1.
     assert (ours.grads["input 0"] - plain.grads["input 0"]).abs().max() < 1.3 / 255
@@ -73,7 +73,7 @@ def test_module_with_a_custom_function_is_registered_by_its_class(registry: None
     assert sites(model) == [("custom function", "exact")]
     register_op(SquareLayer, linear())
     model(x)
-    assert sites(model) == [("custom function", "4-bit stochastic")]
+    assert sites(model) == [("custom function", "4-bit dithered")]
 
 
 def test_classes_of_a_cell_that_runs_again_are_freed(registry: None) -> None:
@@ -97,7 +97,7 @@ def test_registering_replaces_a_rule(registry: None) -> None:
     x = torch.randn(64, 64, requires_grad=True)
     model = QuantBackwardWrapper(Apply(torch.tanh))
     model(x)
-    assert sites(model) == [("tanh", "4-bit stochastic")]
+    assert sites(model) == [("tanh", "4-bit dithered")]
     register_op("tanh", exact("because"))
     model(x)
     assert sites(model) == [("tanh", "exact")]
@@ -138,7 +138,7 @@ def test_explanation_is_of_the_last_forward() -> None:
     model(torch.randn(32, 64))
     found = [(s.module, s.op, s.stored, s.tensors) for s in model.explain().sites.values()]
     assert found == [
-        ("0", "linear", "2-bit stochastic", 1), ("1", "relu", "relu mask", 1),
+        ("0", "linear", "2-bit rotated", 1), ("1", "relu", "relu mask", 1),
         ("2", "softmax", "exact", 1)]
     assert "gradient of the weight is linear in it" in str(model.explain())
 
@@ -153,8 +153,8 @@ def test_explanation_holds_no_tensor() -> None:
 
 
 def test_what_is_too_small_says_so() -> None:
-    model = QuantBackwardWrapper(nn.Linear(4, 4))
-    model(torch.randn(1, 4))
+    model = QuantBackwardWrapper(nn.Linear(2, 4))
+    model(torch.randn(1, 2))
     (site,) = model.explain().sites.values()
     assert (site.stored, site.reason) == ("exact", "encoding would not make it smaller")
 
@@ -315,7 +315,7 @@ def test_norms_may_have_bits_of_their_own() -> None:
     module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
     model = QuantBackwardWrapper(module, policy=OpAware(norm_bits=4))
     model(torch.randn(64, 64))
-    assert sites(model)[:2] == [("linear", "2-bit stochastic"), ("layer_norm", "4-bit stochastic")]
+    assert sites(model)[:2] == [("linear", "2-bit rotated"), ("layer_norm", "4-bit rotated")]
 
 
 def test_query_and_key_may_be_quantized() -> None:
@@ -360,7 +360,7 @@ def test_normalization_rule_without_arguments_goes_by_dimensions(registry: None)
     register_op(Norm, normalization())
     model = QuantBackwardWrapper(nn.Sequential(Norm()))
     model(torch.randn(64, 64, requires_grad=True))
-    assert sites(model) == [("custom function", "2-bit stochastic")]
+    assert sites(model) == [("custom function", "2-bit rotated")]
 
 
 # Arguments that look alike
@@ -470,7 +470,7 @@ def test_summand_of_a_product_is_no_factor() -> None:
     bias = nn.Parameter(torch.randn(64))
     model = QuantBackwardWrapper(Apply(lambda a, b, bias: torch.addmm(bias, a, b), bias))
     model(*(torch.randn(64, 64, requires_grad=True) for _ in range(2)))
-    assert sites(model) == [("addmm", "4-bit stochastic")]
+    assert sites(model) == [("addmm", "4-bit dithered")]
 
 
 def test_composite_is_for_python_functions(registry: None) -> None:

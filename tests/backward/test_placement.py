@@ -55,14 +55,17 @@ def test_both_encoders_of_a_relus_output_stand_behind_it() -> None:
     x = torch.randn(4, 8, 16, 16).contiguous(memory_format=torch.channels_last)
     wrapper(x).sum().backward()
     torch._dynamo.reset()
-    kinds = ("encode", "pack_positive")
+    kinds = (*ENCODE, "pack_positive")
     assert len(places(found[0], "pack_positive")) == DEPTH
     # Two operations for one tensor, two for the input. The last tensors to be decided stay in place.
     assert alive_at_once(found[0], kinds, "convolution") <= 4
 
 
-def places(graph: Graph, name: str) -> list[int]:
-    return [i for i, node in enumerate(graph.nodes) if getattr(node.target, "_opname", "") == name]
+ENCODE = ("encode", "encode_seeded")
+
+
+def places(graph: Graph, *names: str) -> list[int]:
+    return [i for i, node in enumerate(graph.nodes) if getattr(node.target, "_opname", "") in names]
 
 
 def alive_at_once(graph: Graph, kinds: tuple[str, ...], made: str) -> int:
@@ -78,14 +81,14 @@ def alive_at_once(graph: Graph, kinds: tuple[str, ...], made: str) -> int:
 def test_tensors_are_not_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         forward, backward = graphs(patch, moved=False)
-    stored = len(places(forward, "encode"))
+    stored = len(places(forward, *ENCODE))
     assert stored >= 2 * DEPTH - 1
     # The control: everything is encoded at the end and decoded at the beginning.
-    assert alive_at_once(forward, ("encode",), "addmm") == stored
+    assert alive_at_once(forward, ENCODE, "addmm") == stored
     assert alive_at_once(backward, ("decode",), "mm") == stored
 
     forward, backward = graphs(monkeypatch, moved=True)
-    assert len(places(forward, "encode")) == stored == len(places(backward, "decode"))
+    assert len(places(forward, *ENCODE)) == stored == len(places(backward, "decode"))
     # Between two products: an input and tensors computed from it. The last one decided stays in place.
-    assert alive_at_once(forward, ("encode",), "addmm") <= 3
+    assert alive_at_once(forward, ENCODE, "addmm") <= 3
     assert alive_at_once(backward, ("decode",), "mm") <= 3

@@ -68,4 +68,4 @@ def test_quantized_weights_stay_exact(images: Tensor) -> None:
     model(torch.randn(16, 32, 16, 16, requires_grad=True))
     stored = {site.reason.split(":")[0]: site.stored for site in model.explain().sites.values()
               if site.op == "conv2d"}
-    assert stored == {"input": "2-bit stochastic", "weight": "exact"}
+    assert stored == {"input": "2-bit rotated", "weight": "exact"}

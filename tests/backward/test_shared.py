@@ -302,7 +302,7 @@ def test_a_policy_that_asks_for_names_is_asked_for_each() -> None:
         QuantBackwardWrapper(compiled_in_place(Block()), policy=exact_first) for _ in range(3)))
     gradients(QuantBackwardWrapper(blocks, policy="exact"), tokens())
     exact, *rounded = (set(stored(model).values()) for model in wrappers(blocks))
-    assert exact == {"exact"} and all("2-bit stochastic" in kinds for kinds in rounded)
+    assert exact == {"exact"} and all("2-bit rotated" in kinds for kinds in rounded)
 
 
 def test_settings_that_come_back_find_their_graphs_again() -> None:
@@ -310,7 +310,7 @@ def test_settings_that_come_back_find_their_graphs_again() -> None:
     for bits in (2, 4, 2, 4):
         model.configure(bit_width=bits)
         gradients(model, tokens())
-        assert f"{bits}-bit stochastic" in stored(model).values()
+        assert f"{bits}-bit rotated" in stored(model).values()
     assert graphs() == 2
 
 
@@ -347,9 +347,10 @@ def test_policies_without_weak_references_do_not_share() -> None:
 def variants(kind: type[nn.Module], count: int, inside: bool) -> list[Any]:
     """Returns modules of a class, each wrapped with other settings."""
     sizes = range(64, 64 + 8 * count, 8)
+    quant = ShiftedUint2DynamicActPerBucketFloatStochastic
     if inside:
-        return [compiled(QuantBackwardWrapper(kind(), bucket_size=size)) for size in sizes]
-    return [QuantBackwardWrapper(compiled(kind()), bucket_size=size) for size in sizes]
+        return [compiled(QuantBackwardWrapper(kind(), quant, bucket_size=size)) for size in sizes]
+    return [QuantBackwardWrapper(compiled(kind()), quant, bucket_size=size) for size in sizes]
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -394,4 +395,5 @@ def test_quantizers_of_equal_configs_are_equal() -> None:
     class SmallBuckets(ShiftedUint2DynamicActPerBucketFloatStochastic):
         bucket_size = 64
 
-    assert hooks(wrapped(act_quant=SmallBuckets)) is hooks(wrapped(bucket_size=64))
+    plain = ShiftedUint2DynamicActPerBucketFloatStochastic
+    assert hooks(wrapped(act_quant=SmallBuckets)) is hooks(wrapped(act_quant=plain, bucket_size=64))

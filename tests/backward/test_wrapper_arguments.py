@@ -80,10 +80,10 @@ def test_quantizer_and_settings(
     assert set(bits_by_module(model).values()) == {bits}
 
 
-def test_default_is_two_bits_stochastic() -> None:
+def test_default_is_two_bits_rotated() -> None:
     model = QuantBackwardWrapper(small_net())
     assert set(bits_by_module(model).values()) == {2}
-    assert "2-bit stochastic" in repr(model)
+    assert "2-bit rotated" in repr(model)
 
 
 # Overrides.

@@ -178,9 +178,12 @@ def _packed(form: GraphForm, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
     def quantize(
             x: Tensor, spec: BucketQuantSpec, channels: int | None = None) -> tuple[Tensor, ...]:
         where = spec.to_text(), _graph_number(), next(_calls)
+        ours = torch.ops.brevitas_bp
         if channels is None:
-            return torch.ops.brevitas_bp.encode(x, *where)
-        return torch.ops.brevitas_bp.encode_channels(x, *where, channels)
+            encode = ours.encode_seeded if spec.decoding_draws else ours.encode
+            return encode(x, *where)
+        encode = ours.encode_channels_seeded if spec.decoding_draws else ours.encode_channels
+        return encode(x, *where, channels)
 
     return form.pack(x, quantize)
 

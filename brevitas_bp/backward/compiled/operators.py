@@ -1,5 +1,7 @@
 """Operators that encode a tensor in a compiled graph, with a seed of the pass that runs the graph."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,14 @@ _library.define(
     "encode_channels(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
     "Tensor? mean=None) -> (Tensor, Tensor, Tensor)",
     tags=_DRAWS)
+# The same, if decoding needs the seed. The seed is an int64 tensor [1] on the host.
+_library.define(
+    "encode_seeded(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor, Tensor)",
+    tags=_DRAWS)
+_library.define(
+    "encode_channels_seeded(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
+    "Tensor? mean=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_DRAWS)
 
 
 def _seed_in(graph: int) -> int:
@@ -35,13 +45,13 @@ def _seed_in(graph: int) -> int:
     return location.next_seed()
 
 
-def _encode_channels(
+def _encode_channels_seeded(
         x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
-        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes like :func:`_encode`, but in units of channels; also returns means and deviations [2, K].
+        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encodes like :func:`_encode_seeded`, but in units of channels.
 
-    ``variance`` and ``mean`` come from the norm that reads ``x``. Without them, this operator computes
-    them from ``x``.
+    Returns means and deviations [2, K] before the seed. ``variance`` and ``mean`` come from the norm
+    that reads ``x``. Without them, this operator computes them from ``x``.
     """
     seed = _seed_in(graph)
     flat = x.reshape(-1).resolve_neg().contiguous()
@@ -54,20 +64,49 @@ def _encode_channels(
     scale = torch.where(statistics[1] > 0, statistics[1].reciprocal(), 0)
     affine = Affine(scale, statistics[0], x[0].numel() // channels if dim == 1 else 1)
     launcher = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
-    return *launcher.encode(flat, seed, affine=affine), statistics
+    return *launcher.encode(flat, seed, affine=affine), statistics, _stored(seed)
 
 
-def _encode(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
-    """Returns payload and metadata of a tensor that a graph saves in this thread's forward pass."""
+def _encode_channels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _encode_channels_seeded(*arguments)[:3]
+
+
+def _encode_seeded(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns payload, metadata and seed of a tensor that a graph saves in this forward pass."""
     seed = _seed_in(graph)
     launcher = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
-    return launcher.encode(x.reshape(-1).resolve_neg().contiguous(), seed)
+    return *launcher.encode(x.reshape(-1).resolve_neg().contiguous(), seed), _stored(seed)
 
 
-_library.impl("encode", _encode, "CompositeExplicitAutograd")
+def _encode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _encode_seeded(*arguments)[:2]
 
 
-_library.impl("encode_channels", _encode_channels, "CompositeExplicitAutograd")
+def _stored(seed: int) -> Tensor:
+    return torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed], device="cpu")
+
+
+for _name, _function in (
+        ("encode", _encode), ("encode_seeded", _encode_seeded), ("encode_channels", _encode_channels),
+        ("encode_channels_seeded", _encode_channels_seeded)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+def _fake_seed() -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+@torch.library.register_fake("brevitas_bp::encode_channels_seeded", lib=_library)
+def _encode_channels_seeded_fake(
+        x: Tensor, spec: str, graph: int, site: int, dim: int, variance: Tensor | None = None,
+        mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_encode_channels_fake(x, spec, graph, site, dim), _fake_seed()
+
+
+@torch.library.register_fake("brevitas_bp::encode_seeded", lib=_library)
+def _encode_seeded_fake(
+        x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor, Tensor]:
+    return *_encode_fake(x, spec, graph, site), _fake_seed()
 
 
 @torch.library.register_fake("brevitas_bp::encode_channels", lib=_library)

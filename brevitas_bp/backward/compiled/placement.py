@@ -10,14 +10,14 @@ NOTE [ Encoders rise, decoders sink ]
    call moves the operations of earlier calls. Operations of the last call stay where they are.
 """
 
-import torch
 from torch.fx import Graph, Node
 
 from brevitas_bp.backward.compiled.rows import statistics_of
 from brevitas_bp.backward.views import VIEWS
 
 _MOVED = "brevitas_bp moved"
-_ENCODERS = frozenset({"encode", "encode_channels", "pack_bits", "pack_positive"})
+_OF_CHANNELS = frozenset({"encode_channels", "encode_channels_seeded"})
+_ENCODERS = _OF_CHANNELS | {"encode", "encode_seeded", "pack_bits", "pack_positive"}
 _DECODERS = frozenset({"decode", "decode_channels", "decode_rectified", "unpack_bits"})
 
 
@@ -34,7 +34,7 @@ def raise_encoders(forward: Graph) -> None:
         inputs = forward.find_nodes(op="placeholder")
         assert isinstance(made, Node)
         place = inputs[-1] if made in inputs else made
-        if encoder.target is torch.ops.brevitas_bp.encode_channels.default and (
+        if _name(encoder) in _OF_CHANNELS and (
                 statistics := statistics_of(made)) is not None:
             # The norm has computed the statistics; it runs right after the node that makes its input.
             encoder.args = (*encoder.args[:5], *statistics)
