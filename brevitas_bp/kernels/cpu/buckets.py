@@ -29,11 +29,12 @@ from brevitas_bp.kernels.cpu.derivatives import differentiate
 from brevitas_bp.kernels.cpu.in_units import (
     enter_units,
     leave_units,
+    round_at_random,
+    scale_in_units,
     to_nearest,
-    to_random,
     unit_of,
 )
-from brevitas_bp.kernels.cpu.levels import decode_levels, encode_levels
+from brevitas_bp.kernels.cpu.levels import decode_levels, encode_bucket
 from brevitas_bp.kernels.cpu.metadata import (
     RULES,
     largest_magnitude,
@@ -43,6 +44,15 @@ from brevitas_bp.kernels.cpu.metadata import (
     scales_of_ranges,
     scratch_size,
     store,
+)
+from brevitas_bp.kernels.cpu.rotated import (
+    encode_group,
+    find_peaks,
+    in_registers,
+    packs_levels,
+    rotate_back_into,
+    rotate_group,
+    unpack_levels,
 )
 from brevitas_bp.kernels.cpu.rotation import TRANSFORMS, random_words
 from brevitas_bp.kernels.cpu.units import denormalize, normalize, place
@@ -77,21 +87,27 @@ def encode(
     """
     number = x.dtype.type
     group, line = max(1, _GROUP // size), 512 // np.finfo(x.dtype).bits
+    (k0, k1), (r0, r1), (m0, m1) = keys
+    by_levels = rule in (_UNBIASED, _CENTRED)
+    in_units, whole = transform != 0 or by_levels, in_registers(size, transform)
+    # Few allocations: they would take a twentieth of the time.
     buffer = np.empty(group * size, np.uint8)
     scratch = np.empty(scratch_size(rule, size), np.float64)
-    (k0, k1), (r0, r1), (m0, m1) = keys
-    by_levels = rule == _UNBIASED or rule == _CENTRED
-    in_units = transform != 0 or by_levels
     # Buffers for computed or padded values. Without rows, only the last bucket of all is padded.
     apart = derivative != 0 or row != 0 or in_units
     copy_bits = np.empty(group * size if apart else size, bits.dtype)
     copies = copy_bits.view(x.dtype)
-    lows, highs = np.empty(group, bits.dtype), np.empty(group, bits.dtype)
-    norms, means, all_tops = highs.view(x.dtype), lows.view(x.dtype), np.empty(group, x.dtype)
-    terms = np.empty(size if in_units else 1, x.dtype)
-    signs, random = np.empty(size // 16 if transform else 1, np.uint32), np.empty(1, np.uint32)
-    one_bits, unit_bits = np.empty(1, bits.dtype), np.empty(group if in_units else 1, bits.dtype)
-    one, units = one_bits.view(x.dtype), unit_bits.view(x.dtype)
+    places = np.empty(4 * group if whole else 4, np.int64).reshape((4, -1))
+    starts, valids, held, known = places[0], places[1], places[2], places[3]
+    per_bucket = np.empty(6 * group, bits.dtype).reshape((6, group))
+    floats = per_bucket.view(x.dtype)
+    lows, highs, unit_bits = per_bucket[0], per_bucket[1], per_bucket[2]
+    means, norms, units = floats[0], floats[1], floats[2]
+    all_tops, inverses, energies = floats[3], floats[4], floats[5]
+    others = np.empty(1 + (size if in_units else 1), bits.dtype)
+    one_bits, one, terms = others[:1], others.view(x.dtype)[:1], others.view(x.dtype)[1:]
+    drawn = np.empty(group + (size // 16 if transform else 1), np.uint32)
+    random, signs = drawn[:group], drawn[group:]
     infinite = np.array([np.inf], x.dtype).view(bits.dtype)[0]
     while begin < end:
         count = min(group, end - begin)
@@ -101,7 +117,9 @@ def encode(
             top[i] = number(tops[kind])
             start, most = place(begin + i, first, size, row, per_row)
             valid = min(most, x.size - start)
-            if derivative != 0 or valid < size or in_units:
+            if whole:
+                starts[i], valids[i], held[i] = start, valid, derivative != 0 or valid < size
+            if derivative != 0 or valid < size or (in_units and not whole):
                 slot = i * size if apart else 0
                 values, words = window(copies, slot, size), window(copy_bits, slot, size)
                 source, target = window(x, start, valid), window(copies, slot, valid)
@@ -117,7 +135,7 @@ def encode(
                     values[j] = fill
             else:
                 values, words = window(x, start, size), window(bits, start, size)
-            if in_units:
+            if in_units and not whole:
                 peak = largest_magnitude(words)
                 unit_bits[i] = peak
                 inverse = unit_of(unit_bits, units, i)
@@ -132,12 +150,39 @@ def encode(
                         codes[:] = 0
                         norms[i] = mean = number(np.nan)
                     else:
-                        scale = encode_levels(values, widths[kind], codes, terms) * units[i]
-                        random_words(_U((begin + i) & 0xFFFFFFFF), m0, m1, random)
-                        norms[i] = to_random(scale, bf16, random[0], one, one_bits)
+                        scale = encode_bucket(values, widths[kind], codes, terms) * units[i]
+                        one[0], word = scale, window(random, 0, 1)
+                        random_words(_U((begin + i) & 0xFFFFFFFF), m0, m1, word)
+                        round_at_random(one, one_bits, bf16, word)
+                        norms[i] = one[0]
                     means[i] = mean
-            if not by_levels:
+            if not by_levels and not whole:
                 ranges(values, words, i, rule, low, high, norms, scratch)
+        if whole:
+            at, used = window(starts, 0, count), window(held, 0, count)
+            peaks = window(unit_bits, 0, count)
+            find_peaks(bits, copy_bits, at, used, size, peaks)
+            for i in range(count):
+                known[i] = peaks[i] < infinite
+            rotate_group(
+                x, copies, at, valids, used, size, rule == _CENTRED, bf16, transform, begin, r0, r1,
+                unit_bits, units, inverses, window(means, 0, count), low, energies, signs)
+            if by_levels:
+                encode_group(
+                    copies, size, begin, n, mixed, multiplier, shift, widths, bf16, m0, m1, units,
+                    inverses, energies, window(norms, 0, count), high, terms, buffer, payload,
+                    window(random, 0, count))
+            for i in range(count):
+                codes, values = window(buffer, i * size, size), window(copies, i * size, size)
+                if not by_levels:
+                    ranges(
+                        values, window(copy_bits, i * size, size), i, rule, low, high, norms, scratch)
+                elif known[i] == 0:
+                    norms[i] = means[i] = number(np.nan)
+                    kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
+                    window(payload, position, size * widths[kind] // 8)[:] = 0
+                    codes[:] = 0
+                units[i] = units[i] if known[i] else number(np.nan)
         scales, offsets = high.view(x.dtype), low.view(x.dtype)
         if not by_levels:
             scales_of_ranges(rule, low, high, top, bf16, integer)
@@ -169,7 +214,8 @@ def encode(
         for i in range(count):
             kind, position = locate(begin + i, size, n, mixed, multiplier, shift, widths)
             width = widths[kind]
-            pack(window(buffer, i * size, size), width, window(payload, position, size * width // 8))
+            if not (whole and by_levels and packs_levels(size, width)):
+                pack(window(buffer, i * size, size), width, window(payload, position, size * width // 8))
         store(metadata, begin, scales, bf16)
         if affine:
             store(metadata, n + begin, offsets, bf16)
@@ -198,29 +244,40 @@ def decode(
         lo[:] = number(0)
     bound = number(np.finfo(out.dtype).max) if scales_of.size else limit
     (k0, k1), (r0, r1) = keys
-    by_levels = rule == _UNBIASED or rule == _CENTRED
+    by_levels = rule in (_UNBIASED, _CENTRED)
     apart = transform != 0 or by_levels or rounding == _DITHERED
     factors = np.empty(size if apart else 1, out.dtype)
     signs = np.empty(size // 16 if transform else 1, np.uint32)
+    whole = in_registers(size, transform)
+    unpacks = whole and by_levels
     unit = unit_bits.view(out.dtype)
     for bucket in range(begin, end):
         kind, position = locate(bucket, size, n, mixed, multiplier, shift, widths)
         width = widths[kind]
-        unpack(window(payload, position, size * width // 8), width, codes)
+        packed = window(payload, position, size * width // 8)
         start, most = place(bucket, first, size, row, per_row)
         values = window(out, start, min(most, out.size - start))
         s, offset = scale[bucket - begin], lo[bucket - begin]
+        if not (unpacks and packs_levels(size, width)):
+            unpack(packed, width, codes)
         if not apart:
             dequantize(codes, lowests[kind], s, offset, bound, values)
         else:
-            if by_levels:
+            if unpacks and packs_levels(size, width):
+                unpack_levels(packed, width, factors)
+            elif by_levels:
                 decode_levels(codes, width, factors)
             else:
                 factors_of(
                     codes, lowests[kind], rounding, _U((bucket * size) & 0xFFFFFFFF), k0, k1, factors)
-            leave_units(
-                factors, s, offset, by_levels or transform == 0, bound, transform, bucket, r0, r1,
-                signs, unit_bits, unit, values)
+                if transform:
+                    s, offset = scale_in_units(factors, s, offset, unit_bits, unit), number(0)
+            if whole:
+                rotate_back_into(
+                    factors, bucket, r0, r1, transform, signs, s, offset, bound, values)
+            else:
+                leave_units(
+                    factors, s, offset, bound, transform, bucket, r0, r1, signs, values)
         if scales_of.size:
             denormalize(
                 values, index + start, shifts, scales_of, inner, largest, divides, limit)

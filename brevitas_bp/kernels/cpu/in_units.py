@@ -30,37 +30,50 @@ def unit_of(peaks: Any, units: Any, i: Any) -> Any:
 
 
 @jit
-def to_nearest(x: Any, bf16: Any, scratch: Any, bits: Any) -> Any:
-    """Rounds to the nearest finite value that the metadata dtype holds; see ``arithmetic.to_nearest``.
+def round_to_nearest(x: Any, bits: Any, bf16: Any) -> None:
+    """Rounds numbers to the nearest finite values that the metadata dtype holds, in place.
 
-    ``scratch`` and ``bits`` are the same memory, as floats and as integers.
+    See ``arithmetic.to_nearest``. ``bits`` is the same memory as integers.
     """
-    number = scratch.dtype.type
+    wide_vectors()
+    number = x.dtype.type
     limit = number(np.finfo(number).max)
     if bf16 and np.finfo(number).bits == 32:
         limit = number(_BF16_MAX)
-        scratch[0] = x
-        word = np.int32(bits[0])
-        even = np.int32((word >> np.int32(16)) & np.int32(1))
-        if x == x:
-            word = np.int32(np.int32(word + np.int32(0x7FFF)) + even)
-        bits[0] = np.int32(word & np.int32(-65536))
-        x = scratch[0]
-    x = limit if x > limit else x
-    return -limit if x < -limit else x
+        for i in range(x.size):
+            word = np.int32(bits[i])
+            even = np.int32((word >> np.int32(16)) & np.int32(1))
+            rounded = np.int32(np.int32(word + np.int32(0x7FFF)) + even)
+            bits[i] = np.int32((rounded if x[i] == x[i] else word) & np.int32(-65536))
+    for i in range(x.size):
+        y = limit if x[i] > limit else x[i]
+        x[i] = -limit if y < -limit else y
 
 
 @jit
-def to_random(x: Any, bf16: Any, word: Any, scratch: Any, bits: Any) -> Any:
-    """Rounds ``x >= 0`` at random, without bias; see ``arithmetic.to_random``."""
-    number = scratch.dtype.type
+def round_at_random(x: Any, bits: Any, bf16: Any, words: Any) -> None:
+    """Rounds numbers ``>= 0`` at random, without bias, in place; see ``arithmetic.to_random``."""
+    wide_vectors()
+    number = x.dtype.type
     limit = number(np.finfo(number).max)
     if bf16 and np.finfo(number).bits == 32:
         limit = number(_BF16_MAX)
-        scratch[0] = x
-        bits[0] = np.int32(np.int32(bits[0] + np.int32(word & _U(0xFFFF))) & np.int32(-65536))
-        x = scratch[0]
-    return limit if x > limit else x
+        for i in range(x.size):
+            word = np.int32(np.int32(bits[i]) + np.int32(words[i] & _U(0xFFFF)))
+            bits[i] = np.int32(word & np.int32(-65536))
+    for i in range(x.size):
+        x[i] = limit if x[i] > limit else x[i]
+
+
+@jit
+def to_nearest(x: Any, bf16: Any, scratch: Any, bits: Any) -> Any:
+    """Returns one number rounded by :func:`round_to_nearest`.
+
+    ``scratch`` and ``bits`` are the same memory, as floats and as integers.
+    """
+    scratch[0] = x
+    round_to_nearest(scratch, bits, bf16)
+    return scratch[0]
 
 
 @jit
@@ -95,10 +108,12 @@ def enter_units(
         bf16: whether metadata are bfloat16.
         transform: number of rotations.
         bucket: number of the bucket.
-        r0, r1: keys of the signs.
+        r0: first key of the signs.
+        r1: second key of the signs.
         words: scratch for the signs.
         terms: scratch of the size of the bucket.
-        scratch, bits: the memory of one number, as a float and as an integer.
+        scratch: the memory of one number.
+        bits: the same memory as an integer.
     """
     number = x.dtype.type
     factor = number(1)
@@ -126,24 +141,26 @@ def enter_units(
 
 
 @jit
+def scale_in_units(x: Any, scale: Any, lo: Any, peaks: Any, units: Any) -> Any:
+    """Writes factors times ``scale`` plus ``lo``, in units; returns the unit.
+
+    ``peaks`` and ``units`` are the memory of one number, as an integer and as a float.
+    """
+    units[0] = scale if scale > abs(lo) or np.isnan(scale) else abs(lo)
+    inverse = unit_of(peaks, units, 0)
+    _scale(x, scale * inverse, lo * inverse)
+    return units[0]
+
+
+@jit
 def leave_units(
-        x: Any, scale: Any, lo: Any, by_levels: Any, limit: Any, transform: Any, bucket: Any, r0: Any,
-        r1: Any, words: Any, peaks: Any, units: Any, out: Any) -> None:
-    """Rotates a bucket of factors back, and dequantizes it; see ``reference.decode_in_units``."""
-    number = x.dtype.type
-    unit = number(1)
-    if not by_levels:
-        units[0] = scale if scale > abs(lo) or np.isnan(scale) else abs(lo)
-        inverse = unit_of(peaks, units, 0)
-        unit = units[0]
-        _scale(x, scale * inverse, lo * inverse)
+        x: Any, scale: Any, lo: Any, limit: Any, transform: Any, bucket: Any, r0: Any, r1: Any,
+        words: Any, out: Any) -> None:
+    """Rotates a bucket back, and writes it times ``scale`` plus ``lo``; see ``decode_in_units``."""
     if transform:
         random_words(_U((bucket * words.size) & 0xFFFFFFFF), r0, r1, words)
         rotate_back(x, words, transform)
-    if by_levels:
-        _finish(x, scale, lo, limit, out)
-    else:
-        _finish(x, unit, number(0), limit, out)
+    _finish(x, scale, lo, limit, out)
 
 
 @jit

@@ -139,7 +139,8 @@ def _encode_many(z: Any, inverse: Any, codes: Any, terms: Any, width: Any) -> No
     for i in range(z.size):
         u = z[i] * inverse
         a = abs(u)
-        cell = _I(min(a * number(_CELLS_PER_UNIT), number(_CELLS - 1)))
+        scaled, last = a * number(_CELLS_PER_UNIT), number(_CELLS - 1)
+        cell = _I(scaled if scaled < last else last)  # NaN gets the last cell
         place = _I(places[cell]) + _I(a >= number(borders[cell]))
         codes[i] = _U8(half - _I(1) - place if u < number(0) else half + place)
         terms[i] = abs(z[i]) * number(table[half + place])
@@ -155,15 +156,11 @@ def energy(z: Any, terms: Any) -> Any:
 
 
 @jit
-def encode_levels(z: Any, width: Any, codes: Any, terms: Any) -> Any:
-    """Writes the codes of a bucket in units, and returns its scale in units.
+def encode_levels(z: Any, inverse: Any, width: Any, codes: Any, terms: Any) -> Any:
+    """Writes the codes of ``z * inverse``, and returns the sum of ``z`` times its level.
 
     ``terms`` is scratch of the same size.
     """
-    number = z.dtype.type
-    total = energy(z, terms)
-    spread = number(math.sqrt(np.float64(total * number(1.0 / z.size))))
-    inverse = reciprocal(spread, z.dtype)
     if width == 1:
         _encode1(z, inverse, codes, terms)
     elif width == 2:
@@ -174,7 +171,16 @@ def encode_levels(z: Any, width: Any, codes: Any, terms: Any) -> Any:
         _encode4(z, inverse, codes, terms)
     else:
         _encode_many(z, inverse, codes, terms, width)
-    along = tree_sum(terms)
+    return tree_sum(terms)
+
+
+@jit
+def encode_bucket(z: Any, width: Any, codes: Any, terms: Any) -> Any:
+    """Writes the codes of a bucket in units, and returns its scale in units."""
+    number = z.dtype.type
+    total = energy(z, terms)
+    spread = number(math.sqrt(np.float64(total * number(1.0 / z.size))))
+    along = encode_levels(z, reciprocal(spread, z.dtype), width, codes, terms)
     return total / along if along > number(0) else number(0)
 
 
