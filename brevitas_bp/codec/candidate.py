@@ -82,7 +82,8 @@ class Candidate:
             return "exact"
         average = "" if self.average_size == 1 else f"avg{self.average_size}"
         kind = "" if self.kind is None else f"{self.kind} "
-        return f"{kind}{self.bits}{average}" + ("" if self.bucket_size is None else f"@{self.bucket_size}")
+        size = "" if self.bucket_size is None else f"@{self.bucket_size}"
+        return f"{kind}{self.bits}{average}{size}"
 
     @property
     def nominal_bits(self) -> float:
