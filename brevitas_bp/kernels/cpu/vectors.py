@@ -19,7 +19,9 @@ from numba.np.arrayobj import make_array
 
 def _has(feature: str) -> bool:
     """Whether numba compiles for processors with this feature."""
-    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    features: str | None = getattr(config, "CPU_FEATURES", None)  # set by an environment variable
+    if features is None:
+        features = get_host_cpu_features()
     return f"+{feature}" in features.split(",")
 
 
