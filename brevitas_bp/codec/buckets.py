@@ -11,13 +11,14 @@ from brevitas_bp.codec.average import AverageCodec
 from brevitas_bp.codec.base import FLOATS, Codec
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.levels import BucketLevelQuant
-from brevitas_bp.format.arithmetic import compute_dtype
-from brevitas_bp.format.reference import to_buckets
+from brevitas_bp.format.arithmetic import compute_dtype, tree_sum
+from brevitas_bp.format.levels import relative_error
+from brevitas_bp.format.reference import elements_of, to_buckets
 
 #: A quantizer with a view of buckets and a bit width for each.
 BucketQuantizer = BucketRescalingIntQuant | BucketLevelQuant
 
-# Elements whose ranges are taken at once if they must be converted first.
+# Elements that are measured at once.
 _CHUNK = 1 << 18
 
 
@@ -54,23 +55,50 @@ class BucketCodec(Codec):
         return getattr(self._view, "bucket_size", None)
 
     @property
-    def measures_ranges(self) -> bool:
-        """Whether the range of a bucket depends on its values alone, so that :meth:`ranges` works."""
-        return hasattr(self.quantizer.scaling_impl, "scaling_stats_impl")
+    def measures_spread(self) -> bool:
+        """Whether the error of a bucket depends on its own values alone; :meth:`spread` needs that."""
+        return self._by_energy or hasattr(self.quantizer.scaling_impl, "scaling_stats_impl")
 
-    def ranges(self, flat: Tensor) -> Tensor:
-        """Returns the range of each bucket of a flat tensor [n], by the quantizer's own rule."""
-        measure: Any = self.quantizer.scaling_impl.scaling_stats_impl
-        buckets = to_buckets(flat, self.bucket_size, self._view.bucket_pad_zero)
-        dtype = compute_dtype(flat.dtype)
+    @property
+    def _by_energy(self) -> bool:
+        return isinstance(self.quantizer, BucketLevelQuant) or self.quantizer.transform_impl is not None
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """Returns what the squared error of each bucket of a flat tensor is proportional to.
+
+        The result is [n], float64. It is the squared range, by the quantizer's own rule. With levels or
+        a rotation it is the energy, about the mean if the quantizer removes it.
+        """
+        buckets = to_buckets(flat, self.bucket_size, self._pads_with_zero)
+        n, size = buckets.shape
+        dtype, step = compute_dtype(flat.dtype), max(1, _CHUNK // size)
+        measure: Any = self._energy if self._by_energy else self._squared_range
         with torch.no_grad():
             return torch.cat([
-                measure(part.to(dtype)).view(-1)
-                for part in buckets.split(max(1, _CHUNK // buckets.shape[1]))])
+                measure(buckets[i:i + step].to(dtype), elements_of(
+                    torch.arange(i, min(i + step, n), device=flat.device), flat.numel(), size))
+                for i in range(0, n, step)])
 
-    def steps_in_range(self, bits: int) -> float:
-        """Returns the number of steps that ``bits``-bit codes divide the range of a bucket into."""
-        return float(self.quantizer.int_scaling_impl(torch.tensor(float(bits))))
+    def _squared_range(self, buckets: Tensor, counts: Tensor) -> Tensor:
+        return self.quantizer.scaling_impl.scaling_stats_impl(buckets).view(-1).double().square()
+
+    def _energy(self, buckets: Tensor, counts: Tensor) -> Tensor:
+        x = buckets.double()
+        if getattr(self.quantizer.scaling_impl, "remove_mean", False):
+            inside = torch.arange(x.shape[1], device=x.device) < counts
+            x = torch.where(inside, x - tree_sum(x) / counts, 0)
+        return tree_sum(x.square()).view(-1)
+
+    def relative_error(self, bits: int) -> float:
+        """Returns the squared error with ``bits``-bit codes, up to a factor that all widths share."""
+        if isinstance(self.quantizer, BucketLevelQuant):
+            return relative_error(bits)
+        top = float(self.quantizer.int_scaling_impl(torch.tensor(float(bits))))
+        return 1 / top / top
+
+    @property
+    def _pads_with_zero(self) -> bool:
+        return self._view.bucket_pad_zero
 
     @property
     def _view(self) -> Any:

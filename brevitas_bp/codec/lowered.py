@@ -16,6 +16,7 @@ from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, bucket_form
 from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
+from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.format.normalizing import Affine
 from brevitas_bp.format.packing import packed_nbytes
@@ -231,6 +232,28 @@ class LoweredCodec(BucketCodec):
             return self
         return variants.get(self, kind, lambda: self._with_spec(
             replace(self.spec, integer_zero_point=False, **stages)))
+
+    @property
+    def _changed(self) -> bool:
+        """Whether this codec is of another kind than the quantizer: its spec alone describes it."""
+        return self.spec.code_range.nearest is None and isinstance(self.quantizer, BucketLevelQuant)
+
+    @property
+    def _by_energy(self) -> bool:
+        return not self._changed and super()._by_energy
+
+    @property
+    def _pads_with_zero(self) -> bool:
+        return self.spec.scale_rule.pads_with_zero
+
+    def _squared_range(self, buckets: Tensor, counts: Tensor) -> Tensor:
+        if not self._changed:
+            return super()._squared_range(buckets, counts)
+        reach, _ = self.spec.scale_rule.measure(buckets, 1, torch.float32, None)
+        return reach.view(-1).double().square()
+
+    def relative_error(self, bits: int) -> float:
+        return self.spec.code_range.top(bits) ** -2 if self._changed else super().relative_error(bits)
 
     def is_variant_of(self, configured: Codec) -> bool:
         return self._family is getattr(configured.per_element, "_family", None)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,18 @@ class PerSampleCodec(Codec):
 
     :func:`greedy_widths` chooses the widths ``b_n``, which minimise the variance of rounding ::
 
-        sum C_n / T(b_n)**2    subject to  sum b_n <= average_bits * N,    C_n = sum of R**2
+        sum C_n v(b_n)    subject to  sum b_n <= average_bits * N
 
-    ``R`` is the range of each bucket, divided among samples by their elements in the bucket. ``T`` is
-    the top code. The ordinary codec of a width stores the samples of that width one after another. Its
+    * ``C_n`` is the sum of ``R**2`` over buckets, with the range ``R``. A bucket counts for samples by
+      their elements in it. With levels or a rotation, it is the energy of the buckets instead.
+    * ``v(b)`` is the variance of rounding with ``b`` bits: ``1 / T**2`` with the top code ``T``. With
+      levels it is ``D / (1 - D)``, see :func:`brevitas_bp.format.levels.relative_error`.
+
+    The ordinary codec of a width stores the samples of that width one after another. Its
     buckets run on from one sample to the next.
 
-    This codec is as unbiased as the codec of each width, because widths follow from ranges, not from the
-    noise. If all samples have equal ranges, they get equal widths; the bytes are then those of the codec
+    This codec is as unbiased as the codec of each width, because widths follow from values, not from the
+    noise. If all samples have equal costs, they get equal widths; the bytes are then those of the codec
     of that width, bit for bit. A bucket with NaN or Inf decodes to NaN and does not count. Tensors of
     fewer than two dimensions, expanded tensors and batches of one count as one sample.
 
@@ -51,8 +55,8 @@ class PerSampleCodec(Codec):
     * one padded bucket for each width in use,
     * one byte per sample for its width, if there are several widths.
 
-    **Costs** are a pass for the ranges, a copy of the tensor sorted by width, and on a device one wait
-    for the ranges.
+    **It takes** a pass that measures buckets, a copy of the tensor sorted by width, and on a device one
+    wait for the measured values.
 
     Args:
         quantizer: config class of a bucket quantizer.
@@ -97,16 +101,41 @@ class PerSampleCodec(Codec):
         codecs = {
             bits: _bucket_codec(codec_from(quantizer, bit_width=bits, **settings))
             for bits in self.candidates}
-        self._codecs: dict[int, Codec] = {**codecs}
         recipe = codecs[self.candidates[0]].recipe
         assert recipe is not None
         self._made_from = recipe
-        # Ranges are measured in buckets that run on from row to row.
-        self._measure = codecs[self.candidates[0]]
-        steps = torch.tensor(
-            [codec.steps_in_range(bits) for bits, codec in codecs.items()], dtype=torch.float64)
-        self._variance = 1 / steps / steps
+        self._use: Literal["for_factors", "for_values"] | None = None
+        self._take(codecs)
         self.name = f"{average_bits:g}-bit average per sample"
+
+    def _take(self, codecs: dict[int, BucketCodec]) -> None:
+        self._codecs: dict[int, Codec] = {**codecs}
+        # Costs are measured in buckets that run on from row to row.
+        self._measure = codecs[self.candidates[0]]
+        self._variance = torch.tensor(
+            [codec.relative_error(bits) for bits, codec in codecs.items()], dtype=torch.float64)
+
+    @property
+    def for_factors(self) -> Codec:
+        """This codec, with the codecs for factors of all widths."""
+        return self._for_use("for_factors")
+
+    @property
+    def for_values(self) -> Codec:
+        """This codec, with the codecs for values of all widths."""
+        return self._for_use("for_values")
+
+    def _for_use(self, use: Literal["for_factors", "for_values"]) -> Codec:
+        if all(getattr(codec, use) is codec for codec in self._codecs.values()):
+            return self
+
+        def made() -> Codec:
+            other = copy.copy(self)
+            other._use = use
+            other._take({bits: getattr(codec, use) for bits, codec in self._codecs.items()})
+            return other
+
+        return variants.get(self, use, made)
 
     def widths(self, x: Tensor) -> Tensor:
         """Returns the width of each sample of ``x``, int64 on the CPU."""
@@ -123,8 +152,10 @@ class PerSampleCodec(Codec):
         settings = {k: v for k, v in recipe.settings.items() if k != "bit_width"}
         widths = (bits, *(w for w in self.candidates if w > bits))
         if self.average_bits <= bits or len(widths) == 1:
-            return codec_from(recipe.config, bit_width=bits, **settings)
-        return PerSampleCodec(recipe.config, self.average_bits, widths, **settings)
+            codec = codec_from(recipe.config, bit_width=bits, **settings)
+        else:
+            codec = PerSampleCodec(recipe.config, self.average_bits, widths, **settings)
+        return codec if self._use is None else getattr(codec, self._use)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Chooses widths, sorts the samples by width, and encodes the samples of each width."""
@@ -187,13 +218,13 @@ class PerSampleCodec(Codec):
         total = int(self.average_bits * samples)
         size = self._measure.bucket_size
         assert size is not None
-        costs = _shared_out(self._squared_ranges(flat), size, flat.numel(), samples)
+        costs = _shared_out(self._finite_spread(flat), size, flat.numel(), samples)
         return greedy_widths(costs, total, self.candidates, self._variance)
 
-    def _squared_ranges(self, flat: Tensor) -> Tensor:
-        """Returns R**2 of the buckets of the whole tensor [n], float64 on the CPU, 0 if not finite."""
-        squares = self._measure.ranges(flat).cpu().double().square()
-        return torch.where(squares.isfinite(), squares, 0)
+    def _finite_spread(self, flat: Tensor) -> Tensor:
+        """Returns the cost of each bucket of the whole tensor [n], on the CPU; 0 if it is not finite."""
+        spread = self._measure.spread(flat).cpu()
+        return torch.where(spread.isfinite(), spread, 0)
 
 
 def _parts(packed: Packed) -> list[Packed]:
@@ -273,11 +304,10 @@ def _is_sample_major(layout: TensorLayout) -> bool:
 
 
 def _bucket_codec(codec: Codec) -> BucketCodec:
-    if not isinstance(codec, BucketCodec) or len(codec.bit_widths) > 1 or not codec.measures_ranges:
+    if not isinstance(codec, BucketCodec) or len(codec.bit_widths) > 1 or not codec.measures_spread:
         raise UnsupportedQuantizerError(
             f"{_WHERE}: expected a bucket quantizer of one width that takes its ranges from the tensor "
-            f"at hand, got {codec.name!r}; use one of brevitas_bp.quant, without Mix or RunningRange, "
-            "and not a RotatedNormal, whose levels have no range")
+            f"at hand, got {codec.name!r}; use one of brevitas_bp.quant, without Mix or RunningRange")
     if codec.bucket_size is None:
         raise ValueError(
             f"{_WHERE}: one bucket for all samples of a width would have the largest range of them; set "

@@ -10,6 +10,7 @@ around each level, to 1e-14. They are rounded to float32 where they are used, al
 
 from functools import cache
 from itertools import pairwise
+from math import erf, inf
 
 import torch
 from torch import Tensor
@@ -78,6 +79,25 @@ def thresholds(bit_width: int) -> tuple[float, ...]:
     positive = levels(bit_width)[2**(bit_width - 1):]
     middles = [(a + b) / 2 for a, b in pairwise(positive)]
     return tuple(torch.tensor(middles, dtype=torch.float32, device="cpu").tolist())
+
+
+@cache
+def relative_error(bit_width: int) -> float:
+    """Returns the squared error of unbiased levels over the energy of normally distributed values.
+
+    The mean squared error of the levels is ``D``, for values of variance 1. The scale that makes them
+    unbiased raises it to ``D / (1 - D)``.
+
+    >>> [round(relative_error(bits), 4) for bits in (1, 2, 3, 4, 8)]
+    [0.5708, 0.1331, 0.0358, 0.0096, 0.0001]
+    """
+    positive = levels(bit_width)[2**(bit_width - 1):]
+    edges = (0.0, *thresholds(bit_width), inf)
+    # The levels are means of their intervals, so 1 - D is the energy of the levels.
+    kept = sum(
+        (erf(high / 2**0.5) - erf(low / 2**0.5)) * level * level
+        for level, (low, high) in zip(positive, pairwise(edges), strict=True))
+    return 1 / kept - 1
 
 
 def nearest_level(u: Tensor, bit_width: int) -> Tensor:

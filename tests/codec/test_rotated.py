@@ -190,7 +190,8 @@ def test_a_part_that_names_no_row_is_refused(config: Any, slot: str, part: type[
 
 
 def test_codes_cannot_be_dequantized_without_their_draws() -> None:
-    quantizer, x = Dithered2.tensor_quant, normals((700,)).float()  # type: ignore[attr-defined]
+    quantizer: Any = Dithered2.tensor_quant
+    x = normals((700,)).float()
     codes, scale, offset, _ = quantizer.quantize(x)
     with pytest.raises(ValueError, match=r"call draw\(x\), and pass what it returns to quantize"):
         quantizer.dequantize(codes, scale, offset, x)
@@ -200,9 +201,47 @@ def test_codes_cannot_be_dequantized_without_their_draws() -> None:
     assert error.abs().max() <= float(scale.max()) / 2 * 1.0001
 
 
-def test_bits_for_each_sample_need_ranges() -> None:
-    with pytest.raises(UnsupportedQuantizerError, match="not a RotatedNormal, whose levels"):
-        PerSampleCodec(Normal2, 2)
+@pytest.mark.parametrize("config", [Normal2, Strict2], ids=lambda config: config.__name__)
+def test_bits_for_each_sample_follow_energies(config: Any) -> None:
+    # Sample 3 is large, sample 4 is far from zero, and its mean costs no bits if it is removed.
+    x = normals((6, 1024), 5).float()
+    x[3] *= 100
+    x[4] += 1000
+    codec = PerSampleCodec(config, 2, bucket_size=64)
+    widths = codec.widths(x).tolist()
+    assert sum(widths) <= 12 and widths[3] > max(widths[:3])
+    assert (widths[4] <= min(widths[:3]) + 1) == (config is Normal2)
+    own, uniform = (
+        sum(float((c.encode(x, seed=seed).decode() - x).square().sum()) for seed in range(20))
+        for c in (codec, codec_from(config, bucket_size=64)))
+    assert own < uniform / 4
+
+
+def test_factors_have_bits_for_each_sample_by_their_ranges() -> None:
+    x = normals((6, 1024), 5).float()
+    x[3] *= 100
+    codec, stored = (PerSampleCodec(c, 2, bucket_size=64) for c in (Normal2, Dithered2))
+    factors = codec.for_factors
+    assert factors is codec.for_factors and factors is not codec
+    same = factors.encode(x, seed=1), stored.encode(x, seed=1)
+    assert all(map(same_bits, same[0].tensors, same[1].tensors))
+    for bits in (2, 4):
+        a, b = factors.at_least(bits), stored.at_least(bits)
+        packed = a.encode(x, seed=1), b.encode(x, seed=1)
+        assert all(map(same_bits, packed[0].tensors, packed[1].tensors))
+    assert stored.for_factors is stored
+    assert codec.for_values.at_least(4).name == "4-bit stochastic"
+
+
+def test_energies_of_samples_count_no_padding() -> None:
+    codec = PerSampleCodec(Normal2, 2, bucket_size=64)
+    x = torch.full((3, 100), 7.0)
+    x[0, :50] += normals((50,), 1).float()
+    spread = codec._measure.spread(x.view(-1))
+    parts = [part - part.mean() for part in x.view(-1).double().split(64)]
+    expected = torch.stack([part.square().sum() for part in parts])
+    assert spread.dtype == torch.float64
+    torch.testing.assert_close(spread, expected)
 
 
 # Variants.
