@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
-from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.backward.saved import ATTENTION_INPUT, Decision, SavedTensor
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.errors import UnknownNameError, nearest
@@ -103,12 +103,12 @@ def is_quantized(saved: SavedTensor, decision: Decision) -> bool:
     It does not for:
 
     * masks and indices,
-    * tensors for which the policy has a quantizer of its own (query and key, inputs of checkpointed
-      parts),
+    * query and key of attention, in which backward is not linear,
+    * tensors for which the policy has a quantizer of its own, such as inputs of checkpointed parts,
     * quantizers without widths to choose from.
     """
     codec = decision.codec
-    if codec is None or not saved.tensor.is_floating_point():
+    if codec is None or saved.role == ATTENTION_INPUT or not saved.tensor.is_floating_point():
         return False
     configured = configured_of(saved, codec)
     return bool(configured.bit_widths) and codec.is_variant_of(configured)

@@ -145,10 +145,13 @@ class OpAware:
         few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
             2023), stored instead of a rounded derivative. It is smaller and has no noise, but is biased.
             None: off.
-        attention: "replay" keeps query and key, quantizes the value, and runs attention again in
-            backward; "exact" keeps what autograd keeps.
-        attention_quant: quantizer of query and key; None keeps them exact. Attention runs again from the
-            rounded query and key, so its weights are slightly off and the gradient is slightly biased.
+        attention: "replay" stores query, key and value, and runs attention again in backward; "exact"
+            keeps what autograd keeps.
+        attention_bits: least width of query and key; None keeps them exact. Attention runs again from
+            the rounded query and key, so its weights are slightly off and the gradient is slightly
+            biased. Quantizers without a choice of widths keep query and key exact.
+        attention_quant: quantizer of query and key that replaces the configured quantizer with
+            ``attention_bits``.
         checkpoint_quant: quantizer of the inputs of parts that ``torch.utils.checkpoint`` runs again;
             None keeps them exact. A part runs again from its rounded inputs, so its gradients are those
             at a slightly different point: biased, but consistent. Only tensors that a gradient goes
@@ -167,6 +170,7 @@ class OpAware:
     multiplier_quant: Any = None
     few_bit: int | None = None
     attention: Literal["replay", "exact"] = "replay"
+    attention_bits: int | None = 8
     attention_quant: Any = None
     checkpoint_quant: Any = None
     recomputed_bits: int | None = 8
@@ -176,7 +180,8 @@ class OpAware:
 
     def __post_init__(self) -> None:
         for bits in (
-                self.multiplier_bits, self.norm_bits, self.few_bit, self.recomputed_bits):
+                self.multiplier_bits, self.norm_bits, self.few_bit, self.attention_bits,
+                self.recomputed_bits):
             if bits is not None:
                 check_bit_width(_WHERE, bits)
         if self.attention not in ("replay", "exact"):
@@ -290,15 +295,21 @@ class OpAware:
         if role == ATTENTION_VALUE:
             return self._widened(_VALUE.with_codec(codec), codec)
         if role == ATTENTION_INPUT:
-            if self._attention is not None:
-                return Decision(
-                    self._attention, "query and key: biased, as asked for", shared=False,
-                    reach="all", rows=last_dimension)
+            quantizer = self._attention or self._wide(codec, self.attention_bits)
+            if quantizer is not None:
+                return _QUERY.with_codec(quantizer)
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # Copy a view. A kept view would keep the value alive, which is in the same memory.
             return Decision(_COPY if apart else None, "query and key: weights must be exact")
         return Decision(None, "needed to run again")
+
+    def _wide(self, codec: Codec, bits: int | None) -> Codec | None:
+        """Returns a codec with at least so many bits for each element; None if there is none."""
+        if bits is None or not codec.bit_widths:
+            return None
+        wide = codec.at_least(bits)
+        return wide if min(wide.bit_widths, default=0) >= bits else None
 
     def _decide_checkpoint(self, x: Tensor) -> Decision:
         if x.dtype == torch.bool:
@@ -322,6 +333,9 @@ _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reach="all"
 # transformers.
 _VALUE = Decision(
     None, "value: backward is linear in it", shared=False, reach="sum", rows=last_dimension)
+_QUERY = Decision(
+    None, "query and key: attention runs again from them, slightly biased", shared=False, reach="all",
+    rows=last_dimension)
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)

@@ -14,6 +14,8 @@ from brevitas_bp.codec import BitMask, Codec, FewBitCodec
 from brevitas_bp.codec.regions import relu_region
 
 TWO_BITS = configs.ShiftedUint2DynamicActPerBucketFloatStochastic
+ROTATED = configs.RotatedNormal2DynamicActPerBucketFloat
+FOUR_BITS = configs.ShiftedUint4DynamicActPerBucketFloatDithered
 
 
 def cases() -> list[tuple[str, Codec, torch.dtype]]:
@@ -21,6 +23,8 @@ def cases() -> list[tuple[str, Codec, torch.dtype]]:
     halves = (torch.float32, torch.float16, torch.bfloat16)
     averages = configs.ShiftedUint2Avg4DynamicActPerBucketFloatStochastic
     return [
+        *(("2-bit rotated, bucket 256", codec_from(ROTATED, bucket_size=256), d) for d in halves),
+        *(("4-bit dithered, bucket 256", codec_from(FOUR_BITS, bucket_size=256), d) for d in halves),
         *(("2-bit stochastic, bucket 256", codec_from(TWO_BITS, bucket_size=256), d) for d in halves),
         *(("2 bits for means of 4", codec_from(averages, bucket_size=256), d) for d in halves),
         ("few-bit GELU derivative, 3 bits", FewBitCodec(few_bit_table("gelu", 3)), torch.float32),

@@ -15,10 +15,12 @@ from brevitas_bp import quant as configs
 Variant = Callable[[Task], nn.Module]
 
 
-def quantizer(bits: int) -> Any:
-    """Returns the affine, stochastic quantizer of a width, with bfloat16 metadata."""
-    config = getattr(configs, f"ShiftedUint{bits}DynamicActPerBucketFloatStochastic")
-    return config.let(metadata_dtype=torch.bfloat16)
+def quantizer(bits: int, stochastic: bool = False) -> Any:
+    """Returns the quantizer of a width, with bfloat16 metadata: rotated, or affine and stochastic."""
+    name = (
+        f"ShiftedUint{bits}DynamicActPerBucketFloatStochastic" if stochastic else
+        f"RotatedNormal{bits}DynamicActPerBucketFloat")
+    return getattr(configs, name).let(metadata_dtype=torch.bfloat16)
 
 
 class Offloaded(nn.Module):
@@ -37,8 +39,10 @@ def plain(task: Task) -> nn.Module:
     return task.model
 
 
-def ours(task: Task, bits: int, policy: str = "op_aware") -> nn.Module:
-    return QuantBackwardWrapper(task.model, quantizer(bits), policy=policy)
+def ours(
+        task: Task, bits: int, policy: str | OpAware = "op_aware",
+        stochastic: bool = False) -> nn.Module:
+    return QuantBackwardWrapper(task.model, quantizer(bits, stochastic), policy=policy)
 
 
 def offloaded(task: Task) -> nn.Module:
@@ -64,6 +68,8 @@ def ours_compiled(task: Task, backend: str, bits: int, policy: str = "op_aware")
 EAGER: dict[str, Variant] = {
     "plain": plain,
     **{f"ours, {bits} bits": partial(ours, bits=bits) for bits in (2, 4, 8)},
+    "ours, 1 bit, norms 2": partial(ours, bits=1, policy=OpAware(norm_bits=2)),
+    "ours, 2 bits, stochastic": partial(ours, bits=2, stochastic=True),
     "ours, 2 bits, policy all": partial(ours, bits=2, policy="all"),
     "checkpoint, each block": Checkpointed,
     "checkpoint, 2-bit inputs": rounded_inputs,

@@ -54,9 +54,13 @@ class NormsAveraged:
         return self.policy.rewrite(function)
 
 
+class Averages(quant.GroupAverage, quant.RotatedNormal2DynamicActPerBucketFloat):
+    """Two rotated bits for each mean of ``average_size`` neighbours."""
+
+
 def averages(size: int) -> Any:
     """Returns the 2-bit quantizer of means of ``size`` neighbours."""
-    return getattr(quant, f"ShiftedUint2Avg{size}DynamicActPerBucketFloatStochastic")
+    return Averages.let(average_size=size)
 
 
 #: Way of storing -> options of the wrapper. "1 bit" stores norms in 2 bits, as the averages do.

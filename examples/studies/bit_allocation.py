@@ -46,9 +46,10 @@ Batch = tuple[Tensor, Tensor]
 OPTIONS: dict[str, Any] = {"bucket_size": 256, "metadata_dtype": torch.bfloat16}
 #: Uniform bits -> quantizer.
 UNIFORM = {
-    "2 bits": "ShiftedUint2DynamicActPerBucketFloatStochastic",
-    "3 bits": "ShiftedUint3DynamicActPerBucketFloatStochastic",
-    "2/4 bits, mixed at 0.5": "ShiftedUint2Mix4DynamicActPerBucketFloatStochastic",
+    "2 bits": "RotatedNormal2DynamicActPerBucketFloat",
+    "2 bits, stochastic": "ShiftedUint2DynamicActPerBucketFloatStochastic",
+    "3 bits": "RotatedNormal3DynamicActPerBucketFloat",
+    "2/4 bits, mixed at 0.5": "RotatedNormal2Mix4DynamicActPerBucketFloat",
 }
 PLAIN = tuple(c for c in CANDIDATES if Candidate.parse(c).average_size == 1)
 # Number of tensors whose error is measured one by one.

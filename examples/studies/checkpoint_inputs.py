@@ -95,8 +95,8 @@ WAYS: dict[str, Way] = {
 
 
 def quantizer(bits: int) -> type:
-    """Returns the stochastic quantizer of a width, with the bucket size and metadata of all studies."""
-    config = getattr(configs, f"ShiftedUint{bits}DynamicActPerBucketFloatStochastic")
+    """Returns the rotated quantizer of a width, with the bucket size and metadata of all studies."""
+    config = getattr(configs, f"RotatedNormal{bits}DynamicActPerBucketFloat")
     return config.let(bucket_size=256, metadata_dtype=torch.bfloat16)
 
 

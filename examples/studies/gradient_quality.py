@@ -34,45 +34,39 @@ from torch.nn import functional as F
 from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
 from brevitas_bp.allocate import measure_gradient_error
 from brevitas_bp.backward import OpAware
-from brevitas_bp.quant import (
-    ShiftedUint4DynamicActPerBucketFloatStochastic,
-    ShiftedUint8DynamicActPerBucketFloatStochastic,
-)
+from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Uint2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "efficientnet_v2"))
 from vision import import_torchvision
 
-Uint4, Uint8 = (
-    ShiftedUint4DynamicActPerBucketFloatStochastic, ShiftedUint8DynamicActPerBucketFloatStochastic)
-
 Ways = dict[str, dict[str, Any]]
 Models = dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]]
 
-#: Way of storing -> options of the wrapper.
+#: Way of storing -> options of the wrapper. Codes are rotated unless the way says otherwise.
 WAYS: Ways = {
     "op-aware, 2 bits": {},
-    "op-aware, 2 bits, q and k 8": {"policy": OpAware(attention_quant=Uint8)},
-    "op-aware, 3 bits, q and k 4": {
-        "bit_width": 3, "policy": OpAware(multiplier_bits=3, attention_quant=Uint4)},
-    "op-aware, 4 bits, q and k 4": {"bit_width": 4, "policy": OpAware(attention_quant=Uint4)},
+    "op-aware, 1 bit, norms 2": {"bit_width": 1, "policy": OpAware(norm_bits=2)},
     "op-aware, 2 bits, norms 4": {"policy": OpAware(norm_bits=4)},
-    "op-aware, 2 bits, norms and factors 3": {"policy": OpAware(norm_bits=3, multiplier_bits=3)},
-    "op-aware, 3 bits, norms 4": {"bit_width": 3, "policy": OpAware(norm_bits=4)},
+    "op-aware, 2 bits, q and k exact": {"policy": OpAware(attention_bits=None)},
+    "op-aware, 2 bits, q and k 4": {"policy": OpAware(attention_bits=4)},
+    "op-aware, 3 bits": {"bit_width": 3},
+    "op-aware, 2 bits, stochastic": {"act_quant": Uint2},
+    "all, 2 bits, stochastic": {"policy": "all", "act_quant": Uint2},
+    "all, 4 bits, stochastic": {"policy": "all", "act_quant": Uint2, "bit_width": 4},
     "all, 2 bits": {"policy": "all"},
-    "all, 3 bits": {"policy": "all", "bit_width": 3},
     "all, 4 bits": {"policy": "all", "bit_width": 4},
 }
 
 
 #: Ways whose bias is measured with all seeds. A fifth of the seeds shows the noise of the other ways.
 UNBIASED = {
-    "op-aware, 2 bits", "op-aware, 2 bits, q and k 8", "op-aware, 3 bits, q and k 4",
-    "op-aware, 4 bits, q and k 4", "op-aware, 2 bits, norms 4"}
+    "op-aware, 2 bits", "op-aware, 1 bit, norms 2", "op-aware, 2 bits, q and k exact",
+    "op-aware, 2 bits, stochastic"}
 
 
 def ways_of(model: str) -> list[str]:
     """Returns the ways that make a difference for a network: only some have attention or small norms."""
-    other = "norms" if model in ("gpt", "vit") else "q and k"
+    other = "norms 4" if model in ("gpt", "vit") else "q and k"
     return [way for way in WAYS if other not in way]
 
 

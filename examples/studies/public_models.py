@@ -41,7 +41,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from public_models_measure import Row, Uint2, Uint8, measure
+from public_models_measure import EightBits, Row, TwoBits, measure
 from public_models_report import show, show_comparison
 from public_models_subject import Subject, Unmeasured
 from rich.console import Console
@@ -136,7 +136,7 @@ def measure_apart(model: str, knobs: Knobs) -> Row:
 
 def warm_kernels(knobs: Knobs) -> None:
     """Compiles what every child needs, without backward: autograd does not survive a fork."""
-    for config in (Uint2, Uint8):
+    for config in (TwoBits, EightBits):
         codec = codec_from(config, bucket_size=knobs.bucket_size, metadata_dtype=torch.bfloat16)
         codec.encode(torch.randn(4, 1024), seed=0).decode()
 

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
-from brevitas_bp.quant import (
-    ShiftedUint2DynamicActPerBucketFloatStochastic as Uint2,
-)
-from brevitas_bp.quant import (
-    ShiftedUint8DynamicActPerBucketFloatStochastic as Uint8,
-)
+from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat as TwoBits
+from brevitas_bp.quant import RotatedNormal8DynamicActPerBucketFloat as EightBits
 
 MEASURED = "measured"
 
@@ -233,13 +229,13 @@ def measure(name: str, build: Callable[[], Subject], *, seed: int, bucket_size: 
         exact = step(QuantBackwardWrapper(subject.module, policy="exact", seed=seed))
         differs = differences(plain, exact, "exact", gradients=True)
         del exact
-        two = step(QuantBackwardWrapper(subject.module, Uint2, **options), track=True)
+        two = step(QuantBackwardWrapper(subject.module, TwoBits, **options), track=True)
         differs += differences(plain, two, "2 bits")
         error_2, worst, share = gradient_error(plain, two)
         report = two.report
         assert report is not None
         del two
-        eight = step(QuantBackwardWrapper(subject.module, Uint8, **options))
+        eight = step(QuantBackwardWrapper(subject.module, EightBits, **options))
         differs += differences(plain, eight, "8 bits")
         error_8 = gradient_error(plain, eight)[0]
     parameters = sum(p.numel() for p in subject.module.parameters())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from brevitas.quant import Int8ActPerTensorFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -18,6 +19,7 @@ from brevitas_bp.backward.operations import elementwise, exact, linear, normaliz
 from brevitas_bp.errors import SecondDerivativeError, UnknownNameError
 from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloat,
+    ShiftedUint2DynamicActPerBucketFloatStochastic,
     ShiftedUint8DynamicActPerBucketFloatStochastic,
 )
 from tests.backward.support import Apply, Square, assert_same, run, wrapped_run
@@ -318,6 +320,29 @@ def test_norms_may_have_bits_of_their_own() -> None:
     assert sites(model)[:2] == [("linear", "2-bit rotated"), ("layer_norm", "4-bit rotated")]
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q * 2, k * 2, v * 2)
+
+
+@pytest.mark.parametrize(("options", "query"), [
+    ({}, "8-bit rotated"),
+    ({"act_quant": ShiftedUint2DynamicActPerBucketFloatStochastic}, "8-bit stochastic"),
+    ({"policy": OpAware(attention_bits=4)}, "4-bit rotated"),
+    ({"policy": OpAware(attention_bits=None)}, "exact"),
+    ({"policy": OpAware(attention_quant=ShiftedUint8DynamicActPerBucketFloatStochastic)},
+     "8-bit stochastic"),
+    ({"act_quant": Int8ActPerTensorFloat}, "exact"),
+    ({"plan": {"*:*": 1}}, "8-bit rotated")])
+def test_query_and_key_have_bits_of_their_own(options: dict[str, Any], query: str) -> None:
+    q, k, v = (torch.randn(2, 4, 64, 32, requires_grad=True) for _ in range(3))
+    model = QuantBackwardWrapper(Apply(attention), **options)
+    with torch.no_grad():
+        expected = attention(q, k, v)
+    assert torch.equal(model(q, k, v), expected)
+    # Query and key are one line of the table, and the value is the next.
+    assert sites(model)[0] == ("scaled_dot_product_attention", query)
+
+
 def test_query_and_key_may_be_quantized() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, 4, 64, 32) for _ in range(3))
@@ -430,8 +455,8 @@ def test_attention_under_autocast_keeps_what_autocast_makes() -> None:
     plain = Apply(lambda q: F.scaled_dot_product_attention(q, q * 2, q * 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(output, plain(q))
-    # Query and key take 2 bytes per element; the value is in buckets of a row of 32.
-    assert report.stored_bytes == 2 * 2 * q.numel() + q.numel() // 32 * (32 * 2 // 8 + 2 * 4)
+    # Buckets of a row of 32: query and key at 8 bits, the value at 2 bits.
+    assert report.stored_bytes == q.numel() // 32 * (32 * (8 + 8 + 2) // 8 + 3 * 2 * 4)
     output.sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == torch.float32
