@@ -85,7 +85,7 @@ def test_a_class_derived_from_the_default_one_keeps_its_rewrites() -> None:
     model = QuantBackwardWrapper(nn.Sequential(nn.Linear(64, 64), nn.SiLU()), policy=Mine())
     model(torch.randn(64, 64, requires_grad=True))
     assert [(s.op, s.stored) for s in model.explain().sites.values()] == [
-        ("linear", "exact"), ("silu", "4-bit stochastic")]
+        ("linear", "exact"), ("silu", "4-bit dithered")]
 
 
 def test_patterns_behind_one_that_matches_all_they_do() -> None:

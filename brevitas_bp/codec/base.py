@@ -1,4 +1,4 @@
-"""The codec interface, the stored tensor that a codec returns, and the codecs that change no bit."""
+"""The codec interface, the stored tensor that a codec returns, and the codec that keeps it."""
 
 import zlib
 from abc import ABC, abstractmethod
@@ -380,23 +380,3 @@ def refuse_modified(kept: Tensor, version: int | None, where: str) -> NoReturn:
         f"operation: {kept.dtype} {list(kept.shape)} saved by {where or 'an operation'} is at "
         f"version {version_of(kept)}; expected version {version} instead. Call backward before "
         "modifying it, or modify a clone")
-
-
-class Copy(Codec):
-    """Stores an exact copy, so that the larger memory that the tensor is part of can be freed."""
-
-    lossy = False
-    name = "exact copy"
-    compresses = False
-
-    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Copies ``x``."""
-        layout = TensorLayout.of(x)
-        return Packed(self, (layout.flatten(x.detach()).clone(),), layout, None, where)
-
-    def decode(self, packed: Packed) -> Tensor:
-        """Returns the copy."""
-        return packed.layout.restore_flat(packed.tensors[0])
-
-    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
-        return [TensorType.flat(packed.layout.numel, packed.layout.dtype)]

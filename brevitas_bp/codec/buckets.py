@@ -12,8 +12,9 @@ from brevitas_bp.codec.base import FLOATS, Codec
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.format.arithmetic import compute_dtype, tree_sum
+from brevitas_bp.format.bucket import elements_of
 from brevitas_bp.format.levels import relative_error
-from brevitas_bp.format.reference import elements_of, to_buckets
+from brevitas_bp.format.reference import to_buckets
 
 #: A quantizer with a view of buckets and a bit width for each.
 BucketQuantizer = BucketRescalingIntQuant | BucketLevelQuant

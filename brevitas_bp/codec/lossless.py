@@ -1,4 +1,4 @@
-"""Codecs that store a tensor in fewer bytes and restore exactly the same values."""
+"""Codecs that restore exactly the same values: a copy, and codecs that store fewer bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,26 @@ from brevitas_bp.format.masks import mask_nbytes
 from brevitas_bp.kernels import dispatch
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Copy(Codec):
+    """Stores an exact copy, so that the larger memory that the tensor is part of can be freed."""
+
+    lossy = False
+    name = "exact copy"
+    compresses = False
+
+    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
+        """Copies ``x``."""
+        layout = TensorLayout.of(x)
+        return Packed(self, (layout.flatten(x.detach()).clone(),), layout, None, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Returns the copy."""
+        return packed.layout.restore_flat(packed.tensors[0])
+
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType]:
+        return [TensorType.flat(packed.layout.numel, packed.layout.dtype)]
 
 
 class BitMask(Codec):

@@ -15,9 +15,9 @@ from brevitas_bp.format.arithmetic import (
     to_random,
     unit_of,
 )
+from brevitas_bp.format.bucket import elements_of
 from brevitas_bp.format.levels import level_of, nearest_level
 from brevitas_bp.format.random import METADATA, next_words
-from brevitas_bp.format.reference import elements_of
 from brevitas_bp.format.spec import check_bit_width, check_metadata_dtype
 from brevitas_bp.format.stages import (
     CENTRED,

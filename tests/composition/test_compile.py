@@ -169,7 +169,7 @@ def test_a_backend_that_runs_operations_one_by_one_is_as_without_compilation() -
     plain = QuantBackwardWrapper(copy.deepcopy(module), seed=1)
     model = QuantBackwardWrapper(torch.compile(module, backend="eager"), seed=1)
     assert all(map(torch.equal, gradients(model, images()), gradients(plain, images())))
-    assert stored(model)[":silu"] == "4-bit stochastic"
+    assert stored(model)[":silu"] == "4-bit dithered"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_of_a_relus_output_the_sign_is_exact_and_the_values_are_as_configured() 
     plain = compiled(copy.deepcopy(module))
     model = QuantBackwardWrapper(compiled(module), seed=1)
     kinds = stored_by(model, x)
-    assert kinds["_orig_mod.3:relu"] == "2-bit stochastic, sign exact"
+    assert kinds["_orig_mod.3:relu"] == "2-bit rotated, sign exact"
     # A tensor is also stored as its sign if backward reads nothing but the sign.
     assert kinds["_orig_mod.4:detach"].endswith("sign exact")
     with track_saved_memory(model) as report:
@@ -356,7 +356,7 @@ def test_overrides_are_honoured_inside_of_graphs() -> None:
     gradients(model, images())
     how = stored(model)
     assert how["_orig_mod.3:native_layer_norm"] == "exact"
-    assert how["_orig_mod.0:primals_3"] == "5-bit stochastic"
+    assert how["_orig_mod.0:primals_3"] == "5-bit rotated"
 
 
 class Blocks(nn.Module):
@@ -392,19 +392,19 @@ def test_an_exact_block_is_exact_though_blocks_share_graphs(exact: int) -> None:
 def test_settings_changed_after_compiling_take_effect() -> None:
     model = QuantBackwardWrapper(compiled(Product()), seed=1)
     gradients(model, images())
-    assert stored(model)["_orig_mod.last:mul"] == "2-bit stochastic"
+    assert stored(model)["_orig_mod.last:mul"] == "2-bit rotated"
     model.configure(bit_width=6)
     gradients(model, images())
-    assert stored(model)["_orig_mod.last:mul"] == "6-bit stochastic"
+    assert stored(model)["_orig_mod.last:mul"] == "6-bit rotated"
     model.configure(bit_width=2)
     model.use_plan({"_orig_mod.last:linear:argument 0": 3, "_orig_mod.second:*": "exact"})
     gradients(model, images())
     how = stored(model)
-    assert how["_orig_mod.last:mul"] == "3-bit stochastic"
+    assert how["_orig_mod.last:mul"] == "3-bit rotated"
     assert "exact" in [form for name, form in how.items() if name.startswith("_orig_mod.second:")]
     model.use_plan(None)
     gradients(model, images())
-    assert stored(model)["_orig_mod.last:mul"] == "2-bit stochastic"
+    assert stored(model)["_orig_mod.last:mul"] == "2-bit rotated"
 
 
 def test_two_wrappers_are_independent() -> None:
@@ -634,7 +634,7 @@ def test_compiled_wrapper_gives_the_gradients_with_one_break(policy: str) -> Non
         assert_same(names, expected)
         return
     assert_alike(list(names.values()), [expected[name] for name in names])
-    assert stored(wrapper)["last:mul"] == "2-bit stochastic"
+    assert stored(wrapper)["last:mul"] == "2-bit rotated"
 
 
 def test_without_gradients_a_compiled_wrapper_has_no_break() -> None:
@@ -655,7 +655,7 @@ def test_a_wrapper_within_a_compiled_network() -> None:
     for _ in range(3):
         found = gradients(model, images())
     assert_alike(found, gradients(plain, images()))
-    assert stored(outer.part)["last:mul"] == "2-bit stochastic"
+    assert stored(outer.part)["last:mul"] == "2-bit rotated"
     # Two calls break the graph twice. The code between and after them is compiled.
     assert 0 < graphs() <= 8
 

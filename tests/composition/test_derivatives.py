@@ -102,7 +102,7 @@ def test_override_of_the_critic_inside_one_wrapper() -> None:
         penalty(QuantBackwardWrapper(copy.deepcopy(gan)))
     model = QuantBackwardWrapper(gan, overrides={"critic": None})
     assert_same(penalty(model), plain)
-    assert any("stochastic" in site.stored for site in model.explain().sites.values())
+    assert any("rotated" in site.stored for site in model.explain().sites.values())
 
 
 def attention_by_formula(x: Tensor) -> Tensor:

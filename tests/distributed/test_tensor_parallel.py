@@ -37,9 +37,9 @@ def test_the_policy_knows_the_operations(facts: dict[str, list[Facts]], strategy
             (module, op): name for module, op, name, *_ in found[strategy]
             if name not in ("exact", "not kept")}
         assert stored == {
-            ("0", "layer_norm"): "2-bit stochastic", ("1", "linear"): "2-bit stochastic",
-            ("2", "gelu"): "4-bit stochastic", ("3", "linear"): "2-bit stochastic",
-            ("4", "relu"): "relu mask", ("6", "linear"): "2-bit stochastic"}
+            ("0", "layer_norm"): "2-bit rotated", ("1", "linear"): "2-bit rotated",
+            ("2", "gelu"): "4-bit dithered", ("3", "linear"): "2-bit rotated",
+            ("4", "relu"): "relu mask", ("6", "linear"): "2-bit rotated"}
         exact = [(module, op, kept) for module, op, name, _, kept in found[strategy]
                  if name == "exact"]
         # Statistics of 64 rows. The mean of a DTensor is kept, that of an ordinary tensor is not.

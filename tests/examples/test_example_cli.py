@@ -72,7 +72,7 @@ def test_run_leaves_its_files_and_is_not_overwritten(
 ) -> None:
     out = tmp_path / "run"
     assert status_of(out) == 0
-    assert "ShiftedUint2" in capsys.readouterr().out
+    assert "RotatedNormal2" in capsys.readouterr().out
     names = {
         "checkpoint.pt", "config.json", "gradients.txt", "log.jsonl", "memory.json", "result.json"}
     assert "error |g~ - g| / |g|" in (out / "gradients.txt").read_text()

@@ -18,7 +18,7 @@ from tests.referee.forced import Nudge, Recorder, encoding_forced
 from tests.referee.outcome import Outcome, Wrap, difference, misfit, outcome_of, strided
 
 #: A bucket size so small that small samples have several buckets.
-BUCKET = 8
+BUCKET = 16
 
 #: Most tensors of one sample that are moved, one at a time.
 MOST_MOVED = 24

@@ -15,7 +15,7 @@ from brevitas_bp.backward.encoding import Encodings
 from brevitas_bp.backward.policy import ExplainedPolicy
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision
-from brevitas_bp.codec.base import Copy
+from brevitas_bp.codec import Copy
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.lossless import BitMask, NarrowInt
 from brevitas_bp.codec.pooling import WindowIndex

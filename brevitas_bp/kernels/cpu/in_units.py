@@ -1,4 +1,4 @@
-"""Buckets in units, in numba: centred, rotated or coded by levels. See ``reference.encode_in_units``."""
+"""Buckets in units, in numba: centred, rotated or coded by levels. See ``bucket.encode_in_units``."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Codes by levels and their unbiased scale, for one bucket, in numba.
 
-See :mod:`brevitas_bp.format.levels` and ``reference.encode_in_units``. Up to 4 bits, a level is found by
+See :mod:`brevitas_bp.format.levels` and ``bucket.encode_in_units``. Up to 4 bits, a level is found by
 one comparison for each threshold, which is vector code. With more bits, a table of narrow cells says
 which threshold to compare with: no cell holds two.
 """
