@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.format.normalizing import Affine
-from brevitas_bp.format.random import noise_keys
+from brevitas_bp.format.random import ROUNDING, noise_keys
 from brevitas_bp.format.reference import (
     Encoded,
     bucket_shape,
@@ -85,11 +85,11 @@ class Launcher:
         payload = x.new_empty(payload_nbytes(layout, spec, self._size), dtype=torch.uint8)
         metadata = x.new_empty(n * (1 + spec.affine), dtype=spec.metadata_dtype)
         if n:
-            keys = noise_keys(seed) if spec.rounding.encoding_draws else (0, 0)
+            keys = _keys(seed, ROUNDING, spec.rounding.encoding_draws)
             with _on(x.device):
                 _encode_kernel[self._grid](
                     x, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
-                    layout.shift, _int32(keys[0]), _int32(keys[1]), self._row, *_statistics(affine),
+                    layout.shift, *keys, self._row, *_statistics(affine),
                     levels=self._levels, **self._shape, **self._switches(affine),
                     **_encode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
         return payload, metadata
@@ -109,10 +109,11 @@ class Launcher:
         spec, n = self._spec, self._n
         layout = draw_layout(n, spec, seed)
         if n:
+            keys = _keys(seed, ROUNDING, spec.rounding.decoding_draws)
             with _on(out.device):
                 _decode_kernel[self._grid](
                     out, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
-                    layout.shift, self._row, *_statistics(affine),
+                    layout.shift, *keys, self._row, *_statistics(affine),
                     **self._shape, **self._switches(affine),
                     **_decode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
 
@@ -157,6 +158,14 @@ def _statistics(affine: Affine | None) -> tuple[Tensor | None, Tensor | None, in
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes ``device`` current, as Triton launches on the current device; the interpreter has none."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _keys(seed: int, stream: int, draws: bool) -> tuple[int, int]:
+    """Returns the keys of a stream as kernel arguments; zeros if nothing is drawn."""
+    if not draws:
+        return 0, 0
+    k0, k1 = noise_keys(seed, stream)
+    return _int32(k0), _int32(k1)
 
 
 def _int32(key: int) -> int:
@@ -207,5 +216,5 @@ def _decode_options(
     return {
         "width": width, "mix_width": mix_width, "lowest": codes.lowest(width),
         "mix_lowest": codes.lowest(mix_width or width), "affine": spec.affine,
-        "largest": torch.finfo(dtype).max, "float_format": _FORMATS[dtype],
+        "rounding": spec.rounding.number, "largest": torch.finfo(dtype).max, "float_format": _FORMATS[dtype],
         "metadata_format": _FORMATS[spec.metadata_dtype], **_LAUNCH}
