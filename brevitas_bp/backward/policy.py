@@ -124,6 +124,9 @@ class OpAware:
     * It does not keep tensors from which backward reads only the shape.
     * It keeps all other tensors as they are.
 
+    If the configured quantizer uses rotated codes, derivatives and factors are dithered instead
+    (:attr:`~brevitas_bp.codec.Codec.for_factors`): they are bounded, so a rotation would not help.
+
     A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages only tensors that reach
     the gradient of one weight, such as inputs of convolutions and linear layers. In other tensors, each
     element has its own code of the same width. ``multiplier_quant`` and ``attention_quant`` are used as

@@ -77,7 +77,7 @@ class QuantBackwardWrapper(Transparent):
     Args:
         module: the module to run.
         act_quant: any Brevitas activation quantizer: an injector class, a proxy, or None to keep
-            every tensor exact.
+            every tensor exact. The default stores 2 bits in rotated codes, see docs/rotated.md.
         overrides: glob over qualified module names -> quantizer, None (exact), or the bits that
             ``act_quant`` has there; the first pattern that matches a module, or one around it, wins.
         policy: how each saved tensor is stored. A callable ``SavedTensor -> Codec | None``, or one of
