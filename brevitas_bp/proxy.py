@@ -117,6 +117,14 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
         return self._injector.average_size if "average_size" in self._injector else 1
 
     @property
+    def has_codes(self) -> bool:
+        """Whether codes can be recomputed from values, see :class:`BucketwiseIntQuantTensor`."""
+        tensor_quant: Any = self.fused_activation_quant_proxy.tensor_quant
+        quantizer = getattr(tensor_quant, "bucket_quant", tensor_quant)
+        transformed = getattr(quantizer, "transform_impl", None) is not None
+        return not (transformed or getattr(quantizer, "decoding_draws", False))
+
+    @property
     def _injector(self) -> Any:
         # Injectors define their attributes at run time.
         return self.quant_injector
@@ -139,10 +147,10 @@ class BucketwiseActQuantProxyFromInjector(ActQuantProxyFromInjector):
             value, scale, zero_point, bit_width = qt_args
             return BucketwiseIntQuantTensor(
                 value, scale, zero_point, self.bucket_size, bit_width, bool(self.is_signed),
-                self.training, self.average_size)
+                self.training, self.average_size, self.has_codes)
         return BucketwiseIntQuantTensor(
             qt_args, x.scale, x.zero_point, self.bucket_size, x.bit_width, x.signed,
-            self.training, x.average_size)
+            self.training, x.average_size, x.has_codes)
 
 
 class _CachedBucketwise:
@@ -157,6 +165,7 @@ class _CachedBucketwise:
         self.signed = quant_tensor.signed
         self.bucket_size = quant_tensor.bucket_size
         self.average_size = quant_tensor.average_size
+        self.has_codes = quant_tensor.has_codes
 
 
 def _activation(injector: Any) -> nn.Module:

@@ -26,6 +26,7 @@ class _BucketwiseIntQuantTensorFields(NamedTuple):
     signed_t: Tensor
     training_t: Tensor
     average_size: int = 1
+    has_codes: bool = True
 
 
 class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
@@ -43,15 +44,18 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         signed_t: 0-d bool.
         training_t: 0-d bool.
         average_size: neighbours along the last dimension that share one code.
+        has_codes: values are codes times scale plus offset. They are not if buckets are rotated, codes
+            are dithered, or levels are not equally far apart.
     """
 
     def __new__(
             cls, value: Tensor, scale: Tensor, zero_point: Tensor, bucket_size: int | None,
             bit_width: Tensor, signed: bool | Tensor,
-            training: bool | Tensor, average_size: int = 1) -> "BucketwiseIntQuantTensor":
+            training: bool | Tensor, average_size: int = 1,
+            has_codes: bool = True) -> "BucketwiseIntQuantTensor":
         return super().__new__(
             cls, value, scale, zero_point, bucket_size, bit_width, torch.as_tensor(signed),
-            torch.as_tensor(training), average_size)
+            torch.as_tensor(training), average_size, has_codes)
 
     @property
     def signed(self) -> bool:
@@ -77,7 +81,15 @@ class BucketwiseIntQuantTensor(_BucketwiseIntQuantTensorFields, QuantTensor):
         """Returns the codes in the shape of the value, recomputed from the value.
 
         ``tensor_quant.quantize`` is faster.
+
+        Raises:
+            RuntimeError: the values do not determine the codes.
         """
+        if not self.has_codes:
+            raise RuntimeError(
+                "brevitas_bp.BucketwiseIntQuantTensor.int: codes cannot be recomputed from values that "
+                "were rotated, dithered or rounded to levels; use the values, or store the tensor with "
+                "codec_from(config), which keeps the codes")
         values = self._stored().to(self.scale.dtype)
         buckets = to_buckets(flatten(values), self.bucket_size)
         codes = torch.round(buckets * reciprocal(self.scale) + self.zero_point)

@@ -45,6 +45,28 @@ def test_int_gives_the_codes_that_were_made(
     assert y.int().dtype == torch.int32
 
 
+@pytest.mark.parametrize("config", [
+    quant.RotatedNormal2DynamicActPerBucketFloat,
+    quant.RotatedNormal1Mix4DynamicActPerBucketFloat,
+    quant.RotatedUint4DynamicActPerBucketFloatDithered,
+    quant.ShiftedUint4DynamicActPerBucketFloatDithered,
+    quant.ShiftedUint8DynamicActPerTensorFloatDithered])
+def test_codes_that_values_do_not_determine_are_refused(config: Any) -> None:
+    y = quant_tensor(normals((2, 4, 8, 8)).float(), config)
+    assert y.value.shape == y.shape and not y.has_codes
+    passed = QuantIdentity(None, return_quant_tensor=True)(y)
+    for one in (y, y.detach(), passed):
+        with pytest.raises(RuntimeError, match="codes cannot be recomputed from values"):
+            one.int()
+
+
+def test_levels_without_a_rotation_are_not_codes_either() -> None:
+    y = quant_tensor(
+        normals((300,)).float(), quant.RotatedNormal2DynamicActPerBucketFloat.let(transform_impl=None))
+    with pytest.raises(RuntimeError, match="rounded to levels"):
+        y.int()
+
+
 def test_fields(y: BucketwiseIntQuantTensor) -> None:
     assert y.tensor is y.value and y.shape == (2, 4, 8, 8)
     assert y.scale.shape == y.zero_point.shape == (2, 1) and y.bit_width == 4

@@ -276,7 +276,8 @@ def _bucket_codec(codec: Codec) -> BucketCodec:
     if not isinstance(codec, BucketCodec) or len(codec.bit_widths) > 1 or not codec.measures_ranges:
         raise UnsupportedQuantizerError(
             f"{_WHERE}: expected a bucket quantizer of one width that takes its ranges from the tensor "
-            f"at hand, got {codec.name!r}; use one of brevitas_bp.quant, without Mix or RunningRange")
+            f"at hand, got {codec.name!r}; use one of brevitas_bp.quant, without Mix or RunningRange, and "
+            "not a RotatedNormal, whose levels have no range")
     if codec.bucket_size is None:
         raise ValueError(
             f"{_WHERE}: one bucket for all samples of a width would have the largest range of them; set "

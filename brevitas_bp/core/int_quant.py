@@ -15,6 +15,7 @@ from brevitas_bp.format.arithmetic import (
     reciprocal,
     round_down,
     round_up,
+    to_nearest,
     unit_of,
 )
 from brevitas_bp.format.spec import check_bit_width, check_metadata_dtype
@@ -275,7 +276,7 @@ class BucketRescalingIntQuant(nn.Module):
         offset = self._offset(buckets, scale, bit_width)
         codes = self.int_quant.quantize(buckets, scale, offset, bit_width, noise)
         if unit is not None:
-            scale, offset = scale * unit, offset * unit
+            scale, offset = self._storable(scale * unit), self._storable(offset * unit)
         return codes, scale, offset, bit_width
 
     def dequantize(
@@ -297,7 +298,7 @@ class BucketRescalingIntQuant(nn.Module):
         else:
             unit, inverse = unit_of(torch.maximum(scale, offset.abs()).detach())
             values = self.int_quant.dequantize(codes, scale * inverse, offset * inverse, noise)
-            values = self.transform_impl.inverse(values, *_signs(draws)) * unit  # pyright: ignore
+            values = self.transform_impl.inverse(values, *_signs(draws)) * unit + 0  # pyright: ignore
         limit = torch.finfo(like.dtype).max
         flat = values.clamp(-limit, limit).to(like.dtype).reshape(-1)[:like.numel()]
         return unflatten(flat, like)
@@ -324,6 +325,12 @@ class BucketRescalingIntQuant(nn.Module):
         codes, scale, offset, bit_width = self.quantize(x, None, draws)
         value = x if self.observer_only else self.dequantize(codes, scale, offset, x, draws)
         return value, scale, -offset * reciprocal(scale), bit_width
+
+    def _storable(self, x: Tensor) -> Tensor:
+        """Rounds what is a value of the metadata dtype already, unless it is subnormal or too large."""
+        limit = torch.finfo(x.dtype).max
+        x = x.clamp(-limit, limit)
+        return x + (to_nearest(x.detach(), self.metadata_dtype) - x).detach()
 
     def _bit_width(self, buckets: Tensor) -> Tensor:
         if isinstance(self.msb_clamp_bit_width_impl, TwoBitWidthSelector):

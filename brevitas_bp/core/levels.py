@@ -140,6 +140,8 @@ class BucketLevelQuant(nn.Module):
         ValueError: a bit width is outside 1..8.
     """
 
+    #: See :class:`~brevitas_bp.core.int_quant.BucketRescalingIntQuant`.
+    decoding_draws = True
     msb_clamp_bit_width_impl: nn.Module
 
     def __init__(
@@ -173,8 +175,8 @@ class BucketLevelQuant(nn.Module):
             return x, x.new_empty((0, 1), dtype=zero.dtype), zero, width
         with torch.no_grad():
             value, scale, bit_width = self._quantized(x.detach())
-        # The value is exact: x - x is 0.
-        value = x if self.observer_only else value + (x - x.detach())
+        # The value is exact: x - x is 0. Subtracting 0 keeps the sign of a zero; adding it would not.
+        value = x if self.observer_only else value - (x.detach() - x)
         return value, scale, zero, bit_width
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

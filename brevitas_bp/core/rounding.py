@@ -82,7 +82,7 @@ class DitheredRound(nn.Module):
 
     def draw(self, u: Tensor) -> Tensor:
         """Draws the noise for ``u``: float32 in [0, 1), in the same shape."""
-        return torch.ops.brevitas_bp.noise_like(u)
+        return torch.ops.brevitas_bp.noise_like(u.detach())
 
     def forward(self, u: Tensor, noise: Tensor) -> Tensor:
         """Rounds ``u`` to integers of the same dtype."""

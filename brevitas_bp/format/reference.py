@@ -375,7 +375,8 @@ def decode_in_units(
     unit, inverse = unit_of(peak)
     values = factors * (scale * inverse)
     values += 0 if offset is None else offset * inverse
-    return to_range(spec.transform.undo(values, buckets, seed) * unit, dtype)
+    # + 0 turns -0 into 0, as the offset does without a transform.
+    return to_range(spec.transform.undo(values, buckets, seed) * unit + 0, dtype)
 
 
 def _chunk(device: torch.device) -> int:

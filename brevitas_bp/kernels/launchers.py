@@ -73,7 +73,12 @@ class StepwiseLauncher:
             flat = self._derivative(flat, derivative)
         elif affine is not None:
             flat = normalize(flat, affine)
-        return self._kernels.encode(*reference.padded_rows(flat, self._spec), seed).tensors
+        spec = self._spec
+        if spec.works_in_units:
+            # The mean of a bucket must not count padding. Only the reference has these stages, and it
+            # has rows.
+            return reference.encode(flat, spec, seed).tensors
+        return self._kernels.encode(*reference.padded_rows(flat, spec), seed).tensors
 
     def decode(
             self, payload: Tensor, metadata: Tensor, seed: int, shape: torch.Size,

@@ -22,7 +22,7 @@ from brevitas_bp.quant import (
     ShiftedUint4DynamicActPerBucketFloatStochastic,
     StochasticRounding,
 )
-from tests.codec.test_bucket_codecs import CONFIGS
+from tests.codec.test_bucket_codecs import GENERAL
 from tests.live_bytes import peak_bytes
 from tests.strategies import DTYPES, awkward_tensors, normals
 from tests.support import same_bits
@@ -94,7 +94,7 @@ class OwnRange(BucketMinMaxRange):
 
 
 # Averages use the same quantizers, so they are left out.
-CHUNKED = {name: getattr(quant, name) for name in CONFIGS if "Avg" not in name} | {
+CHUNKED = {name: getattr(quant, name) for name in GENERAL if "Avg" not in name} | {
     config.__name__: config
     for config in (DitheredConfig, AlternateWidthsConfig, MixPerTensor, PowerOfTwo)}
 

@@ -25,7 +25,8 @@ COPIES = 1 << 12
 # Averages have the mean of the group, not of the value: see test_average.py.
 CONFIGS = [name for name in quant.act.__all__ if "Avg" not in name]
 STOCHASTIC = [name for name in CONFIGS if name.endswith("Stochastic")]
-NEAREST = [name for name in CONFIGS if not name.endswith("Stochastic")]
+# Rotated and dithered codes are in test_rotated.py and test_dithered.py.
+NEAREST = [name for name in CONFIGS if name.endswith(("Float", "L2")) and "Rotated" not in name]
 
 each_metadata = pytest.mark.parametrize(
     "metadata_dtype", [torch.float32, torch.bfloat16], ids=dtype_name)

@@ -80,6 +80,16 @@ def _others() -> Iterator[tuple[str, Codec]]:
     yield "per sample", PerSampleCodec(stochastic, average_bits=2, bucket_size=64)
     yield "per sample, buckets across samples", PerSampleCodec(
         stochastic, average_bits=2.5, bucket_size=96)
+    for name in ("RotatedNormal1", "RotatedNormal2"):
+        rotated = codec_from(
+            getattr(quant, f"{name}DynamicActPerBucketFloat"), metadata_dtype=torch.bfloat16)
+        yield f"{name}, bfloat16 metadata", rotated
+        yield f"{name}, rows of 331", in_rows(rotated, Rows(331, 331))
+    yield "RotatedNormal4, buckets of 1024", codec_from(
+        quant.RotatedNormal4DynamicActPerBucketFloat, bucket_size=1024)
+    yield "RotatedUint, rows of 331", in_rows(
+        codec_from(quant.RotatedUint2DynamicActPerBucketFloatDithered, metadata_dtype=torch.bfloat16),
+        Rows(331, 331))
     yield "relu", relu_region()
     yield "hardtanh", hardtanh_region()
     yield "sign", sign()

@@ -152,7 +152,7 @@ def test_a_transform_is_undone_with_the_seed_of_its_encode(
 
 
 def test_a_transform_of_a_whole_tensor_is_refused(reversal: Transform) -> None:
-    with pytest.raises(ValueError, match="needs a bucket_size"):
+    with pytest.raises(ValueError, match="need a bucket_size"):
         BucketQuantSpec(2, None, transform=reversal)
 
 

@@ -10,7 +10,23 @@ from brevitas_bp.format import reference
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.format.stages import NEAREST, STOCHASTIC
+from brevitas_bp.format.stages import (
+    CENTRED,
+    DITHERED,
+    L2,
+    MAX,
+    MIN_MAX,
+    NARROW,
+    NEAREST,
+    NO_TRANSFORM,
+    NORMAL,
+    ROTATED,
+    ROTATED_TWICE,
+    SIGN_MAGNITUDE,
+    STOCHASTIC,
+    UNBIASED,
+    UNSIGNED,
+)
 from tests.strategies import ROUNDINGS, RULES
 from tests.support import same_bits
 
@@ -35,6 +51,38 @@ LARGE_SPECS += [BucketQuantSpec(2, None, integer_zero_point=True)]
 LARGE_SPECS += [
     BucketQuantSpec(2, size, mix_bit_width=5, mix_prob=0.5, mix_per=per)
     for size in (None, 4096) for per in ("bucket", "tensor")]
+# Codes of levels, codes of rotated buckets, and dithered codes.
+_FLOAT32, _BFLOAT16 = torch.float32, torch.bfloat16
+UNIT_SPECS = [
+    BucketQuantSpec(width, size, *stages, metadata_dtype=metadata, transform=transform)
+    for width, stages, (size, transform, metadata) in product(
+        range(1, 9),
+        ((CENTRED, NORMAL, NEAREST), (UNBIASED, NORMAL, NEAREST), (MIN_MAX, UNSIGNED, DITHERED),
+         (MIN_MAX, UNSIGNED, STOCHASTIC), (MAX, NARROW, DITHERED), (L2, SIGN_MAGNITUDE, NEAREST)),
+        ((16, ROTATED, _BFLOAT16), (64, ROTATED_TWICE, _FLOAT32), (256, ROTATED_TWICE, _BFLOAT16),
+         (256, ROTATED, _FLOAT32), (2048, ROTATED_TWICE, _FLOAT32)))
+    if width >= stages[1].least_width]
+UNIT_SPECS += [
+    BucketQuantSpec(width, size, rule, NORMAL, NEAREST, metadata_dtype=metadata)
+    for width, (size, rule, metadata) in product(
+        range(1, 9), ((24, CENTRED, _BFLOAT16), (256, CENTRED, _FLOAT32), (256, UNBIASED, _BFLOAT16)))]
+UNIT_SPECS += [
+    BucketQuantSpec(width, size, rule, code_range, DITHERED, metadata_dtype=metadata)
+    for width, (rule, code_range), (size, metadata) in product(
+        range(1, 9), RULES, ((24, _BFLOAT16), (256, _FLOAT32)))
+    if width >= code_range.least_width]
+UNIT_SPECS += [
+    BucketQuantSpec(
+        base, 64, *stages, mix_bit_width=mix, mix_prob=p, mix_per=per, transform=transform)
+    for base, mix in ((1, 2), (4, 1), (3, 8)) for p in (0.3, 1.0) for per in ("bucket", "tensor")
+    for transform, *stages in (
+        (ROTATED_TWICE, CENTRED, NORMAL, NEAREST), (ROTATED, MIN_MAX, UNSIGNED, DITHERED),
+        (NO_TRANSFORM, MIN_MAX, UNSIGNED, DITHERED))]
+UNIT_SPECS += [BucketQuantSpec(2, 256, rounding=DITHERED, integer_zero_point=True)]
+# Dithered buckets that no compiled kernel handles, because they are larger than the cache.
+LARGE_DITHERED_SPECS = [
+    BucketQuantSpec(width, size, rule, code_range, DITHERED)
+    for width, (rule, code_range), size in product(range(2, 9, 2), RULES, (None, 1 << 17))]
 
 
 class Form(Protocol):

@@ -14,7 +14,16 @@ from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import NEAREST
 from brevitas_bp.kernels import dispatch
-from tests.kernels.table import DTYPES, LARGE_SPECS, SPECS, check, same_bytes, samples
+from tests.kernels.table import (
+    DTYPES,
+    LARGE_DITHERED_SPECS,
+    LARGE_SPECS,
+    SPECS,
+    UNIT_SPECS,
+    check,
+    same_bytes,
+    samples,
+)
 from tests.strategies import dtype_name
 
 cpu = pytest.importorskip("brevitas_bp.kernels.cpu.launch")
@@ -27,6 +36,22 @@ def test_bytes_equal_the_reference(dtype: torch.dtype) -> None:
     specs = SPECS if dtype == torch.float32 else SPECS[::3]
     for spec, x in product(specs, samples(dtype).values()):
         check(cpu, x, spec)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
+def test_levels_rotations_and_dither_give_the_reference_bytes(dtype: torch.dtype) -> None:
+    specs = UNIT_SPECS if dtype == torch.float32 else UNIT_SPECS[::4]
+    for spec in specs:
+        assert dispatch.backend(torch.device("cpu"), spec, 700, dtype) is cpu
+        for x in samples(dtype).values():
+            check(cpu, x, spec)
+
+
+def test_a_rotation_with_other_signs_would_be_noticed() -> None:
+    # Positive control: another seed.
+    x, spec = samples(torch.float32)["normal"], UNIT_SPECS[0]
+    first, second = (cpu.encode(x, spec, seed) for seed in (3, 4))
+    assert not same_bytes(first.payload, second.payload)
 
 
 @pytest.mark.parametrize("size", [256, None])
@@ -78,6 +103,16 @@ def test_large_buckets_give_the_reference_bytes(
         check(cpu_whole, x, spec)
 
 
+def test_dithered_buckets_of_any_size_have_a_plan() -> None:
+    # Buckets that fit into the cache have compiled kernels; the reference serves larger ones.
+    for spec, numel in product(LARGE_DITHERED_SPECS, (0, 700, 70_000)):
+        x = samples(torch.float32)["normal"].repeat(70)[:numel]
+        served = dispatch.backend(x.device, spec, numel, x.dtype)
+        fits = numel > 0 and (spec.bucket_size or numel) <= cpu.LARGEST_BUCKET
+        assert served is (cpu if fits else reference)
+        check(Plans(), x, spec)
+
+
 def test_several_large_buckets_give_the_reference_bytes() -> None:
     x = torch.randn(5 * 4096 + 11, generator=torch.Generator().manual_seed(0))
     for spec in LARGE_SPECS:
@@ -115,7 +150,7 @@ class Plans:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
 def test_plans_have_the_bytes_of_the_reference(dtype: torch.dtype) -> None:
-    for spec, x in product((*SPECS[::7], *LARGE_SPECS[::3]), samples(dtype).values()):
+    for spec, x in product((*SPECS[::7], *LARGE_SPECS[::3], *UNIT_SPECS[::11]), samples(dtype).values()):
         check(Plans(), x, spec)
 
 

@@ -19,7 +19,7 @@ from brevitas_bp.format.stages import L2, MAX, MIN_MAX, NARROW, NEAREST, UNSIGNE
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
 from tests.kernels.gpu_worker import Compiled, Interpreted, Worker, compile_kernels
-from tests.kernels.table import DTYPES, SPECS, check, joined, same_bytes, samples
+from tests.kernels.table import DTYPES, SPECS, UNIT_SPECS, check, joined, same_bytes, samples
 from tests.strategies import VALUES, dtype_name, float_tensors, normals, seeds, specs
 from tests.support import same_bits, stage_name
 
@@ -357,6 +357,15 @@ def test_double_and_whole_tensors_go_to_the_reference() -> None:
     assert gpu.covers(BucketQuantSpec(), 1000, torch.bfloat16)
 
 
+def test_levels_rotations_and_dither_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from brevitas_bp.kernels.gpu import launch as gpu
+
+    monkeypatch.setattr(dispatch, "_triton_works", lambda: True)
+    for spec in UNIT_SPECS:
+        assert not gpu.covers(spec, 1000, torch.float32)
+        assert dispatch.backend(torch.device("cuda"), spec, 1000, torch.float32) is reference
+
+
 def test_plans_of_a_device_are_those_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from brevitas_bp.kernels.gpu import launch as gpu
 
@@ -432,6 +441,16 @@ def test_device_bytes_equal_the_reference(part: int) -> None:
     dtype = DTYPES[part]
     x, tail = joined(dtype, 20_000), samples(dtype)["seven"]
     for spec in SPECS[part::3]:
+        check(OnDevice(), x, spec)
+        check(OnDevice(), tail, spec)
+
+
+@gpu_test
+@each_dtype
+def test_device_bytes_of_levels_rotations_and_dither(dtype: torch.dtype) -> None:
+    # The reference serves them, on the device.
+    x, tail = joined(dtype, 20_000), samples(dtype)["seven"]
+    for spec in UNIT_SPECS[::5]:
         check(OnDevice(), x, spec)
         check(OnDevice(), tail, spec)
 

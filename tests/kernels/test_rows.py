@@ -11,7 +11,17 @@ from brevitas_bp.format import reference
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 from brevitas_bp.format.spec import BucketQuantSpec, row_bucket
-from brevitas_bp.format.stages import L2, MAX, NARROW, NEAREST
+from brevitas_bp.format.stages import (
+    CENTRED,
+    DITHERED,
+    L2,
+    MAX,
+    NARROW,
+    NEAREST,
+    NORMAL,
+    ROTATED,
+    ROTATED_TWICE,
+)
 from brevitas_bp.kernels import dispatch
 from brevitas_bp.kernels.launchers import StepwiseLauncher
 from tests.kernels.table import same_bytes
@@ -24,7 +34,13 @@ LENGTHS = (1, 17, 49, 192, 300)
 SPECS = [
     BucketQuantSpec(2, 256), BucketQuantSpec(3, 256, metadata_dtype=torch.bfloat16),
     BucketQuantSpec(4, 64, MAX, NARROW), BucketQuantSpec(2, 256, L2, NARROW),
-    BucketQuantSpec(2, 128, rounding=NEAREST, mix_bit_width=4, mix_prob=0.4)]
+    BucketQuantSpec(2, 128, rounding=NEAREST, mix_bit_width=4, mix_prob=0.4),
+    BucketQuantSpec(2, 256, CENTRED, NORMAL, NEAREST, transform=ROTATED_TWICE),
+    BucketQuantSpec(
+        1, 64, CENTRED, NORMAL, NEAREST, metadata_dtype=torch.bfloat16, mix_bit_width=3, mix_prob=0.4,
+        transform=ROTATED_TWICE),
+    BucketQuantSpec(3, 128, rounding=DITHERED, metadata_dtype=torch.bfloat16, transform=ROTATED),
+    BucketQuantSpec(4, 256, rounding=DITHERED)]
 
 
 def _values(numel: int, dtype: torch.dtype) -> Tensor:
