@@ -170,7 +170,8 @@ def encode_in_units_kernel(
     unit, inverse = _power_of_two(peak)
     xs = _scaled(xs, inverse)
     if centres:
-        count = tl.minimum(limit - tl.reshape(distance, [buckets]), size)
+        # Buckets that do not exist have one element.
+        count = tl.minimum(tl.maximum(tl.reshape(limit - distance, [buckets]), 1), size)
         xs, offset = _centred(
             xs, lane, count, unit, inverse, buckets, slice_size, lanes, levels, bf16)
     if rotations > 0:

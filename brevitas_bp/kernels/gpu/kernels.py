@@ -105,7 +105,8 @@ def _decode_slices(
         out: tl.tensor, lines: tl.tuple, mix_lines: tl.tuple, lowest: tl.tensor, scale: tl.tensor,
         lo: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor, inside: tl.tensor,
         lane: tl.tensor, limit: tl.tensor, far: tl.tensor, kind: tl.tensor, scales: tl.tensor,
-        shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor, largest: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, float_format: tl.constexpr,
+        shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor, largest: tl.constexpr,
+        width: tl.constexpr, mix_width: tl.constexpr, float_format: tl.constexpr,
         slice_size: tl.constexpr, rounding: tl.constexpr, units: tl.constexpr, padded: tl.constexpr,
         tail: tl.constexpr) -> None:
     unit, moved = 0.0, 0.0
