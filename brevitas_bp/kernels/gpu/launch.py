@@ -16,7 +16,7 @@ The reference serves these cases:
 
 * float64
 * buckets of a whole tensor
-* buckets of more than ``LARGEST_BUCKET`` elements, or ``LARGEST_IN_UNITS`` elements in units
+* buckets that are too large for registers and shared memory, see :func:`covers`
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +34,7 @@ from brevitas_bp.format.reference import (
     draw_layout,
     payload_nbytes,
 )
-from brevitas_bp.format.spec import BucketQuantSpec
+from brevitas_bp.format.spec import BucketQuantSpec, is_rotatable
 from brevitas_bp.kernels.gpu import in_units, kernels, levels
 from brevitas_bp.kernels.gpu.codes import ROUNDINGS
 from brevitas_bp.kernels.gpu.constants import ONE, SEVERAL
@@ -49,7 +49,8 @@ from brevitas_bp.kernels.gpu.options import (
 from brevitas_bp.kernels.gpu.rotation import TRANSFORMS
 from brevitas_bp.kernels.launchers import CODE_RANGES
 
-LARGEST_BUCKET, LARGEST_IN_UNITS = 1 << 16, 1 << 13
+#: Elements of a bucket that a program holds; in units; in units, if they are no power of two.
+LARGEST_BUCKET, LARGEST_IN_UNITS, LARGEST_ODD_IN_UNITS = 1 << 16, 1 << 14, 1 << 11
 #: The stages that these kernels implement.
 COVERED = ROUNDINGS | RULES | levels.RULES | CODE_RANGES | levels.CODES | TRANSFORMS
 
@@ -61,9 +62,13 @@ _decode_in_units_kernel: Any = in_units.decode_in_units_kernel
 
 def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
     """Returns whether these kernels serve such tensors: all stages, and buckets that a program holds."""
-    largest = LARGEST_IN_UNITS if spec.works_in_units else LARGEST_BUCKET
-    return dtype in FORMATS and spec.bucket_size is not None and (
-        spec.bucket_size <= largest) and spec.is_covered_by(COVERED)
+    if dtype not in FORMATS or spec.bucket_size is None:
+        return False
+    largest = LARGEST_BUCKET
+    if spec.works_in_units:
+        # The sums of other sizes are slow to compile: their number of steps grows quadratically.
+        largest = LARGEST_IN_UNITS if is_rotatable(spec.bucket_size) else LARGEST_ODD_IN_UNITS
+    return spec.bucket_size <= largest and spec.is_covered_by(COVERED)
 
 
 class Launcher:

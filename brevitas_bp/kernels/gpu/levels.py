@@ -55,8 +55,9 @@ def nearest_level(u: tl.tensor, table: tl.tensor, width: tl.constexpr) -> tl.ten
             level = tl.where(further, _LEVELS[width][t + 1], level)
     else:
         for k in tl.static_range(width - 1):
-            step: tl.constexpr = half >> (k + 1)
-            place += tl.where(size >= tl.load(table + (half + step - 1) + place), step, 0)
+            # The threshold below the level that lies half >> (k + 1) further.
+            border = tl.load(table + (half + (half >> (k + 1)) - 1) + place)
+            place += (size >= border).to(tl.int32) * (half >> (k + 1))
         level = tl.load(table + place)
     return tl.where(negative, half - 1 - place, half + place), tl.where(negative, -level, level)
 
