@@ -83,18 +83,16 @@ def _split(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _across_slices(xs: tl.tuple) -> tl.tensor:
-    """Makes the butterflies of the last three strides, which pair whole slices."""
-    for level in tl.static_range(3):
-        out = ()
-        for s in tl.static_range(_SLICES):
-            partner = xs[s ^ (1 << level)]
-            if s & (1 << level):
-                out = out + (partner - xs[s],)
-            else:
-                out = out + (xs[s] + partner,)
-        xs = out
-    return xs
+def _pair_slices(xs: tl.tuple, stride: tl.constexpr) -> tl.tensor:
+    """Makes the butterflies of pairs of slices, which lie ``stride`` slices apart."""
+    out = ()
+    for s in tl.static_range(_SLICES):
+        partner = xs[s ^ stride]
+        if s & stride:
+            out = out + (partner - xs[s],)
+        else:
+            out = out + (xs[s] + partner,)
+    return out
 
 
 @triton.jit
@@ -104,7 +102,16 @@ def _hadamard(
     x = tl.reshape(_joined(xs), [buckets, lanes, _SLICES])
     for level in tl.static_range(levels):
         x = _butterfly(x, 1 << level, buckets, lanes)
-    return _across_slices(_split(tl.reshape(x, [buckets, lanes, 2, 2, 2])))
+    xs = _split(tl.reshape(x, [buckets, lanes, 2, 2, 2]))
+    return _pair_slices(_pair_slices(_pair_slices(xs, 1), 2), 4)
+
+
+@triton.jit
+def _divided(xs: tl.tuple, size: tl.constexpr) -> tl.tensor:
+    out = ()
+    for s in tl.static_range(_SLICES):
+        out = out + (xs[s] * (1 / size),)
+    return out
 
 
 @triton.jit
@@ -113,11 +120,8 @@ def rotate(
         buckets: tl.constexpr, lanes: tl.constexpr, levels: tl.constexpr) -> tl.tensor:
     """See ``rotation.rotate``."""
     for rotation in tl.static_range(rotations):
-        xs = _hadamard(_change_signs(xs, words, lane, rotation, size), buckets, lanes, levels)
-        out = ()
-        for s in tl.static_range(_SLICES):
-            out = out + (xs[s] * (1 / size),)
-        xs = out
+        xs = _change_signs(xs, words, lane, rotation, size)
+        xs = _divided(_hadamard(xs, buckets, lanes, levels), size)
     return xs
 
 
