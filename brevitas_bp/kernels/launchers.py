@@ -75,8 +75,8 @@ class StepwiseLauncher:
             flat = normalize(flat, affine)
         spec = self._spec
         if spec.works_in_units:
-            # The mean of a bucket must not count padding. Only the reference has these stages, and it
-            # has rows.
+            # The mean of a bucket must not count padding. Of the kernels that need these steps, only the
+            # reference has these stages, and it has rows.
             return reference.encode(flat, spec, seed).tensors
         return self._kernels.encode(*reference.padded_rows(flat, spec), seed).tensors
 

@@ -46,7 +46,8 @@ Statistics = tuple[Array, Array | None, int] | None
 
 
 def to_array(x: Tensor) -> Array:
-    return x.view(torch.uint8).numpy(), x.dtype
+    # The stride of a single element may be anything.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy(), x.dtype
 
 
 def from_array(array: Array) -> Tensor:
@@ -207,8 +208,11 @@ def compile_kernels(
 
     driver.set_active(_NoDevice(capability))  # pyright: ignore[reportArgumentType]
     found: list[Compiled] = []
-    with patch.object(gpu, "_encode_kernel", _CompileOnly(gpu._encode_kernel, found, **options)), \
-            patch.object(gpu, "_decode_kernel", _CompileOnly(gpu._decode_kernel, found, **options)):
+    replaced = {
+        name: _CompileOnly(getattr(gpu, name), found, **options)
+        for name in ("_encode_kernel", "_decode_kernel", "_encode_in_units_kernel",
+                     "_decode_in_units_kernel")}
+    with patch.multiple(gpu, **replaced):
         for numel, seed in calls:
             plan = gpu.launcher(spec, numel, dtype)
             stored = plan.encode(torch.empty(numel, dtype=dtype), seed, affine=affine)

@@ -106,7 +106,8 @@ def samples(dtype: torch.dtype) -> dict[str, Tensor]:
         "one": normal[:1], "seven": normal[:7], "normal": normal, "whole": normal.repeat(5)[:4608],
         "shifted": normal + 100, "constant": torch.full((700,), 3.7), "zero": torch.zeros(300),
         "signed zeros": torch.tensor([-0.0, 0.0] * 100),
-        "subnormal": normal * torch.finfo(computed).tiny, "broken": broken}
+        "subnormal": normal * torch.finfo(computed).tiny, "one hot": torch.eye(4, 256).view(-1) * 3.7,
+        "broken": broken}
     out = {name: x.to(dtype) for name, x in data.items()}
     out["huge"] = (normal.double() * largest).clamp(-largest, largest).to(dtype)
     return out

@@ -8,53 +8,77 @@ import triton
 import triton.language as tl
 
 from brevitas_bp.format.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS, NOISE_STEP
-from brevitas_bp.format.stages import NEAREST, STOCHASTIC
+from brevitas_bp.format.stages import DITHERED, NEAREST, STOCHASTIC
 from brevitas_bp.kernels.gpu.floats import bits_of
 
 _S0, _M0 = tl.constexpr(HASH_ROUNDS[0][0]), tl.constexpr(HASH_ROUNDS[0][1])
 _S1, _M1 = tl.constexpr(HASH_ROUNDS[1][0]), tl.constexpr(HASH_ROUNDS[1][1])
 _S2, _M2 = tl.constexpr(HASH_ROUNDS[2][0]), tl.constexpr(HASH_ROUNDS[2][1])
 _S3 = tl.constexpr(HASH_LAST_SHIFT)
-#: The roundings that :func:`round_codes` implements.
-ROUNDINGS = frozenset({NEAREST, STOCHASTIC})
+#: The roundings that :func:`round_codes` and :func:`factor_of` implement.
+ROUNDINGS = frozenset({NEAREST, STOCHASTIC, DITHERED})
 _STOCHASTIC = tl.constexpr(STOCHASTIC.number)
+_DITHERED = tl.constexpr(DITHERED.number)
 # Adding this to a float of less than 2**22 rounds the float to the nearest integer, ties to even. The
 # low bits then hold this integer. Conversion instructions run at a fraction of the rate of additions.
 _MAGIC = tl.constexpr(1.5 * 2**23)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 _TO_NOISE = tl.constexpr(32 - NOISE_BITS)
 _STEP = tl.constexpr(NOISE_STEP)
+_SLICES = tl.constexpr(8)
+
+
+@triton.jit
+def word_of(index: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
+    """See ``random.words_``; ``index`` is uint32, and so is the result."""
+    h = index + k0.to(tl.uint32)
+    h = (h ^ (h >> _S0)) * _M0
+    h = h ^ k1.to(tl.uint32)
+    h = (h ^ (h >> _S1)) * _M1
+    h = (h ^ (h >> _S2)) * _M2
+    return h ^ (h >> _S3)
 
 
 @triton.jit
 def noise_of(index: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
     """See ``random.uniform_``; ``index`` is uint32."""
-    h = index + k0
-    h = (h ^ (h >> _S0)) * _M0
-    h = h ^ k1
-    h = (h ^ (h >> _S1)) * _M1
-    h = (h ^ (h >> _S2)) * _M2
-    h = h ^ (h >> _S3)
-    return (h >> _TO_NOISE).to(tl.int32).to(tl.float32) * _STEP
+    return (word_of(index, k0, k1) >> _TO_NOISE).to(tl.int32).to(tl.float32) * _STEP
 
 
 @triton.jit
 def round_codes(
-        u: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor,
+        u: tl.tensor, high: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor,
         rounding: tl.constexpr) -> tl.tensor:
     """Integers of ``u``, whose magnitude is below 2**22, by the rounding of this number, int32.
 
-    ``index`` holds the flat indices of the elements, uint32.
+    ``u`` is clamped to the range of the codes, which ends with ``high``. ``index`` holds the flat
+    indices of the elements, uint32.
     """
+    if rounding == _DITHERED:
+        # The sum of ``high`` and noise may round up to the next integer.
+        u = tl.minimum(u + noise_of(index, k0, k1), high)
     shifted = u + _MAGIC
     code = bits_of(shifted) - _MAGIC_BITS
+    if rounding == _DITHERED:
+        code = code - (shifted - _MAGIC > u).to(tl.int32)
     if rounding == _STOCHASTIC:
         nearest = shifted - _MAGIC
         above = nearest > u
         floor = tl.where(above, nearest - 1.0, nearest)
-        noise = noise_of(index, k0.to(tl.uint32), k1.to(tl.uint32))
+        noise = noise_of(index, k0, k1)
         code = code - above.to(tl.int32) + (noise < u - floor).to(tl.int32)
     return code
+
+
+@triton.jit
+def factor_of(
+        code: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor,
+        rounding: tl.constexpr) -> tl.tensor:
+    """Returns what integers of :func:`round_codes` stand for, in steps."""
+    factor = code.to(tl.float32)
+    if rounding == _DITHERED:
+        factor = (factor + 0.5) - noise_of(index, k0, k1)
+    return factor
 
 
 @triton.jit
@@ -72,6 +96,27 @@ def locate(
         start = tl.where(
             is_mixed, slot * mix_nbytes, mixed * mix_nbytes + (slot - mixed) * nbytes)
     return is_mixed, start
+
+
+@triton.jit
+def round_slices(
+        xs: tl.tuple, lo: tl.tensor, inverse: tl.tensor, tops: tl.tensor, index: tl.tensor,
+        k0: tl.tensor, k1: tl.tensor, signed: tl.constexpr, affine: tl.constexpr,
+        rounding: tl.constexpr, slice_size: tl.constexpr) -> tl.tensor:
+    """Returns the codes of all slices, counted from the lowest; ``index`` is that of the first slice."""
+    high = tops[:, None]
+    low = -high if signed else high * 0.0
+    lowest = low.to(tl.int32)
+    codes = ()
+    for s in tl.static_range(_SLICES):
+        u = xs[s]
+        if affine:
+            u = u - lo[:, None]
+        # The ends are integers, so clamping first gives the same codes as clamping last.
+        u = tl.minimum(tl.maximum(u * inverse[:, None], low), high)
+        code = round_codes(u, high, index + s * slice_size, k0, k1, rounding) - lowest
+        codes = codes + (code,)
+    return codes
 
 
 @triton.jit
@@ -98,6 +143,19 @@ def pack(
 
 
 @triton.jit
+def pack_widths(
+        codes: tl.tuple, pointer: tl.tensor, is_mixed: tl.tensor, broken: tl.tensor, mask: tl.tensor,
+        width: tl.constexpr, mix_width: tl.constexpr, slice_size: tl.constexpr) -> None:
+    """Stores the planes of buckets, which have one of two widths; broken buckets store zeros."""
+    if mix_width == 0:
+        pack(codes, pointer, broken[:, None], mask, width, slice_size)
+    else:
+        other = is_mixed[:, None]
+        pack(codes, pointer, broken[:, None], mask & (other == 0), width, slice_size)
+        pack(codes, pointer, broken[:, None], mask & other, mix_width, slice_size)
+
+
+@triton.jit
 def load_planes(
         pointer: tl.tensor, mask: tl.tensor, width: tl.constexpr,
         slice_size: tl.constexpr) -> tl.tensor:
@@ -106,6 +164,21 @@ def load_planes(
     for t in tl.static_range(width):
         out = out + (tl.load(pointer + t * slice_size, mask, 0).to(tl.int32),)
     return out
+
+
+@triton.jit
+def load_widths(
+        pointer: tl.tensor, is_mixed: tl.tensor, mask: tl.tensor, width: tl.constexpr,
+        mix_width: tl.constexpr, slice_size: tl.constexpr) -> tl.tensor:
+    """Loads the lines of each width; those of the width that a bucket does not have are zero."""
+    if mix_width == 0:
+        lines = load_planes(pointer, mask, width, slice_size)
+        mix_lines = ()
+    else:
+        other = is_mixed[:, None]
+        lines = load_planes(pointer, mask & (other == 0), width, slice_size)
+        mix_lines = load_planes(pointer, mask & other, mix_width, slice_size)
+    return lines, mix_lines
 
 
 @triton.jit

@@ -2,5 +2,6 @@
 
 #: Float formats.
 F32, F16, BF16 = 0, 1, 2
+INF_BITS = 0x7F800000
 #: Statistics of a bucket if values are normalized: one, or several. (0: values are not normalized.)
 ONE, SEVERAL = 1, 2

@@ -19,34 +19,40 @@ Two switches of a kernel cost nothing if they are off:
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 
-from brevitas_bp.kernels.gpu.codes import load_planes, locate, pack, round_codes, unpack
+from brevitas_bp.kernels.gpu.codes import (
+    factor_of,
+    load_widths,
+    locate,
+    pack_widths,
+    round_slices,
+    unpack,
+)
 from brevitas_bp.kernels.gpu.constants import BF16, ONE, SEVERAL
 from brevitas_bp.kernels.gpu.floats import load, store
 from brevitas_bp.kernels.gpu.metadata import metadata_of
 from brevitas_bp.kernels.gpu.places import (
-    fill_of,
     first_units,
-    load_slices,
+    limit_of,
+    load_buckets,
     next_units,
     place_of,
+    store_slice,
     unit_of,
 )
 
-_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _SLICES = tl.constexpr(8)
 _BF16 = tl.constexpr(BF16)
 _ONE = tl.constexpr(ONE)
 _SEVERAL = tl.constexpr(SEVERAL)
 # Arguments for which Triton does not compile a kernel for each kind of value.
-_NUMBERS = ["numel", "n", "mixed", "multiplier", "shift", "row", "inner", "kinds"]
+NUMBERS = ["numel", "n", "mixed", "multiplier", "shift", "row", "inner", "kinds", "k0", "k1"]
 
 
 @triton.jit(
-    do_not_specialize=[*_NUMBERS, "k0", "k1"], do_not_specialize_on_alignment=["scales", "shifts"])
+    do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["scales", "shifts"])
 def encode_kernel(
         x: tl.tensor, payload: tl.tensor, metadata: tl.tensor, numel: tl.int64,
         n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, k0: tl.int32,
@@ -73,20 +79,10 @@ def encode_kernel(
     here, inside = x + place, distance + lane
     far, kind = first_units(
         place, inside if units == _SEVERAL else distance, inner, kinds, units)
-    whole = place + buckets * size <= numel
-    if rows:
-        whole = False
-    if whole:
-        xs = load_slices(
-            here, inside, lane, 0, 0.0, far, kind, scales, shifts, inner, kinds, float_format,
-            slice_size, units, padded, False)
-    else:
-        limit = end if rows else (numel - place).to(tl.int32)
-        fill = fill_of(
-            here, place, limit, scales, shifts, inner, kinds, pads_with_zero, units, float_format)
-        xs = load_slices(
-            here, inside, lane, limit, fill, far, kind, scales, shifts, inner, kinds, float_format,
-            slice_size, units, padded, True)
+    limit = limit_of(place, end, numel, size, buckets, rows)
+    xs = load_buckets(
+        here, inside, lane, place, limit, numel, far, kind, scales, shifts, inner, kinds,
+        pads_with_zero, float_format, size, buckets, slice_size, rows, units, padded)
 
     tops = tl.where(is_mixed, mix_top, top).to(tl.float32)
     scale, inverse, lo, broken = metadata_of(
@@ -96,73 +92,50 @@ def encode_kernel(
     if affine:
         store(metadata + n + bucket, lo, exists, metadata_format)
 
-    high = tops[:, None]
-    low = -high if signed else high * 0.0
-    lowest = low.to(tl.int32)
     index = (bucket * size).to(tl.uint32)[:, None] + lane.to(tl.uint32)
-    codes = ()
-    for s in tl.static_range(_SLICES):
-        u = xs[s]
-        if affine:
-            u = u - lo[:, None]
-        # The ends are integers, so clamping first gives the same codes as clamping last.
-        u = tl.minimum(tl.maximum(u * inverse[:, None], low), high)
-        code = round_codes(u, index + s * slice_size, k0, k1, rounding) - lowest
-        codes = codes + (code,)
-
-    pointer = payload + start[:, None] + lane
-    written = exists[:, None] & (lane < slice_size)
-    if mix_width == 0:
-        pack(codes, pointer, broken[:, None], written, width, slice_size)
-    else:
-        other = is_mixed[:, None]
-        pack(codes, pointer, broken[:, None], written & (other == 0), width, slice_size)
-        pack(codes, pointer, broken[:, None], written & other, mix_width, slice_size)
+    codes = round_slices(
+        xs, lo, inverse, tops, index, k0, k1, signed, affine, rounding, slice_size)
+    pack_widths(
+        codes, payload + start[:, None] + lane, is_mixed, broken, exists[:, None] & (lane < slice_size),
+        width, mix_width, slice_size)
 
 
 @triton.jit
 def _decode_slices(
         out: tl.tensor, lines: tl.tuple, mix_lines: tl.tuple, lowest: tl.tensor, scale: tl.tensor,
-        lo: tl.tensor, inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, far: tl.tensor,
-        kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor,
-        largest: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, float_format: tl.constexpr,
-        slice_size: tl.constexpr, units: tl.constexpr, padded: tl.constexpr,
+        lo: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor, inside: tl.tensor,
+        lane: tl.tensor, limit: tl.tensor, far: tl.tensor, kind: tl.tensor, scales: tl.tensor,
+        shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor, largest: tl.constexpr,
+        width: tl.constexpr, mix_width: tl.constexpr, float_format: tl.constexpr,
+        slice_size: tl.constexpr, rounding: tl.constexpr, units: tl.constexpr, padded: tl.constexpr,
         tail: tl.constexpr) -> None:
+    unit, moved = 0.0, 0.0
     if units == _ONE:
-        unit, shift = unit_of(kind, scales, shifts)
+        unit, moved = unit_of(kind, scales, shifts)
     for s in tl.static_range(_SLICES):
         code = unpack(lines, s, width)
         if mix_width > 0:
             # The lines of the other width are zero.
             code = code | unpack(mix_lines, s, mix_width)
-        y = (code + lowest).to(tl.float32) * scale + lo
+        factor = factor_of(code + lowest, index + s * slice_size, k0, k1, rounding)
         if units == _SEVERAL:
             if s > 0:
                 far, kind = next_units(far, kind, inner, kinds, slice_size)
-            unit, shift = unit_of(kind, scales, shifts)
-        if units > 0:
-            y = tl.clamp(y, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL) * unit
-            if shifts is not None:
-                y = y + shift
-        y = tl.clamp(y, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
-        offset = inside + s * slice_size
-        if tail:
-            store(out + offset, y, (offset < limit) & (lane < slice_size), float_format)
-        elif padded:
-            store(out + offset, y, (lane < slice_size) & (offset >= 0), float_format)
-        else:
-            store(out + offset, y, None, float_format)
+            unit, moved = unit_of(kind, scales, shifts)
+        store_slice(
+            out, factor * scale + lo, inside + s * slice_size, lane, limit, unit, moved, shifts,
+            largest, float_format, slice_size, units, padded, tail)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["scales", "shifts"])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["scales", "shifts"])
 def decode_kernel(
         out: tl.tensor, payload: tl.tensor, metadata: tl.tensor, numel: tl.int64,
-        n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, row: tl.int64,
-        scales: tl.tensor, shifts: tl.tensor, inner: tl.int64, kinds: tl.int64, size: tl.constexpr,
-        buckets: tl.constexpr, lanes: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr,
-        lowest: tl.constexpr, mix_lowest: tl.constexpr, affine: tl.constexpr, largest: tl.constexpr,
-        rows: tl.constexpr, units: tl.constexpr, float_format: tl.constexpr,
-        metadata_format: tl.constexpr) -> None:
+        n: tl.int64, mixed: tl.int64, multiplier: tl.int64, shift: tl.int64, k0: tl.int32,
+        k1: tl.int32, row: tl.int64, scales: tl.tensor, shifts: tl.tensor, inner: tl.int64,
+        kinds: tl.int64, size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr,
+        width: tl.constexpr, mix_width: tl.constexpr, lowest: tl.constexpr, mix_lowest: tl.constexpr,
+        affine: tl.constexpr, rounding: tl.constexpr, largest: tl.constexpr, rows: tl.constexpr,
+        units: tl.constexpr, float_format: tl.constexpr, metadata_format: tl.constexpr) -> None:
     """Decodes ``buckets`` buckets; ``mix_width`` is 0 if all have one width."""
     slice_size: tl.constexpr = size // 8
     padded: tl.constexpr = slice_size != lanes
@@ -182,13 +155,8 @@ def decode_kernel(
         lo = 0.0
     pointer = payload + start[:, None] + lane
     mask = exists[:, None] & (lane < slice_size)
-    if mix_width == 0:
-        lines = load_planes(pointer, mask, width, slice_size)
-        mix_lines = ()
-    else:
-        other = is_mixed[:, None]
-        lines = load_planes(pointer, mask & (other == 0), width, slice_size)
-        mix_lines = load_planes(pointer, mask & other, mix_width, slice_size)
+    lines, mix_lines = load_widths(pointer, is_mixed, mask, width, mix_width, slice_size)
+    index = (bucket * size).to(tl.uint32)[:, None] + lane.to(tl.uint32)
     low = tl.where(is_mixed, mix_lowest, lowest)[:, None]
     place, distance, end = place_of(first, number, n, row, size, buckets, rows)
     here, inside = out + place, distance + lane
@@ -199,12 +167,12 @@ def decode_kernel(
         whole = False
     if whole:
         _decode_slices(
-            here, lines, mix_lines, low, scale, lo, inside, lane, 0, far, kind, scales,
-            shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, units, padded,
-            False)
+            here, lines, mix_lines, low, scale, lo, index, k0, k1, inside, lane, 0, far, kind, scales,
+            shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, rounding, units,
+            padded, False)
     else:
         limit = tl.where(exists[:, None], end, 0) if rows else (numel - place).to(tl.int32)
         _decode_slices(
-            here, lines, mix_lines, low, scale, lo, inside, lane, limit, far, kind, scales,
-            shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, units, padded,
-            True)
+            here, lines, mix_lines, low, scale, lo, index, k0, k1, inside, lane, limit, far, kind,
+            scales, shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, rounding,
+            units, padded, True)

@@ -5,14 +5,18 @@ eight slices of ``B / 8`` elements. Every byte of every plane is made of codes a
 slices. So packing stays within a thread, and each slice is a contiguous vector load. Padding of rows
 and normalizing happen on the way: nothing is copied.
 
-Nothing synchronises. Sizes follow from the spec and the seed. A bucket finds its width and its bytes by
-the arithmetic of :mod:`brevitas_bp.format.widths`.
+Buckets that are centred, rotated or coded by levels have kernels of their own
+(:mod:`brevitas_bp.kernels.gpu.in_units`). They hold the whole bucket while they rotate it.
+
+Nothing synchronises, except for the first tensor of a device that needs a table of levels. Sizes follow
+from the spec and the seed. A bucket finds its width and its bytes by the arithmetic of
+:mod:`brevitas_bp.format.widths`.
 
 The reference serves these cases:
 
 * float64
 * buckets of a whole tensor
-* buckets of more than ``LARGEST_BUCKET`` elements
+* buckets that are too large for registers and shared memory, see :func:`covers`
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -23,38 +27,48 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.format.normalizing import Affine
-from brevitas_bp.format.random import noise_keys
+from brevitas_bp.format.random import METADATA, ROTATION, ROUNDING, noise_keys
 from brevitas_bp.format.reference import (
     Encoded,
     bucket_shape,
     draw_layout,
     payload_nbytes,
 )
-from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.format.stages import NO_TRANSFORM
-from brevitas_bp.kernels.gpu import kernels
+from brevitas_bp.format.spec import BucketQuantSpec, is_rotatable
+from brevitas_bp.kernels.gpu import in_units, kernels, levels
 from brevitas_bp.kernels.gpu.codes import ROUNDINGS
-from brevitas_bp.kernels.gpu.constants import BF16, F16, F32, ONE, SEVERAL
+from brevitas_bp.kernels.gpu.constants import ONE, SEVERAL
 from brevitas_bp.kernels.gpu.metadata import RULES
+from brevitas_bp.kernels.gpu.options import (
+    FORMATS,
+    decode_options,
+    encode_options,
+    shape_of,
+    widths_of,
+)
+from brevitas_bp.kernels.gpu.rotation import TRANSFORMS
 from brevitas_bp.kernels.launchers import CODE_RANGES
 
-LARGEST_BUCKET = 1 << 16
-# Elements of each slice that a thread holds: 16 bytes of float32.
-_PER_THREAD = 4
-_FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+#: Elements of a bucket that a program holds; in units; in units, if they are no power of two.
+LARGEST_BUCKET, LARGEST_IN_UNITS, LARGEST_ODD_IN_UNITS = 1 << 16, 1 << 14, 1 << 11
 #: The stages that these kernels implement.
-COVERED = ROUNDINGS | RULES | CODE_RANGES | {NO_TRANSFORM}
-# The hash of the noise wraps around. This is no error, even when kernels are debugged.
-_LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
+COVERED = ROUNDINGS | RULES | levels.RULES | CODE_RANGES | levels.CODES | TRANSFORMS
 
 _encode_kernel: Any = kernels.encode_kernel
 _decode_kernel: Any = kernels.decode_kernel
+_encode_in_units_kernel: Any = in_units.encode_in_units_kernel
+_decode_in_units_kernel: Any = in_units.decode_in_units_kernel
 
 
 def covers(spec: BucketQuantSpec, numel: int, dtype: torch.dtype) -> bool:
     """Returns whether these kernels serve such tensors: all stages, and buckets that a program holds."""
-    return dtype in _FORMATS and spec.bucket_size is not None and (
-        spec.bucket_size <= LARGEST_BUCKET) and spec.is_covered_by(COVERED)
+    if dtype not in FORMATS or spec.bucket_size is None:
+        return False
+    largest = LARGEST_BUCKET
+    if spec.works_in_units:
+        # The sums of other sizes are slow to compile: their number of steps grows quadratically.
+        largest = LARGEST_IN_UNITS if is_rotatable(spec.bucket_size) else LARGEST_ODD_IN_UNITS
+    return spec.bucket_size <= largest and spec.is_covered_by(COVERED)
 
 
 class Launcher:
@@ -71,9 +85,7 @@ class Launcher:
         self._n, self._size = bucket_shape(numel, spec.bucket_size, spec.row_size)
         # Buckets that fill a row exactly need no row size.
         self._row = 0 if spec.row_size is None or spec.row_size % self._size == 0 else spec.row_size
-        self._shape = _shape(self._size)
-        self._levels = self._shape["lanes"].bit_length() - 1
-        self._grid = (-(-self._n // self._shape["buckets"]),)
+        self._grid = (-(-self._n // shape_of(self._size)["buckets"]),)
 
     def encode(
             self, x: Tensor, seed: int, derivative: str | None = None,
@@ -85,13 +97,19 @@ class Launcher:
         payload = x.new_empty(payload_nbytes(layout, spec, self._size), dtype=torch.uint8)
         metadata = x.new_empty(n * (1 + spec.affine), dtype=spec.metadata_dtype)
         if n:
-            keys = noise_keys(seed) if spec.rounding.encoding_draws else (0, 0)
+            widths = widths_of(spec, layout.mixed > 0)
+            keys = _keys(seed, ROUNDING, spec.rounding.encoding_draws)
+            kernel, further = _encode_kernel, ()
+            if spec.works_in_units:
+                kernel, further = _encode_in_units_kernel, (
+                    *_keys(seed, ROTATION, spec.transform.draws),
+                    *_keys(seed, METADATA, spec.metadata_dtype == torch.bfloat16),
+                    *_tables(spec, widths, x.device))
             with _on(x.device):
-                _encode_kernel[self._grid](
+                kernel[self._grid](
                     x, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
-                    layout.shift, _int32(keys[0]), _int32(keys[1]), self._row, *_statistics(affine),
-                    levels=self._levels, **self._shape, **self._switches(affine),
-                    **_encode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
+                    layout.shift, *keys, self._row, *_statistics(affine), *further,
+                    **self._switches(affine), **encode_options(spec, widths, self._dtype, self._size))
         return payload, metadata
 
     def decode(
@@ -109,12 +127,17 @@ class Launcher:
         spec, n = self._spec, self._n
         layout = draw_layout(n, spec, seed)
         if n:
+            widths = widths_of(spec, layout.mixed > 0)
+            keys = _keys(seed, ROUNDING, spec.rounding.decoding_draws)
+            kernel, further = _decode_kernel, ()
+            if spec.works_in_units:
+                kernel, further = _decode_in_units_kernel, (
+                    *_keys(seed, ROTATION, spec.transform.draws), *_tables(spec, widths, out.device))
             with _on(out.device):
-                _decode_kernel[self._grid](
+                kernel[self._grid](
                     out, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
-                    layout.shift, self._row, *_statistics(affine),
-                    **self._shape, **self._switches(affine),
-                    **_decode_options(spec, _widths(spec, layout.mixed > 0), self._dtype))
+                    layout.shift, *keys, self._row, *_statistics(affine), *further,
+                    **self._switches(affine), **decode_options(spec, widths, self._dtype, self._size))
 
     def _switches(self, affine: Affine | None) -> dict[str, int]:
         """Returns whether there are rows, and whether a bucket has one statistic or several."""
@@ -159,53 +182,23 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _keys(seed: int, stream: int, draws: bool) -> tuple[int, int]:
+    """Returns the keys of a stream as kernel arguments; zeros if nothing is drawn."""
+    if not draws:
+        return 0, 0
+    k0, k1 = noise_keys(seed, stream)
+    return _int32(k0), _int32(k1)
+
+
 def _int32(key: int) -> int:
     """Returns a 32-bit key's bits as a signed integer, because kernel arguments have a fixed type."""
     return key - (1 << 32) if key >= 1 << 31 else key
 
 
-def _widths(spec: BucketQuantSpec, any_mixed: bool) -> tuple[int, int]:
-    """Returns the widths that a kernel writes: (base buckets, mixed buckets or 0 for one width)."""
-    if spec.mix_bit_width is None:
-        return spec.bit_width, 0
-    if spec.mix_per == "tensor":
-        return spec.mix_bit_width if any_mixed else spec.bit_width, 0
-    return spec.bit_width, spec.mix_bit_width
-
-
-@lru_cache(maxsize=256)
-def _shape(size: int) -> dict[str, int]:
-    """Returns the constants that follow from the bucket size: the tile of a program, and its warps.
-
-    A thread holds ``_PER_THREAD`` elements of each slice. So loads and stores of all dtypes agree on
-    which thread holds which element, and nothing travels through shared memory.
-    """
-    lanes = 1 << (size // 8 - 1).bit_length()
-    num_warps = min(max(4, lanes // (32 * _PER_THREAD)), 32)
-    return {
-        "size": size, "buckets": max(1, num_warps * 32 * _PER_THREAD // lanes), "lanes": lanes,
-        "num_warps": num_warps}
-
-
-@lru_cache(maxsize=256)
-def _encode_options(
-        spec: BucketQuantSpec, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-    (width, mix_width), codes = widths, spec.code_range
-    return {
-        "width": width, "mix_width": mix_width, "top": codes.top(width),
-        "mix_top": codes.top(mix_width or width), "signed": codes.signed, "affine": spec.affine,
-        "pads_with_zero": spec.pads_with_zero,
-        "rule": spec.scale_rule.number, "integer": spec.integer_zero_point,
-        "rounding": spec.rounding.number, "float_format": _FORMATS[dtype],
-        "metadata_format": _FORMATS[spec.metadata_dtype], **_LAUNCH}
-
-
-@lru_cache(maxsize=256)
-def _decode_options(
-        spec: BucketQuantSpec, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-    (width, mix_width), codes = widths, spec.code_range
-    return {
-        "width": width, "mix_width": mix_width, "lowest": codes.lowest(width),
-        "mix_lowest": codes.lowest(mix_width or width), "affine": spec.affine,
-        "largest": torch.finfo(dtype).max, "float_format": _FORMATS[dtype],
-        "metadata_format": _FORMATS[spec.metadata_dtype], **_LAUNCH}
+def _tables(
+        spec: BucketQuantSpec, widths: tuple[int, int],
+        device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the tables of levels of both widths; None where a kernel needs none."""
+    if spec.code_range.level is None:
+        return None, None
+    return levels.table_of(widths[0], device), levels.table_of(widths[1], device)

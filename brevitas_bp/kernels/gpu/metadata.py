@@ -10,6 +10,7 @@ import triton.language as tl
 
 from brevitas_bp.format.arithmetic import RANGE_LIMIT
 from brevitas_bp.format.stages import L2, MAX, MIN_MAX
+from brevitas_bp.kernels.gpu.constants import INF_BITS
 from brevitas_bp.kernels.gpu.floats import (
     float_of,
     from_key,
@@ -22,7 +23,7 @@ _LIMIT = tl.constexpr(torch.finfo(torch.float32).max * RANGE_LIMIT)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _SIGN = tl.constexpr(-(1 << 31))
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-_INF_BITS = tl.constexpr(0x7F800000)
+_INF_BITS = tl.constexpr(INF_BITS)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 _SLICES = tl.constexpr(8)
 #: The scale rules that :func:`metadata_of` implements.
@@ -51,14 +52,13 @@ def _squares(xs: tl.tuple) -> tl.tuple:
 
 
 @triton.jit
-def _norm(
-        xs: tl.tuple, lane: tl.tensor, buckets: tl.constexpr, slice_size: tl.constexpr,
+def tree_sum(
+        terms: tl.tuple, lane: tl.tensor, buckets: tl.constexpr, slice_size: tl.constexpr,
         lanes: tl.constexpr, levels: tl.constexpr) -> tl.tensor:
-    """See ``arithmetic.l2_norm``: the binary tree is the same."""
-    squares = _squares(xs)
+    """Returns the sums [buckets] of eight slices, by the binary tree of ``arithmetic.tree_sum``."""
     # The first three halvings add whole slices.
-    a0 = (squares[0] + squares[4]) + (squares[2] + squares[6])
-    a1 = (squares[1] + squares[5]) + (squares[3] + squares[7])
+    a0 = (terms[0] + terms[4]) + (terms[2] + terms[6])
+    a1 = (terms[1] + terms[5]) + (terms[3] + terms[7])
     total = a0 + a1
     if slice_size == lanes:
         for level in tl.static_range(levels):
@@ -70,7 +70,23 @@ def _norm(
             total = _add_upper_half(
                 total, lane, (slice_size + (1 << level) - 1) >> level, buckets, lanes)
         total = tl.sum(tl.where(lane == 0, total, 0.0), axis=1)
-    return tl.sqrt(total).to(tl.float32)
+    return total
+
+
+@triton.jit
+def peak_of(xs: tl.tuple, lane: tl.tensor, slice_size: tl.constexpr) -> tl.tensor:
+    """Returns the bits of the largest magnitude [buckets]; those of a NaN if there is one."""
+    peak = tl.abs(xs[0])
+    for s in tl.static_range(1, _SLICES):
+        peak = tl.maximum(peak, tl.abs(xs[s]), propagate_nan=tl.PropagateNan.ALL)
+    return tl.max(tl.where(lane < slice_size, key_of(peak), 0), axis=1)
+
+
+@triton.jit
+def reciprocal(scale: tl.tensor) -> tl.tensor:
+    """See ``arithmetic.reciprocal``."""
+    usable = scale >= _TINY
+    return tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
 
 
 @triton.jit
@@ -94,21 +110,18 @@ def metadata_of(
             lo = round_down_bf16(lo)
         reach = hi - lo
     else:
-        peak = tl.abs(xs[0])
-        for s in tl.static_range(1, _SLICES):
-            peak = tl.maximum(peak, tl.abs(xs[s]), propagate_nan=tl.PropagateNan.ALL)
-        peak_key = tl.max(tl.where(lane < slice_size, key_of(peak), 0), axis=1)
+        peak_key = peak_of(xs, lane, slice_size)
         broken = peak_key >= _INF_BITS
         lo = tl.zeros([buckets], tl.float32)
         if rule == _L2:
-            reach = _norm(xs, lane, buckets, slice_size, lanes, levels)
+            total = tree_sum(_squares(xs), lane, buckets, slice_size, lanes, levels)
+            reach = tl.sqrt(total).to(tl.float32)
         else:
             reach = from_key(peak_key)
     scale = tl.div_rn(tl.minimum(reach, _LIMIT), top)
     if bf16:
         scale = -round_down_bf16(-scale)
-    usable = scale >= _TINY
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
+    inverse = reciprocal(scale)
     if integer:
         rounded = -round_half_even(-lo * inverse)
         lo = tl.where(inverse > 0, rounded * scale + 0.0, lo)

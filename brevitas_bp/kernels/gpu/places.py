@@ -1,4 +1,4 @@
-"""Places of buckets, rows and statistics in a tensor, in Triton, and loads from there."""
+"""Places of buckets, rows and statistics in a tensor, in Triton; loads and stores there."""
 
 # NOTE [ Divisions ]
 # Bucket b is in row b // per_row, and element i has statistic i // inner % kinds. Such numbers have 64
@@ -14,12 +14,14 @@
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
+import torch
 import triton
 import triton.language as tl
 
 from brevitas_bp.kernels.gpu.constants import ONE, SEVERAL
-from brevitas_bp.kernels.gpu.floats import load
+from brevitas_bp.kernels.gpu.floats import load, store
 
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _SLICES = tl.constexpr(8)
 _ONE = tl.constexpr(ONE)
 _SEVERAL = tl.constexpr(SEVERAL)
@@ -61,6 +63,18 @@ def place_of(
     else:
         distance, place = number * size, first * size
     return place, distance[:, None], limit
+
+
+@triton.jit
+def limit_of(
+        place: tl.tensor, end: tl.tensor, numel: tl.tensor, size: tl.constexpr, buckets: tl.constexpr,
+        rows: tl.constexpr) -> tl.tensor:
+    """Returns how far from the first bucket the elements of each bucket end, int32."""
+    if rows:
+        limit = end
+    else:
+        limit = tl.minimum(numel - place, buckets * size).to(tl.int32)
+    return limit
 
 
 @triton.jit
@@ -154,3 +168,47 @@ def fill_of(
             scale, shift = unit_of(kind, scales, shifts)
             value = (value - shift) * scale
     return value
+
+
+@triton.jit
+def load_buckets(
+        here: tl.tensor, inside: tl.tensor, lane: tl.tensor, place: tl.tensor, limit: tl.tensor,
+        numel: tl.tensor, far: tl.tensor, kind: tl.tensor, scales: tl.tensor, shifts: tl.tensor,
+        inner: tl.tensor, kinds: tl.tensor, pads_with_zero: tl.constexpr, float_format: tl.constexpr,
+        size: tl.constexpr, buckets: tl.constexpr, slice_size: tl.constexpr, rows: tl.constexpr,
+        units: tl.constexpr, padded: tl.constexpr) -> tl.tensor:
+    """Loads the eight slices of all buckets, padded and normalized; ``here`` is the first bucket."""
+    whole = place + buckets * size <= numel
+    if rows:
+        whole = False
+    if whole:
+        xs = load_slices(
+            here, inside, lane, 0, 0.0, far, kind, scales, shifts, inner, kinds, float_format,
+            slice_size, units, padded, False)
+    else:
+        fill = fill_of(
+            here, place, limit, scales, shifts, inner, kinds, pads_with_zero, units, float_format)
+        xs = load_slices(
+            here, inside, lane, limit, fill, far, kind, scales, shifts, inner, kinds, float_format,
+            slice_size, units, padded, True)
+    return xs
+
+
+@triton.jit
+def store_slice(
+        out: tl.tensor, y: tl.tensor, offset: tl.tensor, lane: tl.tensor, limit: tl.tensor,
+        unit: tl.tensor, shift: tl.tensor, shifts: tl.tensor, largest: tl.constexpr,
+        float_format: tl.constexpr, slice_size: tl.constexpr, units: tl.constexpr,
+        padded: tl.constexpr, tail: tl.constexpr) -> None:
+    """Stores a slice of all buckets, normalized; nothing from ``limit`` on."""
+    if units > 0:
+        y = tl.clamp(y, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL) * unit
+        if shifts is not None:
+            y = y + shift
+    y = tl.clamp(y, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+    if tail:
+        store(out + offset, y, (offset < limit) & (lane < slice_size), float_format)
+    elif padded:
+        store(out + offset, y, (lane < slice_size) & (offset >= 0), float_format)
+    else:
+        store(out + offset, y, None, float_format)
