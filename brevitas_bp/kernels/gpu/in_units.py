@@ -1,6 +1,6 @@
 """The kernels of buckets in units, in Triton: centred, rotated or coded by levels.
 
-See ``reference.encode_in_units``. Shapes and switches are those of
+See ``bucket.encode_in_units``. Shapes and switches are those of
 :mod:`brevitas_bp.kernels.gpu.kernels`.
 """
 
