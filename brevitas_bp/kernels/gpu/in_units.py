@@ -87,7 +87,7 @@ def _scaled(xs: tl.tuple, factor: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _moved(xs: tl.tuple, factor: tl.tensor, shift: tl.tensor) -> tl.tensor:
+def _scaled_and_shifted(xs: tl.tuple, factor: tl.tensor, shift: tl.tensor) -> tl.tensor:
     out = ()
     for s in tl.static_range(_SLICES):
         out = out + (xs[s] * factor[:, None] + shift[:, None],)
@@ -297,7 +297,7 @@ def decode_in_units_kernel(
         # A NaN scale gives NaN with any unit.
         peak = tl.maximum(bits_of(tl.abs(scale)), bits_of(tl.abs(lo)))
         unit, inverse = _power_of_two(peak)
-        ys = _moved(ys, scale * inverse, lo * inverse)
+        ys = _scaled_and_shifted(ys, scale * inverse, lo * inverse)
         scale, lo = unit, tl.zeros([buckets], tl.float32)
     if rotations > 0:
         words = sign_words(bucket, lane, r0, r1, size)
