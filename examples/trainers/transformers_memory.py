@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from brevitas_bp import OpAware, QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
-from brevitas_bp.quant import ShiftedUint8DynamicActPerBucketFloatStochastic
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from tables import show_table
@@ -44,7 +43,7 @@ CONFIGS: dict[str, Any] = {
 }
 POLICIES = {
     "default": OpAware(),
-    "q and k 8 bits": OpAware(attention_quant=ShiftedUint8DynamicActPerBucketFloatStochastic),
+    "q and k exact": OpAware(attention_bits=None),
 }
 
 
