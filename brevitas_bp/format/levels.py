@@ -88,8 +88,8 @@ def relative_error(bit_width: int) -> float:
     The mean squared error of the levels is ``D``, for values of variance 1. The scale that makes them
     unbiased raises it to ``D / (1 - D)``.
 
-    >>> [round(relative_error(bits), 4) for bits in (1, 2, 3, 4, 8)]
-    [0.5708, 0.1331, 0.0358, 0.0096, 0.0001]
+    >>> [round(relative_error(bits), 4) for bits in (1, 2, 3, 4)]
+    [0.5708, 0.1331, 0.0358, 0.0096]
     """
     positive = levels(bit_width)[2**(bit_width - 1):]
     edges = (0.0, *thresholds(bit_width), inf)

@@ -139,7 +139,7 @@ PLACES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], set[str]]]
     "prelu": (F.prelu, [X, (16,)], {"sign and negative part"}),
     "attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v), [(2, 4, 32, 16)] * 3,
-        {"2-bit stochastic"}),
+        {"2-bit stochastic", "8-bit stochastic"}),
 }
 
 
