@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python -m brevitas_bp.run examples/efficientnet_v2/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Under the newest torch there is (gigabytes): with every change to what torch keeps private.
 NEWEST := .venv-newest

@@ -10,4 +10,5 @@ settings.register_profile("default", derandomize=True, deadline=None, max_exampl
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Beside another worker of pytest-xdist, a second thread would only wait for a core.
+torch.set_num_threads(min(1 if "PYTEST_XDIST_WORKER" in os.environ else 2, torch.get_num_threads()))

@@ -183,7 +183,7 @@ POLICY = Mine()
     {"policy": POLICY},
     {"plan": {"_orig_mod.up:*": 3}},
     {"act_quant": ShiftedUint2DynamicActPerBucketFloat},
-], ids=str)
+], ids=lambda settings: "-".join(settings) or "none")
 def test_equal_settings_share(settings: dict[str, Any]) -> None:
     model, other = wrapped(seed=1, **settings), wrapped(seed=2, **copy.copy(settings))
     assert hooks(model) is hooks(other)
