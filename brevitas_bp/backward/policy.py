@@ -125,7 +125,8 @@ class OpAware:
     * It keeps all other tensors as they are.
 
     If the configured quantizer uses rotated codes, derivatives and factors are dithered instead
-    (:attr:`~brevitas_bp.codec.Codec.for_factors`): they are bounded, so a rotation would not help.
+    (:attr:`~brevitas_bp.codec.Codec.for_factors`): they are bounded, so a rotation would not help. So
+    are query and key: with eight bits, a rotation would gain nothing.
 
     A quantizer of averages (:class:`~brevitas_bp.quant.GroupAverage`) averages only tensors that reach
     the gradient of one weight, such as inputs of convolutions and linear layers. In other tensors, each
@@ -308,7 +309,7 @@ class OpAware:
         """Returns a codec with at least so many bits for each element; None if there is none."""
         if bits is None or not codec.bit_widths:
             return None
-        wide = codec.at_least(bits)
+        wide = codec.for_factors.at_least(bits)
         return wide if min(wide.bit_widths, default=0) >= bits else None
 
     def _decide_checkpoint(self, x: Tensor) -> Decision:

@@ -33,11 +33,13 @@ from brevitas_bp.quant import (
     RotatedNormal4DynamicActPerBucketFloat,
     RotatedNormal8DynamicActPerBucketFloat,
     ShiftedUint4DynamicActPerBucketFloatStochastic,
+    ShiftedUint8DynamicActPerBucketFloatDithered,
     ShiftedUint8DynamicActPerBucketFloatStochastic,
 )
 
 QUANTIZERS: dict[str, Any] = {
     "stochastic, 8 bits": ShiftedUint8DynamicActPerBucketFloatStochastic,
+    "dithered, 8 bits": ShiftedUint8DynamicActPerBucketFloatDithered,
     "rotated, 8 bits": RotatedNormal8DynamicActPerBucketFloat,
     "stochastic, 4 bits": ShiftedUint4DynamicActPerBucketFloatStochastic,
     "rotated, 4 bits": RotatedNormal4DynamicActPerBucketFloat}

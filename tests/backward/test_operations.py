@@ -325,14 +325,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("options", "query"), [
-    ({}, "8-bit rotated"),
+    ({}, "8-bit dithered"),
     ({"act_quant": ShiftedUint2DynamicActPerBucketFloatStochastic}, "8-bit stochastic"),
-    ({"policy": OpAware(attention_bits=4)}, "4-bit rotated"),
+    ({"policy": OpAware(attention_bits=4)}, "4-bit dithered"),
     ({"policy": OpAware(attention_bits=None)}, "exact"),
     ({"policy": OpAware(attention_quant=ShiftedUint8DynamicActPerBucketFloatStochastic)},
      "8-bit stochastic"),
     ({"act_quant": Int8ActPerTensorFloat}, "exact"),
-    ({"plan": {"*:*": 1}}, "8-bit rotated")])
+    ({"plan": {"*:*": 1}}, "8-bit dithered")])
 def test_query_and_key_have_bits_of_their_own(options: dict[str, Any], query: str) -> None:
     q, k, v = (torch.randn(2, 4, 64, 32, requires_grad=True) for _ in range(3))
     model = QuantBackwardWrapper(Apply(attention), **options)

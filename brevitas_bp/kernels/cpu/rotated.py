@@ -34,7 +34,8 @@ _U = np.uint32
 @inline
 def in_registers(size: Any, transform: Any) -> Any:
     """Returns whether this module handles buckets of this size."""
-    return transform != 0 and (size == 256 or size == 128 or size == 64)
+    # A rotated bucket has a power of two of elements, 16 or more.
+    return transform != 0 and size <= 256
 
 
 @inline
@@ -63,8 +64,12 @@ def find_peaks(
             peaks[i] = peak_of(values, 16)
         elif size == 128:
             peaks[i] = peak_of(values, 8)
-        else:
+        elif size == 64:
             peaks[i] = peak_of(values, 4)
+        elif size == 32:
+            peaks[i] = peak_of(values, 2)
+        else:
+            peaks[i] = peak_of(values, 1)
 
 
 @jit
@@ -132,7 +137,11 @@ def _differences(x: Any, inverse: Any) -> Any:
         return differences(x, inverse, 16)
     if x.size == 128:
         return differences(x, inverse, 8)
-    return differences(x, inverse, 4)
+    if x.size == 64:
+        return differences(x, inverse, 4)
+    if x.size == 32:
+        return differences(x, inverse, 2)
+    return differences(x, inverse, 1)
 
 
 @inline
@@ -142,12 +151,20 @@ def _turn(x: Any, inverse: Any, mean: Any, words: Any, out: Any, rotations: Any)
             return turn(x, inverse, mean, words, out, 2, 16)
         if x.size == 128:
             return turn(x, inverse, mean, words, out, 2, 8)
-        return turn(x, inverse, mean, words, out, 2, 4)
+        if x.size == 64:
+            return turn(x, inverse, mean, words, out, 2, 4)
+        if x.size == 32:
+            return turn(x, inverse, mean, words, out, 2, 2)
+        return turn(x, inverse, mean, words, out, 2, 1)
     if x.size == 256:
         return turn(x, inverse, mean, words, out, 1, 16)
     if x.size == 128:
         return turn(x, inverse, mean, words, out, 1, 8)
-    return turn(x, inverse, mean, words, out, 1, 4)
+    if x.size == 64:
+        return turn(x, inverse, mean, words, out, 1, 4)
+    if x.size == 32:
+        return turn(x, inverse, mean, words, out, 1, 2)
+    return turn(x, inverse, mean, words, out, 1, 1)
 
 
 @jit
@@ -236,14 +253,22 @@ def rotate_back_into(
             turn_back(y, words, scale, lo, limit, target, 2, 16)
         elif y.size == 128:
             turn_back(y, words, scale, lo, limit, target, 2, 8)
-        else:
+        elif y.size == 64:
             turn_back(y, words, scale, lo, limit, target, 2, 4)
+        elif y.size == 32:
+            turn_back(y, words, scale, lo, limit, target, 2, 2)
+        else:
+            turn_back(y, words, scale, lo, limit, target, 2, 1)
     elif y.size == 256:
         turn_back(y, words, scale, lo, limit, target, 1, 16)
     elif y.size == 128:
         turn_back(y, words, scale, lo, limit, target, 1, 8)
-    else:
+    elif y.size == 64:
         turn_back(y, words, scale, lo, limit, target, 1, 4)
+    elif y.size == 32:
+        turn_back(y, words, scale, lo, limit, target, 1, 2)
+    else:
+        turn_back(y, words, scale, lo, limit, target, 1, 1)
     if out.size < y.size:
         for i in range(out.size):
             out[i] = y[i]
