@@ -71,11 +71,10 @@ def test_stored_bytes_of_a_small_net_counted_by_hand(
         ("2", relu)]
 
 
-def live_storages() -> dict[int, int]:
-    """Returns storage -> bytes, for all tensors that Python knows."""
-    return {
-        x.untyped_storage()._cdata: x.untyped_storage().nbytes()
-        for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)}
+def live_storages() -> dict[int, torch.UntypedStorage]:
+    """Returns address -> storage, for all tensors that Python knows. Held, they keep their addresses."""
+    storages = (x.untyped_storage() for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter))
+    return {storage._cdata: storage for storage in storages}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,7 +88,7 @@ def test_statistics_of_a_norm_are_in_memory_once(norm: nn.Module, dtype: torch.d
     output = model(x)
     after = live_storages()
     # Autograd keeps the inverse deviation; the mean is not kept.
-    assert sum(after[key] for key in after.keys() - before.keys()) == stored + output.nbytes
+    assert sum(after[key].nbytes() for key in after.keys() - before.keys()) == stored + output.nbytes
     assert stored < x.nbytes
 
 

@@ -15,7 +15,7 @@ from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
 
-CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8, "exact")
+CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 5, 6, 8, "exact")
 
 _WHERE = "brevitas_bp.plan_bit_widths"
 # Share of the gradient's energy per unit of squared distance, below any error that is measured.
@@ -52,8 +52,8 @@ def plan_bit_widths(
             metadata.
         candidates: widths in 1..8, "exact", width and bucket size such as "2@64", or 2-bit means of
             neighbours: 0.5, 0.25, "2avg2" (Average Quantization; only if its bias stays in the gradient
-            of one weight). None takes all of 0.25, 0.5, 1, "2avg2", 2, 3, 4, 6, 8 and "exact" that the
-            quantizer can have.
+            of one weight). None takes all of 0.25, 0.5, 1, "2avg2", 2, 3, 4, 5, 6, 8 and "exact" that
+            the quantizer can have.
         sensitivity: "empirical" (one or two backward passes for each tensor that reaches further than
             its own weight), "closed_form" (one backward pass in all), "gradient_norms", or a
             :class:`~brevitas_bp.allocate.sensitivity.Sensitivity`.
