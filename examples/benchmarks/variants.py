@@ -68,7 +68,7 @@ def ours_compiled(task: Task, backend: str, bits: int, policy: str = "op_aware")
 EAGER: dict[str, Variant] = {
     "plain": plain,
     **{f"ours, {bits} bits": partial(ours, bits=bits) for bits in (2, 4, 8)},
-    "ours, 1 bit, norms 2": partial(ours, bits=1, policy=OpAware(norm_bits=2)),
+    "ours, 1 bit": partial(ours, bits=1),
     "ours, 2 bits, stochastic": partial(ours, bits=2, stochastic=True),
     "ours, 2 bits, policy all": partial(ours, bits=2, policy="all"),
     "checkpoint, each block": Checkpointed,

@@ -7,16 +7,19 @@
 Prints one table and writes `comparison.png` and `results.json`. Ctrl-C leaves runs that can be resumed:
 the same command continues where it stopped, and never repeats a finished run.
 
-Expect on two CPU cores, in about two minutes (accuracies vary by a point or two between
+Expect on two CPU cores, in about three minutes (accuracies vary by a point or two between
 machines and seeds; the accuracy of the per-tensor baseline varies by ten):
 
     saved tensors         accuracy     exact    stored  ratio
     FP32                    96.7 %  26.22 MiB  26.22 MiB   1.0x
-    2-bit per tensor, all   88.9 %  26.22 MiB   1.65 MiB  15.9x
-    2-bit stochastic, all   96.1 %  26.22 MiB   1.85 MiB  14.2x
-    2-bit nearest           95.8 %  26.22 MiB   2.46 MiB  10.7x
-    2-bit stochastic        96.1 %  26.22 MiB   2.46 MiB  10.7x
-    2/4-bit mix             96.9 %  26.22 MiB   3.00 MiB   8.7x
+    2-bit per tensor, all   90.5 %  26.22 MiB   1.65 MiB  15.9x
+    2-bit stochastic, all   96.4 %  26.22 MiB   1.85 MiB  14.2x
+    2-bit nearest           95.8 %  26.22 MiB   2.49 MiB  10.5x
+    2-bit stochastic        96.1 %  26.22 MiB   2.49 MiB  10.5x
+    2/4-bit mix             96.7 %  26.22 MiB   3.04 MiB   8.6x
+    2-bit rotated           96.9 %  26.22 MiB   2.49 MiB  10.5x
+    1-bit stochastic        89.7 %  26.22 MiB   1.95 MiB  13.5x
+    1-bit rotated           95.5 %  26.22 MiB   1.95 MiB  13.5x
 """
 
 from __future__ import annotations
