@@ -32,10 +32,27 @@ from torch import Tensor
 
 from brevitas_bp.format import reference
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.format.stages import MAX, NARROW, NEAREST
+from brevitas_bp.format.stages import (
+    CENTRED,
+    DITHERED,
+    MAX,
+    NARROW,
+    NEAREST,
+    NORMAL,
+    ROTATED,
+    ROTATED_TWICE,
+)
 from brevitas_bp.kernels import dispatch
 
 SPECS = {
+    **{f"{bits}-bit rotated, bucket 256": BucketQuantSpec(
+        bits, 256, CENTRED, NORMAL, NEAREST, transform=ROTATED_TWICE) for bits in (1, 2, 3, 4, 8)},
+    "2-bit rotated, bucket 64": BucketQuantSpec(
+        2, 64, CENTRED, NORMAL, NEAREST, transform=ROTATED_TWICE),
+    "2-bit rotated and dithered, bucket 256": BucketQuantSpec(
+        2, 256, rounding=DITHERED, transform=ROTATED),
+    "4-bit dithered, bucket 256": BucketQuantSpec(4, 256, rounding=DITHERED),
+    "8-bit dithered, bucket 256": BucketQuantSpec(8, 256, rounding=DITHERED),
     "2-bit stochastic, bucket 256": BucketQuantSpec(2, 256),
     "2-bit stochastic, bucket 512": BucketQuantSpec(2, 512),
     "2-bit stochastic, bucket 256, bfloat16 metadata": BucketQuantSpec(
