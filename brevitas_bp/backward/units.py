@@ -180,7 +180,8 @@ def _own(x: Tensor) -> NormUnits | None:
     with torch.no_grad():
         dims, dtype = _all_but_channels(x), compute_dtype(x.dtype)
         lo, hi = (m.to(dtype) / 2 for m in (x.detach().amin(dims), x.detach().amax(dims)))
-        middle, scale = lo + hi, (hi - lo).reciprocal()
+        # abs turns the range -0 of a channel of zeros into 0, whose reciprocal counts as 0.
+        middle, scale = lo + hi, (hi - lo).abs().reciprocal()
     undo = Undo(scale, torch.finfo(dtype).max, middle, inner, owned=True)
     return NormUnits(undo.forward(middle), undo, rows, drops_mean=False)
 
@@ -195,7 +196,8 @@ def channel_units(x: Tensor) -> NormUnits | None:
         return None
     inner, rows = placed
     with torch.no_grad():
-        peak = _channel_peaks(x.detach()).to(compute_dtype(x.dtype))
+        # abs turns the peak -0 of a channel of zeros into 0, whose reciprocal counts as 0.
+        peak = _channel_peaks(x.detach()).abs().to(compute_dtype(x.dtype))
         undo = Undo(peak.reciprocal(), torch.finfo(peak.dtype).max, None, inner, owned=True)
     return NormUnits(undo.forward(None), undo, rows, drops_mean=False)
 

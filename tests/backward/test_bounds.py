@@ -14,13 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brevitas_bp import OpAware, QuantBackwardWrapper, SavedTensor
 from brevitas_bp.backward import operations
 from brevitas_bp.backward.saved import Decision
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
+from tests.backward.support import run, wrapped_run
 from tests.support import same_bits
 
 #: Largest |g~ - g| / |g| of any gradient at 2 bits.
@@ -340,3 +341,23 @@ def test_units_of_features_without_places(turned: bool) -> None:
         leaf = x.detach().requires_grad_()
         found.append(torch.autograd.grad(layer(leaf), leaf, cotangent)[0])
     assert (found[1] - found[0]).norm() <= 0.02 * found[0].norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("zeros", [(0.0, 0.0), (-0.0, -0.0), (0.0, -0.0), (-0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("module", [
+    nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 3, groups=8),
+    nn.BatchNorm2d(16).eval()], ids=lambda module: type(module).__name__)
+def test_channels_of_zeros_of_any_sign_have_units(
+        module: nn.Module, zeros: tuple[float, float], layout: torch.memory_format) -> None:
+    # 0 and -0 are the largest and the smallest value of such a channel, in any order.
+    x = torch.randn(8, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = zeros[0]
+    x[:, 3, 1:] = zeros[1]
+    x[::2, 5], x[1::2, 5] = zeros
+    x = x.to(memory_format=layout)
+    exact, rounded = run(module, x).grads, wrapped_run(module, x, bucket_size=16).grads
+    for name in exact:
+        assert rounded[name].isfinite().all(), name
+    if getattr(module, "groups", 16) == 16:
+        assert torch.equal(rounded["weight"][3], exact["weight"][3])
