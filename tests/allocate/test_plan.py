@@ -186,13 +186,13 @@ def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
 
 
 def test_width_that_was_not_measured_is_refused(measured: BitPlan, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'5' was not measured"):
-        measured.with_bits("stem:*", 5)
+    with pytest.raises(ValueError, match="'7' was not measured"):
+        measured.with_bits("stem:*", 7)
     with pytest.raises(UnknownNameError, match=r"matches none of the .*did you mean 'stem"):
         measured.with_bits("stemm:conv2d:argument 0", 2)
     values = json.loads(json.dumps(measured.to_dict()))
-    values["tensors"][0]["chosen"] = "5"
-    with pytest.raises(ValueError, match="chooses '5'"):
+    values["tensors"][0]["chosen"] = "7"
+    with pytest.raises(ValueError, match="chooses '7'"):
         BitPlan.from_dict(values)
 
 
