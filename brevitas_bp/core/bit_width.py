@@ -13,6 +13,25 @@ from brevitas_bp.format.stages import NEUTRAL, Neutral
 from brevitas_bp.format.widths import WidthLayout
 
 
+def widths_of(where: str, bit_width_impl: nn.Module) -> tuple[int, ...]:
+    """Returns the one width of a module, or the two of a :class:`TwoBitWidthSelector`.
+
+    Raises:
+        ValueError: a width is outside 1..8.
+    """
+    if isinstance(bit_width_impl, TwoBitWidthSelector):
+        return bit_width_impl.bit_widths
+    width = float(bit_width_impl().detach())
+    return (check_bit_width(where, int(width) if width.is_integer() else width),)
+
+
+def draw_bit_width(bit_width_impl: nn.Module, num_buckets: int, device: torch.device) -> Tensor:
+    """Returns the bit width, 0-d, or those that a :class:`TwoBitWidthSelector` draws, [N, 1]."""
+    if isinstance(bit_width_impl, TwoBitWidthSelector):
+        return bit_width_impl(num_buckets, device)
+    return bit_width_impl()
+
+
 class TwoBitWidthSelector(nn.Module):
     """Gives each bucket ``mix_bit_width`` with probability ``mix_prob``. Fills ``bit_width_impl``.
 

@@ -6,7 +6,7 @@ import torch
 from brevitas.function.ops import tensor_clamp
 from torch import Tensor, nn
 
-from brevitas_bp.core.bit_width import TwoBitWidthSelector
+from brevitas_bp.core.bit_width import draw_bit_width, widths_of
 from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.format.arithmetic import (
@@ -18,7 +18,7 @@ from brevitas_bp.format.arithmetic import (
     to_nearest,
     unit_of,
 )
-from brevitas_bp.format.spec import check_bit_width, check_metadata_dtype
+from brevitas_bp.format.spec import check_metadata_dtype
 from brevitas_bp.format.stages import NEUTRAL, SIGN_MAGNITUDE, CodeRange, Neutral
 
 
@@ -234,12 +234,7 @@ class BucketRescalingIntQuant(nn.Module):
         self.transform_impl = transform_impl
         self.metadata_dtype = check_metadata_dtype(where, metadata_dtype)
         self.observer_only = False
-        if isinstance(bit_width_impl, TwoBitWidthSelector):
-            self.bit_widths = bit_width_impl.bit_widths
-        else:
-            width = float(bit_width_impl().detach())
-            self.bit_widths = (
-                check_bit_width(where, int(width) if width.is_integer() else width),)
+        self.bit_widths = widths_of(where, bit_width_impl)
         for width in self.bit_widths:
             if not float(int_scaling_impl(torch.tensor(float(width)))) >= 1:
                 raise ValueError(
@@ -268,7 +263,9 @@ class BucketRescalingIntQuant(nn.Module):
             unit, inverse = unit_of(largest_magnitude(buckets.detach()))
             buckets = buckets * inverse
             buckets = self.transform_impl(buckets, *_signs(draws))
-        bit_width = self._bit_width(buckets) if bit_width is None else bit_width
+        if bit_width is None:
+            bit_width = draw_bit_width(
+                self.msb_clamp_bit_width_impl, buckets.shape[0], buckets.device)
         top = self.int_scaling_impl(bit_width).to(buckets.dtype)
         scale = self.scaling_impl(buckets, top)
         rounded = round_up(scale.detach(), self.metadata_dtype)
@@ -331,11 +328,6 @@ class BucketRescalingIntQuant(nn.Module):
         limit = torch.finfo(x.dtype).max
         x = x.clamp(-limit, limit)
         return x + (to_nearest(x.detach(), self.metadata_dtype) - x).detach()
-
-    def _bit_width(self, buckets: Tensor) -> Tensor:
-        if isinstance(self.msb_clamp_bit_width_impl, TwoBitWidthSelector):
-            return self.msb_clamp_bit_width_impl(buckets.shape[0], buckets.device)
-        return self.msb_clamp_bit_width_impl()
 
     def _offset(self, buckets: Tensor, scale: Tensor, bit_width: Tensor) -> Tensor:
         if isinstance(self.zero_point_impl, RuntimeDynamicBucketZeroPoint):

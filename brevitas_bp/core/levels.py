@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp.core.bit_width import TwoBitWidthSelector
+from brevitas_bp.core.bit_width import draw_bit_width, widths_of
 from brevitas_bp.core.bucket import unflatten
 from brevitas_bp.format.arithmetic import (
     compute_dtype,
@@ -18,7 +18,7 @@ from brevitas_bp.format.arithmetic import (
 from brevitas_bp.format.bucket import elements_of
 from brevitas_bp.format.levels import level_of, nearest_level
 from brevitas_bp.format.random import METADATA, next_words
-from brevitas_bp.format.spec import check_bit_width, check_metadata_dtype
+from brevitas_bp.format.spec import check_metadata_dtype
 from brevitas_bp.format.stages import (
     CENTRED,
     NEUTRAL,
@@ -157,11 +157,7 @@ class BucketLevelQuant(nn.Module):
         self.transform_impl = transform_impl
         self.metadata_dtype = check_metadata_dtype(where, metadata_dtype)
         self.observer_only = False
-        if isinstance(bit_width_impl, TwoBitWidthSelector):
-            self.bit_widths = bit_width_impl.bit_widths
-        else:
-            width = float(bit_width_impl().detach())
-            self.bit_widths = (check_bit_width(where, int(width) if width.is_integer() else width),)
+        self.bit_widths = widths_of(where, bit_width_impl)
 
     def bucket_stage(self, slot: str) -> Neutral | None:
         """See :func:`brevitas_bp.codec.lowering.lower`."""
@@ -192,7 +188,7 @@ class BucketLevelQuant(nn.Module):
         draw = getattr(self.transform_impl, "draw", None)
         signs = () if draw is None else (draw(y),)
         y = y if self.transform_impl is None else self.transform_impl(y, *signs)
-        bit_width = self._bit_width(n, x.device)
+        bit_width = draw_bit_width(self.msb_clamp_bit_width_impl, n, x.device)
         levels = self._levels(scaled(y, self.scaling_impl.spread(y), None), bit_width)
         words = torch.ops.brevitas_bp.metadata_words_like(y)
         scale = to_random(self.scaling_impl(y, levels) * unit, self.metadata_dtype, words)
@@ -201,11 +197,6 @@ class BucketLevelQuant(nn.Module):
             levels = self.transform_impl.inverse(levels, *signs)  # pyright: ignore[reportCallIssue]
         values = dequantize(levels, scale, mean, x.dtype).reshape(-1)[:x.numel()]
         return unflatten(values, x), scale, bit_width
-
-    def _bit_width(self, n: int, device: torch.device) -> Tensor:
-        if isinstance(self.msb_clamp_bit_width_impl, TwoBitWidthSelector):
-            return self.msb_clamp_bit_width_impl(n, device)
-        return self.msb_clamp_bit_width_impl()
 
     def _levels(self, u: Tensor, bit_width: Tensor) -> Tensor:
         """Returns the level of each value, by the widths of the buckets."""
