@@ -1,4 +1,8 @@
-"""Random rotations of one bucket, in numba: see :mod:`brevitas_bp.format.rotation`."""
+"""Random rotations of one bucket of more than 256 elements, in numba.
+
+See :mod:`brevitas_bp.format.rotation`. Smaller buckets stay in vector registers, see
+:mod:`brevitas_bp.kernels.cpu.rotated`.
+"""
 
 from typing import Any
 
@@ -9,7 +13,6 @@ from brevitas_bp.format.stages import NO_TRANSFORM, ROTATED, ROTATED_TWICE
 from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors
 from brevitas_bp.kernels.cpu.vectors import (
     flip16,
-    hadamard16,
     hadamard256,
     hadamard256_signed,
     radix2,
@@ -44,17 +47,12 @@ def random_words(index: Any, k0: Any, k1: Any, out: Any) -> None:
 def _hadamard(x: Any, words: Any, shift: Any, signed: Any) -> None:
     """Transforms ``x`` in place; changes the signs first if ``signed``."""
     wide_vectors()
-    stride = 16
-    if x.size >= 256:
-        for start in range(0, x.size, 256):
-            if signed:
-                hadamard256_signed(x, start, words, start // 16, shift)
-            else:
-                hadamard256(x, start, words, 0, shift)
-        stride = 256
-    else:
-        for k in range(x.size // 16):
-            hadamard16(x, 16 * k, _U(words[k] >> shift) if signed else _U(0))
+    for start in range(0, x.size, 256):
+        if signed:
+            hadamard256_signed(x, start, words, start // 16, shift)
+        else:
+            hadamard256(x, start, words, 0, shift)
+    stride = 256
     while 4 * stride <= x.size:
         for block in range(0, x.size, 4 * stride):
             for i in range(block, block + stride, 16):

@@ -206,20 +206,6 @@ def _flip16(context: Any, array: Any, start: Any, word: Any) -> Any:
     return types.none(array, types.intp, types.uint32), generate
 
 
-@intrinsic
-def _hadamard16(context: Any, array: Any, start: Any, word: Any) -> Any:
-    """Transforms ``array[start:start + 16]``, after changing signs as :func:`_flip16` does."""
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = Vectors(context, builder, signature.args[0], arguments[0])
-        value = v.flip(v.load(arguments[1]), v.signs_of(arguments[2]))
-        for stride in (1, 2, 4, 8):
-            value = v.butterfly(value, stride)
-        v.store(value, arguments[1])
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp, types.uint32), generate
-
-
 def _hadamard256_with(signed: bool) -> Any:
     @intrinsic
     def hadamard256(context: Any, array: Any, start: Any, words: Any, first: Any, shift: Any) -> Any:
@@ -288,7 +274,6 @@ def _radix4(context: Any, array: Any, start: Any, stride: Any) -> Any:
 
 # numba passes the context itself, which type checkers cannot know.
 flip16: Any = _flip16
-hadamard16: Any = _hadamard16
 hadamard256: Any = _hadamard256_with(signed=False)
 hadamard256_signed: Any = _hadamard256_with(signed=True)
 radix2: Any = _radix2
