@@ -108,3 +108,15 @@ def inlining_code() -> Any:
     """
     return private(
         "torch._functorch._aot_autograd.graph_compile.maybe_inline_graph_saved_tensors_hooks").__code__
+
+
+def remove_hooks(pack: Callable[..., Any]) -> None:
+    """Pops the hooks with this pack hook, and all hooks above them, from the stack of this thread."""
+    others = []
+    while (top := top_hooks(True)) is not None:
+        pop_hooks()
+        if top[0] == pack:
+            return
+        others.append(top)
+    for pair in reversed(others):
+        push_hooks(*pair)

@@ -50,6 +50,13 @@ def _exp(x: Tensor) -> Tensor:
     return p * ((n.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
+def exponential(x: Tensor) -> Tensor:
+    """Returns ``exp(x)`` for ``x`` up to :data:`LIMIT`; below ``-LIMIT``, float32 gives zero."""
+    if x.dtype != torch.float32:
+        return x.exp()
+    return torch.where(x < -LIMIT, 0.0, _exp(x.clamp(-LIMIT, LIMIT)))
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """Returns ``1 / (1 + exp(-x))``."""
     if x.dtype != torch.float32:

@@ -4,8 +4,10 @@ NOTE [ One encode per key ]
 1. Operations that save the same tensor share one encoding. "The same" means an equal key:
    * the tensor's storage, offset, shape, strides, dtype and version,
    * the tensor's lazy conjugation or negation,
-   * the codec,
+   * the codec and the units,
    * the call, if the policy says that the rounding must not be shared.
+   An operation that may share also takes an encoding of the same elements in another shape, or with
+   more bits.
 2. A table holds the encodings. It holds the storage by a weak reference. This keeps the address from
    being reused, but it does not keep the memory.
 3. The table holds the ``Packed`` weakly too: it lives exactly as long as the graph nodes that need it.
@@ -16,6 +18,7 @@ import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from brevitas_bp.backward.classes import classes_dim, codec_of_targets
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, storage_id
 from brevitas_bp.backward.units import NormUnits, channel_units
@@ -30,11 +34,15 @@ from brevitas_bp.codec.base import Codec, Packed, is_plain, is_smaller, version_
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
 from brevitas_bp.codec.on_backward import QuantizeOnBackward
+from brevitas_bp.codec.probabilities import ClassErrorCodec, LogCodec
 from brevitas_bp.codec.rows import ReorderedCodec, in_rows
 from brevitas_bp.codec.shard import ShardCodec, is_storable, placements_of, shard_of
 
 # Below this many elements, we ask before encoding whether the result can be smaller.
 _SMALL = 1024
+
+# Stands for all operations, in place of the number of a call.
+_SHARED = -1
 
 #: Codec of a tensor -> codec that stores the tensor in the units in which backward uses it.
 InUnits = Callable[[Codec], Codec]
@@ -59,6 +67,8 @@ class Encodings:
         self._on_backward = on_backward
         self._verify = verify
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
+        # The last encoding of each tensor that other operations may share.
+        self._finest: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
         self._order_at: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
         # Numbers for tensors of custom Functions that share their encoding with no other tensor.
         self._apart = itertools.count(-2, -1)
@@ -73,24 +83,58 @@ class Encodings:
             units: units of the norm whose input the tensor is; None for other tensors.
         """
         codec = _in_its_rows(saved, decision, units)
-        key = (*_identity(saved.tensor), id(codec), self._number(saved, decision),
+        key = (*_identity(saved.tensor), id(codec), decision.units, self._number(saved, decision),
                # Norms of one kind with equal settings compute equal statistics of one tensor.
                None if units is None else _settings(saved.call))
         before = self._encoded.get(key)
-        if before is not None:
-            packed = before[1]()
-            if packed is not None:
-                return packed
-        packed = self._encode(saved, codec, _units_of(saved, decision, units))
-        self._encoded[key] = (
-            StorageWeakRef(shard_of(saved.tensor).untyped_storage()), weakref.ref(packed))
+        packed = None if before is None else before[1]()
+        if packed is not None:
+            return packed
+        may_share = key[-2] == _SHARED and decision.units is None and saved.tensor.is_contiguous() and (
+            type(saved.tensor) is Tensor)
+        if may_share and (packed := self._finer(saved.tensor, codec)) is not None:
+            return packed
+        packed = self._encode(saved, codec, self._units_of(saved, decision, units))
+        entry = StorageWeakRef(shard_of(saved.tensor).untyped_storage()), weakref.ref(packed)
+        self._encoded[key] = entry
+        if may_share and packed.codec.is_finer_than(codec):
+            self._finest[_place_of(saved.tensor)] = entry
         return packed
 
+    def _finer(self, x: Tensor, codec: Codec) -> Packed | None:
+        """Returns an encoding of a tensor that has at least as many bits as ``codec``."""
+        found = self._finest.get(_place_of(x))
+        packed = None if found is None else found[1]()
+        if packed is None or not packed.codec.is_finer_than(codec):
+            return None
+        return packed if packed.layout.shape == x.shape else replace(packed, layout=TensorLayout.of(x))
+
+    def _units_of(
+            self, saved: SavedTensor, decision: Decision, units: NormUnits | None) -> InUnits | None:
+        """Returns the units in which backward uses a tensor; None: the tensor's own units."""
+        if units is not None:
+            return partial(_normalized, units)
+        if decision.codec is None:
+            return None
+        if decision.units == "quotient" and (divisor := _divisor_of(saved)) is not None:
+            return partial(QuotientCodec, divisor)
+        if decision.units == "channel" and is_plain(saved.tensor):
+            return partial(_in_channels, saved.tensor)
+        if decision.units == "logarithm":
+            return LogCodec
+        return self._class_errors(saved) if decision.units == "class error" else None
+
+    def _class_errors(self, saved: SavedTensor) -> InUnits:
+        """Stores the targets of a loss, and returns the units of its errors."""
+        targets, codec = saved.call.argument(1, "target"), codec_of_targets(saved.call)
+        stored = self.encode_once(replace(saved, tensor=targets), Decision(codec, "targets"))
+        return lambda inner: ClassErrorCodec(inner, stored, classes_dim(saved.tensor))
+
     def _number(self, saved: SavedTensor, decision: Decision) -> int:
-        """Returns -1 if all operations share the encoding, else the number of the call that owns it."""
+        """Returns _SHARED if all operations share the encoding, else the number of the owning call."""
         # Derivatives never share an encoding, whatever tensor they are computed from.
         if decision.shared and saved.derivative is None:
-            return -1
+            return _SHARED
         return saved.call.number if saved.call is not NO_CALL else next(self._apart)
 
     def _encode(self, saved: SavedTensor, codec: Codec, in_units: InUnits | None) -> Packed:
@@ -158,20 +202,6 @@ def _in_its_rows(saved: SavedTensor, decision: Decision, units: NormUnits | None
     return codec if rows is None else in_rows(codec, rows)
 
 
-def _units_of(
-        saved: SavedTensor, decision: Decision, units: NormUnits | None) -> InUnits | None:
-    """Returns the units in which backward uses a tensor; None: the tensor's own units."""
-    if units is not None:
-        return partial(_normalized, units)
-    if decision.codec is None:
-        return None
-    if decision.units == "quotient" and (divisor := _divisor_of(saved)) is not None:
-        return partial(QuotientCodec, divisor)
-    if decision.units == "channel" and is_plain(saved.tensor):
-        return partial(_in_channels, saved.tensor)
-    return None
-
-
 def _normalized(units: NormUnits, codec: Codec) -> Codec:
     """Wraps the codec of a norm's input, so that it stores the input in ``units``."""
     rows = units.rows
@@ -213,6 +243,12 @@ def _identity(x: Tensor) -> tuple[Hashable, ...]:
     if shard is x:
         return of_shard
     return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
+
+
+def _place_of(x: Tensor) -> Hashable:
+    """Returns a key that is equal for contiguous views of the same elements."""
+    return (storage_id(x), x.storage_offset(), x.numel(), x.dtype, version_of(x), x.is_conj(),
+            x.is_neg())
 
 
 def _settings(call: Call) -> Hashable:

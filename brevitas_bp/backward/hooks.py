@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ from brevitas_bp.backward.saved import (
     without_class,
 )
 from brevitas_bp.backward.units import Deferred, NormUnits, PendingNorm, tells_statistics, units_of
+from brevitas_bp.backward.waiting import Waiting
 from brevitas_bp.codec.base import PLAIN, Codec, Packed, is_plain
 from brevitas_bp.codec.shape_only import zeros
-from brevitas_bp.private import pop_hooks, push_hooks, top_hooks
+from brevitas_bp.private import push_hooks, remove_hooks, top_hooks
 
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
 _TRANSFORM = (
@@ -72,8 +74,9 @@ class ForwardPass:
     2. For any other tensor, the policy decides: a codec, or None.
     3. The input of a norm waits until the norm has ended (:mod:`~brevitas_bp.backward.units`). So do the
        statistics that the norm saves beside it.
-    4. All other tensors are kept or encoded (:mod:`~brevitas_bp.backward.encoding`).
-    5. If there are listeners, every saved tensor gets a :class:`Packed`, even if it is kept.
+    4. If the policy wants to know the next call, the tensor waits until then.
+    5. All other tensors are kept or encoded (:mod:`~brevitas_bp.backward.encoding`).
+    6. If there are listeners, every saved tensor gets a :class:`Packed`, even if it is kept.
 
     Args:
         root: the module that runs.
@@ -131,6 +134,7 @@ class ForwardPass:
         self._substitution: Substitution | None = None
         self._exact = ExactStorages()
         self._norm: PendingNorm | None = None
+        self._waiting = Waiting(self.location)
 
     @property
     def given_bytes(self) -> int:
@@ -159,17 +163,13 @@ class ForwardPass:
         if original is not x:
             saved.original = original
         decision = self._decide(saved)
+        if decision.waits:
+            return self._wait(saved, decision)
         if self._begins_norm(saved, decision):
             return self._begin_norm(saved, decision)
         if self._norm is not None and self._norm.has_computed(saved, decision):
             return self._norm.hold(saved, decision)
-        if decision.codec is None and not self.listeners:
-            return self._keep(saved, decision)
-        packed = self._store(saved, decision)
-        if substitution is not None:
-            substitution.stored_as(packed)
-        self._tell(saved, packed, decision, self._originals(x) if self.listeners else ())
-        return packed
+        return self._finish(saved, decision, self._originals(x) if self.listeners else ())
 
     def _pack_parameter(self, x: Tensor) -> Packed | Kept:
         location = self.location
@@ -218,6 +218,29 @@ class ForwardPass:
             self.explanation.add(saved, packed, decision)
         for listener in self.listeners:
             listener(saved, packed, decision, originals)
+
+    def _wait(self, saved: SavedTensor, decision: Decision) -> Deferred:
+        """Defers the decision about a tensor until the next call is known."""
+        if decision.codec is not None and decision.codec.lossy:
+            self.location.note_rounded(saved.call, storage_id(saved.tensor))
+        originals = self._originals(saved.tensor) if self.listeners else ()
+        return self._waiting.add(saved, partial(self._decide_again, saved, originals))
+
+    def _decide_again(self, saved: SavedTensor, originals: Sequence[Tensor]) -> Packed | Kept:
+        """Stores a tensor whose following call is known."""
+        return self._finish(saved, self._decide(saved), originals)
+
+    def _finish(
+            self, saved: SavedTensor, decision: Decision,
+            originals: Sequence[Tensor]) -> Packed | Kept:
+        """Keeps or encodes a tensor as decided, and tells the listeners."""
+        if decision.codec is None and not self.listeners:
+            return self._keep(saved, decision)
+        packed = self._store(saved, decision)
+        if self._substitution is not None:
+            self._substitution.stored_as(packed)
+        self._tell(saved, packed, decision, originals)
+        return packed
 
     def _begins_norm(self, saved: SavedTensor, decision: Decision) -> bool:
         """Whether a tensor is the input of a norm and is to be stored normalized."""
@@ -342,7 +365,10 @@ class ForwardPass:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        waiting, self._waiting = self._waiting, Waiting(self.location)
         self.close()
+        if error is None:
+            waiting.end(NO_CALL)
         # PyTorch's own message contains these words.
         if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
             raise RuntimeError(_TRANSFORM.format(self.location.module_in(traceback))) from error
@@ -354,7 +380,7 @@ class ForwardPass:
         """
         if not self._closed:
             if self._hooked:
-                _remove_hooks(self.hooks[0])
+                remove_hooks(self.hooks[0])
             leave(self.location)
             self._resources.close()
             self._closed = True
@@ -364,15 +390,4 @@ class ForwardPass:
             # An exception in the middle of a norm leaves it pending. The norm's output may be held here,
             # and its graph holds the pack hook, which holds this pass: no collector finds that cycle.
             self._norm = self._substitution = None
-
-
-def _remove_hooks(pack: Callable[[Tensor], Any]) -> None:
-    """Pops the hooks of a pass, and all hooks above them, from the stack of this thread."""
-    others = []
-    while (top := top_hooks(True)) is not None:
-        pop_hooks()
-        if top[0] == pack:
-            return
-        others.append(top)
-    for pair in reversed(others):
-        push_hooks(*pair)
+            self._waiting.drop()

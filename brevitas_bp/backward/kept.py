@@ -107,7 +107,7 @@ def unpack(given: Packed | Kept | Deferred) -> Tensor:
         CorruptPayloadError: the codec decoded a tensor of another shape, dtype or device. Autograd would
             not complain: it broadcasts a wrong shape.
     """
-    packed: Packed | Kept = given.packed if isinstance(given, Deferred) else given
+    packed: Packed | Kept = given.found() if isinstance(given, Deferred) else given
     x = packed.decode()
     if isinstance(packed, Kept):
         return x

@@ -44,6 +44,8 @@ class Location:
         self.observer: Callable[[Call, Any], None] | None = None
         # Called when the running operation has ended.
         self.ending: Callable[[], None] | None = None
+        # Called with the next call, before it runs.
+        self.following: Callable[[Call], None] | None = None
         # The last call that saved a rounded tensor, and the storages that this call saved rounded.
         self.rounding: Call | None = None
         self.rounded: set[int] = set()
@@ -71,6 +73,12 @@ class Location:
         if self.rounding is not call:
             self.rounding, self.rounded = call, set()
         self.rounded.add(storage)
+
+    def follow(self, call: Call) -> None:
+        """Tells who waits for the call after another one which call it is: NO_CALL at the pass's end."""
+        following, self.following = self.following, None
+        if following is not None:
+            following(call)
 
     def module_in(self, traceback: Any) -> str:
         """Names the innermost module of the pass in a traceback, for messages."""
@@ -176,7 +184,10 @@ class _OpMode(TorchFunctionMode):
             return _traceable(func)(*args, **kwargs)
         location = self.location
         before = location.call
-        call = location.call = Call(func, args, kwargs, next(_numbers))
+        call = Call(func, args, kwargs, next(_numbers))
+        if location.following is not None:
+            location.follow(call)
+        location.call = call
         try:
             rewrite = None if location.rewrites is None else location.rewrites[func]
             output = NotImplemented if rewrite is None else rewrite(call)
@@ -337,7 +348,7 @@ def leave(location: Location) -> None:
     location.ended = True
     # These attributes hold the pass, which would otherwise wait for the garbage collector.
     location.rewrites = location.observer = location.forward_pass = location.next_seed = None
-    location.ending = location.rounding = None
+    location.ending = location.rounding = location.following = None
     location.tree = []
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]

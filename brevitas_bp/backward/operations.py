@@ -1,22 +1,21 @@
-"""Rules that say how the saved tensors of an operation are stored, and the registry of these rules.
+"""Rules that say how the saved tensors of an operation are stored.
 
-Users may add rules. Stochastic rounding leaves a gradient unbiased if backward is linear in the rounded
-tensor, and if no two roundings of one tensor are multiplied. Each rule says which saved tensors of its
-operation meet both conditions. All others are exact, except inputs of norms (:func:`normalization`).
+Users may add rules (:func:`~brevitas_bp.backward.registry.register_op`). Stochastic rounding leaves a
+gradient unbiased if backward is linear in the rounded tensor, and if no two roundings of one tensor are
+multiplied. Each rule says which saved tensors of its operation meet both conditions. All others are
+exact, except inputs of norms (:func:`normalization`).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from brevitas_bp.backward.location import current_location
 from brevitas_bp.backward.origins import goes_through_rounding_of
 from brevitas_bp.backward.parameters import is_view_or_cast_of
+from brevitas_bp.backward.registry import Decide, OpRule
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.rows import (
     RowsOf,
@@ -36,6 +35,7 @@ from brevitas_bp.backward.saved import (
     storage_id,
     tensors_in,
 )
+from brevitas_bp.backward.written_norms import averages_rows, is_statistic_of
 from brevitas_bp.codec.base import FLOATS, Codec
 
 # A factor that is broadcast to at least this many times its size is kept. It has few bytes, and each of
@@ -48,26 +48,6 @@ _ENOUGH, _FEW = 256, 16
 
 # If one gradient sums at least this many roundings, they need no more bits than configured.
 _AVERAGED = 256
-
-Decide = Callable[[SavedTensor], Decision]
-
-
-@dataclass(frozen=True)
-class OpRule:
-    """How the saved tensors of one operation are stored.
-
-    Attributes:
-        decide: saved tensor -> :class:`Decision`. It is called only for tensors of numbers, and only in
-            modules that have a configured codec.
-        rewrite: runs the operation so that it saves something else; None runs the operation as it is.
-        few_bit: call -> arguments of :func:`~brevitas_bp.activations.few_bit.few_bit_table` except the
-            bits, or None if the call's arguments have no table. The attribute is None without any table.
-    """
-
-    decide: Decide
-    rewrite: Rewrite | None = None
-    few_bit: Callable[[Call], dict[str, Any] | None] | None = None
-
 
 def exact(reason: str = "not linear in what is saved") -> OpRule:
     """Makes a rule that keeps every saved tensor as it is."""
@@ -142,12 +122,42 @@ def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
         size = saved.tensor.numel()
         if any(size * _BROADCAST <= a.numel() for a in tensors):
             return Decision(None, "broadcast factor: few bytes, many gradients")
+        if len(tensors) == 2 and _is_in_written_norm(saved, tensors):
+            return _WRITTEN_NORM._replace(codec=saved.codec, rows=rows)
         reach = _reach(tensors, size)
         return Decision(
-            saved.codec, "factor: the other's gradient is linear in it", shared=reach == "weight",
-            reach=reach, rows=rows)
+            saved.codec, "factor: the other's gradient is linear in it",
+            shared=reach == "weight" or stands_alone(saved), reach=reach, rows=rows)
 
     return OpRule(_floats(decide))
+
+
+def square() -> OpRule:
+    """Makes a rule for the square of a tensor: backward is linear in it.
+
+    See NOTE [ Norms that are written out ] in :mod:`brevitas_bp.backward.written_norms`.
+    """
+    of_product = product(rows=of_elements).decide
+
+    def decide(saved: SavedTensor) -> Decision:
+        if saved.following is None:
+            return of_product(saved)._replace(waits=True)
+        if averages_rows(saved.following, saved.tensor):
+            return _WRITTEN_NORM._replace(codec=saved.codec, rows=of_elements)
+        return of_product(saved)
+
+    return OpRule(_floats(decide))
+
+
+_WRITTEN_NORM = Decision(None, "input of a norm that is written out: bias of order 1/M", reach="norm")
+
+
+def _is_in_written_norm(saved: SavedTensor, factors: list[Tensor]) -> bool:
+    """Whether one factor is the saved tensor and the other is a statistic of its rows."""
+    x = saved.tensor
+    return any(
+        t.shape[-1:] == (1,) and t.numel() < x.numel() and is_statistic_of(storage_id(x), t)
+        for t in factors)
 
 
 def quotient() -> OpRule:
@@ -308,93 +318,3 @@ def composite() -> OpRule:
 def _floats(decide: Decide) -> Decide:
     other = Decision(None, "not a floating-point tensor")
     return lambda saved: decide(saved) if saved.tensor.dtype in FLOATS else other
-
-
-_by_name: dict[str, OpRule] = {}
-# Entries of functions and classes vanish when nobody else holds the object, for instance when a notebook
-# cell runs again. Methods of torch support no weak references, so their entries stay.
-_by_object: WeakKeyDictionary[Any, OpRule] = WeakKeyDictionary()
-_by_method: dict[Any, OpRule] = {}
-# Cache: function of torch -> its rule, if any. It is read for every function that runs.
-_found: dict[Any, OpRule | None] = {}
-
-
-def register_op(operation: str | Callable[..., Any], rule: OpRule) -> None:
-    """Tells the op-aware policy how to store the saved tensors of an operation.
-
-    Args:
-        operation: one of
-
-            * a function that ``TorchFunctionMode`` sees: any function of torch, or one of your own that
-              calls ``torch.overrides.handle_torch_function``;
-            * the name of a function of torch, in all its forms ("mul" is ``torch.mul``, ``Tensor.mul``,
-              ``Tensor.mul_``, ``*`` and ``*=``);
-            * a module class, for tensors that custom autograd Functions save while the module runs.
-        rule: made by :func:`linear`, :func:`weighted`, :func:`product`, :func:`normalization`,
-            :func:`elementwise`, :func:`lossless`, :func:`composite` or :func:`exact`.
-
-    Raises:
-        TypeError: ``rule`` is not an :class:`OpRule`, or ``operation`` is neither name nor callable.
-
-    Example:
-        >>> register_op("dist", exact("a distance"))
-    """
-    where = "brevitas_bp.backward.register_op"
-    if not isinstance(rule, OpRule):
-        raise TypeError(
-            f"{where}: rule must be an OpRule, got {rule!r}; call one of the functions in "
-            "brevitas_bp.backward.operations, for instance linear()")
-    if isinstance(operation, str):
-        _by_name[operation.strip("_")] = rule
-    elif callable(operation):
-        try:
-            table = _by_method if isinstance(operation, MethodType) else _by_object
-            table[operation] = rule
-        except TypeError:
-            _by_method[operation] = rule
-    else:
-        raise TypeError(
-            f"{where}: operation must be a function, a name or a module class, got {operation!r}")
-    _found.clear()
-
-
-def rule_of(operation: Any) -> OpRule | None:
-    """Returns the rule of a function or module class, or None."""
-    try:
-        return _found[operation]
-    except KeyError:
-        rule = _find(operation)
-        if not isinstance(operation, type) and _is_of_torch(operation):
-            _found[operation] = rule
-        return rule
-    except TypeError:
-        return None
-
-
-def _find(operation: Any) -> OpRule | None:
-    try:
-        known = _by_object.get(operation)
-    except TypeError:
-        known = None
-    known = _by_method.get(operation) if known is None else known
-    if known is not None:
-        return known
-    if isinstance(operation, type):
-        return next((_by_object[base] for base in operation.__mro__ if base in _by_object), None)
-    name = getattr(operation, "__name__", None)
-    return _by_name.get(name.strip("_")) if name and _is_of_torch(operation) else None
-
-
-# In the ``__module__`` of an operator, the operator's namespace follows this prefix.
-_REGISTERED = "torch._ops."
-
-
-def _is_of_torch(function: Any) -> bool:
-    """Whether a function is torch's own: another function of that name may save something else."""
-    # Methods of Tensor have no module.
-    module = getattr(function, "__module__", None) or getattr(
-        getattr(function, "__objclass__", None), "__module__", None) or "torch"
-    if module.startswith(_REGISTERED):
-        # Anybody may register an operator, under any name, with its own backward.
-        return module.removeprefix(_REGISTERED) == "aten"
-    return module.partition(".")[0] == "torch"

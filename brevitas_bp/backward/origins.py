@@ -33,6 +33,11 @@ def note_rounded(output: Any, storages: set[int]) -> None:
                 node.metadata[_MARK] = storages
 
 
+def rounded_by(node: Any, storage: int) -> bool:
+    """Whether the operation of a node has saved a tensor of this storage rounded."""
+    return storage in node.metadata.get(_MARK, ())
+
+
 def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False) -> bool:
     """Whether a gradient of ``x`` goes through an operation that saved a tensor rounded.
 
@@ -48,7 +53,7 @@ def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False) -> b
     seen, waiting = {node}, [node]
     while waiting:
         node = waiting.pop()
-        if storage in node.metadata.get(_MARK, ()) or (custom and isinstance(node, BackwardCFunction)):
+        if rounded_by(node, storage) or (custom and isinstance(node, BackwardCFunction)):
             return True
         for source, _ in node.next_functions:
             if source is not None and source not in seen:

@@ -10,17 +10,15 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from brevitas_bp.activations.few_bit import few_bit_table
 from brevitas_bp.backward import torch_rules  # noqa: F401  (fills the registry)
 from brevitas_bp.backward.attention import ReplayAttention
 from brevitas_bp.backward.fixed_policies import keep_all, quantize_all, quantize_all_but_relu
 from brevitas_bp.backward.operations import (
     FEW_IN_STATISTIC,
-    OpRule,
     norm_bits,
-    rule_of,
 )
-from brevitas_bp.backward.rewrites import Rewrite, RunningPass, SaveDerivative, SaveInput
+from brevitas_bp.backward.registry import rule_of
+from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative
 from brevitas_bp.backward.rows import RowsOf, last_dimension, of_elements
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
@@ -33,7 +31,8 @@ from brevitas_bp.backward.saved import (
     Decision,
     SavedTensor,
 )
-from brevitas_bp.codec import BitMask, Codec, Copy, FewBitCodec, codec_from
+from brevitas_bp.backward.tables import few_bit_codec, with_table
+from brevitas_bp.codec import BitMask, Codec, Copy, codec_from
 from brevitas_bp.codec.base import FLOATS
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.format.spec import check_bit_width
@@ -245,7 +244,7 @@ class OpAware:
             return None
         if self.few_bit is None or rule.few_bit is None:
             return rule.rewrite
-        return functools.partial(_with_table, rule, self.few_bit)
+        return functools.partial(with_table, rule, self.few_bit)
 
     def _widened(self, decision: Decision, codec: Codec) -> Decision:
         """Returns a decision for the configured codec, with the width that the tensor's reach asks for.
@@ -257,11 +256,23 @@ class OpAware:
         """
         if decision.codec is not codec or decision.reach == "weight":
             return decision
+        if decision.probabilities:
+            return self._for_probabilities(decision, codec)
         if decision.reach == "all":
             return decision.with_codec(
                 self._multiplier or codec.for_factors.at_least(self.multiplier_bits))
         bits = max(decision.least_bits, (self.norm_bits or 1) if decision.reach == "norm" else 1)
         return decision.with_codec(codec.at_least(bits))
+
+    def _for_probabilities(self, decision: Decision, codec: Codec) -> Decision:
+        """Returns a decision for probabilities; exact if the quantizer has no code for them."""
+        # One bit fewer for errors of classes: few of them are near the largest of their row.
+        bits = max(self.multiplier_bits - (decision.units == "class error"), 1)
+        suited = (self._multiplier or codec).per_element.for_probabilities
+        if suited is None:
+            return Decision(None, "probabilities: the quantizer has no code for them")
+        suited = suited.at_least(bits)
+        return decision.with_codec(suited.precise if decision.units == "class error" else suited)
 
     def _decide_compiled(self, saved: SavedTensor, codec: Codec) -> Decision:
         if saved.reach is None:
@@ -291,7 +302,7 @@ class OpAware:
             rule = rule_of(saved.call.function)
             assert rule is not None and self.few_bit is not None
             return Decision(
-                _few_bit_codec(rule, saved.call, self.few_bit),
+                few_bit_codec(rule, saved.call, self.few_bit),
                 "interval of the input: the derivative, piecewise constant and biased")
         if role == ATTENTION_VALUE:
             return self._widened(_VALUE.with_codec(codec), codec)
@@ -303,7 +314,7 @@ class OpAware:
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # Copy a view. A kept view would keep the value alive, which is in the same memory.
             return Decision(_COPY if apart else None, "query and key: weights must be exact")
-        return Decision(None, "needed to run again")
+        return _MASK if saved.tensor.dtype == torch.bool else _REPLAYED
 
     def _wide(self, codec: Codec, bits: int | None) -> Codec | None:
         """Returns a codec with at least so many bits for each element; None if there is none."""
@@ -329,6 +340,7 @@ _LINEAR = {
 _STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
+_REPLAYED = Decision(None, "needed to run again")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reach="all")
 # The value has the configured width: by measurement, four bits do not lower the noise of whole
 # transformers.
@@ -359,29 +371,6 @@ def _rows_of_derivative(call: Call) -> RowsOf | None:
     rule = rule_of(call.function)
     rewrite = None if rule is None else rule.rewrite
     return rewrite.rows if isinstance(rewrite, SaveDerivative) else of_elements
-
-
-def _with_table(rule: OpRule, bits: int, running: RunningPass, call: Call) -> Any:
-    """Runs a function so that a few-bit table encodes its input. If none fits, saves the derivative."""
-    rewrite = rule.rewrite
-    assert isinstance(rewrite, SaveDerivative)
-    if _few_bit_codec(rule, call, bits) is not None:
-        rewrite = SaveInput(**vars(rewrite))
-    return rewrite(running, call)
-
-
-def _few_bit_codec(rule: OpRule, call: Call, bits: int) -> Codec | None:
-    settings = None if rule.few_bit is None else rule.few_bit(call)
-    return None if settings is None else _table_codec(bits, **settings)
-
-
-@functools.lru_cache(maxsize=256)
-def _table_codec(bits: int, name: str, **settings: Any) -> Codec | None:
-    """Returns the codec of a table; None for settings that no table fits, such as a large alpha."""
-    try:
-        return FewBitCodec(few_bit_table(name, bits, **settings))
-    except ValueError:
-        return None
 
 
 def _codec_of(quantizer: Any) -> Codec | None:

@@ -84,6 +84,8 @@ class SavedTensor:
             None stores the tensor itself. It is always None while a report listens.
         sharing: elements that share one statistic of a norm in a compiled graph, if known.
         original: the tensor with its Python class, if ``tensor`` is without it.
+        following: the call after the one that saves it, if the policy waited for it
+            (:attr:`Decision.waits`). It is :data:`NO_CALL` if the pass has ended.
     """
 
     tensor: Tensor
@@ -99,6 +101,7 @@ class SavedTensor:
     derivative: str | None = None
     sharing: int | None = None
     original: Tensor | None = None
+    following: Call | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -185,6 +188,8 @@ class Decision(NamedTuple):
         least_bits: least width of the codes, even if a smaller width is configured.
         units: the units in which backward uses the tensor and in which the tensor is stored, see
             :mod:`~brevitas_bp.backward.units`; None: the tensor's own units.
+        probabilities: most elements are far below the largest, and zeros must stay zeros.
+        waits: the policy decides again when it knows the next call, :attr:`SavedTensor.following`.
     """
 
     codec: Codec | None
@@ -193,8 +198,10 @@ class Decision(NamedTuple):
     known: bool = True
     reach: Literal["weight", "sum", "norm", "all"] = "weight"
     rows: "Callable[[Tensor, Call], Rows | None] | None" = None
-    units: Literal["statistic", "channel", "quotient"] | None = None
+    units: Literal["statistic", "channel", "quotient", "logarithm", "class error"] | None = None
     least_bits: int = 1
+    waits: bool = False
+    probabilities: bool = False
 
     def with_codec(self, codec: Codec) -> "Decision":
         """Returns this decision with another codec, or this decision itself if it has that codec."""

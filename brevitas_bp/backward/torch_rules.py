@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.activations.functions import ACTIVATIONS, Activation
+from brevitas_bp.backward import classes
 from brevitas_bp.backward.attention import ReplayAttention
 from brevitas_bp.backward.operations import (
-    OpRule,
     composite,
     elementwise,
     exact,
@@ -16,12 +16,13 @@ from brevitas_bp.backward.operations import (
     normalization,
     product,
     quotient,
-    register_op,
+    square,
     stands_alone,
     weighted,
 )
+from brevitas_bp.backward.registry import OpRule, register_op
 from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative
-from brevitas_bp.backward.rows import convolved, of_elements, of_halves, trailing
+from brevitas_bp.backward.rows import convolved, last_dimension, of_elements, of_halves, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.base import FLOATS
@@ -79,11 +80,23 @@ def activation(entry: Activation) -> OpRule:
         most_arguments=1 + len(entry.parameters) + (entry.variant is not None))
 
 
+_square = square()
+
+
+_elementwise_product = product(rows=of_elements)
+
+
+def _multiplied(saved: SavedTensor) -> Decision:
+    """Decides for an elementwise product, which may be that of a tensor with itself."""
+    first, second = saved.call.argument(0, "input"), saved.call.argument(1, "other")
+    return (_square if first is second else _elementwise_product).decide(saved)
+
+
 def _power(saved: SavedTensor) -> Decision:
     """Decides for a power: ``x ** 2`` is a product; for other exponents, backward is not linear."""
     exponent = saved.call.argument(1, "exponent")
     if saved.position == 0 and isinstance(exponent, (int, float)) and exponent == 2:
-        return product(rows=of_elements).decide(saved)
+        return _square.decide(saved)
     return Decision(None, "not linear in what is saved")
 
 
@@ -201,6 +214,16 @@ def _alpha_dropout(saved: SavedTensor) -> Codec | None:
     return alpha_dropout_mask(float(p)) if saved.position is None and 0 < p < 1 else None
 
 
+def _vector_norm(saved: SavedTensor) -> Decision:
+    """Decides for a Euclidean norm: backward is linear in its input."""
+    order = saved.call.argument(1, "ord", 2)
+    if saved.position != 0 or order != 2 or saved.tensor.dtype not in FLOATS:
+        return Decision(None, "backward is not linear in it")
+    return Decision(
+        saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
+        rows=last_dimension)
+
+
 def _index(saved: SavedTensor) -> Codec | None:
     """Narrows indices into a dimension: they are below the largest size of any float argument."""
     if saved.tensor.dtype != torch.int64:
@@ -244,11 +267,12 @@ def _register(rule: OpRule, names: str) -> None:
         register_op(name, rule)
 
 
-_register(weighted(), "linear conv_tbc")
+_register(weighted(), "linear conv_tbc grouped_mm")
 _register(weighted(rows=convolved), """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
     _convolution""")
-_register(product(rows=of_elements), "mul multiply rmul imul square")
+_register(OpRule(_multiplied), "mul multiply rmul imul")
+_register(_square, "square")
 _register(product(), "matmul rmatmul imatmul mm bmm mv dot vdot inner outer ger tensordot")
 _register(product(summands=1), "addmm addmv addbmm baddbmm addr")
 _register(product(summands=1, rows=of_elements), "addcmul")
@@ -271,14 +295,20 @@ register_op("scaled_dot_product_attention", OpRule(
     exact("attention: the weights follow from what is saved").decide, ReplayAttention()))
 _register(composite(), "multi_head_attention_forward")
 
+_register(composite(), "normalize")
+_register(OpRule(_vector_norm), "linalg_vector_norm vector_norm")
+_register(OpRule(classes.softmax), "softmax")
+_register(OpRule(classes.log_softmax), "log_softmax")
+_register(OpRule(classes.cross_entropy), "cross_entropy cross_entropy_loss")
+_register(OpRule(classes.nll_loss), "nll_loss nll_loss2d nll_loss_nd")
 _register(exact(), """
-    softmax log_softmax softmin gumbel_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal
-    rdiv rtruediv rpow prod cumprod cumsum logsumexp logcumsumexp norm vector_norm matrix_norm
-    linalg_norm linalg_vector_norm linalg_matrix_norm normalize cosine_similarity pairwise_distance
+    softmin gumbel_softmax exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal
+    rdiv rtruediv rpow prod cumprod cumsum logsumexp logcumsumexp norm matrix_norm
+    linalg_norm linalg_matrix_norm cosine_similarity pairwise_distance
     cdist pdist maximum minimum fmax fmin hypot atan2 lerp addcdiv bilinear local_response_norm
     renorm sinh cosh tan asin acos lgamma digamma erfinv logit logaddexp xlogy sinc remainder fmod""")
 _register(exact("a loss"), """
-    cross_entropy cross_entropy_loss nll_loss nll_loss2d nll_loss_nd binary_cross_entropy
+    binary_cross_entropy
     binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div
     gaussian_nll_loss poisson_nll_loss cosine_embedding_loss hinge_embedding_loss
     margin_ranking_loss soft_margin_loss multi_margin_loss multilabel_margin_loss

@@ -13,7 +13,7 @@ NOTE [ Inputs of norms are stored normalized ]
    range of each channel replace them. The middle is kept, and decoding adds it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward.rows import trailing
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor, tensors_in
+from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, tensors_in
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import Undo
 from brevitas_bp.codec.rows import Rows
@@ -37,16 +37,31 @@ _STATISTIC = Decision(None, "statistic of a norm")
 
 
 class Deferred:
-    """The result of a pack hook for a tensor that is encoded only when its operation has ended.
+    """The result of a pack hook for a tensor that is stored only later in the forward pass.
+
+    Args:
+        hurry: called with :data:`~brevitas_bp.backward.saved.NO_CALL` if backward asks for the tensor
+            before it is stored. It must store it.
 
     Attributes:
-        packed: the encoded tensor; None until the operation has ended.
+        packed: the stored tensor; None until then.
     """
 
-    __slots__ = ("packed",)
+    __slots__ = ("_hurry", "packed")
 
-    def __init__(self) -> None:
+    def __init__(self, hurry: Callable[[Call], None] | None = None) -> None:
         self.packed: Any = None
+        self._hurry = hurry
+
+    def fill(self, packed: Any) -> None:
+        """Notes the stored tensor."""
+        self.packed, self._hurry = packed, None
+
+    def found(self) -> Any:
+        """Returns the stored tensor."""
+        if self._hurry is not None:
+            self._hurry(NO_CALL)
+        return self.packed
 
 
 @dataclass(eq=False)

@@ -250,6 +250,13 @@ class Codec(ABC):
         """Makes the codec of :meth:`variant`, which must not hold this one (see :meth:`in_rows`)."""
         return None
 
+    def is_finer_than(self, other: "Codec") -> bool:
+        """Whether it can stand for ``other``: at least as many bits, in the same buckets.
+
+        Its payload must depend on the elements in the order of memory, but not on the shape.
+        """
+        return False
+
     def at_least(self, bits: int) -> "Codec":
         """Returns a codec with ``bits`` bits or more per element; itself if it has no widths.
 
@@ -271,6 +278,16 @@ class Codec(ABC):
     @property
     def for_values(self) -> "Codec":
         """The codec for tensors whose zeros and signs matter."""
+        return self
+
+    @property
+    def for_probabilities(self) -> "Codec | None":
+        """The codec for numbers of which most are far below the largest; None if it has none."""
+        return None
+
+    @property
+    def precise(self) -> "Codec":
+        """This codec with metadata that are not rounded, if it rounds them."""
         return self
 
     def is_variant_of(self, configured: "Codec") -> bool:

@@ -24,6 +24,7 @@ from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbyt
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import (
     CENTRED,
+    COMPANDED,
     DITHERED,
     MIN_MAX,
     NEAREST,
@@ -46,6 +47,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "transform": NO_TRANSFORM},
     "stochastic": {
         "scale_rule": MIN_MAX, "code_range": UNSIGNED, "rounding": STOCHASTIC,
+        "transform": NO_TRANSFORM},
+    "companded": {
+        "scale_rule": MIN_MAX, "code_range": UNSIGNED, "rounding": COMPANDED,
         "transform": NO_TRANSFORM}}
 
 
@@ -172,6 +176,10 @@ class LoweredCodec(BucketCodec):
         return self._ready_for(layout, spec).launcher.decode(
             payload, metadata, seed, layout.shape, layout.stride, affine)
 
+    @property
+    def _buckets(self) -> tuple[int | None, int | None]:
+        return self.spec.bucket_size, self.spec.row_size
+
     def in_rows(self, length: int, last: int) -> Codec:
         spec = self.spec.in_rows(length)
         return self if spec == self.spec else self._with_spec(spec)
@@ -225,6 +233,19 @@ class LoweredCodec(BucketCodec):
     def for_values(self) -> Codec:
         """With stochastic rounding in the range of each bucket: the least value decodes exactly."""
         return self if self.spec.code_range.nearest is None else self.of_kind("stochastic")
+
+    @property
+    def for_probabilities(self) -> Codec | None:
+        """With levels close together near zero; None if rounding to nearest was asked for."""
+        unbiased = self.spec.code_range.nearest is not None or self.spec.rounding.encoding_draws
+        return self.of_kind("companded") if unbiased else None
+
+    @property
+    def precise(self) -> Codec:
+        if self.spec.metadata_dtype is torch.float32:
+            return self
+        return variants.get(self, "precise", lambda: self._with_spec(
+            replace(self.spec, metadata_dtype=torch.float32)))
 
     def of_kind(self, kind: str) -> Codec:
         stages = KINDS[kind]

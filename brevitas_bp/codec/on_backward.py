@@ -19,6 +19,9 @@ class QuantizeOnBackward(Codec):
         self.keep = Keep()
         self.name = f"{codec.name} on backward"
 
+    def is_finer_than(self, other: Codec) -> bool:
+        return self.codec.is_finer_than(other)
+
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Keeps ``x`` and the seed."""
         kept = self.keep.encode(x, where=where)
@@ -32,4 +35,6 @@ class QuantizeOnBackward(Codec):
             # Encode only once: a quantizer that collects statistics would give other codes next time.
             encoded.append(self.codec.encode(x, seed=seed, where=packed.where))
         # A tensor in other units must go with other tensors in these units, whether smaller or not.
-        return encoded[0].decode() if encoded[0].is_smaller or self.codec.wraps else x
+        found = encoded[0].decode() if encoded[0].is_smaller or self.codec.wraps else x
+        # The layout is that of a view, if the operation saved a view of the kept tensor.
+        return found if found.shape == packed.layout.shape else found.view(packed.layout.shape)

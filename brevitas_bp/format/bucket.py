@@ -50,7 +50,8 @@ def codes_of(
         return to_bytes(spec.code_range.nearest(scaled(x, scale, None), width), 0, scale)
     noise = _noise(starts, x.shape[-1], seed) if spec.rounding.encoding_draws else None
     top, lowest = spec.code_range.top(width), spec.code_range.lowest(width)
-    codes = spec.rounding.round_(scaled(x.to(scale.dtype), scale, offset), noise).clamp_(lowest, top)
+    u = scaled(x.to(scale.dtype), scale, offset)
+    codes = spec.rounding.round_(u, noise, top).clamp_(lowest, top)
     return to_bytes(codes, lowest, scale)
 
 
@@ -63,9 +64,8 @@ def factors_of(
         return spec.code_range.level(codes, width)
     lowest = spec.code_range.lowest(width)
     codes = codes.add_(lowest) if lowest else codes
-    if spec.rounding.decoding_draws:
-        codes = spec.rounding.restore(codes, _noise(starts, codes.shape[-1], seed))
-    return codes
+    noise = _noise(starts, codes.shape[-1], seed) if spec.rounding.decoding_draws else None
+    return spec.rounding.restore(codes, noise, spec.code_range.top(width))
 
 
 def _noise(starts: Tensor, length: int, seed: int) -> Tensor:

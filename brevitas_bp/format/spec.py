@@ -137,6 +137,10 @@ class BucketQuantSpec:
             raise ValueError(
                 f"{where}: {self.code_range.name!r} codes are those of the nearest levels, got the "
                 f"rounding {self.rounding.name!r}; use rounding to nearest")
+        if self.rounding.unsigned and self.code_range.signed:
+            raise ValueError(
+                f"{where}: {self.rounding.name!r} rounding needs unsigned codes, got "
+                f"{self.code_range.name!r}")
         if self.integer_zero_point and self.metadata_dtype != torch.float32:
             raise ValueError(
                 f"{where}: an integer zero point needs metadata_dtype=torch.float32, got "

@@ -263,7 +263,7 @@ CENTRED = ScaleRule(
     "centred", 4, True, True, False, _deviation, centres=True, refit=_unbiased_scale)
 
 
-def _as_they_are(codes: Tensor, noise: Tensor | None) -> Tensor:
+def _as_they_are(codes: Tensor, noise: Tensor | None, top: int) -> Tensor:
     return codes
 
 
@@ -272,40 +272,57 @@ class Rounding(Stage):
     """Turns scaled values into integers.
 
     Attributes:
-        round_: ``(u, noise) -> integers``, as floats; may overwrite ``u``. The noise is uniform in [0,
-            1), or None if none is drawn.
+        round_: ``(u, noise, top code) -> integers``, as floats; may overwrite ``u``. The noise is
+            uniform in [0, 1), or None if none is drawn.
         encoding_draws: :attr:`round_` takes noise.
         decoding_draws: :attr:`restore` takes the noise that :attr:`round_` took, drawn again.
-        restore: ``(codes, noise) -> factors``; dequantizing multiplies the factors by the scale.
+        restore: ``(codes, noise, top code) -> factors``; dequantizing multiplies the factors by the
+            scale.
+        unsigned: it needs unsigned codes.
     """
 
-    round_: Callable[[Tensor, Tensor | None], Tensor]
+    round_: Callable[[Tensor, Tensor | None, int], Tensor]
     encoding_draws: bool = False
     decoding_draws: bool = False
-    restore: Callable[[Tensor, Tensor | None], Tensor] = _as_they_are
+    restore: Callable[[Tensor, Tensor | None, int], Tensor] = _as_they_are
+    unsigned: bool = False
 
 
-def _to_nearest(u: Tensor, noise: Tensor | None) -> Tensor:
+def _to_nearest(u: Tensor, noise: Tensor | None, top: int) -> Tensor:
     return u.round_()
 
 
-def _stochastically(u: Tensor, noise: Tensor | None) -> Tensor:
+def _stochastically(u: Tensor, noise: Tensor | None, top: int) -> Tensor:
     """``floor(u) + (noise < u - floor(u))``: the mean over the noise is ``u``."""
     assert noise is not None
     floor = u.floor()
     return floor.add_(noise < u.sub_(floor))
 
 
-def _with_dither(u: Tensor, noise: Tensor | None) -> Tensor:
+def _with_dither(u: Tensor, noise: Tensor | None, top: int) -> Tensor:
     """``floor(u + noise)``."""
     assert noise is not None
     return u.add_(noise).floor_()
 
 
-def _without_dither(codes: Tensor, noise: Tensor | None) -> Tensor:
+def _without_dither(codes: Tensor, noise: Tensor | None, top: int) -> Tensor:
     """``q + 1/2 - noise``: within half a step of ``u``, uniformly, whatever ``u`` is."""
     assert noise is not None
     return codes.add_(0.5).sub_(noise)
+
+
+def _between_levels(u: Tensor, noise: Tensor | None, top: int) -> Tensor:
+    """``k + (noise < (u - L[k]) / (L[k+1] - L[k]))`` with ``L[k] <= u < L[k+1]``."""
+    assert noise is not None
+    levels = _companded(torch.arange(top + 1, dtype=u.dtype, device=u.device), None, top)
+    below = torch.bucketize(u, levels[1:top], right=True)
+    low = levels[below]
+    return (noise < (u - low) / (levels[below + 1] - low)).to(u.dtype).add_(below)
+
+
+def _companded(codes: Tensor, noise: Tensor | None, top: int) -> Tensor:
+    """The level ``k**2 / top`` of code ``k``."""
+    return codes * codes * (1 / top)
 
 
 #: Rounds to nearest, ties to even.
@@ -316,3 +333,8 @@ STOCHASTIC = Rounding("stochastic", 1, _stochastically, encoding_draws=True)
 #: :data:`STOCHASTIC` is a sixth on average.
 DITHERED = Rounding(
     "dithered", 2, _with_dither, encoding_draws=True, decoding_draws=True, restore=_without_dither)
+#: Stochastic rounding between the levels ``L[k] = k**2 / top``, which lie close together near zero. For
+#: probabilities, of which most are far below the largest: the variance of ``u`` is about
+#: ``2/3 u / top``. That of :data:`STOCHASTIC` is about ``u`` for small ``u``. Zeros stay zeros.
+COMPANDED = Rounding(
+    "companded", 3, _between_levels, encoding_draws=True, restore=_companded, unsigned=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import brevitas_bp
 from brevitas_bp.activations.functions import ACTIVATIONS, Activation
-from brevitas_bp.backward.operations import rule_of
+from brevitas_bp.backward.registry import rule_of
 from tests.activations.support import function_of_torch, of_autograd, source
 
 #: Parameters that differ from every default. torch's own celu rounds 1 / alpha to float32.

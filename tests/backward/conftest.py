@@ -2,12 +2,12 @@
 
 import pytest
 
-from brevitas_bp.backward import operations
+from brevitas_bp.backward import registry as rules
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Removes a test's registrations when the test ends."""
     for name in ("_by_name", "_by_object", "_by_method"):
-        monkeypatch.setattr(operations, name, getattr(operations, name).copy())
-    monkeypatch.setattr(operations, "_found", {})
+        monkeypatch.setattr(rules, name, getattr(rules, name).copy())
+    monkeypatch.setattr(rules, "_found", {})

@@ -11,7 +11,8 @@ from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.activations.few_bit import few_bit_table
 from brevitas_bp.activations.functions import ACTIVATIONS, Activation, Parameter
 from brevitas_bp.backward import OpAware, register_op
-from brevitas_bp.backward.operations import OpRule, elementwise
+from brevitas_bp.backward.operations import elementwise
+from brevitas_bp.backward.registry import OpRule
 from brevitas_bp.backward.saved import Call
 from brevitas_bp.backward.torch_rules import activation
 from tests.backward.support import Apply

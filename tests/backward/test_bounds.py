@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brevitas_bp import OpAware, QuantBackwardWrapper, SavedTensor
-from brevitas_bp.backward import operations
+from brevitas_bp.backward import registry
 from brevitas_bp.backward.saved import Decision
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 from tests.backward.support import run, wrapped_run
@@ -224,7 +224,7 @@ def test_every_rule_that_rounds_has_a_case() -> None:
     covered = {name for case in CASES.values() for name in case.names.split()}
     covered |= {name for names in _LIKE.values() for name in names.split()}
     rounding = set()
-    for name, rule in operations._by_name.items():
+    for name, rule in registry._by_name.items():
         kind = getattr(rule.decide, "__qualname__", "")
         if not kind.startswith(("exact.", "lossless.", "elementwise.", "composite.")):
             rounding.add(name)

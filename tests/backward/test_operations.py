@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.backward import OpAware, operations, register_op
-from brevitas_bp.backward.operations import elementwise, exact, linear, normalization, rule_of
+from brevitas_bp.backward.operations import elementwise, exact, linear, normalization
+from brevitas_bp.backward.registry import rule_of
 from brevitas_bp.errors import SecondDerivativeError, UnknownNameError
 from brevitas_bp.quant import (
     ShiftedUint2DynamicActPerBucketFloat,
@@ -141,7 +142,7 @@ def test_explanation_is_of_the_last_forward() -> None:
     found = [(s.module, s.op, s.stored, s.tensors) for s in model.explain().sites.values()]
     assert found == [
         ("0", "linear", "2-bit rotated", 1), ("1", "relu", "relu mask", 1),
-        ("2", "softmax", "exact", 1)]
+        ("2", "softmax", "4-bit companded", 1)]
     assert "gradient of the weight is linear in it" in str(model.explain())
 
 

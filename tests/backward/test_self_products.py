@@ -15,8 +15,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from brevitas_bp import QuantBackwardWrapper, SavedTensor, register_op
 from brevitas_bp.backward import OpAware
-from brevitas_bp.backward.operations import OpRule, linear, rule_of
+from brevitas_bp.backward.operations import linear
 from brevitas_bp.backward.origins import goes_through_rounding_of
+from brevitas_bp.backward.registry import OpRule, rule_of
 from brevitas_bp.backward.saved import Decision, storage_id
 from brevitas_bp.backward.seam import listening
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Stochastic2
@@ -57,7 +58,7 @@ class _AllShared(OpAware):
     """The policy, except that all operations share their roundings, at one width."""
 
     def decide(self, saved: SavedTensor) -> Decision:
-        return super().decide(saved)._replace(shared=True, reach="weight")
+        return super().decide(saved)._replace(shared=True, reach="weight", units=None)
 
 
 def bias(name: str, policy: OpAware) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from brevitas_bp.format.stages import CENTRED, DITHERED, UNBIASED
+from brevitas_bp.format.stages import CENTRED, COMPANDED, DITHERED, UNBIASED
 from brevitas_bp.kernels.cpu import levels
 from brevitas_bp.kernels.cpu.codes import (
     ROUNDINGS,
@@ -61,7 +61,8 @@ from brevitas_bp.kernels.launchers import CODE_RANGES
 #: The stages that these kernels implement.
 COVERED = ROUNDINGS | RULES | CODE_RANGES | TRANSFORMS | levels.RULES | levels.CODES
 _U = np.uint32
-_UNBIASED, _CENTRED, _DITHERED = UNBIASED.number, CENTRED.number, DITHERED.number
+_UNBIASED, _CENTRED = UNBIASED.number, CENTRED.number
+_DITHERED, _COMPANDED = DITHERED.number, COMPANDED.number
 # Elements of a group of buckets: half of a first-level cache.
 _GROUP = 1 << 12
 #: Replaces the number of a derivative: the input is normalized.
@@ -245,7 +246,7 @@ def decode(
     bound = number(np.finfo(out.dtype).max) if scales_of.size else limit
     (k0, k1), (r0, r1) = keys
     by_levels = rule in (_UNBIASED, _CENTRED)
-    apart = transform != 0 or by_levels or rounding == _DITHERED
+    apart = transform != 0 or by_levels or rounding in (_DITHERED, _COMPANDED)
     factors = np.empty(size if apart else 1, out.dtype)
     signs = np.empty(size // 16 if transform else 1, np.uint32)
     whole = in_registers(size, transform)
@@ -269,7 +270,8 @@ def decode(
                 decode_levels(codes, width, factors)
             else:
                 factors_of(
-                    codes, lowests[kind], rounding, _U((bucket * size) & 0xFFFFFFFF), k0, k1, factors)
+                    codes, lowests[kind], (1 << width) - 1, rounding,
+                    _U((bucket * size) & 0xFFFFFFFF), k0, k1, factors)
                 if transform:
                     s, offset = scale_in_units(factors, s, offset, unit_bits, unit), number(0)
             if whole:

@@ -13,12 +13,12 @@ from brevitas_bp.format.random import (
     NOISE_BITS,
     SPLITMIX,
 )
-from brevitas_bp.format.stages import DITHERED, NEAREST, STOCHASTIC
+from brevitas_bp.format.stages import COMPANDED, DITHERED, NEAREST, STOCHASTIC
 from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
 
 #: The roundings that :func:`round_codes` implements.
-ROUNDINGS = frozenset({NEAREST, STOCHASTIC, DITHERED})
-_STOCHASTIC, _DITHERED = STOCHASTIC.number, DITHERED.number
+ROUNDINGS = frozenset({NEAREST, STOCHASTIC, DITHERED, COMPANDED})
+_STOCHASTIC, _DITHERED, _COMPANDED = STOCHASTIC.number, DITHERED.number, COMPANDED.number
 
 _U = np.uint32
 _L = np.uint64
@@ -98,12 +98,51 @@ def round_dithered(
 
 
 @jit
+def round_companded(
+        x: Any, codes: Any, lo: Any, inverse: Any, top: Any, index: Any, k0: Any, k1: Any) -> None:
+    """Works like :func:`round_stochastic`, between the levels of ``stages.COMPANDED``."""
+    wide_vectors()
+    number = x.dtype.type
+    high, part = number(top), number(1.0 / top)
+    last = high - number(1)
+    for i in range(x.size):
+        u = (x[i] - lo) * inverse
+        h = _U(_U(index + _U(i)) + k0)
+        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
+        h = _U(h ^ k1)
+        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
+        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
+        h = _U(h ^ _U(h >> _S3))
+        noise = _F(np.int32(h >> _TO_NOISE)) * _STEP
+        positive = u if u > number(0) else number(0)
+        k = np.floor(np.sqrt(positive * high))
+        # The root is off by less than a level. Comparisons with the levels themselves decide.
+        k = k - (number(1) if (k * k) * part > u else number(0))
+        k = k if k > number(0) else number(0)
+        above = k + number(1)
+        k = above if (above * above) * part <= u else k
+        k = last if k > last else k
+        above = k + number(1)
+        low = (k * k) * part
+        step = (above * above) * part - low
+        q = above if noise < (u - low) / step else k
+        codes[i] = np.uint8(np.int32(q))
+
+
+@jit
 def factors_of(
-        codes: Any, lowest: Any, rounding: Any, index: Any, k0: Any, k1: Any, out: Any) -> None:
+        codes: Any, lowest: Any, top: Any, rounding: Any, index: Any, k0: Any, k1: Any,
+        out: Any) -> None:
     """Writes what codes stand for, in steps; ``index`` is the flat index of the first."""
     wide_vectors()
     number = out.dtype.type
     low = number(lowest)
+    if rounding == _COMPANDED:
+        part = number(1.0 / top)
+        for i in range(out.size):
+            k = number(np.int32(codes[i]))
+            out[i] = (k * k) * part
+        return
     if rounding != _DITHERED:
         for i in range(out.size):
             out[i] = number(np.int32(codes[i])) + low
@@ -142,6 +181,8 @@ def round_codes(
         round_stochastic(x, codes, lo, inverse, lowest, top, index, k0, k1)
     elif rounding == _DITHERED:
         round_dithered(x, codes, lo, inverse, lowest, top, index, k0, k1)
+    elif rounding == _COMPANDED:
+        round_companded(x, codes, lo, inverse, top, index, k0, k1)
     else:
         round_nearest(x, codes, lo, inverse, lowest, top)
 

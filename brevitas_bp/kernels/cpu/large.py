@@ -19,7 +19,7 @@ from brevitas_bp.format.pieces import segments_of
 from brevitas_bp.format.random import noise_keys
 from brevitas_bp.format.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.format.stages import DITHERED, L2, MAX, MIN_MAX, NO_TRANSFORM
+from brevitas_bp.format.stages import COMPANDED, DITHERED, L2, MAX, MIN_MAX, NO_TRANSFORM
 from brevitas_bp.kernels.cpu.codes import (
     ROUNDINGS,
     copy_bytes,
@@ -52,7 +52,7 @@ _CHUNK = 1 << 20
 _U = np.uint32
 _NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
 #: The stages that these kernels implement.
-COVERED = ROUNDINGS - {DITHERED} | CODE_RANGES | {NO_TRANSFORM, MIN_MAX, MAX, L2}
+COVERED = ROUNDINGS - {DITHERED, COMPANDED} | CODE_RANGES | {NO_TRANSFORM, MIN_MAX, MAX, L2}
 _INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
 
 

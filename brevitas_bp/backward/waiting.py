@@ -1,0 +1,54 @@
+"""Saved tensors about which the policy decides only when it knows the next call."""
+
+from collections.abc import Callable
+from typing import Any
+
+from brevitas_bp.backward.kept import described
+from brevitas_bp.backward.location import Location
+from brevitas_bp.backward.saved import Call, SavedTensor
+from brevitas_bp.backward.units import Deferred
+from brevitas_bp.codec.base import refuse_modified, version_of
+
+# Stores a tensor; returns what autograd gets in its place.
+_Store = Callable[[], Any]
+
+
+class Waiting:
+    """The saved tensors of one forward pass that wait for the next call. The pass must end it.
+
+    Args:
+        location: of the forward pass.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._tensors: list[tuple[SavedTensor, Deferred, int | None, _Store]] = []
+
+    def add(self, saved: SavedTensor, store: _Store) -> Deferred:
+        """Lets a tensor wait.
+
+        Args:
+            saved: the tensor.
+            store: stores the tensor, when ``saved.following`` is known.
+        """
+        deferred = Deferred(self._location.follow)
+        self._tensors.append((saved, deferred, version_of(saved.tensor), store))
+        self._location.following = self.end
+        return deferred
+
+    def end(self, following: Call) -> None:
+        """Stores the tensors that wait; ``following`` is the next call, or NO_CALL.
+
+        Raises:
+            ModifiedInPlaceError: a tensor was modified while it waited.
+        """
+        tensors, self._tensors = self._tensors, []
+        for saved, deferred, version, store in tensors:
+            if version_of(saved.tensor) != version:
+                refuse_modified(saved.tensor, version or 0, described(saved.op, saved.module))
+            saved.following = following
+            deferred.fill(store())
+
+    def drop(self) -> None:
+        """Forgets the tensors that wait, after an exception."""
+        self._tensors = []

@@ -1,0 +1,116 @@
+"""Codecs that store log-probabilities as what their backward is linear in."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.activations.arithmetic import exponential
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.integrity import TensorType
+from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.wrapping import WrappingCodec
+from brevitas_bp.format.arithmetic import compute_dtype
+
+
+class _LogProbabilities(WrappingCodec):
+    """Stores numbers from which the probabilities ``exp(x)`` follow, and decodes to their logarithms.
+
+    The gradient of ``log_softmax`` is linear in the probabilities, and torch computes them as ``exp`` of
+    what this codec decodes. A probability that decodes to zero has the logarithm ``-inf``.
+    """
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Stores log-probabilities."""
+        with torch.no_grad():
+            p = exponential(x.detach().to(compute_dtype(x.dtype)))
+            stored = self.inner.encode(self.from_probabilities(p), seed=seed, where=where)
+        return Packed(self, (*stored.tensors, *self.others), TensorLayout.of(x), stored, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Returns the logarithms of the stored probabilities."""
+        layout = packed.layout
+        with torch.no_grad():
+            p = self.to_probabilities(self.stored_in(packed).decode())
+            return layout.restore(p.log_().to(layout.dtype).expand(layout.base_shape))
+
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
+        inner = packed.facts.codec.tensor_types(packed.facts)
+        return None if inner is None else [
+            *inner, *(TensorType.flat(t.numel(), t.dtype) for t in self.others)]
+
+    @property
+    def others(self) -> tuple[Tensor, ...]:
+        """What is kept beside the tensors of the inner codec."""
+        return ()
+
+    @abstractmethod
+    def from_probabilities(self, p: Tensor) -> Tensor:
+        """Returns the numbers to store; may overwrite ``p``."""
+
+    @abstractmethod
+    def to_probabilities(self, stored: Tensor) -> Tensor:
+        """Inverts :meth:`from_probabilities`; may overwrite ``stored``."""
+
+
+@final
+class LogCodec(_LogProbabilities):
+    """Stores log-probabilities as probabilities.
+
+    >>> from brevitas_bp.codec import Copy
+    >>> LogCodec(Copy()).encode(torch.tensor([0.5, 0.25]).log(), seed=0).decode().exp()
+    tensor([0.5000, 0.2500])
+    """
+
+    def around(self, inner: Codec) -> Codec:
+        return LogCodec(inner)
+
+    def from_probabilities(self, p: Tensor) -> Tensor:
+        return p
+
+    def to_probabilities(self, stored: Tensor) -> Tensor:
+        return stored
+
+
+@final
+class ClassErrorCodec(_LogProbabilities):
+    """Stores log-probabilities as ``|p - t|``, where ``t`` is 1 for the target class and 0 elsewhere.
+
+    The gradient of a cross entropy is ``p - t``. So a rounding error is relative to the gradient of its
+    row. It would not be with ``p`` itself, whose largest value hides how small ``1 - p`` is for a
+    confident prediction.
+
+    Args:
+        inner: stores numbers in [0, 1]. It must not decode to more than the largest of them.
+        targets: the classes, stored. A class outside of ``[0, C)`` counts as no class.
+        dim: the dimension of the classes.
+    """
+
+    def __init__(self, inner: Codec, targets: Packed, dim: int) -> None:
+        super().__init__(inner)
+        self.targets = targets
+        self.dim = dim
+        self.name = f"{inner.name}, of the error"
+
+    def around(self, inner: Codec) -> Codec:
+        return ClassErrorCodec(inner, self.targets, self.dim)
+
+    @property
+    def others(self) -> tuple[Tensor, ...]:
+        return self.targets.tensors
+
+    def from_probabilities(self, p: Tensor) -> Tensor:
+        return self._other_way_round(p)
+
+    def to_probabilities(self, stored: Tensor) -> Tensor:
+        return self._other_way_round(stored)
+
+    def _other_way_round(self, p: Tensor) -> Tensor:
+        """Replaces the target's ``p`` by ``1 - p``."""
+        targets = self.targets.decode().to(torch.int64).unsqueeze(self.dim)
+        known = (targets >= 0) & (targets < p.shape[self.dim])
+        index = torch.where(known, targets, 0)
+        at = p.gather(self.dim, index)
+        return p.scatter_(self.dim, index, torch.where(known, 1 - at, at))
