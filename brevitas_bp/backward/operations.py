@@ -122,7 +122,7 @@ def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
         size = saved.tensor.numel()
         if any(size * _BROADCAST <= a.numel() for a in tensors):
             return Decision(None, "broadcast factor: few bytes, many gradients")
-        if len(tensors) == 2 and _is_in_written_norm(saved, tensors):
+        if len(tensors) == 2 and any(is_statistic_of(saved.tensor, t) for t in tensors):
             return _WRITTEN_NORM._replace(codec=saved.codec, rows=rows)
         reach = _reach(tensors, size)
         return Decision(
@@ -152,14 +152,6 @@ def square() -> OpRule:
 _WRITTEN_NORM = Decision(None, "input of a norm that is written out: bias of order 1/M", reach="norm")
 
 
-def _is_in_written_norm(saved: SavedTensor, factors: list[Tensor]) -> bool:
-    """Whether one factor is the saved tensor and the other is a statistic of its rows."""
-    x = saved.tensor
-    return any(
-        t.shape[-1:] == (1,) and t.numel() < x.numel() and is_statistic_of(storage_id(x), t)
-        for t in factors)
-
-
 def quotient() -> OpRule:
     """Makes a rule for a quotient ``a / b``: backward is linear in ``a``, but not in ``b``.
 
@@ -171,6 +163,8 @@ def quotient() -> OpRule:
             saved.call.argument(i, name) for i, name in enumerate(("input", "other")))
         if not saved.aliases(dividend) or saved.aliases(divisor):
             return Decision(None, "divisor: backward is not linear in it")
+        if isinstance(divisor, Tensor) and is_statistic_of(saved.tensor, divisor):
+            return _WRITTEN_NORM._replace(codec=saved.codec, rows=of_elements)
         return Decision(
             saved.codec, "dividend: the divisor's gradient is linear in it",
             shared=stands_alone(saved),

@@ -1,5 +1,6 @@
 """The rule of each operation of torch."""
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from brevitas_bp.backward.operations import (
     weighted,
 )
 from brevitas_bp.backward.registry import OpRule, register_op
-from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative
+from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative, look_through
 from brevitas_bp.backward.rows import convolved, last_dimension, of_elements, of_halves, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
 from brevitas_bp.codec import Codec
@@ -214,6 +215,11 @@ def _alpha_dropout(saved: SavedTensor) -> Codec | None:
     return alpha_dropout_mask(float(p)) if saved.position is None and 0 < p < 1 else None
 
 
+def _look_through_python(running: RunningPass, call: Call) -> Any:
+    """Lets the functions inside a Python function follow their own rules; an operator runs as it is."""
+    return look_through(running, call) if isinstance(call.function, FunctionType) else NotImplemented
+
+
 def _vector_norm(saved: SavedTensor) -> Decision:
     """Decides for a Euclidean norm: backward is linear in its input."""
     order = saved.call.argument(1, "ord", 2)
@@ -296,6 +302,7 @@ register_op("scaled_dot_product_attention", OpRule(
 _register(composite(), "multi_head_attention_forward")
 
 _register(composite(), "normalize")
+register_op("norm", OpRule(exact().decide, _look_through_python))
 _register(OpRule(_vector_norm), "linalg_vector_norm vector_norm")
 _register(OpRule(classes.softmax), "softmax")
 _register(OpRule(classes.log_softmax), "log_softmax")
@@ -303,7 +310,7 @@ _register(OpRule(classes.cross_entropy), "cross_entropy cross_entropy_loss")
 _register(OpRule(classes.nll_loss), "nll_loss nll_loss2d nll_loss_nd")
 _register(exact(), """
     softmin gumbel_softmax exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal
-    rdiv rtruediv rpow prod cumprod cumsum logsumexp logcumsumexp norm matrix_norm
+    rdiv rtruediv rpow prod cumprod cumsum logsumexp logcumsumexp matrix_norm
     linalg_norm linalg_matrix_norm cosine_similarity pairwise_distance
     cdist pdist maximum minimum fmax fmin hypot atan2 lerp addcdiv bilinear local_response_norm
     renorm sinh cosh tan asin acos lgamma digamma erfinv logit logaddexp xlogy sinc remainder fmod""")

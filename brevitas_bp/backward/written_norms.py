@@ -6,8 +6,8 @@ NOTE [ Norms that are written out ]
    statistic sums over a row. So ``x`` is stored as the input of a norm, once.
 2. What a square is for shows only in the next operation. So the pack hook waits for it. If it averages
    the squares, the square belongs to a norm.
-3. The product belongs to the same norm if its other factor was computed from these squares alone. The
-   nodes of autograd's graph tell.
+3. The product, or quotient, belongs to the same norm if its other factor was computed from these
+   squares alone. The nodes of autograd's graph tell.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from brevitas_bp.backward.origins import rounded_by
-from brevitas_bp.backward.saved import NO_CALL, Call
+from brevitas_bp.backward.saved import NO_CALL, Call, storage_id
 
 _AVERAGES = frozenset({"mean", "sum"})
 # Nodes between the squares and the factor: mean, epsilon, root, reciprocal, casts.
@@ -36,8 +36,12 @@ def averages_rows(call: Call, x: Tensor) -> bool:
         listed[0] in (-1, x.dim() - 1))
 
 
-def is_statistic_of(storage: int, factor: Tensor) -> bool:
-    """Whether a factor was computed, row by row, from squares of the tensor with this storage."""
+def is_statistic_of(x: Tensor, factor: Tensor) -> bool:
+    """Whether a factor was computed from squares of ``x``, one number for each row of ``x``."""
+    if x.dim() == 0 or factor.dim() == 0 or x.shape[-1] == 1 or not (
+            factor.shape[-1] == 1 or factor.stride(-1) == 0):
+        return False
+    storage = storage_id(x)
     node: Any = factor.grad_fn
     for _ in range(_MOST_STEPS):
         if node is None:
@@ -54,7 +58,7 @@ def is_statistic_of(storage: int, factor: Tensor) -> bool:
 
 
 def _squares(node: Any) -> bool:
-    """Whether a node's operation multiplies a tensor by itself."""
+    """Whether a node's operation sums squares, or multiplies a tensor by itself."""
     sources = node.next_functions
-    return node.name().startswith("Pow") or (
+    return node.name().startswith(("Pow", "LinalgVectorNorm")) or (
         node.name().startswith("Mul") and len(sources) == 2 and sources[0] == sources[1])

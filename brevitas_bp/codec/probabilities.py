@@ -113,4 +113,5 @@ class ClassErrorCodec(_LogProbabilities):
         known = (targets >= 0) & (targets < p.shape[self.dim])
         index = torch.where(known, targets, 0)
         at = p.gather(self.dim, index)
-        return p.scatter_(self.dim, index, torch.where(known, 1 - at, at))
+        # A stored 1 may decode to the next float.
+        return p.scatter_(self.dim, index, torch.where(known, (1 - at).clamp_(min=0), at))

@@ -314,6 +314,7 @@ def _without_dither(codes: Tensor, noise: Tensor | None, top: int) -> Tensor:
 def _between_levels(u: Tensor, noise: Tensor | None, top: int) -> Tensor:
     """``k + (noise < (u - L[k]) / (L[k+1] - L[k]))`` with ``L[k] <= u < L[k+1]``."""
     assert noise is not None
+    u = u.clamp_(0, top)
     levels = _companded(torch.arange(top + 1, dtype=u.dtype, device=u.device), None, top)
     below = torch.bucketize(u, levels[1:top], right=True)
     low = levels[below]

@@ -94,6 +94,16 @@ CASES = {
     "div by a number for each row": Case(
         lambda x, w: (x * w.detach()) / w, weights=((2, 12, 1),), positive=True, names="div",
         sign=1),
+    "softmax": Case(lambda x: F.softmax(x, -1), names="softmax", straddles=False),
+    "log_softmax": Case(lambda x: F.log_softmax(x, -1), names="log_softmax", straddles=False),
+    "cross_entropy": Case(
+        lambda x: F.cross_entropy(x.flatten(0, 1), torch.arange(24), reduction="none").sum(),
+        names="cross_entropy", straddles=False),
+    "vector_norm": Case(
+        lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True) * torch.ones(WIDTH),
+        names="linalg_vector_norm"),
+    "norm that is written out": Case(
+        lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt(), names="square mul"),
     "var": Case(_variance, names="var"),
     "layer_norm": Case(
         lambda x, w: F.layer_norm(x, (WIDTH,), w), weights=((WIDTH,),), names="layer_norm"),
@@ -124,7 +134,9 @@ CASES = {
 
 # Names of rules that are the same object as a rule above, or that round nothing with several rows.
 _LIKE = {
-    "linear": "conv_tbc", "conv1d": "conv2d conv3d convolution",
+    "linear": "conv_tbc grouped_mm", "cross_entropy": "cross_entropy_loss",
+    "linalg_vector_norm": "vector_norm", "log_softmax": "nll_loss nll_loss2d nll_loss_nd",
+    "conv1d": "conv2d conv3d convolution",
     "conv_transpose1d": "conv_transpose2d conv_transpose3d",
     "mul": "multiply rmul imul", "matmul": "rmatmul imatmul mm mv dot vdot inner outer ger tensordot",
     "baddbmm": "addmm addmv addbmm addr", "pow": "ipow float_power",

@@ -180,7 +180,9 @@ def test_lowered_and_general_path_store_the_same_bytes_through_the_wrapper(polic
         model = QuantBackwardWrapper(copy.deepcopy(module), codec, seed=7, policy=policy)
         torch.manual_seed(0)
 
-        def note(saved: Any, p: Packed, decision: Any, originals: Any, to: list[Packed] = packed) -> None:
+        def note(
+                saved: Any, p: Packed, decision: Any, originals: Any,
+                to: list[Packed] = packed) -> None:
             # Codes for probabilities are not made of the quantizer's own parts.
             if "softmax" not in saved.op:
                 to.append(p)

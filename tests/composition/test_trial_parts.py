@@ -18,7 +18,7 @@ from brevitas_bp.kernels import dispatch
 from brevitas_bp.quant.base import PerBucketL2, PerBucketMinMax, StochasticRounding
 
 
-def _dithered(u: Tensor, noise: Tensor | None) -> Tensor:
+def _dithered(u: Tensor, noise: Tensor | None, top: int) -> Tensor:
     """Computes ``floor(u + noise)``: rounds up with a probability equal to the fraction."""
     assert noise is not None
     return u.add_(noise).floor_()

@@ -12,6 +12,7 @@ from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import (
     CENTRED,
+    COMPANDED,
     DITHERED,
     L2,
     MAX,
@@ -72,12 +73,17 @@ UNIT_SPECS += [
         range(1, 9), RULES, ((24, _BFLOAT16), (256, _FLOAT32)))
     if width >= code_range.least_width]
 UNIT_SPECS += [
+    BucketQuantSpec(width, size, rounding=COMPANDED, metadata_dtype=metadata, transform=transform)
+    for width, (size, metadata, transform) in product(
+        range(1, 9), ((24, _BFLOAT16, NO_TRANSFORM), (256, _FLOAT32, NO_TRANSFORM),
+                      (64, _BFLOAT16, ROTATED)))]
+UNIT_SPECS += [
     BucketQuantSpec(
         base, 64, *stages, mix_bit_width=mix, mix_prob=p, mix_per=per, transform=transform)
     for base, mix in ((1, 2), (4, 1), (3, 8)) for p in (0.3, 1.0) for per in ("bucket", "tensor")
     for transform, *stages in (
         (ROTATED_TWICE, CENTRED, NORMAL, NEAREST), (ROTATED, MIN_MAX, UNSIGNED, DITHERED),
-        (NO_TRANSFORM, MIN_MAX, UNSIGNED, DITHERED))]
+        (NO_TRANSFORM, MIN_MAX, UNSIGNED, DITHERED), (NO_TRANSFORM, MIN_MAX, UNSIGNED, COMPANDED))]
 UNIT_SPECS += [BucketQuantSpec(2, 256, rounding=DITHERED, integer_zero_point=True)]
 # Dithered buckets that no compiled kernel handles, because they are larger than the cache.
 LARGE_DITHERED_SPECS = [

@@ -71,11 +71,13 @@ class Recorder:
         if decision.codec is None or isinstance(decision.codec, _LOSSLESS):
             return decision
         if self.unbiased_only and (
-                "of order 1/M" in decision.reason or isinstance(decision.codec, SignExact)):
+                "bias of order" in decision.reason or isinstance(decision.codec, SignExact)):
             self.left_out += 1
             return decision._replace(codec=None)
         self.rounded.append(saved.op or "custom function")
-        return decision._replace(shared=True) if self.all_shared else decision
+        # Only tensors in the same units can share a rounding.
+        units = None if decision.units == "quotient" else decision.units
+        return decision._replace(shared=True, units=units) if self.all_shared else decision
 
     def rewrite(self, function: Any) -> Rewrite | None:
         return self.inner.rewrite(function)

@@ -114,8 +114,9 @@ def round_companded(
         h = _U(_U(h ^ _U(h >> _S2)) * _M2)
         h = _U(h ^ _U(h >> _S3))
         noise = _F(np.int32(h >> _TO_NOISE)) * _STEP
-        positive = u if u > number(0) else number(0)
-        k = np.floor(np.sqrt(positive * high))
+        u = u if u > number(0) else number(0)
+        u = u if u < high else high
+        k = np.floor(np.sqrt(u * high))
         # The root is off by less than a level. Comparisons with the levels themselves decide.
         k = k - (number(1) if (k * k) * part > u else number(0))
         k = k if k > number(0) else number(0)

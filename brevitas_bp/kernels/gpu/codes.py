@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from brevitas_bp.format.random import HASH_LAST_SHIFT, HASH_ROUNDS, NOISE_BITS, NOISE_STEP
-from brevitas_bp.format.stages import DITHERED, NEAREST, STOCHASTIC
+from brevitas_bp.format.stages import COMPANDED, DITHERED, NEAREST, STOCHASTIC
 from brevitas_bp.kernels.gpu.floats import bits_of
 
 _S0, _M0 = tl.constexpr(HASH_ROUNDS[0][0]), tl.constexpr(HASH_ROUNDS[0][1])
@@ -16,9 +16,10 @@ _S1, _M1 = tl.constexpr(HASH_ROUNDS[1][0]), tl.constexpr(HASH_ROUNDS[1][1])
 _S2, _M2 = tl.constexpr(HASH_ROUNDS[2][0]), tl.constexpr(HASH_ROUNDS[2][1])
 _S3 = tl.constexpr(HASH_LAST_SHIFT)
 #: The roundings that :func:`round_codes` and :func:`factor_of` implement.
-ROUNDINGS = frozenset({NEAREST, STOCHASTIC, DITHERED})
+ROUNDINGS = frozenset({NEAREST, STOCHASTIC, DITHERED, COMPANDED})
 _STOCHASTIC = tl.constexpr(STOCHASTIC.number)
 _DITHERED = tl.constexpr(DITHERED.number)
+_COMPANDED = tl.constexpr(COMPANDED.number)
 # Adding this to a float of less than 2**22 rounds the float to the nearest integer, ties to even. The
 # low bits then hold this integer. Conversion instructions run at a fraction of the rate of additions.
 _MAGIC = tl.constexpr(1.5 * 2**23)
@@ -46,6 +47,24 @@ def noise_of(index: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _between_levels(
+        u: tl.tensor, high: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
+    """See ``stages.COMPANDED``; ``u`` is in [0, ``high``]."""
+    part = tl.div_rn(tl.zeros_like(high) + 1.0, high)
+    root = tl.sqrt_rn(u * high)
+    nearest = (root + _MAGIC) - _MAGIC
+    k = tl.where(nearest > root, nearest - 1.0, nearest)
+    # The root is off by less than a level. Comparisons with the levels themselves decide.
+    k = tl.maximum(k - ((k * k) * part > u).to(tl.float32), 0.0)
+    above = k + 1.0
+    k = tl.minimum(tl.where((above * above) * part <= u, above, k), high - 1.0)
+    above = k + 1.0
+    low = (k * k) * part
+    step = (above * above) * part - low
+    return tl.where(noise_of(index, k0, k1) < tl.div_rn(u - low, step), above, k).to(tl.int32)
+
+
+@triton.jit
 def round_codes(
         u: tl.tensor, high: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor,
         rounding: tl.constexpr) -> tl.tensor:
@@ -54,6 +73,8 @@ def round_codes(
     ``u`` is clamped to the range of the codes, which ends with ``high``. ``index`` holds the flat
     indices of the elements, uint32.
     """
+    if rounding == _COMPANDED:
+        return _between_levels(u, high, index, k0, k1)
     if rounding == _DITHERED:
         # The sum of ``high`` and noise may round up to the next integer.
         u = tl.minimum(u + noise_of(index, k0, k1), high)
@@ -72,13 +93,21 @@ def round_codes(
 
 @triton.jit
 def factor_of(
-        code: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor,
+        code: tl.tensor, high: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor,
         rounding: tl.constexpr) -> tl.tensor:
-    """Returns what integers of :func:`round_codes` stand for, in steps."""
+    """Returns what integers of :func:`round_codes` stand for, in steps; ``high`` is the top code."""
     factor = code.to(tl.float32)
+    if rounding == _COMPANDED:
+        factor = (factor * factor) * tl.div_rn(tl.zeros_like(high) + 1.0, high)
     if rounding == _DITHERED:
         factor = (factor + 0.5) - noise_of(index, k0, k1)
     return factor
+
+
+@triton.jit
+def tops_of(is_mixed: tl.tensor, width: tl.constexpr, mix_width: tl.constexpr) -> tl.tensor:
+    """Returns the top codes of unsigned codes, one for each bucket."""
+    return tl.where(is_mixed, (1 << mix_width) - 1, (1 << width) - 1).to(tl.float32)[:, None]
 
 
 @triton.jit

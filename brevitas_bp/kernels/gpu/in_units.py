@@ -18,6 +18,7 @@ from brevitas_bp.kernels.gpu.codes import (
     locate,
     pack_widths,
     round_slices,
+    tops_of,
     unpack,
     word_of,
 )
@@ -221,7 +222,7 @@ def _factors(
         width: tl.constexpr, mix_width: tl.constexpr, rounding: tl.constexpr, by_levels: tl.constexpr,
         slice_size: tl.constexpr) -> tl.tensor:
     """Returns what the codes of all slices stand for."""
-    out = ()
+    out, top = (), tops_of(is_mixed, width, mix_width)
     for s in tl.static_range(_SLICES):
         code = unpack(lines, s, width)
         if by_levels:
@@ -233,7 +234,7 @@ def _factors(
             if mix_width > 0:
                 # The lines of the other width are zero.
                 code = code | unpack(mix_lines, s, mix_width)
-            factor = factor_of(code + lowest, index + s * slice_size, k0, k1, rounding)
+            factor = factor_of(code + lowest, top, index + s * slice_size, k0, k1, rounding)
         out = out + (factor,)
     return out
 

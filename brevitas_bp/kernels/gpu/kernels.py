@@ -28,6 +28,7 @@ from brevitas_bp.kernels.gpu.codes import (
     locate,
     pack_widths,
     round_slices,
+    tops_of,
     unpack,
 )
 from brevitas_bp.kernels.gpu.constants import BF16, ONE, SEVERAL
@@ -102,10 +103,10 @@ def encode_kernel(
 
 @triton.jit
 def _decode_slices(
-        out: tl.tensor, lines: tl.tuple, mix_lines: tl.tuple, lowest: tl.tensor, scale: tl.tensor,
-        lo: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor, inside: tl.tensor,
-        lane: tl.tensor, limit: tl.tensor, far: tl.tensor, kind: tl.tensor, scales: tl.tensor,
-        shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor, largest: tl.constexpr,
+        out: tl.tensor, lines: tl.tuple, mix_lines: tl.tuple, lowest: tl.tensor, top: tl.tensor,
+        scale: tl.tensor, lo: tl.tensor, index: tl.tensor, k0: tl.tensor, k1: tl.tensor,
+        inside: tl.tensor, lane: tl.tensor, limit: tl.tensor, far: tl.tensor, kind: tl.tensor,
+        scales: tl.tensor, shifts: tl.tensor, inner: tl.tensor, kinds: tl.tensor, largest: tl.constexpr,
         width: tl.constexpr, mix_width: tl.constexpr, float_format: tl.constexpr,
         slice_size: tl.constexpr, rounding: tl.constexpr, units: tl.constexpr, padded: tl.constexpr,
         tail: tl.constexpr) -> None:
@@ -117,7 +118,7 @@ def _decode_slices(
         if mix_width > 0:
             # The lines of the other width are zero.
             code = code | unpack(mix_lines, s, mix_width)
-        factor = factor_of(code + lowest, index + s * slice_size, k0, k1, rounding)
+        factor = factor_of(code + lowest, top, index + s * slice_size, k0, k1, rounding)
         if units == _SEVERAL:
             if s > 0:
                 far, kind = next_units(far, kind, inner, kinds, slice_size)
@@ -158,6 +159,7 @@ def decode_kernel(
     lines, mix_lines = load_widths(pointer, is_mixed, mask, width, mix_width, slice_size)
     index = (bucket * size).to(tl.uint32)[:, None] + lane.to(tl.uint32)
     low = tl.where(is_mixed, mix_lowest, lowest)[:, None]
+    top = tops_of(is_mixed, width, mix_width)
     place, distance, end = place_of(first, number, n, row, size, buckets, rows)
     here, inside = out + place, distance + lane
     far, kind = first_units(
@@ -167,12 +169,12 @@ def decode_kernel(
         whole = False
     if whole:
         _decode_slices(
-            here, lines, mix_lines, low, scale, lo, index, k0, k1, inside, lane, 0, far, kind, scales,
-            shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, rounding, units,
-            padded, False)
+            here, lines, mix_lines, low, top, scale, lo, index, k0, k1, inside, lane, 0, far, kind,
+            scales, shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, rounding,
+            units, padded, False)
     else:
         limit = tl.where(exists[:, None], end, 0) if rows else (numel - place).to(tl.int32)
         _decode_slices(
-            here, lines, mix_lines, low, scale, lo, index, k0, k1, inside, lane, limit, far, kind,
+            here, lines, mix_lines, low, top, scale, lo, index, k0, k1, inside, lane, limit, far, kind,
             scales, shifts, inner, kinds, largest, width, mix_width, float_format, slice_size, rounding,
             units, padded, True)
