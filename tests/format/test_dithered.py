@@ -122,10 +122,10 @@ def test_the_largest_noise_gives_no_code_above_the_top() -> None:
     top = 3.0
     noise = torch.tensor([0.0, 1 - 2.0**-24])
     u = torch.tensor([top, top])
-    codes = DITHERED.round_(u.clone(), noise)
+    codes = DITHERED.round_(u.clone(), noise, 3)
     assert codes[0] == top and codes[1].clamp(0, top) == top
-    assert (DITHERED.restore(codes.clamp(0, top), noise.clone()) - u).abs().max() <= 0.5
-    assert DITHERED.round_(torch.zeros(2), noise).tolist() == [0, 0]
+    assert (DITHERED.restore(codes.clamp(0, top), noise.clone(), 3) - u).abs().max() <= 0.5
+    assert DITHERED.round_(torch.zeros(2), noise, 3).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("rounding", [DITHERED, STOCHASTIC], ids=stage_name)
@@ -145,9 +145,9 @@ def test_the_module_is_the_row() -> None:
     with seeded(3):
         noise = rounding.draw(u)
     codes = rounding(u, noise)
-    assert torch.equal(codes, DITHERED.round_(u.clone(), noise))
+    assert torch.equal(codes, DITHERED.round_(u.clone(), noise, 3))
     assert torch.equal(
-        rounding.restore(codes, noise), DITHERED.restore(codes.clone(), noise))
+        rounding.restore(codes, noise), DITHERED.restore(codes.clone(), noise, 3))
     assert rounding.bucket_stage("float_to_int_impl") is DITHERED
     assert rounding.bucket_stage("another_slot") is None
 

@@ -226,7 +226,7 @@ def test_values_on_the_grid_are_exact_at_every_seed(code_range: CodeRange, width
 def test_the_smallest_draw_does_not_move_a_grid_point() -> None:
     # Noise of exactly zero occurs once in 2**24 draws.
     x, scale = torch.tensor([[-1.0, 0.0, 2.0, 0.001]]), torch.ones(1, 1)
-    codes = STOCHASTIC.round_(scaled(x, scale, None), torch.zeros(1, 4))
+    codes = STOCHASTIC.round_(scaled(x, scale, None), torch.zeros(1, 4), 3)
     assert codes.tolist() == [[-1, 0, 2, 1]]
 
 

@@ -241,7 +241,7 @@ def test_dither_that_is_not_uniform_would_be_noticed(
         wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # Positive control: decoding subtracts other noise than encoding added, by a fiftieth of a step.
     restore = DITHERED.restore
-    object.__setattr__(DITHERED, "restore", lambda q, noise: restore(q, noise + wrong))
+    object.__setattr__(DITHERED, "restore", lambda q, noise, top: restore(q, noise + wrong, top))
     try:
         with dispatch.use("reference"):
             z = Strict(HARD["student"], BucketQuantSpec(2, SIZE, rounding=DITHERED), 1000)

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def upwards() -> Iterator[Rounding]:
     """A rounding that no kernel supports."""
-    yield Rounding("upwards", 1000, lambda u, noise: u.ceil_())
+    yield Rounding("upwards", 1000, lambda u, noise, top: u.ceil_())
     del Rounding.rows["upwards"]
 
 
@@ -45,8 +45,8 @@ def upwards() -> Iterator[Rounding]:
 def dither() -> Iterator[Rounding]:
     """Subtractive dither: decode draws the noise of encode again."""
     yield Rounding(
-        "dither", 1001, lambda u, noise: u.add_(_some(noise)).floor_(), encoding_draws=True,
-        decoding_draws=True, restore=lambda codes, noise: codes - (_some(noise) - 0.5))
+        "dither", 1001, lambda u, noise, top: u.add_(_some(noise)).floor_(), encoding_draws=True,
+        decoding_draws=True, restore=lambda codes, noise, top: codes - (_some(noise) - 0.5))
     del Rounding.rows["dither"]
 
 
@@ -80,7 +80,7 @@ def test_names_and_numbers_of_a_table_differ(table: type[Stage]) -> None:
 @pytest.mark.parametrize(("name", "number"), [("nearest", 77), ("another", NEAREST.number)])
 def test_a_second_row_of_a_name_or_number_is_refused(name: str, number: int) -> None:
     with pytest.raises(ValueError, match="names and numbers must differ"):
-        Rounding(name, number, lambda u, noise: u)
+        Rounding(name, number, lambda u, noise, top: u)
     assert Rounding.rows["nearest"] is NEAREST and "another" not in Rounding.rows
 
 
