@@ -15,6 +15,8 @@ from brevitas_bp.codec.shard import is_dtensor, is_storable
 # Names of backward nodes whose output is the parameter itself in another shape or dtype.
 _DISGUISES = frozenset(node_name(operation) for operation in WHOLE | PIECES | CASTS)
 _MAX_DISGUISES = 16
+# A tensor that was computed in more steps counts as computed from something else too.
+_MOST_STEPS = 16
 # The attribute in which replicas of nn.DataParallel keep their copies of parameters.
 _OF_REPLICAS = "_former_parameters"
 
@@ -123,6 +125,28 @@ def is_view_or_cast_of(x: Tensor, original: Tensor) -> bool:
         if made is None and node.name().endswith("AccumulateGrad"):
             return node.variable is original
     return False
+
+
+def is_made_of_parameters(x: Tensor) -> bool:
+    """Whether ``x`` is a parameter, or was computed in few steps from parameters and constants."""
+    if is_parameter(x):
+        return True
+    if x.grad_fn is None:
+        return False
+    seen, waiting = {x.grad_fn}, [x.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node.name().endswith("AccumulateGrad"):
+            if not is_parameter(node.variable):
+                return False
+            continue
+        for source, _ in node.next_functions:
+            if source is not None and source not in seen:
+                seen.add(source)
+                waiting.append(source)
+        if len(seen) > _MOST_STEPS:
+            return False
+    return True
 
 
 def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
