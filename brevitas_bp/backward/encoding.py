@@ -107,7 +107,9 @@ class Encodings:
         packed = None if found is None else found[1]()
         if packed is None or not packed.codec.is_finer_than(codec):
             return None
-        return packed if packed.layout.shape == x.shape else replace(packed, layout=TensorLayout.of(x))
+        if packed.layout.shape == x.shape:
+            return packed
+        return self._sealed(replace(packed, layout=TensorLayout.of(x), seal=None))
 
     def _units_of(
             self, saved: SavedTensor, decision: Decision, units: NormUnits | None) -> InUnits | None:
@@ -120,9 +122,12 @@ class Encodings:
             return partial(QuotientCodec, divisor)
         if decision.units == "channel" and is_plain(saved.tensor):
             return partial(_in_channels, saved.tensor)
-        if decision.units == "logarithm":
+        # A user's codec in place of the policy's may decode negative numbers, which have no logarithm.
+        if decision.units == "logarithm" and decision.codec.keeps_sign:
             return LogCodec
-        return self._class_errors(saved) if decision.units == "class error" else None
+        if decision.units == "class error" and decision.codec.keeps_sign:
+            return self._class_errors(saved)
+        return None
 
     def _class_errors(self, saved: SavedTensor) -> InUnits:
         """Stores the targets of a loss, and returns the units of its errors."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brevitas_bp.backward.location import current_location
 from brevitas_bp.backward.origins import goes_through_rounding_of
-from brevitas_bp.backward.parameters import is_made_of_parameters, is_view_or_cast_of
+from brevitas_bp.backward.parameters import is_function_of_parameter, is_view_or_cast_of
 from brevitas_bp.backward.registry import Decide, OpRule
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.rows import (
@@ -206,10 +206,10 @@ def stands_alone(saved: SavedTensor) -> bool:
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:
     """Returns the reach of a tensor of ``size`` elements that is multiplied by ``factors``.
 
-    If a factor is made of parameters, nothing else is reached. A small factor's gradient sums many
-    roundings.
+    If a factor is a function of a parameter, nothing else is reached. A small factor sums many
+    roundings into its gradient.
     """
-    if any(is_made_of_parameters(t) for t in factors):
+    if any(is_function_of_parameter(t) for t in factors):
         return "weight"
     return "sum" if any(t.numel() * _AVERAGED <= size for t in factors) else "all"
 

@@ -9,14 +9,17 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parameter import is_lazy
 
 from brevitas_bp.backward.saved import is_parameter, own_shape, storage_id, tensors_in
-from brevitas_bp.backward.views import CASTS, PIECES, WHOLE, node_name
+from brevitas_bp.backward.views import CASTS, PIECES, WHOLE, kind_of, node_name
 from brevitas_bp.codec.shard import is_dtensor, is_storable
 
 # Names of backward nodes whose output is the parameter itself in another shape or dtype.
 _DISGUISES = frozenset(node_name(operation) for operation in WHOLE | PIECES | CASTS)
 _MAX_DISGUISES = 16
-# A tensor that was computed in more steps counts as computed from something else too.
-_MOST_STEPS = 16
+# Such as the scale ``1 + weight`` of a norm.
+_ELEMENTWISE = _DISGUISES | {
+    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Exp", "Log", "Softplus", "Sigmoid", "Tanh", "Abs", "Pow",
+    "Sqrt", "Rsqrt", "Reciprocal", "Clamp", "ClampMin", "ClampMax"}
+_MAX_STEPS = 8
 # The attribute in which replicas of nn.DataParallel keep their copies of parameters.
 _OF_REPLICAS = "_former_parameters"
 
@@ -127,26 +130,21 @@ def is_view_or_cast_of(x: Tensor, original: Tensor) -> bool:
     return False
 
 
-def is_made_of_parameters(x: Tensor) -> bool:
-    """Whether ``x`` is a parameter, or was computed in few steps from parameters and constants."""
+def is_function_of_parameter(x: Tensor) -> bool:
+    """Whether ``x`` is a parameter, or was computed from one element by element, in few steps."""
     if is_parameter(x):
         return True
-    if x.grad_fn is None:
-        return False
-    seen, waiting = {x.grad_fn}, [x.grad_fn]
-    while waiting:
-        node: Any = waiting.pop()
-        if node.name().endswith("AccumulateGrad"):
-            if not is_parameter(node.variable):
-                return False
-            continue
-        for source, _ in node.next_functions:
-            if source is not None and source not in seen:
-                seen.add(source)
-                waiting.append(source)
-        if len(seen) > _MOST_STEPS:
+    node: Any = x.grad_fn
+    for _ in range(_MAX_STEPS):
+        if node is None:
             return False
-    return True
+        if node.name().endswith("AccumulateGrad"):
+            return is_parameter(node.variable) and node.variable.numel() == x.numel()
+        sources = [source for source, _ in node.next_functions if source is not None]
+        if len(sources) != 1 or kind_of(node) not in _ELEMENTWISE:
+            return False
+        node = sources[0]
+    return False
 
 
 def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
@@ -171,10 +169,9 @@ def _makes_new(node: Any) -> bool:
     kind = type(node)
     found = _new.get(kind)
     if found is None:
-        name: str = node.name()
-        found = name.rstrip("0123456789").removesuffix("Backward") not in _DISGUISES
+        found = kind_of(node) not in _DISGUISES
         # Classes of Python Functions may hold tensors, and the table would keep them alive forever.
-        if kind.__name__ == name and not issubclass(kind, BackwardCFunction):
+        if kind.__name__ == node.name() and not issubclass(kind, BackwardCFunction):
             _new[kind] = found
     return found
 

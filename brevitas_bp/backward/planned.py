@@ -104,11 +104,13 @@ def is_quantized(saved: SavedTensor, decision: Decision) -> bool:
 
     * masks and indices,
     * query and key of attention, in which backward is not linear,
+    * probabilities, which have codes of their own,
     * tensors for which the policy has a quantizer of its own, such as inputs of checkpointed parts,
     * quantizers without widths to choose from.
     """
     codec = decision.codec
-    if codec is None or saved.role == ATTENTION_INPUT or not saved.tensor.is_floating_point():
+    if codec is None or saved.role == ATTENTION_INPUT or decision.probabilities or not (
+            saved.tensor.is_floating_point()):
         return False
     configured = configured_of(saved, codec)
     return bool(configured.bit_widths) and codec.is_variant_of(configured)

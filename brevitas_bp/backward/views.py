@@ -5,6 +5,8 @@ these operations move together with the operation that reads their output. The n
 Autograd's node has the same name in CamelCase.
 """
 
+from typing import Any
+
 #: Views of all elements, in another shape or order.
 VIEWS = frozenset({
     "view", "reshape", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "movedim",
@@ -26,3 +28,8 @@ def node_name(operation: str) -> str:
     ['T', 'UnsafeView', 'SplitWithSizes']
     """
     return "".join(word.capitalize() for word in operation.split("_"))
+
+
+def kind_of(node: Any) -> str:
+    """Returns the operation of a node of autograd's graph, as :func:`node_name` does."""
+    return node.name().rstrip("0123456789").removesuffix("Backward")

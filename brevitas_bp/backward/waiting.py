@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from brevitas_bp.backward.kept import described
+from brevitas_bp.backward.kept import Kept
 from brevitas_bp.backward.location import Location
 from brevitas_bp.backward.saved import Call, SavedTensor
 from brevitas_bp.backward.units import Deferred
-from brevitas_bp.codec.base import refuse_modified, version_of
+from brevitas_bp.codec.base import version_of
 
 # Stores a tensor; returns what autograd gets in its place.
 _Store = Callable[[], Any]
@@ -22,7 +22,7 @@ class Waiting:
 
     def __init__(self, location: Location) -> None:
         self._location = location
-        self._tensors: list[tuple[SavedTensor, Deferred, int | None, _Store]] = []
+        self._tensors: list[tuple[SavedTensor, Deferred, Kept, _Store]] = []
 
     def add(self, saved: SavedTensor, store: _Store) -> Deferred:
         """Lets a tensor wait.
@@ -32,22 +32,21 @@ class Waiting:
             store: stores the tensor, when ``saved.following`` is known.
         """
         deferred = Deferred(self._location.follow)
-        self._tensors.append((saved, deferred, version_of(saved.tensor), store))
+        self._tensors.append((
+            saved, deferred, Kept(saved.tensor, saved.call.function, saved.module), store))
         self._location.following = self.end
         return deferred
 
     def end(self, following: Call) -> None:
         """Stores the tensors that wait; ``following`` is the next call, or NO_CALL.
 
-        Raises:
-            ModifiedInPlaceError: a tensor was modified while it waited.
+        If a tensor was modified while it waited, backward raises
+        :class:`~brevitas_bp.errors.ModifiedInPlaceError`, as plain autograd does.
         """
         tensors, self._tensors = self._tensors, []
-        for saved, deferred, version, store in tensors:
-            if version_of(saved.tensor) != version:
-                refuse_modified(saved.tensor, version or 0, described(saved.op, saved.module))
+        for saved, deferred, kept, store in tensors:
             saved.following = following
-            deferred.fill(store())
+            deferred.fill(store() if version_of(saved.tensor) == kept.version else kept)
 
     def drop(self) -> None:
         """Forgets the tensors that wait, after an exception."""

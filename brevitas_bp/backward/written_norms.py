@@ -16,6 +16,7 @@ from torch import Tensor
 
 from brevitas_bp.backward.origins import rounded_by
 from brevitas_bp.backward.saved import NO_CALL, Call, storage_id
+from brevitas_bp.backward.views import kind_of
 
 _AVERAGES = frozenset({"mean", "sum"})
 # Nodes between the squares and the factor: mean, epsilon, root, reciprocal, casts.
@@ -48,7 +49,7 @@ def is_statistic_of(x: Tensor, factor: Tensor) -> bool:
             return False
         if rounded_by(node, storage):
             return _squares(node)
-        if node.name().rstrip("0123456789").removesuffix("Backward") not in _STEPS:
+        if kind_of(node) not in _STEPS:
             return False
         sources = [source for source, _ in node.next_functions if source is not None]
         if len(sources) != 1:
@@ -60,5 +61,5 @@ def is_statistic_of(x: Tensor, factor: Tensor) -> bool:
 def _squares(node: Any) -> bool:
     """Whether a node's operation sums squares, or multiplies a tensor by itself."""
     sources = node.next_functions
-    return node.name().startswith(("Pow", "LinalgVectorNorm")) or (
-        node.name().startswith("Mul") and len(sources) == 2 and sources[0] == sources[1])
+    return kind_of(node) in ("Pow", "LinalgVectorNorm") or (
+        kind_of(node) == "Mul" and len(sources) == 2 and sources[0] == sources[1])

@@ -168,6 +168,8 @@ class Codec(ABC):
     restores: tuple[torch.dtype, ...] | None = None
     #: Whether each decode returns new memory, which the caller may write to.
     decodes_anew: bool = False
+    #: Whether it decodes no negative number if none was encoded.
+    keeps_sign: bool = False
     #: Widths of its codes, if it has variants with other widths; otherwise empty.
     bit_widths: tuple[int, ...] = ()
     #: Whether compiled graphs can store with it; see :meth:`in_graph`.

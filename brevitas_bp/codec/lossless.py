@@ -21,6 +21,7 @@ class Copy(Codec):
     """Stores an exact copy, so that the larger memory that the tensor is part of can be freed."""
 
     lossy = False
+    keeps_sign = True
     name = "exact copy"
     compresses = False
 

@@ -20,6 +20,9 @@ class _LogProbabilities(WrappingCodec):
 
     The gradient of ``log_softmax`` is linear in the probabilities, and torch computes them as ``exp`` of
     what this codec decodes. A probability that decodes to zero has the logarithm ``-inf``.
+
+    Args:
+        inner: must decode no negative number (:attr:`~brevitas_bp.codec.Codec.keeps_sign`).
     """
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:

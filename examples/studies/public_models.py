@@ -4,16 +4,21 @@
     python examples/studies/public_models.py [--sources timm] [--minutes 60] [--markdown]
     python examples/studies/public_models.py --compare runs/public_models_before.jsonl
 
-The study covers every model type of transformers with a base class (tiny configurations), the smallest
-model of each family of timm, and all torchvision models for images and clips. Models have up to 100
-million parameters, random weights, and train with dropout. Nothing is downloaded. For each model the
-study measures:
+The study covers these sources:
+
+- transformers: every model type with a base class (tiny configurations). "lm" are its causal language
+  models with their loss, "bfloat16" the same under autocast, "eager" models with written-out attention.
+- timm: the smallest model of each family.
+- torchvision: all models for images and clips.
+
+Models have up to 100 million parameters, random weights, and train with dropout. Nothing is downloaded.
+For each model the study measures:
 
 - Whether outputs, buffers and random state equal the plain model's; and all gradients too, under
   ``policy="exact"``.
 - The error ``|g~ - g| / |g|`` of the whole gradient, for one draw at the default policy with 2 and with
   8 bits.
-- The bytes saved for backward, exact and at 2 bits.
+- The bytes saved for backward, exact and at 2 bits; and which operations keep bytes exact.
 
 Each model runs in its own process, with a time limit. The script appends each result at once. A stopped
 run continues where it stopped. The file keeps models without figures too, with the reason: remove their
@@ -76,6 +81,9 @@ class Knobs:
 #: Source -> module, and the names of two functions in it: one lists models, the other builds one.
 SOURCES = {
     "transformers": ("public_models_transformers", "names", "build"),
+    "lm": ("public_models_transformers", "lm_names", "build_lm"),
+    "eager": ("public_models_transformers", "names", "build_eager"),
+    "bfloat16": ("public_models_transformers", "lm_names", "build_bfloat16"),
     "timm": ("public_models_vision", "timm_names", "build_timm"),
     "torchvision": ("public_models_vision", "torchvision_names", "build_torchvision"),
 }

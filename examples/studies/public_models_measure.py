@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Row:
         worst: the parameter whose gradient has most of the squared error at 2 bits.
         worst_share: this parameter's part of the squared error.
         exact_bytes, stored_bytes: bytes saved for backward, plain and at 2 bits.
+        kept: operation -> bytes of tensors that stay exact at 2 bits.
         seconds: time for everything, building included.
     """
 
@@ -50,6 +52,7 @@ class Row:
     worst_share: float = 0.0
     exact_bytes: int = 0
     stored_bytes: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -229,7 +232,12 @@ def measure(name: str, build: Callable[[], Subject], *, seed: int, bucket_size: 
         exact = step(QuantBackwardWrapper(subject.module, policy="exact", seed=seed))
         differs = differences(plain, exact, "exact", gradients=True)
         del exact
-        two = step(QuantBackwardWrapper(subject.module, TwoBits, **options), track=True)
+        wrapped = QuantBackwardWrapper(subject.module, TwoBits, **options)
+        two = step(wrapped, track=True)
+        kept = Counter[str]()
+        for site in wrapped.explain().sites.values():
+            if site.stored == "exact":
+                kept[site.op] += site.stored_bytes
         differs += differences(plain, two, "2 bits")
         error_2, worst, share = gradient_error(plain, two)
         report = two.report
@@ -241,4 +249,4 @@ def measure(name: str, build: Callable[[], Subject], *, seed: int, bucket_size: 
     parameters = sum(p.numel() for p in subject.module.parameters())
     return Row(
         name, MEASURED, "", subject.shapes, parameters, differs, error_2, error_8, worst,
-        round(share, 3), report.exact_bytes, report.stored_bytes)
+        round(share, 3), report.exact_bytes, report.stored_bytes, dict(kept))

@@ -37,16 +37,39 @@ def line(source: str, rows: list[Row]) -> list[str]:
         str(sum(bool(row.differs) for row in rows))]
 
 
+def by_source(rows: list[Row]) -> dict[str, list[Row]]:
+    """Sorts rows by source."""
+    sources: dict[str, list[Row]] = {}
+    for row in rows:
+        sources.setdefault(row.model.partition("/")[0], []).append(row)
+    return sources
+
+
 def show_sources(rows: list[Row], markdown: bool) -> None:
     """Prints a line for each source, and a line for all."""
     titles = [
         "source", "models", *(f"error, {percent} %" for percent in QUANTILES), "above 2", "above 10",
         "8 bits above 0.1", "exact MiB", "stored MiB", "not bit-identical"]
-    sources: dict[str, list[Row]] = {}
-    for row in rows:
-        sources.setdefault(row.model.partition("/")[0], []).append(row)
-    cells = [line(source, of_source) for source, of_source in sources.items()]
+    cells = [line(source, of_source) for source, of_source in by_source(rows).items()]
     show_table(titles, cells + [line("all", rows)] * (len(cells) > 1), markdown)
+
+
+def show_ratios(rows: list[Row], markdown: bool) -> None:
+    """Prints quartiles of the ratio of exact to stored bytes, and the share that stays exact."""
+    titles = ["source", "models", "ratio, 25 %", "50 %", "75 %", "stays exact", "most of it in"]
+    cells = []
+    for source, of_source in by_source(rows).items():
+        ratios = [row.exact_bytes / max(row.stored_bytes, 1) for row in of_source]
+        shares = Counter[str]()
+        for row in of_source:
+            for operation, kept in row.kept.items():
+                shares[operation] += kept / max(row.stored_bytes, 1) / len(of_source)
+        most = ", ".join(f"{name} {share:.1%}" for name, share in shares.most_common(4))
+        cells.append([
+            source, str(len(of_source)),
+            *(f"{quantile(ratios, percent):.2f}" for percent in (25, 50, 75)),
+            f"{sum(shares.values()):.1%}", most])
+    show_table(titles, cells, markdown)
 
 
 def show_largest(rows: list[Row], markdown: bool, most: int = 10) -> None:
@@ -79,6 +102,8 @@ def show(rows: list[Row], markdown: bool) -> None:
     measured = [row for row in rows if row.status == MEASURED]
     if measured:
         show_sources(measured, markdown)
+        print()
+        show_ratios(measured, markdown)
         print()
         show_largest(measured, markdown)
     for note in notes(rows):

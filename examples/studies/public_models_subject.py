@@ -22,15 +22,23 @@ class Unmeasured(Exception):  # noqa: N818 - a result, not an error
 
 @dataclass(frozen=True)
 class Subject:
-    """A module in training mode, with suitable inputs."""
+    """A module in training mode, with suitable inputs.
+
+    Attributes:
+        module: the module.
+        inputs: its inputs.
+        autocast: whether it runs under autocast to bfloat16.
+    """
 
     module: nn.Module
     inputs: Arguments
+    autocast: bool = False
 
     def call(self, model: nn.Module) -> Any:
         """Runs a model on copies of the inputs, since forward may change them."""
         inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.inputs)
-        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
     @property
     def shapes(self) -> str:

@@ -16,7 +16,8 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ import transformers
 from public_models_subject import Subject, Unmeasured, finish
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from vision import import_torchvision  # isort: skip
 
@@ -290,13 +294,53 @@ def candidates(config: Any, model: nn.Module) -> Iterator[dict[str, Any]]:
             yield dict(zip(chosen, values))
 
 
-def from_config(config: Any) -> nn.Module:
+def lm_names() -> list[str]:
+    """Returns every model type that has a causal language model."""
+    return [name for name in names() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+
+
+def from_config(config: Any, kind: Any = transformers.AutoModel, **options: Any) -> nn.Module:
     """Builds a model from a copy of the configuration, since models may change it."""
-    return transformers.AutoModel.from_config(copy.deepcopy(config))
+    return kind.from_config(copy.deepcopy(config), **options)
 
 
-def build(name: str, most_parameters: int, std: float) -> Subject:
+def with_labels(
+        inputs: Callable[[Any, nn.Module], Iterator[dict[str, Any]]], config: Any,
+        model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Adds the tokens as labels, so that the model computes its loss."""
+    for arguments in inputs(config, model):
+        if "input_ids" in arguments:
+            yield {**arguments, "labels": arguments["input_ids"]}
+
+
+def build_lm(name: str, most_parameters: int, std: float) -> Subject:
+    """Builds a causal language model of one type, with its loss."""
+    make = functools.partial(from_config, kind=transformers.AutoModelForCausalLM)
+    return build(name, most_parameters, std, make, functools.partial(with_labels, candidates))
+
+
+def build_eager(name: str, most_parameters: int, std: float) -> Subject:
+    """Builds a model of one type whose attention is written out."""
+    make = functools.partial(from_config, attn_implementation="eager")
+    return build(name, most_parameters, std, make)
+
+
+def build_bfloat16(name: str, most_parameters: int, std: float) -> Subject:
+    """Builds a language model with its loss that runs under autocast to bfloat16."""
+    return replace(build_lm(name, most_parameters, std), autocast=True)
+
+
+def build(
+        name: str, most_parameters: int, std: float, make: Callable[..., nn.Module] = from_config,
+        inputs: Callable[[Any, nn.Module], Iterator[dict[str, Any]]] = candidates) -> Subject:
     """Builds a model of one type with random weights.
+
+    Args:
+        name: the type.
+        most_parameters: size of the largest model to build.
+        std: see ``finish``.
+        make: makes the model from a configuration.
+        inputs: (configuration, model) -> inputs to try.
 
     Raises:
         Unmeasured: no configuration gives a model that is small enough and accepts some inputs.
@@ -308,7 +352,7 @@ def build(name: str, most_parameters: int, std: float) -> Subject:
         try:
             config = config_class(**copy.deepcopy(changes))  # the class modifies nested values
             return finish(
-                functools.partial(from_config, config), functools.partial(candidates, config),
+                functools.partial(make, config), functools.partial(inputs, config),
                 most_parameters, std)
         except Unmeasured as reason:
             status = reason.status if reason.status != "too large" else status

@@ -208,3 +208,45 @@ def test_functional_call_keeps_the_given_parameters(policy: str) -> None:
     expected = grad_of_input(module, "weight")
     model = QuantBackwardWrapper(module, policy=policy)
     assert torch.equal(grad_of_input(model, "module.weight"), expected)
+
+
+# Functions of a parameter, as factors.
+
+
+FACTORS: dict[str, Callable[[nn.Parameter], Tensor]] = {
+    "itself": lambda w: w, "plus one": lambda w: 1 + w, "cast": lambda w: w.to(torch.bfloat16).float(),
+    "reshaped": lambda w: w.view(1, 1, -1), "softplus": lambda w: nn.functional.softplus(w) * 2}
+
+
+class _Scaled(nn.Module):
+    def __init__(self, factor: Callable[[nn.Parameter], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64))
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor(self.weight)
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_what_a_function_of_a_parameter_multiplies_gets_the_configured_bits(name: str) -> None:
+    model = QuantBackwardWrapper(nn.Sequential(nn.Linear(64, 64), _Scaled(FACTORS[name])), seed=0)
+    model(torch.randn(4, 32, 64))
+    assert "2-bit rotated" in [
+        site.stored for site in model.explain().sites.values() if site.op == "mul"]
+
+
+@pytest.mark.parametrize("batch", [32, 64])
+def test_activations_of_a_first_layer_are_no_functions_of_its_parameter(batch: int) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.randn(batch, 64).requires_grad_() * self.layer(x)
+
+    model = QuantBackwardWrapper(Gated(), seed=0)
+    model(torch.randn(batch, 64))
+    assert "4-bit dithered" in [
+        site.stored for site in model.explain().sites.values() if site.op == "mul"]

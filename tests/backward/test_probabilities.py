@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp import QuantBackwardWrapper, SavedTensor, plan_bit_widths, track_saved_memory
 from brevitas_bp.backward import OpAware
+from brevitas_bp.backward.saved import Decision
 from brevitas_bp.codec import codec_from
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat as Nearest2
 from brevitas_bp.quant import ShiftedUint4DynamicActPerBucketFloatStochastic as Stochastic4
@@ -261,3 +262,46 @@ def test_grouped_products_round_the_input_and_keep_the_weight() -> None:
     rounded = torch.autograd.grad(model(x).float().square().sum(), [x, weight])
     assert torch.equal(rounded[0], exact[0])
     assert 0.05 < float((rounded[1] - exact[1]).norm() / exact[1].norm()) < 0.6
+
+
+def test_checksums_hold_for_views_that_share_an_encoding() -> None:
+    def attention(x: Tensor) -> Tensor:
+        p = torch.softmax(x.view(4, 8, 32, 32), -1)
+        return p.view(32, 32, 32) @ x.view(32, 32, 32)
+
+    x = torch.randn(4, 8 * 32 * 32, requires_grad=True)
+    model = QuantBackwardWrapper(Apply(attention), seed=0, bucket_size=64, verify=True)
+    out = model(x)
+    stored = [site.stored for site in model.explain().sites.values()]
+    assert sorted(stored) == ["4-bit companded", "4-bit companded", "4-bit dithered"]
+    exact = torch.autograd.grad(attention(x).sum(), x)[0]
+    rounded = torch.autograd.grad(out.sum(), x)[0]
+    assert float((rounded - exact).norm() / exact.norm()) < 0.3
+
+
+def test_a_users_codec_in_place_of_the_policys_stores_log_probabilities_as_they_are() -> None:
+    codec = codec_from(Stochastic4, bucket_size=64)
+
+    class Mine(OpAware):
+        def decide(self, saved: SavedTensor) -> Decision:
+            decision = super().decide(saved)
+            return decision._replace(codec=codec) if decision.probabilities else decision
+
+    for name in ("mean", "log_softmax"):
+        _, exact, _ = _gradient(name, policy="exact")
+        _, rounded, _ = _gradient(name, policy=Mine(), seed=0)
+        assert rounded.isfinite().all()
+        assert float((rounded - exact).norm() / exact.norm()) < 1
+
+
+def test_plans_leave_probabilities_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES), nn.LogSoftmax(-1))
+    x = torch.randn(ROWS, 64)
+    plan = plan_bit_widths(
+        net, x, lambda model, x: F.nll_loss(model(x), _ROW_TARGETS), average_bits=2,
+        candidates=(1, 2, "dithered 3"), sensitivity="closed_form")
+    assert not [site for tensor in plan.tensors for site in tensor.sites if "softmax" in site]
+    model = QuantBackwardWrapper(net, seed=0, plan=plan)
+    model(x)
+    assert "4-bit companded" in {site.stored for site in model.explain().sites.values()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp import QuantBackwardWrapper, SavedTensor, track_saved_memory
+from brevitas_bp import ModifiedInPlaceError, QuantBackwardWrapper, SavedTensor, track_saved_memory
 from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.saved import Decision
 from brevitas_bp.codec import Copy
@@ -185,3 +185,20 @@ def test_nothing_waits_after_an_exception() -> None:
         model(torch.randn(64, WIDTH))
     gc.collect()
     assert held[0]() is None
+
+
+def test_a_square_that_changes_before_the_next_operation_is_refused_in_backward() -> None:
+    y = torch.randn(64, WIDTH, requires_grad=True)
+
+    def changing(x: Tensor) -> Tensor:
+        y = x * 1
+        squares = y.square()
+        # The mode of the pass does not see what runs without it.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            y.mul_(2)
+        return squares + 0
+
+    model = _wrapped(Apply(changing))
+    out = model(y)
+    with pytest.raises(ModifiedInPlaceError, match="modified by an inplace operation"):
+        out.sum().backward()
