@@ -30,7 +30,8 @@ from brevitas_bp.backward.classes import classes_dim, codec_of_targets
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, storage_id
 from brevitas_bp.backward.units import NormUnits, channel_units
-from brevitas_bp.codec.base import Codec, Packed, is_plain, is_smaller, version_of
+from brevitas_bp.codec.base import Codec, Packed, is_plain, is_smaller
+from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
 from brevitas_bp.codec.on_backward import QuantizeOnBackward

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.codec import Packed
-from brevitas_bp.codec.base import Keep
+from brevitas_bp.codec.keep import Keep
 from brevitas_bp.text import mib, table
 
 

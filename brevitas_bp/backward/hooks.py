@@ -369,6 +369,8 @@ class ForwardPass:
         self.close()
         if error is None:
             waiting.end(NO_CALL)
+            # Storing has noted a call again. Its arguments hold the graph.
+            self.location.rounding = None
         # PyTorch's own message contains these words.
         if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
             raise RuntimeError(_TRANSFORM.format(self.location.module_in(traceback))) from error

@@ -8,8 +8,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.saved import SavedTensor, name_of
 from brevitas_bp.backward.units import Deferred
-from brevitas_bp.codec.base import Keep, Packed, is_plain, refuse_modified, version_of
+from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.derivatives import derivative_at
+from brevitas_bp.codec.keep import Keep, refuse_modified, version_of
 from brevitas_bp.codec.layout import shape_of
 from brevitas_bp.errors import CorruptPayloadError
 

@@ -56,6 +56,7 @@ def register_op(operation: str | Callable[..., Any], rule: OpRule) -> None:
         TypeError: ``rule`` is not an :class:`OpRule`, or ``operation`` is neither name nor callable.
 
     Example:
+        >>> from brevitas_bp.backward.operations import exact
         >>> register_op("dist", exact("a distance"))
     """
     where = "brevitas_bp.backward.register_op"

@@ -7,7 +7,7 @@ from brevitas_bp.backward.kept import Kept
 from brevitas_bp.backward.location import Location
 from brevitas_bp.backward.saved import Call, SavedTensor
 from brevitas_bp.backward.units import Deferred
-from brevitas_bp.codec.base import version_of
+from brevitas_bp.codec.keep import version_of
 
 # Stores a tensor; returns what autograd gets in its place.
 _Store = Callable[[], Any]

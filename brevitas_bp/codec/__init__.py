@@ -1,7 +1,8 @@
 """Codecs encode a tensor to a :class:`Packed` and decode it. Exact and lossy ones have one interface."""
 
-from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.few_bit import FewBitCodec
+from brevitas_bp.codec.keep import Keep
 from brevitas_bp.codec.lossless import BitMask, Copy, NarrowInt
 from brevitas_bp.codec.per_sample import PerSampleCodec
 from brevitas_bp.codec.quantized import codec_from

@@ -1,10 +1,10 @@
-"""The codec interface, the stored tensor that a codec returns, and the codec that keeps it."""
+"""The codec interface, and the stored tensor that a codec returns."""
 
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from brevitas_bp.codec.derived import variants
 from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
 from brevitas_bp.codec.integrity import TensorType, check_types, refuse, versions_of
 from brevitas_bp.codec.layout import PLAIN as PLAIN
-from brevitas_bp.codec.layout import TensorLayout, shape_of
+from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.layout import is_plain as is_plain
 from brevitas_bp.codec.recipe import Recipe
-from brevitas_bp.errors import ModifiedInPlaceError, UnsupportedTensorError
+from brevitas_bp.errors import UnsupportedTensorError
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.normalizing import Affine, denormalize, normalize
 
@@ -123,7 +123,7 @@ class Packed(_Referable):
 
 
 def is_smaller(stored: int, given: int) -> bool:
-    """Whether storing takes fewer bytes than keeping the tensor as it is (the break-even rule).
+    """Whether storing takes fewer bytes than keeping the tensor (the break-even rule).
 
     Args:
         stored: bytes of everything that would be stored: codes, padding, metadata.
@@ -289,7 +289,7 @@ class Codec(ABC):
 
     @property
     def precise(self) -> "Codec":
-        """This codec with metadata that are not rounded, if it rounds them."""
+        """This codec, with metadata that are not rounded."""
         return self
 
     def is_variant_of(self, configured: "Codec") -> bool:
@@ -342,60 +342,3 @@ class Codec(ABC):
         with torch.no_grad():
             flat = layout.flatten(values).to(compute_dtype(layout.dtype))
             return layout.restore_flat(denormalize(flat, affine, layout.dtype))
-
-
-class Keep(Codec):
-    """Keeps the tensor itself, exact, and detects in-place modification.
-
-    NOTE [ Kept tensors are watched ]
-    Saved-tensor hooks switch off autograd's own check. So a kept tensor that is modified later would
-    silently give wrong gradients. This codec compares the version counter when backward asks for the
-    tensor. It detaches the tensor: otherwise an output saved by its own operation would never be freed.
-    """
-
-    lossy = False
-    name = "exact"
-    compresses = False
-    owns = False
-    keeps = True
-
-    def encode(self, x: Tensor, *, seed: int = 0, where: str = "") -> Packed:
-        """Keeps ``x`` itself, not a copy."""
-        kept = x.detach()
-        layout = TensorLayout.without_strides(shape_of(x), x.dtype, x.device)
-        return Packed(self, (kept,), layout, version_of(kept), where)
-
-    def decode(self, packed: Packed) -> Tensor:
-        """Returns the kept tensor.
-
-        Raises:
-            ModifiedInPlaceError: an in-place operation has modified it since.
-        """
-        if len(packed.tensors) != 1:
-            refuse(packed, "1 stored tensor", len(packed.tensors))
-        kept = packed.tensors[0]
-        if version_of(kept) != packed.facts:
-            refuse_modified(kept, packed.facts, packed.where)
-        return kept
-
-    def stored_nbytes(self, layout: TensorLayout) -> int | None:
-        """Returns the bytes of the tensor itself."""
-        return layout.nbytes
-
-
-def version_of(x: Tensor) -> int | None:
-    """Returns the version counter; None for inference tensors, which have none."""
-    return None if x.is_inference() else x._version
-
-
-def refuse_modified(kept: Tensor, version: int | None, where: str) -> NoReturn:
-    """Raises for a kept tensor that is no longer at ``version``.
-
-    Raises:
-        ModifiedInPlaceError: always.
-    """
-    raise ModifiedInPlaceError(
-        "one of the variables needed for gradient computation has been modified by an inplace "
-        f"operation: {kept.dtype} {list(kept.shape)} saved by {where or 'an operation'} is at "
-        f"version {version_of(kept)}; expected version {version} instead. Call backward before "
-        "modifying it, or modify a clone")

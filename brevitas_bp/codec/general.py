@@ -8,10 +8,11 @@ import torch
 from brevitas.core.bit_width import BitWidthConst
 from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.buckets import BucketCodec, codec_name
 from brevitas_bp.codec.bucketwise import is_bucketwise
 from brevitas_bp.codec.integrity import TensorType, refuse
+from brevitas_bp.codec.keep import Keep
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.stock import kind_of
 from brevitas_bp.core.bit_width import TwoBitWidthSelector

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from brevitas_bp.codec.base import Codec, Keep, Packed
+from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.keep import Keep
 
 
 class QuantizeOnBackward(Codec):

@@ -8,8 +8,9 @@ import torch
 from brevitas.utils.quant_utils import groupwise_dequant_expand
 from torch import Tensor, nn
 
-from brevitas_bp.codec.base import FLOATS, Codec, Keep, Packed
+from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import TensorType, refuse
+from brevitas_bp.codec.keep import Keep
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.format.arithmetic import compute_dtype

@@ -2,10 +2,10 @@
 
     python examples/trainers/transformers_memory.py [--only bert] [--batch 8] [--tokens 128] [--markdown]
 
-Models have random weights; nothing is downloaded. The body is wrapped at the default policy (2 bits,
-bucket 256, bfloat16 metadata). Bytes are those of the whole model with its loss. The column "most of
-what is stored" names the operations that keep most. Needs `pip install brevitas-bp[trainers]`, and
-enough memory for a GPT-2. Expect the table of docs/trainers.md.
+Models have random weights; nothing is downloaded. Body and loss are wrapped at the default policy
+(2 bits, bucket 256, bfloat16 metadata). Bytes are those of the whole model with its loss. The column
+"most of what is stored" names the operations that keep most. Needs `pip install brevitas-bp[trainers]`,
+and enough memory for a GPT-2. Expect the table of docs/trainers.md.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
 )
+from transformers_trainer import wrap
 
-from brevitas_bp import OpAware, QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
+from brevitas_bp import OpAware, SavedMemoryReport, track_saved_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from tables import show_table
@@ -48,14 +49,12 @@ POLICIES = {
 
 
 def build(config: Any, attention: str, policy: OpAware) -> PreTrainedModel:
-    """Builds a model with random weights and a wrapped body."""
+    """Builds a model with random weights, and wraps its body and its loss."""
     config._attn_implementation = attention
     causal = not isinstance(config, BertConfig)
     auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    model = auto.from_config(config)
-    body = model.base_model_prefix
-    setattr(model, body, QuantBackwardWrapper(
-        getattr(model, body), policy=policy, bucket_size=256, metadata_dtype=torch.bfloat16, seed=0))
+    model = wrap(
+        auto.from_config(config), policy=policy, bucket_size=256, metadata_dtype=torch.bfloat16, seed=0)
     return model.train()
 
 

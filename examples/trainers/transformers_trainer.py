@@ -5,13 +5,14 @@
 Needs `pip install brevitas-bp[trainers]`, and no download. Expect an evaluation loss of 0.004 (bert),
 1.29 (gpt2), 1.46 (llama), and saved tensors 5.7, 5.4 and 4.0 times smaller.
 
-The script wraps the *body* of the model, in place. The model stays what Trainer expects: a
-PreTrainedModel whose class defines the names of its labels, the columns it takes, and how it is saved. A
-wrapper around the whole model has none of these (see docs/trainers.md) and gains little: only a small
-head and the loss come after the body, and the logits of the loss are exact anyway.
+The script wraps the *body* and the *loss* of the model, in place. The model stays what Trainer expects:
+a PreTrainedModel whose class defines the names of its labels, the columns it takes, and how it is saved.
+A wrapper around the whole model has none of these (see docs/trainers.md). The logits of a language model
+take most of its memory, so the loss must be wrapped too.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torchvision_first  # noqa: F401
 from sentences import LENGTH, WORDS, examples
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -82,10 +84,25 @@ def build(name: str) -> PreTrainedModel:
     return auto.from_config(CONFIGS[name])
 
 
-def wrap_body(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    """Wraps the model without its head, in place."""
+class Loss(nn.Module):
+    """A loss function as a module, which can be wrapped."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def wrap(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """Wraps the body and the loss of a model, in place."""
+    options = {"bucket_size": 64, **options}
     body = model.base_model_prefix
-    setattr(model, body, QuantBackwardWrapper(getattr(model, body), bucket_size=64, **options))
+    setattr(model, body, QuantBackwardWrapper(getattr(model, body), **options))
+    # As a submodule, its noise is saved with that of the body. It has no parameters.
+    model.wrapped_loss = QuantBackwardWrapper(Loss(model.loss_function), **options)
+    model.loss_function = model.wrapped_loss.__call__
     return model
 
 
@@ -98,7 +115,7 @@ def data(name: str, count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def trainer(model: torch.nn.Module, out: Path, knobs: Knobs, **arguments: Any) -> Trainer:
+def trainer(model: nn.Module, out: Path, knobs: Knobs, **arguments: Any) -> Trainer:
     """Returns an ordinary Trainer; the callback is the only addition for the wrapper."""
     settings: dict[str, Any] = {
         "num_train_epochs": knobs.epochs, "per_device_train_batch_size": knobs.batch,
@@ -129,7 +146,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     options = parser.parse_args()
     knobs = Knobs(model=options.model, epochs=options.epochs)
-    model = wrap_body(build(knobs.model))
+    model = wrap(build(knobs.model))
     run = trainer(model, options.out / knobs.model, knobs)
     run.train(resume_from_checkpoint=options.resume)
     print(run.evaluate())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision_first  # noqa: F401
-from lora import ALL, WAYS, LowRankLinear, base, by_hand, with_peft, wrap_body
+from lora import ALL, WAYS, LowRankLinear, base, by_hand, with_peft
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -16,6 +16,13 @@ pytestmark = pytest.mark.filterwarnings(
     r"ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers\..*")
 
 IDS = torch.randint(0, 100, (4, 32), generator=torch.Generator().manual_seed(0))
+
+
+def wrap_body(model: nn.Module) -> nn.Module:
+    """Wraps a model without its head, in place."""
+    model.model = QuantBackwardWrapper(
+        model.model, bucket_size=256, metadata_dtype=torch.bfloat16, seed=0)
+    return model
 
 
 def small() -> nn.Module:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sentences import LENGTH
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from transformers_trainer import CONFIGS, KeepNoise, Knobs, build, data, trainer, wrap_body
+from transformers_trainer import CONFIGS, KeepNoise, Knobs, build, data, trainer, wrap
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from tests.trainers.support import same_parameters
@@ -31,7 +31,7 @@ def fit(name: str, out: Path, **changes: Any) -> PreTrainedModel:
     knobs = dataclasses.replace(KNOBS, model=name, **{
         key: changes.pop(key) for key in ("epochs", "keep_noise") if key in changes})
     resume = changes.pop("resume", False)
-    model = wrap_body(build(name), seed=0)
+    model = wrap(build(name), seed=0)
     trainer(model, out, knobs, **changes).train(resume_from_checkpoint=resume)
     return model
 
@@ -47,7 +47,7 @@ class StopAfterOne(TrainerCallback):
 def test_a_resumed_run_is_the_uninterrupted_one(kept: bool, tmp_path: Path) -> None:
     whole = fit("bert", tmp_path / "whole", keep_noise=kept)
     knobs = dataclasses.replace(KNOBS, keep_noise=kept)
-    first = trainer(wrap_body(build("bert"), seed=0), tmp_path / "parts", knobs)
+    first = trainer(wrap(build("bert"), seed=0), tmp_path / "parts", knobs)
     first.add_callback(StopAfterOne())
     first.train()
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["checkpoint-4"]
@@ -57,7 +57,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kept: bool, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trainer_sees_the_model_it_knows(name: str, tmp_path: Path) -> None:
-    model = wrap_body(build(name))
+    model = wrap(build(name))
     run = trainer(model, tmp_path, dataclasses.replace(KNOBS, model=name))
     assert run.label_names == ["labels"]
     assert run.can_return_loss == inspect.signature(
@@ -109,7 +109,7 @@ def test_outputs_are_identical_and_exact_gradients_equal(name: str, attention: s
         model = build(name).train()
         model.set_attn_implementation(attention)
         if policy != "plain":
-            wrap_body(model, policy=policy, seed=0)
+            wrap(model, policy=policy, seed=0)
         assert model.config._attn_implementation == attention
         torch.manual_seed(4)
         outputs = model(**batch(name))
@@ -126,12 +126,12 @@ def test_outputs_are_identical_and_exact_gradients_equal(name: str, attention: s
 
 
 #: Least ratio of saved to stored bytes. Shapes are small, so statistics and heads take a large part.
-LEAST = {"bert": 5.0, "gpt2": 3.0, "llama": 3.5}
+LEAST = {"bert": 7.0, "gpt2": 6.0, "llama": 5.5}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_operation_is_known(name: str) -> None:
-    model = wrap_body(build(name)).train()
+    model = wrap(build(name)).train()
     with track_saved_memory(model) as report:
         kept = model(**batch(name, 32))
     assert kept.loss.isfinite()
@@ -141,7 +141,7 @@ def test_every_operation_is_known(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_generation_is_that_of_the_plain_model(name: str) -> None:
-    plain, wrapped = build(name).eval(), wrap_body(build(name)).eval()
+    plain, wrapped = build(name).eval(), wrap(build(name)).eval()
     start = batch(name)["input_ids"][:2, :3]
     mask = torch.ones_like(start)
     words = [m.generate(start, attention_mask=mask, max_length=LENGTH, do_sample=False)
@@ -155,7 +155,7 @@ def test_generation_is_that_of_the_plain_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_gradient_checkpointing_is_switched_on_inside(name: str, tmp_path: Path) -> None:
-    plain, wrapped = build(name).train(), wrap_body(build(name), policy="exact").train()
+    plain, wrapped = build(name).train(), wrap(build(name), policy="exact").train()
     grads = []
     for model in (plain, wrapped):
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -178,5 +178,6 @@ def test_noise_is_in_the_state_of_the_trainer(tmp_path: Path) -> None:
     model = fit("bert", tmp_path, epochs=1)
     state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
     (streams,) = state["stateful_callbacks"][KeepNoise.__name__]["attributes"].values()
-    assert streams == {"bert": model.bert.noise_state()}
+    assert streams == {
+        "bert": model.bert.noise_state(), "wrapped_loss": model.wrapped_loss.noise_state()}
     assert streams["bert"]["position"] > 0
