@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from small_gpt import SmallGPT
+from small_llama import SmallLlama
 from tables import show_table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "efficientnet_v2"))
 from vision import import_torchvision
 
 Ways = dict[str, dict[str, Any]]
-Models = dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]]
+Models = dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor | None]]]
 
 #: Way of storing -> options of the wrapper. Codes are rotated unless the way says otherwise.
 WAYS: Ways = {
@@ -94,8 +95,13 @@ def gpt() -> tuple[nn.Module, Tensor, Tensor]:
     return SmallGPT(), tokens[:, :-1], tokens[:, 1:].flatten()
 
 
+def llama() -> tuple[nn.Module, Tensor, None]:
+    """Returns a Llama of four blocks that computes its loss itself, and tokens."""
+    return SmallLlama(), torch.randint(256, (8, 65)), None
+
+
 MODELS: Models = {
-    "gpt": gpt, "vit": vit, "resnet50": lambda: vision("resnet50", 8, 64),
+    "gpt": gpt, "llama": llama, "vit": vit, "resnet50": lambda: vision("resnet50", 8, 64),
     "efficientnet_v2_s": lambda: vision("efficientnet_v2_s", 8, 64, dropout=0.0),
 }
 
@@ -131,8 +137,8 @@ def prepare(
     """Returns a network, the same at each call, with its inputs and a function for the loss."""
     torch.manual_seed(0)
     model, inputs, labels = models[name]()
-    return model.train(), inputs, lambda network: F.cross_entropy(
-        network(inputs).flatten(0, -2), labels)
+    return model.train(), inputs, lambda network: network(inputs) if labels is None else (
+        F.cross_entropy(network(inputs).flatten(0, -2), labels))
 
 
 def wrap(model: nn.Module, **options: Any) -> QuantBackwardWrapper:
