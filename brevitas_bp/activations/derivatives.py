@@ -7,10 +7,15 @@ absolute errors are those of float32 itself: 7e-7 for ``gelu_tanh``, less for th
 import torch
 from torch import Tensor, nn
 
+from brevitas_bp.activations.arithmetic import exponential
 from brevitas_bp.activations.functions import ACTIVATIONS
 
+_FORMULAS = {
+    **{name: entry.derivative for name, entry in ACTIVATIONS.items() if entry.compiled},
+    # Its own derivative, at its input. Log-probabilities are stored this way.
+    "exponential": exponential}
 #: Names of the functions that the compiled CPU kernels differentiate.
-COMPILED = tuple(name for name, activation in ACTIVATIONS.items() if activation.compiled)
+COMPILED = tuple(_FORMULAS)
 
 # Elements computed at once; they stay in the cache.
 _CHUNK = 1 << 16
@@ -29,7 +34,7 @@ def derivative(flat: Tensor, name: str) -> Tensor:
             follows from the output.
         name: one of :data:`COMPILED`.
     """
-    function = ACTIVATIONS[name].derivative
+    function = _FORMULAS[name]
     assert function is not None
     out = torch.empty_like(flat)
     with torch.no_grad():

@@ -7,8 +7,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from brevitas_bp.activations import derivatives
 from brevitas_bp.activations.arithmetic import exponential
 from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.codec.integrity import TensorType
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.wrapping import WrappingCodec
@@ -28,9 +30,13 @@ class _LogProbabilities(WrappingCodec):
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Stores log-probabilities."""
         with torch.no_grad():
-            p = exponential(x.detach().to(compute_dtype(x.dtype)))
-            stored = self.inner.encode(self.from_probabilities(p), seed=seed, where=where)
+            stored = self._stored(x.detach(), seed, where)
         return Packed(self, (*stored.tensors, *self.others), TensorLayout.of(x), stored, where)
+
+    def _stored(self, x: Tensor, seed: int, where: str) -> Packed:
+        p = derivative_at(x, "exponential") if derivatives.supports(x) else (
+            exponential(x.to(compute_dtype(x.dtype))))
+        return self.inner.encode(self.from_probabilities(p), seed=seed, where=where)
 
     def decode(self, packed: Packed) -> Tensor:
         """Returns the logarithms of the stored probabilities."""
@@ -69,6 +75,12 @@ class LogCodec(_LogProbabilities):
 
     def around(self, inner: Codec) -> Codec:
         return LogCodec(inner)
+
+    def _stored(self, x: Tensor, seed: int, where: str) -> Packed:
+        if derivatives.supports(x):
+            # In one pass, without a tensor of probabilities.
+            return self.inner.encode_derivative(x, "exponential", seed=seed, where=where)
+        return super()._stored(x, seed, where)
 
     def from_probabilities(self, p: Tensor) -> Tensor:
         return p

@@ -29,7 +29,7 @@ def of_autograd(name: str, x: Tensor, **parameters: Any) -> Tensor:
 
 def source(name: str, x: Tensor) -> Tensor:
     """Returns the tensor that the derivative at ``x`` is computed from."""
-    of_output = ACTIVATIONS[name].of_output
+    of_output = ACTIVATIONS[name].of_output if name in ACTIVATIONS else None
     return x if of_output is None else of_output(x)
 
 

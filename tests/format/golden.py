@@ -90,6 +90,11 @@ def _others() -> Iterator[tuple[str, Codec]]:
     yield "RotatedUint, rows of 331", in_rows(
         codec_from(quant.RotatedUint2DynamicActPerBucketFloatDithered, metadata_dtype=torch.bfloat16),
         Rows(331, 331))
+    for bits in (2, 3, 4, 8):
+        companded = codec.of_kind("companded")
+        assert companded is not None
+        yield f"companded {bits}", companded.at_least(bits)
+        yield f"companded {bits}, rows of 331", in_rows(companded.at_least(bits).precise, Rows(331, 331))
     yield "relu", relu_region()
     yield "hardtanh", hardtanh_region()
     yield "sign", sign()

@@ -41,6 +41,7 @@ _T0, _T1, _T2 = map(_F, GELU_TANH)
 FUNCTIONS = {name: number for number, name in enumerate(COMPILED, 1)}
 _SILU, _GELU, _GELU_TANH = FUNCTIONS["silu"], FUNCTIONS["gelu"], FUNCTIONS["gelu_tanh"]
 _SIGMOID, _TANH = FUNCTIONS["sigmoid"], FUNCTIONS["tanh"]
+_EXPONENTIAL = FUNCTIONS["exponential"]
 _CHUNK = 1 << 12
 
 
@@ -118,6 +119,16 @@ def _tanh(y: Any, out: Any) -> None:
 
 
 @jit
+def _exponential(x: Any, out: Any) -> None:
+    wide_vectors()
+    for i in range(x.size):
+        v = _F(x[i])
+        t = _LIMIT if v > _LIMIT else v
+        e = _exp(-_LIMIT if t < -_LIMIT else t)
+        out[i] = _ZERO if v < -_LIMIT else e
+
+
+@jit
 def differentiate(function: Any, x: Any, out: Any) -> None:
     """Writes the derivative of a function (a number of :data:`FUNCTIONS`) at each element."""
     if function == _SILU:
@@ -130,6 +141,8 @@ def differentiate(function: Any, x: Any, out: Any) -> None:
         _sigmoid(x, out)
     elif function == _TANH:
         _tanh(x, out)
+    elif function == _EXPONENTIAL:
+        _exponential(x, out)
 
 
 @cache
