@@ -41,7 +41,7 @@ bench: $(STAMP)
 # Configs are injectors, which pydoc cannot read: docs/quantizers.md lists them.
 DOCUMENTED := brevitas_bp brevitas_bp.allocate brevitas_bp.plots brevitas_bp.backward brevitas_bp.backward.operations brevitas_bp.backward.registry brevitas_bp.backward.policy \
 	brevitas_bp.backward.rewrites brevitas_bp.backward.seam brevitas_bp.backward.wrapper \
-	brevitas_bp.codec brevitas_bp.codec.base brevitas_bp.codec.regions brevitas_bp.memory brevitas_bp.models.efficientnet_v2 brevitas_bp.models.blocks brevitas_bp.models.stage_outputs \
+	brevitas_bp.codec brevitas_bp.codec.base brevitas_bp.codec.regions brevitas_bp.memory brevitas_bp.memory_tables brevitas_bp.models.efficientnet_v2 brevitas_bp.models.blocks brevitas_bp.models.stage_outputs \
 	brevitas_bp.core.bit_width brevitas_bp.activations.few_bit brevitas_bp.activations.functions brevitas_bp.core.int_quant brevitas_bp.core.rounding \
 	brevitas_bp.format.reference brevitas_bp.format.packing brevitas_bp.format.random
 

@@ -22,6 +22,7 @@ from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import shard_of
+from brevitas_bp.memory_tables import Counted, Key, SavedMemoryTable, add, grouped, ratio_text
 from brevitas_bp.text import mib, table
 
 
@@ -53,7 +54,7 @@ class SavedMemoryRow:
 
 @dataclass
 class _Record:
-    key: tuple[str, str, str]
+    key: Key
     packed: weakref.ref[Packed]
     extent: "_Extent | None"
     storage: StorageWeakRef | None
@@ -63,7 +64,7 @@ class _Record:
 class _GraphRecord:
     """A tensor that a compiled graph keeps: key, exact bytes, and the live tensors that store it."""
 
-    key: tuple[str, str, str]
+    key: Key
     given_bytes: int
     parts: list[tuple["_Extent", StorageWeakRef | None]]
 
@@ -85,13 +86,36 @@ class SavedMemoryReport:
         self._records: list[_Record] = []
         self._graph_records: list[_GraphRecord] = []
         self._seen: list[tuple[str, bool, int]] = []
-        self._rows: list[SavedMemoryRow] | None = None
+        self._counted: Counted | None = None
         self._why_empty = "the block has not ended"
 
     @property
     def rows(self) -> list[SavedMemoryRow]:
         """One row per module, operation and dtype, in the order of the forward pass."""
-        return self._count() if self._rows is None else self._rows
+        found: dict[tuple[str, str, str], list[int]] = {}
+        for (module, op, dtype, _), numbers in self._now().items():
+            add(found.setdefault((module, op, dtype), [0, 0, 0]), numbers)
+        return [SavedMemoryRow(*key, *numbers) for key, numbers in found.items()]
+
+    def by(self, *columns: str, top: int | None = None) -> SavedMemoryTable:
+        """Groups the saved tensors, for instance ``by("op")`` or ``by("module", "reason", top=10)``.
+
+        Args:
+            *columns: some of "module", "op", "dtype", "reason". The reason is that of the policy.
+            top: number of groups to show; the others become one. None: all.
+
+        Returns:
+            A table, which ``print`` shows: most stored bytes first.
+
+        Raises:
+            UnknownNameError: there is no such column.
+            ValueError: no column is given, or ``top`` is below 1.
+        """
+        return grouped(self._now(), columns, top)
+
+    def _now(self) -> Counted:
+        """Returns the counts at the end of the block, or of now if it has not ended."""
+        return self._count() if self._counted is None else self._counted
 
     @property
     def tensors(self) -> int:
@@ -121,7 +145,7 @@ class SavedMemoryReport:
     @property
     def live_bytes(self) -> int:
         """Bytes still kept now: zero once backward has run or the graph is freed."""
-        return sum(row.stored_bytes for row in self._count())
+        return sum(stored for _, _, stored in self._count().values())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns rows and total as plain values, for JSON. An undefined ratio is None."""
@@ -136,10 +160,11 @@ class SavedMemoryReport:
         for row in self.rows:
             lines.append((
                 row.module or "(root)", row.op, row.dtype, str(row.tensors),
-                mib(row.exact_bytes), mib(row.stored_bytes), _ratio(row.exact_bytes, row.stored_bytes)))
+                mib(row.exact_bytes), mib(row.stored_bytes),
+                ratio_text(row.exact_bytes, row.stored_bytes)))
         lines.append((
             "total", "", "", str(self.tensors), mib(self.exact_bytes), mib(self.stored_bytes),
-            _ratio(self.exact_bytes, self.stored_bytes)))
+            ratio_text(self.exact_bytes, self.stored_bytes)))
         empty = [] if self.rows else [f"nothing is saved: {self._why_empty}"]
         return "\n".join(
             [table(lines, left=3, total=True), *empty, *unknown_note(self.unknown_operations)])
@@ -153,28 +178,30 @@ class SavedMemoryReport:
         self._seen.append((op, decision.known, saved.tensor.numel() * saved.tensor.element_size()))
         for x in originals:
             self._records.append(_Record(
-                (saved.module, op, str(x.dtype).removeprefix("torch.")), weakref.ref(packed),
-                _Extent.of(x), _weak_storage(x)))
+                (saved.module, op, str(x.dtype).removeprefix("torch."), decision.reason),
+                weakref.ref(packed), _Extent.of(x), _weak_storage(x)))
         if not originals:
             # The first tensor that a rewrite saves has already reported the originals.
             dtype = str(saved.tensor.dtype).removeprefix("torch.")
             self._records.append(_Record(
-                (saved.module, op, dtype), weakref.ref(packed), None, None))
+                (saved.module, op, dtype, decision.reason), weakref.ref(packed), None, None))
 
     def _record_graph(self, site: CompiledSite | None, tensors: list[Tensor]) -> None:
         stored = sum(t.numel() * t.element_size() for t in tensors)
         if site is None:
-            key, given = ("", "input of a compiled graph", str(tensors[0].dtype)), stored
+            key, given = ("", "input of a compiled graph", str(tensors[0].dtype), ""), stored
         else:
-            key = (site.saved.module, site.saved.op or "", str(site.saved.tensor.dtype))
+            key = (
+                site.saved.module, site.saved.op or "", str(site.saved.tensor.dtype),
+                site.decision.reason)
             # A graph with symbolic sizes was made for other sizes, so scale the bytes.
             given = site.given_bytes * stored // site.stored_bytes if site.stored_bytes else 0
         self._graph_records.append(_GraphRecord(
-            (key[0], key[1], key[2].removeprefix("torch.")), given,
+            (key[0], key[1], key[2].removeprefix("torch."), key[3]), given,
             [(_Extent.of(t), _weak_storage(t)) for t in tensors]))
 
     def _finish(self, ran: bool, enabled: bool) -> None:
-        self._rows = self._count()
+        self._counted = self._count()
         if self._records or self._graph_records:
             self._why_empty = "it was freed before the block ended; keep the output until then"
         elif not enabled:
@@ -184,8 +211,9 @@ class SavedMemoryReport:
         else:
             self._why_empty = "nothing that ran needs a gradient"
 
-    def _count(self) -> list[SavedMemoryRow]:
-        counted: dict[tuple[str, str, str], list[int]] = {}
+    def _count(self) -> Counted:
+        """Returns key -> number of tensors, exact bytes, stored bytes, of what is alive."""
+        counted: Counted = {}
         exact, stored = _Bytes(), _Bytes()
         packed_seen: set[int] = set()
         for record in self._records:
@@ -206,7 +234,7 @@ class SavedMemoryReport:
                 row[0] += 1
                 row[1] += record.given_bytes
                 row[2] += sum(stored.add(extent) for extent, _ in record.parts)
-        return [SavedMemoryRow(*key, *numbers) for key, numbers in counted.items() if any(numbers)]
+        return {key: numbers for key, numbers in counted.items() if any(numbers)}
 
 
 @contextmanager
@@ -296,13 +324,6 @@ class _Bytes:
         added = max(0, min(extent.nbytes, left))
         self._counted[extent.storage] += added
         return added
-
-
-def _ratio(exact: int, stored: int) -> str:
-    """Formats a ratio. A row without exact bytes of its own shares those of another row."""
-    if stored and not exact:
-        return "shared"
-    return f"{exact / stored:.2f}" if stored else "-"
 
 
 def _number(x: float) -> float | None:

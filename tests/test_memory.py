@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
+from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, UnknownNameError, track_saved_memory
 from brevitas_bp.memory import SavedMemoryRow
 from brevitas_bp.models import efficientnet_v2_s
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Uint2
@@ -390,3 +390,51 @@ def test_efficientnet_v2_s_at_two_bits(policy: str, least: float) -> None:
     assert least <= report.ratio <= 1024 / 68
     output.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# Groups.
+
+
+def _report() -> SavedMemoryReport:
+    net = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 8), nn.Softmax(-1))
+    model = QuantBackwardWrapper(net, seed=0)
+    with track_saved_memory(model) as report:
+        _kept = model(torch.randn(128, 64))
+    return report
+
+
+@pytest.mark.parametrize("columns", [("op",), ("module",), ("dtype",), ("reason",), ("op", "reason")])
+def test_groups_add_up_to_the_report(columns: tuple[str, ...]) -> None:
+    report = _report()
+    table = report.by(*columns)
+    assert table.columns == columns and table.rest is None
+    for name in ("tensors", "exact_bytes", "stored_bytes"):
+        assert sum(getattr(group, name) for group in table.groups) == getattr(report, name)
+    stored = [group.stored_bytes for group in table.groups]
+    assert stored == sorted(stored, reverse=True)
+    keys = [tuple(group.values.values()) for group in table.groups]
+    assert len(set(keys)) == len(keys)
+    if columns == ("op",):
+        assert {group.values["op"]: group.tensors for group in table.groups} == {
+            "linear": 3, "relu": 1, "silu": 1, "softmax": 1}
+
+
+def test_what_top_leaves_out_is_one_group() -> None:
+    report = _report()
+    table = report.by("op", top=1)
+    assert len(table.groups) == 1 and table.rest is not None
+    assert table.groups[0].stored_bytes + table.rest.stored_bytes == report.stored_bytes
+    assert table.rest.tensors == report.tensors - table.groups[0].tensors
+    text = str(table).splitlines()
+    assert text[0].split()[0] == "op" and text[3].startswith("3 more") and "100.0%" in text[-1]
+    assert str(report.by("op", top=4)) == str(report.by("op"))
+
+
+def test_wrong_columns_are_refused() -> None:
+    report = _report()
+    with pytest.raises(UnknownNameError, match="got 'modul'; did you mean 'module'"):
+        report.by("modul")
+    for columns, top in (((), None), (("op",), 0)):
+        with pytest.raises(ValueError, match="one column or more, and a top of 1 or more"):
+            report.by(*columns, top=top)
