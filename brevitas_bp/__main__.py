@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import brevitas_bp
-from brevitas_bp import allocators
+from brevitas_bp.allocators import running
 from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.codec.lowered import KINDS, LoweredCodec
 from brevitas_bp.format import reference
@@ -49,14 +48,14 @@ def _cache_folder() -> str:
 
 def facts() -> Iterator[tuple[str, str]]:
     """Yields names and values of what a bug report needs."""
-    yield "brevitas_bp", brevitas_bp.__version__
+    yield "brevitas_bp", _version("brevitas-bp")
     yield "python", platform.python_version()
     yield "system", platform.platform()
     for package in _PACKAGES:
         yield package, _version(package)
     yield "processor", f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}"
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"
-    yield "allocator", allocators.running()
+    yield "allocator", running()
     yield "compiled kernels", _cache_folder()
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):

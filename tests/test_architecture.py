@@ -19,7 +19,8 @@ PACKAGE = ROOT / "brevitas_bp"
 LEVELS: list[set[str]] = [
     {"errors", "probes", "allocators", "private", "text"},
     {"activations"}, {"format"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"},
-    {"quant"}, {"backward"}, {"allocate", "memory"}, {"plots", "models", "run"}]
+    {"quant"}, {"backward"}, {"memory_tables"}, {"allocate", "memory"},
+    {"plots", "models", "run", "__main__"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Heavy or optional modules: loaded at first use, by the rooms that use them.

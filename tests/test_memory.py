@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, UnknownNameError, track_saved_memory
+from brevitas_bp import (
+    QuantBackwardWrapper,
+    SavedMemoryReport,
+    UnknownNameError,
+    track_saved_memory,
+)
 from brevitas_bp.memory import SavedMemoryRow
 from brevitas_bp.models import efficientnet_v2_s
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic as Uint2

@@ -218,7 +218,6 @@ ACTIVATIONS: dict[str, Activation] = {activation.name: activation for activation
         "glu", parameters=(Parameter("dim", 1, -1),), bounded=False, halves=True,
         kernel=lambda x, dim: _aten.glu_backward(
             _ones(x.narrow(dim, 0, x.shape[dim] // 2)), x, dim)),
-    Activation("exp", of_output=torch.exp, bounded=False, kernel=lambda y: y),
     Activation("erfc"), Activation("tanhshrink"), Activation("sin"), Activation("cos"),
     Activation("atan", aliases=("arctan",)),
     Activation("relu", lambda x: (x > 0).to(x.dtype), breaks=_at_zero, stepwise=True),

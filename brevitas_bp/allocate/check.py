@@ -259,7 +259,7 @@ class _Only:
 
     def decide(self, saved: SavedTensor) -> Decision:
         decision = self.policy.decide(saved)
-        if not _rounds(saved, decision):
+        if decision.waits or not _rounds(saved, decision):
             return decision
         name = site_of(saved)
         self.found.setdefault(name, (saved, decision))

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from brevitas_bp.backward.classes import classes_dim, codec_of_targets
+from brevitas_bp.backward.classes import classes_dim, codec_of_targets, softmax_dim
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
-from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, storage_id
+from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, place_of, storage_id
 from brevitas_bp.backward.units import NormUnits, channel_units
 from brevitas_bp.codec.base import Codec, Packed, is_plain, is_smaller
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
 from brevitas_bp.codec.on_backward import QuantizeOnBackward
-from brevitas_bp.codec.probabilities import ClassErrorCodec, LogCodec
+from brevitas_bp.codec.probabilities import ClassErrorCodec, LogCodec, SimplexCodec
 from brevitas_bp.codec.rows import ReorderedCodec, in_rows
 from brevitas_bp.codec.shard import ShardCodec, is_storable, placements_of, shard_of
 
@@ -68,8 +68,8 @@ class Encodings:
         self._on_backward = on_backward
         self._verify = verify
         self._encoded: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
-        # The last encoding of each tensor that other operations may share.
-        self._finest: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
+        # The last encoding of each contiguous tensor in its own units that operations may share.
+        self._finest: dict[Any, tuple[StorageWeakRef, Callable[[], Packed | None]]] = {}
         self._order_at: defaultdict[Any, itertools.count[int]] = defaultdict(itertools.count)
         # Numbers for tensors of custom Functions that share their encoding with no other tensor.
         self._apart = itertools.count(-2, -1)
@@ -91,20 +91,25 @@ class Encodings:
         packed = None if before is None else before[1]()
         if packed is not None:
             return packed
-        may_share = key[-2] == _SHARED and decision.units is None and saved.tensor.is_contiguous() and (
-            type(saved.tensor) is Tensor)
-        if may_share and (packed := self._finer(saved.tensor, codec)) is not None:
+        may_share = key[-2] == _SHARED and saved.tensor.is_contiguous() and (
+            type(saved.tensor) is Tensor and decision.units in (None, "sum of one"))
+        if may_share and decision.units is None and (
+                packed := self._finer(saved.tensor, codec)) is not None:
             return packed
         packed = self._encode(saved, codec, self._units_of(saved, decision, units))
         entry = StorageWeakRef(shard_of(saved.tensor).untyped_storage()), weakref.ref(packed)
         self._encoded[key] = entry
-        if may_share and packed.codec.is_finer_than(codec):
-            self._finest[_place_of(saved.tensor)] = entry
+        plain = packed.codec.without_units(packed)
+        if may_share and plain.codec.is_finer_than(codec):
+            # What ``packed`` holds lives as long as ``packed``.
+            held = plain is packed or packed.codec.wraps
+            found = weakref.ref(plain) if held else lambda: plain
+            self._finest[place_of(saved.tensor)] = entry[0], found
         return packed
 
     def _finer(self, x: Tensor, codec: Codec) -> Packed | None:
         """Returns an encoding of a tensor that has at least as many bits as ``codec``."""
-        found = self._finest.get(_place_of(x))
+        found = self._finest.get(place_of(x))
         packed = None if found is None else found[1]()
         if packed is None or not packed.codec.is_finer_than(codec):
             return None
@@ -123,6 +128,9 @@ class Encodings:
             return partial(QuotientCodec, divisor)
         if decision.units == "channel" and is_plain(saved.tensor):
             return partial(_in_channels, saved.tensor)
+        if decision.units == "sum of one" and is_plain(saved.tensor):
+            dim = softmax_dim(saved.call, saved.tensor)
+            return lambda inner: SimplexCodec(inner, dim)
         # A user's codec in place of the policy's may decode negative numbers, which have no logarithm.
         if decision.units == "logarithm" and decision.codec.keeps_sign:
             return LogCodec
@@ -249,12 +257,6 @@ def _identity(x: Tensor) -> tuple[Hashable, ...]:
     if shard is x:
         return of_shard
     return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
-
-
-def _place_of(x: Tensor) -> Hashable:
-    """Returns a key that is equal for contiguous views of the same elements."""
-    return (storage_id(x), x.storage_offset(), x.numel(), x.dtype, version_of(x), x.is_conj(),
-            x.is_neg())
 
 
 def _settings(call: Call) -> Hashable:

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
@@ -264,6 +265,7 @@ class ForwardPass:
             self.location.ending = self._end_norm
         return deferred
 
+    @torch.no_grad()
     def _end_norm(self) -> None:
         """Stores the input of the norm that has ended, and the statistics that it has saved."""
         norm, self._norm = self._norm, None
@@ -367,7 +369,9 @@ class ForwardPass:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         waiting, self._waiting = self._waiting, Waiting(self.location)
         self.close()
-        if error is None:
+        if error is not None:
+            waiting.drop()
+        else:
             waiting.end(NO_CALL)
             # Storing has noted a call again. Its arguments hold the graph.
             self.location.rounding = None

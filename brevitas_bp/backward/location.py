@@ -3,7 +3,7 @@
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import FunctionType, MethodWrapperType
 from typing import Any
 
@@ -53,6 +53,8 @@ class Location:
         self.rounded_unseen: set[int] = set()
         # All storages that were saved rounded in this pass.
         self.ever_rounded: set[int] = set()
+        # Places of the tensors whose squares were computed in this pass.
+        self.squared: set[Hashable] = set()
         # The pass itself, and the function that returns its next seed. Hooks that serve several passes
         # need both.
         self.forward_pass: Any = None

@@ -34,7 +34,7 @@ from brevitas_bp.backward.saved import (
     storage_id,
     tensors_in,
 )
-from brevitas_bp.backward.written_norms import averages_rows, is_statistic_of
+from brevitas_bp.backward.written_norms import averages_rows, is_statistic_of, note_squared
 from brevitas_bp.codec.base import FLOATS, Codec
 
 # A factor that is broadcast to at least this many times its size is kept. It has few bytes, and each of
@@ -140,6 +140,7 @@ def square() -> OpRule:
 
     def decide(saved: SavedTensor) -> Decision:
         if saved.following is None:
+            note_squared(saved.tensor)
             return of_product(saved)._replace(waits=True)
         if averages_rows(saved.following, saved.tensor):
             return _WRITTEN_NORM._replace(codec=saved.codec, rows=of_elements)

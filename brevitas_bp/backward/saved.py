@@ -1,6 +1,6 @@
 """A saved tensor with all that a pack hook knows about it, and the decision how to store it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ CHECKPOINT_INPUT = "input of a checkpointed part"
 class Call:
     """One call of a torch function: the function, its arguments, and a number unique to the call."""
 
-    __slots__ = ("args", "function", "kwargs", "number")
+    __slots__ = ("args", "function", "kwargs", "number", "scores")
 
     def __init__(
             self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -37,6 +37,8 @@ class Call:
         self.args = args
         self.kwargs = kwargs
         self.number = number
+        # Storage of the log-probabilities that a loss has saved, see ``backward/classes.py``.
+        self.scores: int | None = None
 
     @property
     def name(self) -> str:
@@ -198,7 +200,8 @@ class Decision(NamedTuple):
     known: bool = True
     reach: Literal["weight", "sum", "norm", "all"] = "weight"
     rows: "Callable[[Tensor, Call], Rows | None] | None" = None
-    units: Literal["statistic", "channel", "quotient", "logarithm", "class error"] | None = None
+    units: Literal[
+        "statistic", "channel", "quotient", "sum of one", "logarithm", "class error"] | None = None
     least_bits: int = 1
     waits: bool = False
     probabilities: bool = False
@@ -218,6 +221,12 @@ def storage_id(x: Tensor) -> int:
         return (x if type(x) is Tensor else shard_of(x)).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(x)
+
+
+def place_of(x: Tensor) -> Hashable:
+    """Returns a key that is equal for contiguous views of the same elements, unless they change."""
+    version = None if x.is_inference() else x._version
+    return (storage_id(x), x.storage_offset(), x.numel(), x.dtype, version, x.is_conj(), x.is_neg())
 
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:

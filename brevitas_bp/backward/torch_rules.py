@@ -1,5 +1,6 @@
 """The rule of each operation of torch."""
 
+from math import prod
 from types import FunctionType
 from typing import Any
 
@@ -23,8 +24,9 @@ from brevitas_bp.backward.operations import (
 )
 from brevitas_bp.backward.registry import OpRule, register_op
 from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative, look_through
-from brevitas_bp.backward.rows import convolved, last_dimension, of_elements, of_halves, trailing
+from brevitas_bp.backward.rows import LEAST_ROW, convolved, of_elements, of_halves, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
+from brevitas_bp.backward.written_norms import note_squared
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.base import FLOATS
 from brevitas_bp.codec.lossless import narrow_to
@@ -137,14 +139,14 @@ def _deviation(saved: SavedTensor) -> Decision:
     x, dims = saved.tensor, saved.call.argument(1, "dim")
     if saved.position != 0 or x.dtype not in FLOATS:
         return Decision(None, "backward is not linear in it")
-    reduced = {dims} if isinstance(dims, int) and not isinstance(dims, bool) else (
-        set(dims) if isinstance(dims, (tuple, list)) else set(range(x.dim())))
-    reduced = {d % x.dim() for d in reduced} or set(range(x.dim()))
-    if reduced != set(range(x.dim() - len(reduced), x.dim())):
+    # An older form has ``unbiased``, a bool, in this place.
+    reduced = _trailing(x, dims if isinstance(dims, (int, tuple, list)) and (
+        not isinstance(dims, bool)) else None)
+    if reduced is None:
         return Decision(None, "its statistics run across rows")
     return Decision(
         saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
-        rows=lambda x, call: trailing(x, len(reduced)))
+        rows=lambda x, call: trailing(x, reduced))
 
 
 def _threshold(saved: SavedTensor) -> Codec | None:
@@ -221,13 +223,26 @@ def _look_through_python(running: RunningPass, call: Call) -> Any:
 
 
 def _vector_norm(saved: SavedTensor) -> Decision:
-    """Decides for a Euclidean norm: backward is linear in its input."""
-    order = saved.call.argument(1, "ord", 2)
-    if saved.position != 0 or order != 2 or saved.tensor.dtype not in FLOATS:
+    """Decides for a Euclidean norm over the last dimensions: backward is linear in its input."""
+    x, dims = saved.tensor, saved.call.argument(2, "dim")
+    if saved.position != 0 or saved.call.argument(1, "ord", 2) != 2 or x.dtype not in FLOATS:
         return Decision(None, "backward is not linear in it")
+    reduced = _trailing(x, dims)
+    if reduced is None or prod(x.shape[x.dim() - reduced:]) < LEAST_ROW:
+        return Decision(None, "its norms run across rows, or have few elements")
+    note_squared(x)
     return Decision(
         saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
-        rows=last_dimension)
+        rows=lambda x, call: trailing(x, reduced))
+
+
+def _trailing(x: Tensor, dims: Any) -> int | None:
+    """Returns the number of reduced dimensions if these are the last ones, else None."""
+    if dims is None or dims in ((), []):
+        return x.dim()
+    listed = {dims} if isinstance(dims, int) else set(dims)
+    reduced = {d % x.dim() for d in listed} if x.dim() else set()
+    return len(reduced) if reduced == set(range(x.dim() - len(reduced), x.dim())) else None
 
 
 def _index(saved: SavedTensor) -> Codec | None:
@@ -309,7 +324,7 @@ _register(OpRule(classes.log_softmax), "log_softmax")
 _register(OpRule(classes.cross_entropy), "cross_entropy cross_entropy_loss")
 _register(OpRule(classes.nll_loss), "nll_loss nll_loss2d nll_loss_nd")
 _register(exact(), """
-    softmin gumbel_softmax exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal
+    softmin gumbel_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal
     rdiv rtruediv rpow prod cumprod cumsum logsumexp logcumsumexp matrix_norm
     linalg_norm linalg_matrix_norm cosine_similarity pairwise_distance
     cdist pdist maximum minimum fmax fmin hypot atan2 lerp addcdiv bilinear local_response_norm

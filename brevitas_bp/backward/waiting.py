@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from brevitas_bp.backward.kept import Kept
 from brevitas_bp.backward.location import Location
 from brevitas_bp.backward.saved import Call, SavedTensor
@@ -44,10 +46,14 @@ class Waiting:
         :class:`~brevitas_bp.errors.ModifiedInPlaceError`, as plain autograd does.
         """
         tensors, self._tensors = self._tensors, []
-        for saved, deferred, kept, store in tensors:
-            saved.following = following
-            deferred.fill(store() if version_of(saved.tensor) == kept.version else kept)
+        # Autograd runs hooks like this; here we are outside of one.
+        with torch.no_grad():
+            for saved, deferred, kept, store in tensors:
+                saved.following = following
+                deferred.fill(store() if version_of(saved.tensor) == kept.version else kept)
 
     def drop(self) -> None:
-        """Forgets the tensors that wait, after an exception."""
-        self._tensors = []
+        """Keeps the tensors that wait as they are, after an exception."""
+        tensors, self._tensors = self._tensors, []
+        for _, deferred, kept, _ in tensors:
+            deferred.fill(kept)

@@ -5,7 +5,7 @@ NOTE [ Norms that are written out ]
    A rounding of ``x`` reaches the gradient of ``x`` as in a norm: weakly, because the gradient of each
    statistic sums over a row. So ``x`` is stored as the input of a norm, once.
 2. What a square is for shows only in the next operation. So the pack hook waits for it. If it averages
-   the squares, the square belongs to a norm.
+   the squares over the last dimension, and keeps the dimension, the square belongs to a norm.
 3. The product, or quotient, belongs to the same norm if its other factor was computed from these
    squares alone. The nodes of autograd's graph tell.
 """
@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from brevitas_bp.backward.location import current_location
 from brevitas_bp.backward.origins import rounded_by
-from brevitas_bp.backward.saved import NO_CALL, Call, storage_id
+from brevitas_bp.backward.rows import LEAST_ROW
+from brevitas_bp.backward.saved import NO_CALL, Call, place_of, storage_id
 from brevitas_bp.backward.views import kind_of
 
 _AVERAGES = frozenset({"mean", "sum"})
@@ -27,20 +29,28 @@ _MOST_STEPS = 10
 
 
 def averages_rows(call: Call, x: Tensor) -> bool:
-    """Whether a call averages or sums a tensor of the shape of ``x`` over its last dimension."""
+    """Whether a call averages or sums the squares of ``x`` over its last dimension, for a norm.
+
+    A norm keeps the dimension, since the statistic goes back into a product with ``x``. A distance does
+    not. Rows that are short share buckets, and their bias would be large.
+    """
     squares = call.argument(0, "input")
     if call is NO_CALL or call.name not in _AVERAGES or not isinstance(squares, Tensor):
         return False
-    dims = call.argument(1, "dim")
+    dims, node = call.argument(1, "dim"), squares.grad_fn
     listed = [dims] if isinstance(dims, int) else dims
-    return squares.shape == x.shape and isinstance(listed, (list, tuple)) and len(listed) == 1 and (
-        listed[0] in (-1, x.dim() - 1))
+    return (
+        squares.shape == x.shape and isinstance(listed, (list, tuple)) and len(listed) == 1
+        and listed[0] in (-1, x.dim() - 1) and call.argument(2, "keepdim", False) is True
+        and x.shape[-1] >= LEAST_ROW and node is not None and rounded_by(node, storage_id(x))
+        and _squares(node))
 
 
 def is_statistic_of(x: Tensor, factor: Tensor) -> bool:
     """Whether a factor was computed from squares of ``x``, one number for each row of ``x``."""
-    if x.dim() == 0 or factor.dim() == 0 or x.shape[-1] == 1 or not (
-            factor.shape[-1] == 1 or factor.stride(-1) == 0):
+    location = current_location()
+    if location is None or x.dim() == 0 or factor.dim() == 0 or x.shape[-1] < LEAST_ROW or not (
+            factor.shape[-1] == 1 or factor.stride(-1) == 0) or place_of(x) not in location.squared:
         return False
     storage = storage_id(x)
     node: Any = factor.grad_fn
@@ -56,6 +66,13 @@ def is_statistic_of(x: Tensor, factor: Tensor) -> bool:
             return False
         node = sources[0]
     return False
+
+
+def note_squared(x: Tensor) -> None:
+    """Notes that squares of ``x`` were computed, so that :func:`is_statistic_of` knows them."""
+    location = current_location()
+    if location is not None:
+        location.squared.add(place_of(x))
 
 
 def _squares(node: Any) -> bool:

@@ -253,11 +253,15 @@ class Codec(ABC):
         return None
 
     def is_finer_than(self, other: "Codec") -> bool:
-        """Whether it can stand for ``other``: at least as many bits, in the same buckets.
+        """Whether it can stand for ``other``: of one quantizer, with as many bits, in the same buckets.
 
         Its payload must depend on the elements in the order of memory, but not on the shape.
         """
         return False
+
+    def without_units(self, packed: "Packed") -> "Packed":
+        """Returns a ``Packed`` of this codec as its innermost codec decodes it."""
+        return packed.innermost
 
     def at_least(self, bits: int) -> "Codec":
         """Returns a codec with ``bits`` bits or more per element; itself if it has no widths.

@@ -38,15 +38,6 @@ class BucketCodec(Codec):
     def quantizers(self) -> Iterator[nn.Module]:
         yield self.quantizer
 
-    @property
-    @abstractmethod
-    def _buckets(self) -> tuple[int | None, int | None]:
-        """Elements of a bucket and of a row, now."""
-
-    def is_finer_than(self, other: Codec) -> bool:
-        return isinstance(other, BucketCodec) and self._buckets == other._buckets and (
-            min(self.bit_widths) >= max(other.bit_widths))
-
     def _variant(self, bits: int, bucket_size: int | None, average_size: int) -> Codec:
         if bucket_size is not None and bucket_size == self.bucket_size:
             same = self.variant(bits, None, average_size)

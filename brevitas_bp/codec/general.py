@@ -115,10 +115,6 @@ class ModuleCodec(BucketCodec):
         return n * (
             packed_nbytes(size, min(self.bit_widths)) + metadata.itemsize * (1 + self._is_affine()))
 
-    @property
-    def _buckets(self) -> tuple[int | None, int | None]:
-        return self.bucket_size, self.row_size
-
     def in_rows(self, length: int, last: int) -> Codec:
         size = self.bucket_size
         if type(self._view) is not OverBucketView or size is None:

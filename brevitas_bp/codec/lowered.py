@@ -177,9 +177,12 @@ class LoweredCodec(BucketCodec):
         return self._ready_for(layout, spec).launcher.decode(
             payload, metadata, seed, layout.shape, layout.stride, affine)
 
-    @property
-    def _buckets(self) -> tuple[int | None, int | None]:
-        return self.spec.bucket_size, self.spec.row_size
+    def is_finer_than(self, other: Codec) -> bool:
+        if not isinstance(other, LoweredCodec) or self._family is not other._family:
+            return False
+        mine, its = self.spec, other.spec
+        return (mine.bucket_size, mine.row_size) == (its.bucket_size, its.row_size) and (
+            min(self.bit_widths) >= max(other.bit_widths))
 
     def in_rows(self, length: int, last: int) -> Codec:
         spec = self.spec.in_rows(length)

@@ -1,5 +1,7 @@
 """A codec that quantizes at the time of backward, for ablations."""
 
+from typing import Any
+
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
@@ -19,6 +21,16 @@ class QuantizeOnBackward(Codec):
         self.codec = codec
         self.keep = Keep()
         self.name = f"{codec.name} on backward"
+
+    def without_units(self, packed: Packed) -> Packed:
+        if not self.codec.wraps:
+            return packed
+        kept, seed, _ = packed.facts
+        inner: Any = self.codec
+        while inner.wraps:
+            inner = inner.inner
+        return Packed(
+            QuantizeOnBackward(inner), packed.tensors, packed.layout, (kept, seed, []), packed.where)
 
     def is_finer_than(self, other: Codec) -> bool:
         return self.codec.is_finer_than(other)

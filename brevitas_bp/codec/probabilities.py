@@ -1,4 +1,4 @@
-"""Codecs that store log-probabilities as what their backward is linear in."""
+"""Codecs of probabilities and log-probabilities, in the units in which backward uses them."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,6 +15,42 @@ from brevitas_bp.codec.integrity import TensorType
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.wrapping import WrappingCodec
 from brevitas_bp.format.arithmetic import compute_dtype
+
+
+@final
+class SimplexCodec(WrappingCodec):
+    """Stores probabilities, and decodes to numbers whose sum is one.
+
+    Backward of softmax is ``p * (g - sum(g * p))``. A number that is added to all of ``g`` has no
+    effect, because the sum of ``p`` is one. With another sum, it would multiply the rounding errors.
+
+    Args:
+        inner: stores the probabilities.
+        dim: the dimension whose sum is one.
+    """
+
+    def __init__(self, inner: Codec, dim: int) -> None:
+        super().__init__(inner)
+        self.dim = dim
+
+    def around(self, inner: Codec) -> Codec:
+        return SimplexCodec(inner, self.dim)
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        """Stores probabilities."""
+        stored = self.inner.encode(x, seed=seed, where=where)
+        return Packed(self, stored.tensors, stored.layout, stored, where)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Returns probabilities, divided by their sum."""
+        with torch.no_grad():
+            p = self.stored_in(packed).decode()
+            total = p.sum(self.dim, keepdim=True, dtype=compute_dtype(p.dtype))
+            return p.div_(torch.where(total == 0, 1, total)) if self.inner.decodes_anew else (
+                p / torch.where(total == 0, 1, total)).to(p.dtype)
+
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
+        return packed.facts.codec.tensor_types(packed.facts)
 
 
 class _LogProbabilities(WrappingCodec):
@@ -46,13 +82,16 @@ class _LogProbabilities(WrappingCodec):
             return layout.restore(p.log_().to(layout.dtype).expand(layout.base_shape))
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
-        inner = packed.facts.codec.tensor_types(packed.facts)
-        return None if inner is None else [
-            *inner, *(TensorType.flat(t.numel(), t.dtype) for t in self.others)]
+        inner, others = packed.facts.codec.tensor_types(packed.facts), self.types_of_others()
+        return None if inner is None or others is None else [*inner, *others]
 
     @property
     def others(self) -> tuple[Tensor, ...]:
         """What is kept beside the tensors of the inner codec."""
+        return ()
+
+    def types_of_others(self) -> Sequence[TensorType] | None:
+        """Returns the types of :attr:`others`; None if they are not known."""
         return ()
 
     @abstractmethod
@@ -99,7 +138,8 @@ class ClassErrorCodec(_LogProbabilities):
 
     Args:
         inner: stores numbers in [0, 1]. It must not decode to more than the largest of them.
-        targets: the classes, stored. A class outside of ``[0, C)`` counts as no class.
+        targets: the classes, stored or kept, in the shape of ``x`` without ``dim``. A class outside of
+            ``[0, C)`` counts as no class.
         dim: the dimension of the classes.
     """
 
@@ -114,7 +154,10 @@ class ClassErrorCodec(_LogProbabilities):
 
     @property
     def others(self) -> tuple[Tensor, ...]:
-        return self.targets.tensors
+        return self.targets.tensors if self.targets.codec.owns else ()
+
+    def types_of_others(self) -> Sequence[TensorType] | None:
+        return self.targets.codec.tensor_types(self.targets) if self.targets.codec.owns else ()
 
     def from_probabilities(self, p: Tensor) -> Tensor:
         return self._other_way_round(p)

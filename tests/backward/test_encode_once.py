@@ -8,9 +8,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from brevitas_bp import Packed, QuantBackwardWrapper, track_saved_memory
+from brevitas_bp import Packed, QuantBackwardWrapper, SavedTensor, codec_from, track_saved_memory
+from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.hooks import PARAMETER
+from brevitas_bp.backward.saved import Decision
 from brevitas_bp.backward.seam import listening
+from brevitas_bp.quant import (
+    ShiftedUint2DynamicActPerBucketFloat,
+    ShiftedUint4DynamicActPerBucketFloatStochastic,
+)
 from tests.backward.support import Apply, HalfCodec, assert_same, run
 
 
@@ -157,3 +163,22 @@ def test_same_tensor_under_two_codecs_has_both_payloads(policy: str) -> None:
     assert 0 < (codes - x.relu()).abs().max() <= x.max() / 3 * 1.001
     assert x.max() > 1.5 * 1.001
     del output
+
+
+def test_codecs_of_different_quantizers_share_nothing() -> None:
+    nearest = codec_from(ShiftedUint2DynamicActPerBucketFloat, bucket_size=64, bit_width=4)
+    random = codec_from(ShiftedUint4DynamicActPerBucketFloatStochastic, bucket_size=64)
+
+    class Mine(OpAware):
+        def decide(self, saved: SavedTensor) -> Decision:
+            decision = super().decide(saved)
+            wanted = {"mul": nearest, "linear": random}.get(str(saved.op))
+            return decision if decision.codec is None or wanted is None else (
+                decision._replace(codec=wanted))
+
+    weight = nn.Parameter(torch.randn(64))
+    layer = nn.Linear(64, 64)
+    model = QuantBackwardWrapper(Apply(lambda x: (x * weight).sum() + layer(x).sum()), policy=Mine())
+    model(torch.randn(32, 64))
+    assert {(site.op, site.stored) for site in model.explain().sites.values()} >= {
+        ("mul", "4-bit nearest"), ("linear", "4-bit stochastic")}

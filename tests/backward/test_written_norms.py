@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp import ModifiedInPlaceError, QuantBackwardWrapper, SavedTensor, track_saved_memory
+from brevitas_bp import (
+    ModifiedInPlaceError,
+    QuantBackwardWrapper,
+    SavedTensor,
+    check_gradients,
+    track_saved_memory,
+)
 from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.saved import Decision
-from brevitas_bp.codec import Copy
+from brevitas_bp.backward.seam import listening
+from brevitas_bp.codec import Codec, Copy, Packed
+from brevitas_bp.codec.layout import TensorLayout
 from tests.backward.support import Apply
 
 WIDTH = 128
@@ -119,7 +127,10 @@ def test_other_squares_get_the_bits_of_a_factor() -> None:
         "last operation": lambda x: x.square(),
         "mean of everything": lambda x: x.square().mean(),
         "mean of columns": lambda x: x.square().mean(0),
-        "something between": lambda x: x.square().exp().mean(-1)}
+        "something between": lambda x: x.square().exp().mean(-1, keepdim=True),
+        "distance": lambda x: x.square().mean(-1),
+        "mean of another tensor": lambda x: x.square() + x.mean(-1, keepdim=True),
+        "short rows": lambda x: x.view(-1, 8).square().mean(-1, keepdim=True)}
     for name, function in cases.items():
         model = _wrapped(nn.Sequential(nn.Linear(WIDTH, WIDTH), Apply(function)))
         model(x)
@@ -133,6 +144,61 @@ def test_a_statistic_of_another_tensor_is_an_ordinary_factor() -> None:
     model = _wrapped(nn.Sequential(nn.Linear(WIDTH, WIDTH), Apply(mixed)))
     model(torch.randn(64, WIDTH))
     assert "2-bit rotated" not in _stored(model).get("mul", []) + _stored(model).get("__mul__", [])
+
+
+def test_a_part_is_no_norm_of_another_part_of_its_storage() -> None:
+    def mixed(x: Tensor) -> Tensor:
+        first, second = x.chunk(2)
+        return first * torch.rsqrt(second.pow(2).mean(-1, keepdim=True))
+
+    model = _wrapped(nn.Sequential(nn.Linear(WIDTH, WIDTH), Apply(mixed)))
+    model(torch.randn(64, WIDTH))
+    assert "4-bit dithered" in _stored(model)["mul"]
+
+
+def test_short_rows_get_the_rules_of_products() -> None:
+    x = torch.randn(2048, 8) * 10 ** (4 * torch.rand(2048, 1) - 2)
+    x.requires_grad_()
+    norm = Apply(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-9))
+    cotangent = torch.randn(2048, 8)
+    exact = torch.autograd.grad(norm(x), x, cotangent)[0]
+    drawn = [torch.autograd.grad(_wrapped(norm)(x), x, cotangent)[0] for _ in range(20)]
+    assert torch.stack(drawn).isfinite().all()
+    model = _wrapped(norm)
+    model(x)
+    assert "of a norm that is written out" not in str(model.explain())
+    assert exact.isfinite().all()
+
+
+def test_the_check_of_gradients_sees_the_last_decision() -> None:
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Apply(_llama), nn.Linear(WIDTH, 8))
+    check = check_gradients(
+        _wrapped(net), torch.randn(64, WIDTH), lambda net, x: net(x).square().mean())
+    assert {kind.name for kind in check.kinds} == {"inputs of layers", "inputs of norms"}
+
+
+def test_a_users_codec_gets_no_graph_while_a_square_waits() -> None:
+    class Half(Codec):
+        name, compresses = "half", False
+
+        def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+            return Packed(self, ((x / 2).half(),), TensorLayout.of(x), None, where)
+
+        def decode(self, packed: Packed) -> Tensor:
+            return packed.tensors[0].float() * 2
+
+    half, held = Half(), []
+
+    class Halves(OpAware):
+        def decide(self, saved: SavedTensor) -> Decision:
+            decision = super().decide(saved)
+            return decision._replace(codec=half, rows=None) if saved.op == "square" else decision
+
+    model = _wrapped(Apply(lambda x: (x * 1).square() + 0), policy=Halves())
+    with listening(model, lambda saved, packed, decision, originals: held.append(packed)):
+        out = model(torch.randn(8, WIDTH, requires_grad=True))
+    assert [packed.tensors[0].requires_grad for packed in held if packed.codec is half] == [False]
+    out.sum().backward()
 
 
 def test_an_input_that_changes_later_is_stored_as_it_was() -> None:
@@ -170,6 +236,20 @@ def test_backward_within_the_forward_pass() -> None:
     _wrapped(plain)(x)
     assert exact is not None and plain.layer.weight.grad is not None
     assert float((plain.layer.weight.grad - exact).norm() / exact.norm()) < 0.5
+
+
+def test_backward_after_an_exception_in_the_forward_pass() -> None:
+    features: list[Tensor] = []
+
+    def stopping(x: Tensor) -> Tensor:
+        features.append((x * 1).square())
+        raise KeyError("early exit")
+
+    x = torch.randn(8, WIDTH, requires_grad=True)
+    with pytest.raises(KeyError, match="early exit"):
+        _wrapped(Apply(stopping))(x)
+    features[0].sum().backward()
+    assert torch.equal(x.grad, 2 * x)
 
 
 def test_nothing_waits_after_an_exception() -> None:
