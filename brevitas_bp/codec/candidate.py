@@ -29,7 +29,8 @@ class Candidate:
         bits: bits of each code, 1..8; None keeps the tensor exact.
         bucket_size: codes per bucket; None: as configured.
         average_size: number of neighbours that share one stored mean.
-        kind: "rotated", "dithered" or "stochastic"; None: the kind that the policy chooses.
+        kind: "rotated", "dithered", "stochastic" or "companded"; None: the kind that the policy
+            chooses.
 
     Raises:
         ValueError: a width, a size or a kind is not supported.
