@@ -45,6 +45,9 @@ class Waiting:
         If a tensor was modified while it waited, backward raises
         :class:`~brevitas_bp.errors.ModifiedInPlaceError`, as plain autograd does.
         """
+        if not self._tensors:
+            # An exported graph would have a trace of the block below.
+            return
         tensors, self._tensors = self._tensors, []
         # Autograd runs hooks like this; here we are outside of one.
         with torch.no_grad():

@@ -17,6 +17,7 @@ of the gradient that passes through (derivatives, factors, attention) and the in
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -33,9 +34,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers_memory import largest, show_table
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from memory import resident
 
 ATTENTION = ["q_proj", "v_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -99,6 +97,12 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "LoRA, all, dropout 0.1": lambda model: with_peft(model, ALL, dropout=0.1),
     "LoRA by hand, all": lambda model: by_hand(model, ALL),
 }
+
+
+def resident() -> int:
+    """Returns the bytes of the process that are in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
 
 
 def worker(name: str, wrap: bool, batch: int, tokens: int, steps: int) -> dict[str, float]:

@@ -38,6 +38,8 @@ CONFIGS: dict[str, Any] = {
     "bert, 12 x 768": BertConfig,
     "gpt2, 12 x 768": GPT2Config,
     "gpt2, 12 x 768, fused GELU": lambda: GPT2Config(activation_function="gelu_pytorch_tanh"),
+    "llama, 4 x 512": lambda: LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8),
     "llama, 8 x 768": lambda: LlamaConfig(
         hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
         num_key_value_heads=4),
@@ -58,12 +60,13 @@ def build(config: Any, attention: str, policy: OpAware) -> PreTrainedModel:
     return model.train()
 
 
-def measure(model: PreTrainedModel, batch: int, tokens: int) -> SavedMemoryReport:
+def measure(
+        model: PreTrainedModel, batch: int, tokens: int, autocast: bool) -> SavedMemoryReport:
     """Measures the saved bytes of one forward pass."""
     ids = torch.randint(0, 1000, (batch, tokens))
     causal = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
     labels = ids if causal else torch.zeros(batch, dtype=torch.long)
-    with track_saved_memory(model) as report:
+    with track_saved_memory(model) as report, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     assert kept.loss.isfinite()
     return report
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of the name")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--autocast", action="store_true", help="to bfloat16")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     cells = []
@@ -93,7 +97,8 @@ def main() -> None:
                     continue
                 torch.manual_seed(0)
                 report = measure(
-                    build(config(), attention, POLICIES[policy]), options.batch, options.tokens)
+                    build(config(), attention, POLICIES[policy]), options.batch, options.tokens,
+                    options.autocast)
                 cells.append([
                     name, attention, policy, f"{report.exact_bytes / 2**20:.1f}",
                     f"{report.stored_bytes / 2**20:.1f}", f"{report.ratio:.2f}", largest(report),
