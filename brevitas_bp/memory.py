@@ -22,12 +22,20 @@ from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import shard_of
-from brevitas_bp.memory_tables import Counted, Key, SavedMemoryTable, add, grouped, ratio_text
+from brevitas_bp.memory_tables import (
+    Counted,
+    HasRatio,
+    Key,
+    SavedMemoryTable,
+    add,
+    grouped,
+    ratio_text,
+)
 from brevitas_bp.text import mib, table
 
 
 @dataclass(frozen=True)
-class SavedMemoryRow:
+class SavedMemoryRow(HasRatio):
     """Saved tensors of one module, operation and dtype.
 
     Attributes:
@@ -45,11 +53,6 @@ class SavedMemoryRow:
     tensors: int
     exact_bytes: int
     stored_bytes: int
-
-    @property
-    def ratio(self) -> float:
-        """Exact bytes over stored bytes."""
-        return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
 
 
 @dataclass
@@ -74,7 +77,7 @@ class _GraphRecord:
         return any(storage is not None and not storage.expired() for _, storage in self.parts)
 
 
-class SavedMemoryReport:
+class SavedMemoryReport(HasRatio):
     """The memory that a forward pass keeps for backward. Made by :func:`track_saved_memory`.
 
     Parameters and buffers are never counted, whichever operation saves them. A tensor that several
@@ -117,25 +120,27 @@ class SavedMemoryReport:
         """Returns the counts at the end of the block, or of now if it has not ended."""
         return self._count() if self._counted is None else self._counted
 
+    def _totals(self) -> list[int]:
+        """Returns the number of tensors, exact bytes and stored bytes of all."""
+        totals = [0, 0, 0]
+        for numbers in self._now().values():
+            add(totals, numbers)
+        return totals
+
     @property
     def tensors(self) -> int:
         """Number of saved tensors."""
-        return sum(row.tensors for row in self.rows)
+        return self._totals()[0]
 
     @property
     def exact_bytes(self) -> int:
         """Bytes that plain autograd would keep."""
-        return sum(row.exact_bytes for row in self.rows)
+        return self._totals()[1]
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that are really kept."""
-        return sum(row.stored_bytes for row in self.rows)
-
-    @property
-    def ratio(self) -> float:
-        """Exact bytes over stored bytes."""
-        return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
+        return self._totals()[2]
 
     @property
     def unknown_operations(self) -> list[str]:

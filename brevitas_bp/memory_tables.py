@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.text import mib, table
@@ -13,8 +14,20 @@ Key = tuple[str, str, str, str]
 Counted = dict[Key, list[int]]
 
 
+class HasRatio:
+    """What has exact and stored bytes has a ratio."""
+
+    exact_bytes: Any
+    stored_bytes: Any
+
+    @property
+    def ratio(self) -> float:
+        """Exact bytes over stored bytes."""
+        return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
+
+
 @dataclass(frozen=True)
-class SavedMemoryGroup:
+class SavedMemoryGroup(HasRatio):
     """Saved tensors that agree in some columns.
 
     Attributes:
@@ -28,11 +41,6 @@ class SavedMemoryGroup:
     tensors: int
     exact_bytes: int
     stored_bytes: int
-
-    @property
-    def ratio(self) -> float:
-        """Exact bytes over stored bytes."""
-        return self.exact_bytes / self.stored_bytes if self.stored_bytes else float("nan")
 
 
 @dataclass(frozen=True)

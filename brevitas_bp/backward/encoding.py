@@ -84,28 +84,33 @@ class Encodings:
             units: units of the norm whose input the tensor is; None for other tensors.
         """
         codec = _in_its_rows(saved, decision, units)
-        key = (*_identity(saved.tensor), id(codec), decision.units, self._number(saved, decision),
+        number = self._number(saved, decision)
+        key = (*_identity(saved.tensor), id(codec), decision.units, number,
                # Norms of one kind with equal settings compute equal statistics of one tensor.
                None if units is None else _settings(saved.call))
         before = self._encoded.get(key)
         packed = None if before is None else before[1]()
         if packed is not None:
             return packed
-        may_share = key[-2] == _SHARED and saved.tensor.is_contiguous() and (
+        may_share = number == _SHARED and saved.tensor.is_contiguous() and (
             type(saved.tensor) is Tensor and decision.units in (None, "sum of one"))
         if may_share and decision.units is None and (
                 packed := self._finer(saved.tensor, codec)) is not None:
             return packed
         packed = self._encode(saved, codec, self._units_of(saved, decision, units))
-        entry = StorageWeakRef(shard_of(saved.tensor).untyped_storage()), weakref.ref(packed)
-        self._encoded[key] = entry
+        storage = StorageWeakRef(shard_of(saved.tensor).untyped_storage())
+        self._encoded[key] = storage, weakref.ref(packed)
+        if may_share:
+            self._offer(saved.tensor, storage, packed, codec)
+        return packed
+
+    def _offer(self, x: Tensor, storage: StorageWeakRef, packed: Packed, codec: Codec) -> None:
+        """Offers the encoding of a tensor to other operations that save it."""
         plain = packed.codec.without_units(packed)
-        if may_share and plain.codec.is_finer_than(codec):
+        if plain.codec.is_finer_than(codec):
             # What ``packed`` holds lives as long as ``packed``.
             held = plain is packed or packed.codec.wraps
-            found = weakref.ref(plain) if held else lambda: plain
-            self._finest[place_of(saved.tensor)] = entry[0], found
-        return packed
+            self._finest[place_of(x)] = storage, weakref.ref(plain) if held else lambda: plain
 
     def _finer(self, x: Tensor, codec: Codec) -> Packed | None:
         """Returns an encoding of a tensor that has at least as many bits as ``codec``."""

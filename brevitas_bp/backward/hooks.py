@@ -25,7 +25,6 @@ from brevitas_bp.backward.saved import (
     Call,
     Decision,
     SavedTensor,
-    storage_id,
     without_class,
 )
 from brevitas_bp.backward.units import Deferred, NormUnits, PendingNorm, tells_statistics, units_of
@@ -198,7 +197,7 @@ class ForwardPass:
         else:
             # Each derivative has a rounding of its own.
             if decision.codec is not None and decision.codec.lossy and saved.derivative is None:
-                self.location.note_rounded(saved.call, storage_id(saved.tensor))
+                self.location.note_rounded(saved.call, saved.tensor)
             packed = self.encodings.encode_once(saved, decision, units)
         if decision.codec is None:
             self._exact.note(saved, packed)
@@ -223,7 +222,7 @@ class ForwardPass:
     def _wait(self, saved: SavedTensor, decision: Decision) -> Deferred:
         """Defers the decision about a tensor until the next call is known."""
         if decision.codec is not None and decision.codec.lossy:
-            self.location.note_rounded(saved.call, storage_id(saved.tensor))
+            self.location.note_rounded(saved.call, saved.tensor)
         originals = self._originals(saved.tensor) if self.listeners else ()
         return self._waiting.add(saved, partial(self._decide_again, saved, originals))
 
@@ -272,12 +271,12 @@ class ForwardPass:
         assert norm is not None
         units = units_of(norm)
         packed = self._store(norm.saved, norm.decision, units)
-        norm.deferred.packed = packed
+        norm.deferred.fill(packed)
         self._tell(norm.saved, packed, norm.decision, norm.originals)
         drops_mean = units is not None and units.drops_mean and not packed.codec.keeps
         mean = norm.statistics[-2][0] if drops_mean else None
         for statistic, decision, deferred in norm.statistics:
-            deferred.packed = self._store_statistic(statistic, decision, statistic is mean)
+            deferred.fill(self._store_statistic(statistic, decision, statistic is mean))
 
     def _store_statistic(
             self, statistic: SavedTensor, decision: Decision, dropped: bool) -> Packed | Kept:

@@ -8,14 +8,14 @@ from types import FunctionType, MethodWrapperType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from brevitas_bp.backward.compiled.dynamo import no_graph_of_its_own, set_callback
 from brevitas_bp.backward.origins import note_rounded
-from brevitas_bp.backward.saved import NO_CALL, Call
+from brevitas_bp.backward.saved import NO_CALL, Call, place_of, storage_id
 from brevitas_bp.private import function_modes, pop_function_mode
 
 
@@ -46,15 +46,13 @@ class Location:
         self.ending: Callable[[], None] | None = None
         # Called with the next call, before it runs.
         self.following: Callable[[Call], None] | None = None
-        # The last call that saved a rounded tensor, and the storages that this call saved rounded.
+        # The last call that saved a rounded tensor; storages and places of what this call saved rounded.
         self.rounding: Call | None = None
-        self.rounded: set[int] = set()
+        self.rounded: set[Hashable] = set()
         # Storages that custom Functions saved rounded; we cannot see when such a Function ends.
         self.rounded_unseen: set[int] = set()
         # All storages that were saved rounded in this pass.
         self.ever_rounded: set[int] = set()
-        # Places of the tensors whose squares were computed in this pass.
-        self.squared: set[Hashable] = set()
         # The pass itself, and the function that returns its next seed. Hooks that serve several passes
         # need both.
         self.forward_pass: Any = None
@@ -63,18 +61,19 @@ class Location:
         # ``entered``: a module of the root has run. ``ended``: the pass has ended.
         self.entered = self.ended = False
 
-    def note_rounded(self, call: Call, storage: int) -> None:
-        """Notes that a call has saved a tensor of this storage in rounded form.
+    def note_rounded(self, call: Call, x: Tensor) -> None:
+        """Notes that a call has saved a tensor in rounded form.
 
         See NOTE [ No two roundings of one tensor are multiplied ].
         """
+        storage = storage_id(x)
         self.ever_rounded.add(storage)
         if call is NO_CALL:
             self.rounded_unseen.add(storage)
             return
         if self.rounding is not call:
             self.rounding, self.rounded = call, set()
-        self.rounded.add(storage)
+        self.rounded |= {storage, place_of(x)}
 
     def follow(self, call: Call) -> None:
         """Tells who waits for the call after another one which call it is: NO_CALL at the pass's end."""

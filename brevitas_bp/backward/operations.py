@@ -34,7 +34,7 @@ from brevitas_bp.backward.saved import (
     storage_id,
     tensors_in,
 )
-from brevitas_bp.backward.written_norms import averages_rows, is_statistic_of, note_squared
+from brevitas_bp.backward.written_norms import averages_rows, is_statistic_of
 from brevitas_bp.codec.base import FLOATS, Codec
 
 # A factor that is broadcast to at least this many times its size is kept. It has few bytes, and each of
@@ -109,8 +109,8 @@ def _is_weight(saved: SavedTensor, weight: int) -> bool:
 def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
     """Makes a rule for a product of two tensors, elementwise or of matrices.
 
-    The gradient of each factor is linear in the other factor. Both may depend on one input, so a factor
-    shares no rounding, unless the other factor is a parameter. A widely broadcast factor is exact.
+    The gradient of each factor is linear in the other factor. A factor shares its rounding unless the
+    gradient of the other factor meets a rounding of it again. A widely broadcast factor is exact.
 
     Args:
         summands: number of arguments before the factors, to which the product is added.
@@ -140,7 +140,6 @@ def square() -> OpRule:
 
     def decide(saved: SavedTensor) -> Decision:
         if saved.following is None:
-            note_squared(saved.tensor)
             return of_product(saved)._replace(waits=True)
         if averages_rows(saved.following, saved.tensor):
             return _WRITTEN_NORM._replace(codec=saved.codec, rows=of_elements)

@@ -7,10 +7,12 @@ NOTE [ No two roundings of one tensor are multiplied ]
    square.
 2. So an operation gets its own rounding of ``x`` if the gradient of another argument goes through an
    operation that saved ``x`` rounded. Roundings of other tensors are independent of this rounding.
-3. We mark the last node of an operation that saved tensors rounded with the storages of these tensors.
+3. We mark the last node of an operation that saved tensors rounded with the storages of these tensors,
+   and with their places (:func:`~brevitas_bp.backward.saved.place_of`).
    The mark is in the node's own metadata, because the Python object of a node comes and goes.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -23,19 +25,19 @@ _MARK = "brevitas_bp: storages of what is saved rounded"
 _MOST = 4096
 
 
-def note_rounded(output: Any, storages: set[int]) -> None:
-    """Marks the outputs of an operation that has saved tensors of these storages rounded."""
+def note_rounded(output: Any, rounded: set[Hashable]) -> None:
+    """Marks the outputs of an operation with the storages and places of what it has saved rounded."""
     for tensor in tensors_in(output if isinstance(output, (tuple, list)) else (output,)):
         # After an in-place operation on a view, the view and its base have different nodes.
         for made in (tensor, tensor._base):
             node: Any = None if made is None else made.grad_fn
             if node is not None:
-                node.metadata[_MARK] = storages
+                node.metadata[_MARK] = rounded
 
 
-def rounded_by(node: Any, storage: int) -> bool:
-    """Whether the operation of a node has saved a tensor of this storage rounded."""
-    return storage in node.metadata.get(_MARK, ())
+def rounded_by(node: Any, tensor: Hashable) -> bool:
+    """Whether the operation of a node has saved a tensor rounded, given by its storage or its place."""
+    return tensor in node.metadata.get(_MARK, ())
 
 
 def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False) -> bool:

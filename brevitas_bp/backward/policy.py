@@ -13,10 +13,7 @@ from torch import Tensor
 from brevitas_bp.backward import torch_rules  # noqa: F401  (fills the registry)
 from brevitas_bp.backward.attention import ReplayAttention
 from brevitas_bp.backward.fixed_policies import keep_all, quantize_all, quantize_all_but_relu
-from brevitas_bp.backward.operations import (
-    FEW_IN_STATISTIC,
-    norm_bits,
-)
+from brevitas_bp.backward.operations import FEW_IN_STATISTIC, norm_bits
 from brevitas_bp.backward.registry import rule_of
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative
 from brevitas_bp.backward.rows import RowsOf, last_dimension, of_elements

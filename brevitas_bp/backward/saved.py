@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from brevitas_bp.codec import Codec
+from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.codec.shard import shard_of
@@ -225,8 +226,8 @@ def storage_id(x: Tensor) -> int:
 
 def place_of(x: Tensor) -> Hashable:
     """Returns a key that is equal for contiguous views of the same elements, unless they change."""
-    version = None if x.is_inference() else x._version
-    return (storage_id(x), x.storage_offset(), x.numel(), x.dtype, version, x.is_conj(), x.is_neg())
+    return (storage_id(x), x.storage_offset(), x.numel(), x.dtype, version_of(x), x.is_conj(),
+            x.is_neg())
 
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:

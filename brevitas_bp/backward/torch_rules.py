@@ -26,7 +26,6 @@ from brevitas_bp.backward.registry import OpRule, register_op
 from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative, look_through
 from brevitas_bp.backward.rows import LEAST_ROW, convolved, of_elements, of_halves, trailing
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor
-from brevitas_bp.backward.written_norms import note_squared
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.base import FLOATS
 from brevitas_bp.codec.lossless import narrow_to
@@ -230,7 +229,6 @@ def _vector_norm(saved: SavedTensor) -> Decision:
     reduced = _trailing(x, dims)
     if reduced is None or prod(x.shape[x.dim() - reduced:]) < LEAST_ROW:
         return Decision(None, "its norms run across rows, or have few elements")
-    note_squared(x)
     return Decision(
         saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
         rows=lambda x, call: trailing(x, reduced))

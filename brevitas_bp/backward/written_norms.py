@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from brevitas_bp.backward.location import current_location
 from brevitas_bp.backward.origins import rounded_by
 from brevitas_bp.backward.rows import LEAST_ROW
-from brevitas_bp.backward.saved import NO_CALL, Call, place_of, storage_id
+from brevitas_bp.backward.saved import NO_CALL, Call, place_of
 from brevitas_bp.backward.views import kind_of
 
 _AVERAGES = frozenset({"mean", "sum"})
@@ -42,22 +41,21 @@ def averages_rows(call: Call, x: Tensor) -> bool:
     return (
         squares.shape == x.shape and isinstance(listed, (list, tuple)) and len(listed) == 1
         and listed[0] in (-1, x.dim() - 1) and call.argument(2, "keepdim", False) is True
-        and x.shape[-1] >= LEAST_ROW and node is not None and rounded_by(node, storage_id(x))
+        and x.shape[-1] >= LEAST_ROW and node is not None and rounded_by(node, place_of(x))
         and _squares(node))
 
 
 def is_statistic_of(x: Tensor, factor: Tensor) -> bool:
     """Whether a factor was computed from squares of ``x``, one number for each row of ``x``."""
-    location = current_location()
-    if location is None or x.dim() == 0 or factor.dim() == 0 or x.shape[-1] < LEAST_ROW or not (
-            factor.shape[-1] == 1 or factor.stride(-1) == 0) or place_of(x) not in location.squared:
+    if x.dim() == 0 or factor.dim() == 0 or x.shape[-1] < LEAST_ROW or not (
+            factor.shape[-1] == 1 or factor.stride(-1) == 0):
         return False
-    storage = storage_id(x)
+    place = place_of(x)
     node: Any = factor.grad_fn
     for _ in range(_MOST_STEPS):
         if node is None:
             return False
-        if rounded_by(node, storage):
+        if rounded_by(node, place):
             return _squares(node)
         if kind_of(node) not in _STEPS:
             return False
@@ -66,13 +64,6 @@ def is_statistic_of(x: Tensor, factor: Tensor) -> bool:
             return False
         node = sources[0]
     return False
-
-
-def note_squared(x: Tensor) -> None:
-    """Notes that squares of ``x`` were computed, so that :func:`is_statistic_of` knows them."""
-    location = current_location()
-    if location is not None:
-        location.squared.add(place_of(x))
 
 
 def _squares(node: Any) -> bool:

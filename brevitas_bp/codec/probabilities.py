@@ -46,8 +46,8 @@ class SimplexCodec(WrappingCodec):
         with torch.no_grad():
             p = self.stored_in(packed).decode()
             total = p.sum(self.dim, keepdim=True, dtype=compute_dtype(p.dtype))
-            return p.div_(torch.where(total == 0, 1, total)) if self.inner.decodes_anew else (
-                p / torch.where(total == 0, 1, total)).to(p.dtype)
+            total = torch.where(total == 0, 1, total)
+            return p.div_(total) if self.inner.decodes_anew else (p / total).to(p.dtype)
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
         return packed.facts.codec.tensor_types(packed.facts)
