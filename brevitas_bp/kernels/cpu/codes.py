@@ -14,7 +14,7 @@ from brevitas_bp.format.random import (
     SPLITMIX,
 )
 from brevitas_bp.format.stages import COMPANDED, DITHERED, NEAREST, STOCHASTIC
-from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
+from brevitas_bp.kernels.cpu.compiling import inline, jit, wide_vectors, window
 
 #: The roundings that :func:`round_codes` implements.
 ROUNDINGS = frozenset({NEAREST, STOCHASTIC, DITHERED, COMPANDED})
@@ -50,6 +50,23 @@ def noise_keys(seed: Any, stream: Any) -> Any:
     return _U(key & _L(0xFFFFFFFF)), _U(key >> _L(32))
 
 
+@inline
+def word_of(index: Any, k0: Any, k1: Any) -> Any:
+    """See ``random.words_``; ``index`` is uint32, and so is the result."""
+    h = _U(index + k0)
+    h = _U(_U(h ^ _U(h >> _S0)) * _M0)
+    h = _U(h ^ k1)
+    h = _U(_U(h ^ _U(h >> _S1)) * _M1)
+    h = _U(_U(h ^ _U(h >> _S2)) * _M2)
+    return _U(h ^ _U(h >> _S3))
+
+
+@inline
+def noise_of(index: Any, k0: Any, k1: Any) -> Any:
+    """See ``random.uniform_``; ``index`` is uint32."""
+    return _F(np.int32(word_of(index, k0, k1) >> _TO_NOISE)) * _STEP
+
+
 @jit
 def round_stochastic(
         x: Any, codes: Any, lo: Any, inverse: Any, lowest: Any, top: Any, index: Any, k0: Any,
@@ -60,13 +77,7 @@ def round_stochastic(
     low, high = number(lowest), number(top)
     for i in range(x.size):
         u = (x[i] - lo) * inverse
-        h = _U(_U(index + _U(i)) + k0)
-        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
-        h = _U(h ^ k1)
-        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
-        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
-        h = _U(h ^ _U(h >> _S3))
-        noise = _F(np.int32(h >> _TO_NOISE)) * _STEP
+        noise = noise_of(_U(index + _U(i)), k0, k1)
         floor = np.floor(u)
         q = floor + (number(1) if noise < u - floor else number(0))
         q = low if q < low else q
@@ -85,13 +96,7 @@ def round_dithered(
     low, high = number(lowest), number(top)
     for i in range(x.size):
         u = (x[i] - lo) * inverse
-        h = _U(_U(index + _U(i)) + k0)
-        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
-        h = _U(h ^ k1)
-        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
-        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
-        h = _U(h ^ _U(h >> _S3))
-        q = np.floor(u + number(_F(np.int32(h >> _TO_NOISE)) * _STEP))
+        q = np.floor(u + number(noise_of(_U(index + _U(i)), k0, k1)))
         q = low if q < low else q
         q = high if q > high else q
         codes[i] = np.uint8(np.int32(q - low))
@@ -107,13 +112,7 @@ def round_companded(
     last = high - number(1)
     for i in range(x.size):
         u = (x[i] - lo) * inverse
-        h = _U(_U(index + _U(i)) + k0)
-        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
-        h = _U(h ^ k1)
-        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
-        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
-        h = _U(h ^ _U(h >> _S3))
-        noise = _F(np.int32(h >> _TO_NOISE)) * _STEP
+        noise = noise_of(_U(index + _U(i)), k0, k1)
         u = u if u > number(0) else number(0)
         u = u if u < high else high
         k = np.floor(np.sqrt(u * high))
@@ -149,13 +148,7 @@ def factors_of(
             out[i] = number(np.int32(codes[i])) + low
         return
     for i in range(out.size):
-        h = _U(_U(index + _U(i)) + k0)
-        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
-        h = _U(h ^ k1)
-        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
-        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
-        h = _U(h ^ _U(h >> _S3))
-        noise = number(_F(np.int32(h >> _TO_NOISE)) * _STEP)
+        noise = number(noise_of(_U(index + _U(i)), k0, k1))
         out[i] = ((number(np.int32(codes[i])) + low) + number(0.5)) - noise
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from brevitas_bp.format.random import HASH_LAST_SHIFT, HASH_ROUNDS
 from brevitas_bp.format.stages import NO_TRANSFORM, ROTATED, ROTATED_TWICE
+from brevitas_bp.kernels.cpu.codes import word_of
 from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors
 from brevitas_bp.kernels.cpu.vectors import (
     flip16,
@@ -23,10 +23,6 @@ from brevitas_bp.kernels.cpu.vectors import (
 TRANSFORMS = frozenset({NO_TRANSFORM, ROTATED, ROTATED_TWICE})
 assert [NO_TRANSFORM.number, ROTATED.number, ROTATED_TWICE.number] == [0, 1, 2]
 _U = np.uint32
-_S0, _M0 = _U(HASH_ROUNDS[0][0]), _U(HASH_ROUNDS[0][1])
-_S1, _M1 = _U(HASH_ROUNDS[1][0]), _U(HASH_ROUNDS[1][1])
-_S2, _M2 = _U(HASH_ROUNDS[2][0]), _U(HASH_ROUNDS[2][1])
-_S3 = _U(HASH_LAST_SHIFT)
 _HALF = _U(16)
 
 
@@ -35,12 +31,7 @@ def random_words(index: Any, k0: Any, k1: Any, out: Any) -> None:
     """Writes 32 random bits for indices ``index, index + 1, ...``: see ``random.words_``."""
     wide_vectors()
     for i in range(out.size):
-        h = _U(_U(index + _U(i)) + k0)
-        h = _U(_U(h ^ _U(h >> _S0)) * _M0)
-        h = _U(h ^ k1)
-        h = _U(_U(h ^ _U(h >> _S1)) * _M1)
-        h = _U(_U(h ^ _U(h >> _S2)) * _M2)
-        out[i] = _U(h ^ _U(h >> _S3))
+        out[i] = word_of(_U(index + _U(i)), k0, k1)
 
 
 @jit
