@@ -19,7 +19,7 @@ PACKAGE = ROOT / "brevitas_bp"
 LEVELS: list[set[str]] = [
     {"errors", "probes", "allocators", "private", "text"},
     {"activations"}, {"format"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"},
-    {"quant"}, {"backward"}, {"memory_tables"}, {"allocate", "memory"},
+    {"quant"}, {"backward"}, {"nn", "grad"}, {"memory_tables"}, {"allocate", "memory"},
     {"plots", "models", "run", "__main__"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

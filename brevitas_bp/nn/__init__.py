@@ -1,0 +1,1 @@
+"""Layers and weight quantizers that train through quantized tensors."""
