@@ -14,6 +14,7 @@ from torch import nn
 from brevitas_bp.backward.arguments import Storage
 from brevitas_bp.backward.hooks import GraphListener, Listener
 from brevitas_bp.backward.policy import ExplainedPolicy, Policy, explained
+from brevitas_bp.backward.transparent import Transparent
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.configured import ConfiguredCodec
 from brevitas_bp.errors import UnknownNameError, nearest
@@ -25,12 +26,19 @@ _CHANGING = (*_CODECS, "_explanation")
 
 
 def wrappers_in(model: nn.Module) -> Iterator[tuple[str, QuantBackwardWrapper]]:
-    """Yields all wrappers in a model, each as qualified name and wrapper.
+    """Yields all wrappers of saved tensors in a model, each as qualified name and wrapper.
 
     A wrapper directly inside another has the name of the outer one, with ``.module`` appended.
     """
+    for name, module in all_wrappers(model):
+        if isinstance(module, QuantBackwardWrapper):
+            yield name, module
+
+
+def all_wrappers(model: nn.Module) -> Iterator[tuple[str, Transparent]]:
+    """Works like :func:`wrappers_in`, for wrappers of every kind."""
     for name, module in model.named_modules():
-        while isinstance(module, QuantBackwardWrapper):
+        while isinstance(module, Transparent):
             yield name, module
             name, module = f"{name}.module".lstrip("."), module.module
 
@@ -112,7 +120,7 @@ def restored(wrapper: QuantBackwardWrapper, seed: int) -> Iterator[None]:
 
 
 class NoiseState:
-    """Saves and restores the noise streams of every ``QuantBackwardWrapper`` in a model.
+    """Saves and restores the noise streams of every wrapper in a model.
 
     Weights, optimizer and torch's random state are not enough to resume a run bit for bit: its roundings
     must go on where they were. The state has plain values only, the same in every process. Trainers
@@ -133,7 +141,9 @@ class NoiseState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._wrappers = dict(wrappers_in(model))
+        # Ask the class: an instance passes on the attributes of its module.
+        self._wrappers: dict[str, Any] = {
+            name: w for name, w in all_wrappers(model) if hasattr(type(w), "noise_state")}
         if not self._wrappers:
             raise ValueError(
                 f"{_WHERE}: {type(model).__name__} contains no QuantBackwardWrapper, so there is no "

@@ -64,7 +64,7 @@ def _codec_from(quantizer: Any, overrides: dict[str, Any]) -> Codec:
             f"{where}: keyword overrides {sorted(overrides)} need a config class, got an instance of "
             f"{type(quantizer).__name__}, which is built already; set them where it is built")
     if hasattr(quantizer, "fused_activation_quant_proxy"):
-        return _codec_of(_tensor_quant_of(quantizer))
+        return _codec_of(tensor_quant_of(quantizer))
     if isinstance(quantizer, nn.Module):
         return _codec_of(quantizer)
     raise TypeError(
@@ -73,14 +73,39 @@ def _codec_from(quantizer: Any, overrides: dict[str, Any]) -> Codec:
 
 
 def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
+    recipe = Recipe(config, overrides)
+    quantizer = build_quantizer(where, recipe)
+    codec = _codec_of(quantizer)
+    if _is_one_per_tensor(quantizer):
+        if isinstance(codec, AverageCodec):
+            raise UnsupportedQuantizerError(
+                f"{where}: {config.__name__} averages groups and has a running range; tensors that are "
+                "not averaged would need another running range. Leave out one of the two")
+        codec = StatefulCodec(partial(_codec_from_recipe, recipe), codec.name)
+    codec.recipe = recipe
+    return codec
+
+
+def build_quantizer(where: str, recipe: Recipe) -> nn.Module:
+    """Builds the ``tensor_quant`` of a config.
+
+    Args:
+        where: the caller, for messages.
+        recipe: an activation quantizer's config, and its settings.
+
+    Raises:
+        UnknownNameError: the config does not know a setting.
+        UnsupportedQuantizerError: the config is not that of an activation quantizer.
+        ValueError: a setting is missing.
+    """
+    config, overrides = recipe.config, recipe.settings
     if not issubclass(config.proxy_class, ActQuantProxyFromInjectorBase):
         raise UnsupportedQuantizerError(
-            f"{where}: {config.__name__} quantizes weights or biases, and saved tensors are "
-            "activations; use an activation quantizer, for instance one of brevitas_bp.quant")
-    recipe = Recipe(config, overrides)
+            f"{where}: {config.__name__} quantizes weights or biases; use an activation quantizer, for "
+            "instance one of brevitas_bp.quant")
     try:
         check_override_names(where, config.let(**overrides), sorted(overrides))
-        quantizer = _build(recipe)
+        return _build(recipe)
     except RuntimeError as error:
         _refuse_order(where, config, error)
         if "group_dim" in str(error):
@@ -95,15 +120,6 @@ def _from_injector(where: str, config: Any, overrides: dict[str, Any]) -> Codec:
         raise UnsupportedQuantizerError(
             f"{where}: {config.__name__} does not say how values are scaled; derive it from a fragment "
             "with a scale as well, for instance PerBucketMinMax") from error
-    codec = _codec_of(quantizer)
-    if _is_one_per_tensor(quantizer):
-        if isinstance(codec, AverageCodec):
-            raise UnsupportedQuantizerError(
-                f"{where}: {config.__name__} averages groups and has a running range; tensors that are "
-                "not averaged would need another running range. Leave out one of the two")
-        codec = StatefulCodec(partial(_codec_from_recipe, recipe), codec.name)
-    codec.recipe = recipe
-    return codec
 
 
 def _refuse_order(where: str, config: Any, error: Exception) -> None:
@@ -135,10 +151,15 @@ def _is_one_per_tensor(quantizer: nn.Module) -> bool:
 
 def _build(recipe: Recipe) -> nn.Module:
     injector = recipe.config.let(**recipe.settings)
-    return _tensor_quant_of(injector.proxy_class(nn.Identity(), injector))
+    return tensor_quant_of(injector.proxy_class(nn.Identity(), injector))
 
 
-def _tensor_quant_of(proxy: Any) -> nn.Module:
+def tensor_quant_of(proxy: Any) -> nn.Module:
+    """Returns the ``tensor_quant`` of an activation proxy.
+
+    Raises:
+        UnsupportedQuantizerError: the proxy quantizes nothing, or applies an activation first.
+    """
     fused = getattr(proxy, "fused_activation_quant_proxy", None)
     if fused is None:
         raise UnsupportedQuantizerError(

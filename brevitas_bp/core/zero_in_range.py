@@ -1,0 +1,76 @@
+"""Affine scale and offset with zero on the grid, and nothing clipped."""
+
+import torch
+from torch import Tensor, nn
+
+from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
+from brevitas_bp.format.arithmetic import reciprocal
+
+
+class ZeroInRangeScaling(nn.Module):
+    """Computes the smallest scale that has zero on the grid and clips nothing. Fills ``scaling_impl``.
+
+    With the range [lo, hi], stretched to contain 0, and the top code T, the code of zero is
+    ``z = floor(-lo * T / (hi - lo))``, at least 1 and at most T - 1 if both signs occur. The scale is
+    ``max(-lo / z, hi / (T - z))``. If all values have one sign, z is 0 or T. So zeros are decoded
+    exactly, and every element is rounded without bias. The price is up to one level of the range.
+
+    NaN or Inf in a bucket gives NaN. A bucket of zeros has the scale 0.
+
+    Args:
+        input_view_impl: the bucket view.
+        bit_width: bits of a code, at least 2: with one bit, no grid has levels on both sides of zero.
+
+    Raises:
+        ValueError: ``bit_width`` is below 2.
+
+    Source: Chen et al., "A Statistical Framework for Low-bitwidth Training of Deep Neural Networks",
+    2020 (per-tensor quantizer, PTQ). That paper's code divides by zero if all values have one sign.
+
+    >>> from brevitas.core.function_wrapper import Identity
+    >>> ZeroInRangeScaling(Identity(), 2)(torch.tensor([[-1.0, 4.0]]), torch.tensor(3.0))
+    tensor([[2.]])
+    """
+
+    def __init__(self, input_view_impl: nn.Module, bit_width: int) -> None:
+        super().__init__()
+        if bit_width < 2:
+            raise ValueError(
+                f"brevitas_bp.core.ZeroInRangeScaling: bit_width must be 2 or more, got {bit_width}; "
+                "with one bit, no grid has zero and levels on both of its sides")
+        self.input_view_impl = input_view_impl
+
+    def forward(self, x: Tensor, threshold: Tensor) -> Tensor:
+        """Returns the scale [N, 1] of ``x`` for the top code ``threshold``, which is [N, 1] or 0-d."""
+        x = self.input_view_impl(x)
+        low, high = -x.amin(-1, keepdim=True).clamp_max(0) + 0, x.amax(-1, keepdim=True).clamp_min(0) + 0
+        # Divide before adding, so that finite ends give no Inf.
+        below = low / threshold
+        share = below * reciprocal((below + high / threshold).detach())
+        zero = (share.detach() * threshold).floor()
+        zero = torch.minimum(zero.clamp_min(1), (threshold - 1).to(zero.dtype))
+        zero = torch.where(low == 0, 0, torch.where(high == 0, threshold, zero))
+        scale = torch.maximum(low / zero.clamp_min(1), high / (threshold - zero).clamp_min(1))
+        return torch.where(low.isfinite() & high.isfinite(), scale, torch.nan)
+
+
+class ZeroInRangeZeroPoint(RuntimeDynamicBucketZeroPoint):
+    """Computes the integer zero point of :class:`ZeroInRangeScaling`. Fills ``zero_point_impl``.
+
+    Args:
+        zero_point_stats_impl: buckets [N, B] -> minimum [N, 1].
+        input_view_impl: the bucket view.
+    """
+
+    def __init__(self, zero_point_stats_impl: nn.Module, input_view_impl: nn.Module) -> None:
+        super().__init__(zero_point_stats_impl, input_view_impl, quantize_zero_point=True)
+
+    def bucket_stage(self, slot: str) -> None:
+        """None: compiled kernels do not know this zero point."""
+
+    def offset(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Returns the value of code 0, [N, 1]."""
+        low = self.zero_point_stats_impl(self.input_view_impl(x)).clamp_max(0)
+        # The scale was made for an integer: -low / scale is one, up to rounding, or below 1.
+        zero = torch.where(low < 0, (-low * reciprocal(scale)).round().clamp_min(1), 0)
+        return torch.where(low.isnan(), low, -zero * scale + 0)

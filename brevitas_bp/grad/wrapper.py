@@ -1,0 +1,228 @@
+"""``QuantGradientWrapper``: rounds the gradients that enter the products of backward."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+
+from brevitas_bp.backward.arguments import selects
+from brevitas_bp.backward.noise import Noise
+from brevitas_bp.backward.transparent import Transparent, all_modules
+from brevitas_bp.errors import UnknownNameError, nearest
+from brevitas_bp.grad.arguments import Factory, split_settings
+from brevitas_bp.grad.layers import (
+    WHERE,
+    Control,
+    LayerRounding,
+    convert,
+    restore,
+    rounding_of,
+)
+from brevitas_bp.quant.grad import (
+    ShiftedUint8DynamicGradPerRowFloatStochastic,
+    ShiftedUint8DynamicGradPerTensorFloatStochastic,
+)
+from brevitas_bp.text import table
+
+#: Layers whose products round.
+LAYERS = (nn.Linear, _ConvNd)
+_SILENT_HINT = (
+    WHERE + ": no product of these layers was seen while they ran, so their gradients are exact: {}. "
+    "A layer rounds where it calls torch.nn.functional.linear or a convolution of it; keep other layers "
+    "exact with overrides={{name: None}}")
+
+
+class QuantGradientWrapper(Transparent):
+    """Runs a module, and rounds the gradients that enter the products of its layers in backward.
+
+    The layers are every ``nn.Linear``, convolution and transposed convolution in the module, of torch or
+    of Brevitas. In backward, the gradient D of such a layer's output enters two products. Each gets its
+    own rounding of D::
+
+        gradient of the weight = Q_weight(D)^T x     (and of the bias: the sum of Q_weight(D))
+        gradient of the input  = Q_input(D) W
+
+    Everything else in backward is exact. With unbiased quantizers, the *expected* gradient of every
+    parameter is the gradient without rounding, because backward is linear in D. Together with Brevitas'
+    quantizers of weights and activations this is fully quantized training. The products run in floating
+    point: this wrapper shows what rounding does to training, and saves neither memory nor time.
+
+    The layers are changed in place, as by ``torch.nn.utils.parametrize``: they round whoever calls them,
+    until :meth:`unwrap`. So layers that checkpointing runs again round too. Parameters, names and
+    ``state_dict`` stay as they are, and so do all bits of the forward pass and torch's random state.
+
+    ``QuantBackwardWrapper`` may be inside or around: it then stores the activations in a few bits.
+
+    Source: Chen et al., "A Statistical Framework for Low-bitwidth Training of Deep Neural Networks",
+    2020.
+
+    Args:
+        module: the module to run. Layers inside ``nn.MultiheadAttention``, and recurrent layers, stay
+            exact.
+        input_grad_quant: Q_input: any Brevitas activation quantizer, an injector class or a proxy; a
+            codec; or None for exact. A linear layer gives it a matrix [rows, features], a convolution
+            [samples, channels, ...].
+        weight_grad_quant: Q_weight, likewise.
+        overrides: glob over qualified names of modules -> quantizer for both, a pair (for the input, for
+            the weight), bits for both, or None (exact); the first pattern that matches a layer, or a
+            module around it, wins.
+        seed: seed of the private noise stream; None derives it from ``torch.initial_seed()``.
+        rank: as of ``QuantBackwardWrapper``.
+        **settings: settings of the quantizers, with the prefix ``input_grad_`` or ``weight_grad_``, for
+            instance ``input_grad_bit_width=4``.
+
+    Raises:
+        TypeError: ``module`` is no module, or an argument has the wrong kind.
+        ValueError: the module has no layer to convert, or a layer that is converted already.
+        UnknownNameError: a setting that the quantizer does not know, or a pattern that matches no layer.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> model = QuantGradientWrapper(net, input_grad_bit_width=4, overrides={"2": None})
+        >>> model(torch.randn(128, 64)).sum().backward()
+        >>> model.explain().splitlines()[-1].split()
+        ['2', 'Linear', 'exact', 'exact']
+    """
+
+    def __init__(
+            self,
+            module: nn.Module,
+            input_grad_quant: Any = ShiftedUint8DynamicGradPerRowFloatStochastic,
+            weight_grad_quant: Any = ShiftedUint8DynamicGradPerTensorFloatStochastic,
+            *,
+            overrides: Mapping[str, Any] | None = None,
+            seed: int | None = None,
+            rank: int | None = None,
+            **settings: Any) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{WHERE}: module must be a torch.nn.Module instance, got {module!r}")
+        for name, number in (("seed", seed), ("rank", rank)):
+            if not (number is None or isinstance(number, int)):
+                raise TypeError(f"{WHERE}: {name} must be an integer or None, got {number!r}")
+        for_input, for_weight = split_settings(settings)
+        default = (
+            Factory("input_grad_quant", input_grad_quant, for_input),
+            Factory("weight_grad_quant", weight_grad_quant, for_weight))
+        layers = _layers_of(module)
+        chosen = _overrides(overrides or {}, default, list(layers))
+        self._control = Control(Noise(seed), rank)
+        self._warned = False
+        roundings = {}
+        for name, layer in layers.items():
+            _check_layer(name, layer)
+            first, second = next(
+                (pair for pattern, pair in chosen if selects(pattern, name)), default)
+            roundings[name] = LayerRounding(name, self._control, first(), second())
+        # Nothing has been changed so far: an error leaves the module as it was.
+        for name, rounding in roundings.items():
+            if rounding.for_input is not None or rounding.for_weight is not None:
+                convert(layers[name], rounding)
+        self._stand_for(module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module."""
+        output = self.module(*args, **kwargs)
+        if not torch.compiler.is_compiling() and not self._warned and torch.is_grad_enabled():
+            self._warn_of_silent()
+        return output
+
+    def explain(self) -> str:
+        """Returns a table: each layer, and what rounds its gradient."""
+        rows = [("layer", "kind", "for the input", "for the weight and bias")]
+        for name, layer in _layers_of(self.module).items():
+            rounding = rounding_of(layer)
+            first, second = (None, None) if rounding is None else (
+                rounding.for_input, rounding.for_weight)
+            rows.append((
+                name or "(root)", type(layer).__name__, "exact" if first is None else first.name,
+                "exact" if second is None else second.name))
+        return table(rows, left=4)
+
+    def unwrap(self) -> nn.Module:
+        """Returns the module, with its layers as they were before."""
+        for layer in _layers_of(self.module).values():
+            if (rounding := rounding_of(layer)) is not None and rounding.control is self._control:
+                restore(layer)
+        return self.module
+
+    def noise_state(self) -> dict[str, int]:
+        """Returns the state of the private noise stream, for a checkpoint that resumes bit for bit."""
+        return self._control.noise.stream.state()
+
+    def set_noise_state(self, state: dict[str, int]) -> None:
+        """Continues the noise stream from :meth:`noise_state`."""
+        self._control.noise.stream.set_state(state)
+
+    def _warn_of_silent(self) -> None:
+        """Warns once of layers that ran no product that could be seen."""
+        self._warned = True
+        roundings = [r for layer in _layers_of(self.module).values() if (r := rounding_of(layer))]
+        silent = [r.name for r in roundings if r.calls and not r.products]
+        if silent:
+            warnings.warn(_SILENT_HINT.format(", ".join(silent)), stacklevel=3)
+
+
+def wrappers_of_gradients(model: nn.Module) -> Iterator[QuantGradientWrapper]:
+    """Yields all ``QuantGradientWrapper`` in a model."""
+    return (m for m in all_modules(model) if isinstance(m, QuantGradientWrapper))
+
+
+def control_of(wrapper: QuantGradientWrapper) -> Control:
+    """Returns what the layers of a wrapper share."""
+    return wrapper._control
+
+
+def _layers_of(root: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module for name, module in root.named_modules()
+        # The product of this layer runs inside of nn.MultiheadAttention.
+        if isinstance(module, LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear)}
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    if rounding_of(layer) is not None:
+        raise ValueError(
+            f"{WHERE}: layer {name!r} already rounds its gradients for another wrapper; unwrap() that "
+            "one first, or wrap once and use overrides")
+    if any(is_lazy(p) for p in layer.parameters()):
+        raise ValueError(
+            f"{WHERE}: layer {name!r} is lazy and has no shape yet; run the module once before it is "
+            "wrapped")
+
+
+def _overrides(
+        overrides: Mapping[str, Any], default: tuple[Factory, Factory], names: list[str],
+) -> list[tuple[str, tuple[Factory, Factory]]]:
+    if not names:
+        raise ValueError(
+            f"{WHERE}: the module has no linear layer or convolution, so there is no gradient to round")
+    if not isinstance(overrides, Mapping) or not all(isinstance(p, str) for p in overrides):
+        raise TypeError(
+            f"{WHERE}: overrides must map globs over module names to quantizers, pairs of them, bits or "
+            f"None, got {overrides!r}")
+    for pattern in overrides:
+        if not any(selects(pattern, name) for name in names):
+            raise UnknownNameError(
+                f"{WHERE}: the pattern {pattern!r} in overrides matches no layer"
+                f"{nearest(pattern, names)}")
+    return [
+        (pattern, _pair(f"overrides[{pattern!r}]", given, default))
+        for pattern, given in overrides.items()]
+
+
+def _pair(where: str, given: Any, default: tuple[Factory, Factory]) -> tuple[Factory, Factory]:
+    if isinstance(given, int) and not isinstance(given, bool):
+        first, second = default
+        return first.with_width(where, given), second.with_width(where, given)
+    both = given if isinstance(given, tuple) else (given, given)
+    if len(both) != 2:
+        raise TypeError(
+            f"{WHERE}: {where} must be a quantizer, a pair (for the input, for the weight), bits or "
+            f"None, got {given!r}")
+    return Factory(where, both[0], {}), Factory(where, both[1], {})
