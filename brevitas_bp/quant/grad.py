@@ -1,8 +1,8 @@
 """Quantizers of gradients: fragments, and ready-made configs.
 
-Compose the fragments left of ``ActQuantSolver``, as those of :mod:`brevitas_bp.quant.base`. Chen et
-al., "A Statistical Framework for Low-bitwidth Training of Deep Neural Networks", 2020, use other names: PTQ for
-``PerTensor``, PSQ for ``PerRow`` and BHQ for ``Householder``.
+Compose the fragments left of ``ActQuantSolver``, as those of :mod:`brevitas_bp.quant.base`. The source is
+Chen et al., "A Statistical Framework for Low-bitwidth Training of Deep Neural Networks", 2020. Its names
+are PTQ for ``PerTensor``, PSQ for ``PerRow`` and BHQ for ``Householder``.
 """
 
 from typing import Any
@@ -13,7 +13,12 @@ from brevitas.quant.solver.act import ActQuantSolver
 
 from brevitas_bp.core.rows import OverRowView, RowQuant
 from brevitas_bp.core.zero_in_range import ZeroInRangeScaling, ZeroInRangeZeroPoint
-from brevitas_bp.quant.base import PerBucketMinMax, PerTensorMinMax, StochasticRounding
+from brevitas_bp.quant.base import (
+    DitheredRounding,
+    PerBucketMinMax,
+    PerTensorMinMax,
+    StochasticRounding,
+)
 
 
 class PerTensorZeroInRange(PerTensorMinMax):
@@ -183,6 +188,48 @@ class HouseholderUint8DynamicGradPerRowFloatStochastic(
     bit_width = 8
 
 
+class HouseholderUint2DynamicGradPerRowFloatDithered(
+        DitheredRounding, HouseholderRows, PerRowMinMax, ActQuantSolver):
+    """BHQ with subtractive dither, 2 bits with a range per mixed row: half the variance."""
+
+    bit_width = 2
+
+
+class HouseholderUint3DynamicGradPerRowFloatDithered(
+        DitheredRounding, HouseholderRows, PerRowMinMax, ActQuantSolver):
+    """BHQ with subtractive dither, 3 bits with a range per mixed row: half the variance."""
+
+    bit_width = 3
+
+
+class HouseholderUint4DynamicGradPerRowFloatDithered(
+        DitheredRounding, HouseholderRows, PerRowMinMax, ActQuantSolver):
+    """BHQ with subtractive dither, 4 bits with a range per mixed row: half the variance."""
+
+    bit_width = 4
+
+
+class HouseholderUint5DynamicGradPerRowFloatDithered(
+        DitheredRounding, HouseholderRows, PerRowMinMax, ActQuantSolver):
+    """BHQ with subtractive dither, 5 bits with a range per mixed row: half the variance."""
+
+    bit_width = 5
+
+
+class HouseholderUint6DynamicGradPerRowFloatDithered(
+        DitheredRounding, HouseholderRows, PerRowMinMax, ActQuantSolver):
+    """BHQ with subtractive dither, 6 bits with a range per mixed row: half the variance."""
+
+    bit_width = 6
+
+
+class HouseholderUint8DynamicGradPerRowFloatDithered(
+        DitheredRounding, HouseholderRows, PerRowMinMax, ActQuantSolver):
+    """BHQ with subtractive dither, 8 bits with a range per mixed row: half the variance."""
+
+    bit_width = 8
+
+
 class ShiftedUint8DynamicGradPerChannelFloatStochastic(
         StochasticRounding, PerChannelMinMax, ActQuantSolver):
     """Affine, 8 bits with a range per channel, rounded stochastically."""
@@ -192,11 +239,17 @@ class ShiftedUint8DynamicGradPerChannelFloatStochastic(
 
 __all__ = [
     "HouseholderRows",
+    "HouseholderUint2DynamicGradPerRowFloatDithered",
     "HouseholderUint2DynamicGradPerRowFloatStochastic",
+    "HouseholderUint3DynamicGradPerRowFloatDithered",
     "HouseholderUint3DynamicGradPerRowFloatStochastic",
+    "HouseholderUint4DynamicGradPerRowFloatDithered",
     "HouseholderUint4DynamicGradPerRowFloatStochastic",
+    "HouseholderUint5DynamicGradPerRowFloatDithered",
     "HouseholderUint5DynamicGradPerRowFloatStochastic",
+    "HouseholderUint6DynamicGradPerRowFloatDithered",
     "HouseholderUint6DynamicGradPerRowFloatStochastic",
+    "HouseholderUint8DynamicGradPerRowFloatDithered",
     "HouseholderUint8DynamicGradPerRowFloatStochastic",
     "PerChannelMinMax",
     "PerRowMinMax",
