@@ -1,5 +1,6 @@
 """Plans the bits of each saved tensor, adapts them in training, and measures the gradient's error."""
 
+from brevitas_bp.allocate.attribution import NoiseOfPlace, NoiseSources, attribute_noise
 from brevitas_bp.allocate.check import GradientCheck, GradientMonitor, check_gradients
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
 from brevitas_bp.allocate.gradient_error import measure_gradient_error
@@ -12,5 +13,6 @@ from brevitas_bp.codec.candidate import Candidate
 
 __all__ = [
     "BitPlan", "Candidate", "ClosedForm", "Empirical", "GradientCheck", "GradientError",
-    "GradientErrorRow", "GradientMonitor", "GradientNorms", "QuantizerSchedule", "Replanner",
-    "Sensitivity", "check_gradients", "measure_gradient_error", "plan_bit_widths"]
+    "GradientErrorRow", "GradientMonitor", "GradientNorms", "NoiseOfPlace", "NoiseSources",
+    "QuantizerSchedule", "Replanner",
+    "Sensitivity", "attribute_noise", "check_gradients", "measure_gradient_error", "plan_bit_widths"]

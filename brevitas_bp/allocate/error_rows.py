@@ -1,7 +1,7 @@
 """Errors of gradients as rows: for a parameter, a module or the network. For print and for JSON."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import Any, Literal
 
@@ -84,6 +84,8 @@ class GradientError:
         parameters: one row for each parameter that has a gradient, in the order of the model.
         modules: one row for each module that directly holds such parameters, taken as one vector.
         total: all parameters as one vector.
+        sources: the same for "activations" (saved tensors) and "gradients" alone, if asked for. The
+            squares of their noise add up to that of both, except for the products of the two errors.
     """
 
     draws: int
@@ -91,6 +93,7 @@ class GradientError:
     parameters: list[GradientErrorRow]
     modules: list[GradientErrorRow]
     total: GradientErrorRow
+    sources: dict[str, "GradientError"] = field(default_factory=dict)
 
     def median(self, quantity: Quantity) -> float:
         """Returns the median over the parameters that are not negligible."""
@@ -121,7 +124,8 @@ class GradientError:
         return {
             "draws": self.draws, "batches": self.batches,
             "parameters": [row.to_dict() for row in self.parameters],
-            "modules": [row.to_dict() for row in self.modules], "total": self.total.to_dict()}
+            "modules": [row.to_dict() for row in self.modules], "total": self.total.to_dict(),
+            "sources": {source: error.to_dict() for source, error in self.sources.items()}}
 
     def _compared(self) -> list[GradientErrorRow]:
         return [row for row in self.parameters if not row.negligible]
@@ -136,4 +140,9 @@ class GradientError:
             text += (
                 f"\n{quantity}: median {self.median(quantity):.4f}, largest "
                 f"{self.largest(quantity):.4f} ({worst.name})")
+        if self.sources:
+            parts = [f"{name} {error.total.noise:.4f}" for name, error in self.sources.items()]
+            if self.batches > 1:
+                parts.insert(0, f"batch {self.total.sampling_noise:.4f}")
+            text += "\nnoise of the whole gradient by source: " + ", ".join(parts)
         return text

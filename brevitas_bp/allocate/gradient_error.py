@@ -3,6 +3,9 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from brevitas_bp.allocate.error_rows import GradientError, GradientErrorRow
 from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import Cosines, Facts, Moments, real
-from brevitas_bp.allocate.unchanged import apart, exact_policy, unchanged
+from brevitas_bp.allocate.sources import Place, Roundings
+from brevitas_bp.allocate.unchanged import apart, unchanged
 from brevitas_bp.backward.seam import wrappers_in
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 
@@ -29,6 +33,7 @@ def measure_gradient_error(
         draws: int = 32,
         seed: int = 0,
         batches: Iterable[Any] | None = None,
+        by_source: bool = False,
         progress: bool = False) -> GradientError:
     """Compares compressed gradients with the exact one, for each parameter, each module and the network.
 
@@ -43,18 +48,21 @@ def measure_gradient_error(
     The bias is ``|m - g|``, for the mean m of the draws, after subtracting the part that is there by
     chance. A bias far below ``noise / sqrt(draws)`` cannot be seen.
 
-    Cost: ``draws + 1`` forward and backward passes for each batch. Codes are made in the forward pass,
-    so each draw needs its own. Memory: two float64 copies of the gradients, four with ``batches``.
+    Cost: ``draws + 1`` forward and backward passes for each batch, ``3 draws + 1`` with ``by_source``.
+    Codes are made in the forward pass, so each draw needs its own. Memory: two float64 copies of the
+    gradients, four with ``batches``; twice more with ``by_source``.
 
     Args:
-        model: a wrapper, or a module with wrappers inside. The exact gradient is the gradient with every
-            wrapper's policy set to "exact".
+        model: a ``QuantBackwardWrapper``, a ``QuantGradientWrapper``, or a module with wrappers inside.
+            The exact gradient is the gradient with nothing rounded in backward.
         run: ``run(model)``, or with ``batches`` ``run(model, batch)``. It runs the module and returns
             the loss, without backward. The loss must be the same at every call. Random augmentation
             with other generators than torch's belongs outside of ``run``.
         draws: compressed gradients for each batch, at least 2.
         seed: of the roundings; the wrappers' own seeds are not used.
         batches: second arguments of ``run``, at least 2 of them.
+        by_source: also measure the saved activations alone, and the gradients alone, see
+            :attr:`GradientError.sources`.
         progress: show a progress bar (needs ``rich``).
 
     Raises:
@@ -72,7 +80,9 @@ def measure_gradient_error(
         >>> [row.name for row in error.modules], error.parameters[1].noise  # biases are exact
         (['0', '2'], 0.0)
     """
-    wrappers = wrappers_of(_WHERE, model)
+    roundings = Roundings(model)
+    if not roundings.gradients:
+        wrappers_of(_WHERE, model)
     if draws < 2:
         raise ValueError(
             f"{_WHERE}: draws must be at least 2, or there is no variance to subtract, got {draws}")
@@ -81,29 +91,39 @@ def measure_gradient_error(
     def checked(model: nn.Module, *arguments: Any) -> Tensor:
         return checked_loss(f"{_WHERE}: run", run(model, *arguments))
 
-    moments = [Moments() for _ in named]
-    cosines = Cosines()
-    with unchanged(model, wrappers, seed) as restore, torch.enable_grad():
+    sources: dict[str, Any] = {"all": nullcontext}
+    if by_source:
+        sources |= {kind: partial(roundings.only, Place(kind)) for kind in roundings.kinds()}
+    moments = {source: [Moments() for _ in named] for source in sources}
+    cosines = {source: Cosines() for source in sources}
+    with unchanged(model, roundings.saved, seed, rounded_gradients=True) as restore, torch.enable_grad():
         points = [()] if batches is None else ((batch,) for batch in apart(batches))
         for number, arguments in enumerate(points, start=1):
             restore()
-            with exact_policy(wrappers):
+            with roundings.only(None):
                 exact, loss = gradients_of(checked, model, named, arguments)
             _check_finite(exact, named)
-            for of_one, gradient in zip(moments, exact):
-                of_one.start(gradient)
-            for _ in _bar(range(draws), progress, f"batch {number}"):
-                restore()
-                gradients, again = gradients_of(checked, model, named, arguments)
-                _check_same_loss(loss, again)
-                cosines.add([of_one.add(g) for of_one, g in zip(moments, gradients)])
-            for of_one in moments:
-                of_one.finish()
-    if batches is not None and moments[0].exact.count < 2:
+            for source, rounding in sources.items():
+                for of_one, gradient in zip(moments[source], exact):
+                    of_one.start(gradient)
+                for _ in _bar(range(draws), progress, f"batch {number}, {source}"):
+                    restore()
+                    with rounding():
+                        gradients, again = gradients_of(checked, model, named, arguments)
+                    _check_same_loss(loss, again)
+                    cosines[source].add([
+                        of_one.add(g) for of_one, g in zip(moments[source], gradients)])
+                for of_one in moments[source]:
+                    of_one.finish()
+    count = moments["all"][0].exact.count
+    if batches is not None and count < 2:
         raise ValueError(
             f"{_WHERE}: batches must yield at least 2, or there is no sampling variance, got "
-            f"{moments[0].exact.count}; leave batches out for one")
-    return _summarize(list(named), [m.facts() for m in moments], cosines, draws)
+            f"{count}; leave batches out for one")
+    errors = {
+        source: _summarize(list(named), [m.facts() for m in of_source], cosines[source], draws)
+        for source, of_source in moments.items()}
+    return replace(errors.pop("all"), sources=errors)
 
 
 def _summarize(

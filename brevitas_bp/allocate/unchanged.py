@@ -7,23 +7,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brevitas_bp.allocate.sources import Roundings, layers_at, seeded_gradients
 from brevitas_bp.backward.policy import keep_all
 from brevitas_bp.backward.seam import restored, using_policy
 from brevitas_bp.backward.transparent import all_modules
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.format.random import derive
 
+# Wrappers of gradients draw from streams behind those of all wrappers of saved tensors.
+_GRADIENTS = 1 << 20
+
 
 @contextmanager
 def unchanged(
-        model: nn.Module, wrappers: list[QuantBackwardWrapper], seed: int
-        ) -> Iterator[Callable[[], None]]:
-    """Leaves model and generators unchanged; yields a function that returns to the current state."""
-    restore = point(model)
+        model: nn.Module, wrappers: list[QuantBackwardWrapper], seed: int, *,
+        rounded_gradients: bool = False) -> Iterator[Callable[[], None]]:
+    """Leaves model and generators unchanged; yields a function that returns to the current state.
+
+    Args:
+        model: the model.
+        wrappers: wrappers of saved tensors in the model.
+        seed: of the roundings within the block.
+        rounded_gradients: whether wrappers of gradients round within the block.
+    """
+    restore, gradients = point(model), Roundings(model).gradients
     try:
         with ExitStack() as stack:
             for i, wrapper in enumerate(wrappers):
                 stack.enter_context(restored(wrapper, derive(seed, i)))
+            for i, wrapper in enumerate(gradients):
+                stack.enter_context(seeded_gradients(wrapper, derive(seed, _GRADIENTS + i)))
+                if not rounded_gradients:
+                    stack.enter_context(layers_at(wrapper, None))
             yield restore
     finally:
         restore()

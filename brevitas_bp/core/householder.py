@@ -61,7 +61,7 @@ def blocks_of(ranges: Tensor) -> Blocks:
     starts = torch.where(place > 0, ends.roll(1), 0)
     leader = torch.where(
         is_leader, place, torch.searchsorted(ends, place - last_leader - 1, right=True))
-    size = (1 + ends - starts)[leader]
+    size = (1 + ends - starts)[leader].double()
     first_follower = (last_leader + 1 + starts).clamp_max(count - 1)
     scale = torch.where(
         is_leader, _cube_root_of(ranges / size.sqrt()),
@@ -75,7 +75,7 @@ def _cube_root_of(weight: Tensor) -> Tensor:
 
 def _largest_entry(size: Tensor) -> Tensor:
     """Returns ``max|Q|`` of the reflection of ``size`` rows; of two rows, no two followers are mixed."""
-    size = size.double().clamp_min(2)
+    size = size.clamp_min(2)
     first, between = size.rsqrt(), 1 / (size - size.sqrt())
     among = torch.where(size > 2, between, 0)
     return torch.maximum(torch.maximum(first, (1 - between).abs()), among)
@@ -97,7 +97,7 @@ class RowHouseholder(NamedTuple):
 
     Attributes:
         blocks: see :class:`Blocks`.
-        unit: power of two near the largest range, 0-d; so no large matrix overflows.
+        unit: power of two near the largest magnitude, 0-d; so nothing overflows.
         inverse_unit: its reciprocal.
         poison: 0, or NaN if an element of the matrix is not finite.
 
@@ -120,8 +120,10 @@ class RowHouseholder(NamedTuple):
         poison = torch.where(low.isfinite().all() & high.isfinite().all(), 0, poison * torch.nan)
         # Halves, so that the range of finite rows is finite.
         ranges = (high / 2 - low / 2).nan_to_num(0, 0, 0)
-        unit, inverse = unit_of(torch.maximum(high, -low).nan_to_num(0, 0, 0).amax().view(1))
-        return cls(blocks_of(ranges), unit[0], inverse[0], poison)
+        unit, _ = unit_of(torch.maximum(high, -low).nan_to_num(0, 0, 0).amax().view(1))
+        # Far from the largest and the smallest float, so that products with scales are normal numbers.
+        unit = unit[0].clamp(2.0**-100, 2.0**100)
+        return cls(blocks_of(ranges), unit, 1 / unit, poison)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps rows [N, D] to mixed rows [N, D], in another order."""

@@ -86,7 +86,8 @@ class RowQuant(nn.Module):
             values = quantize(rows)
         limit = torch.finfo(x.dtype).max
         values = values.clamp(-limit, limit).to(x.dtype).view(moved.shape)
-        return values.permute([order.index(d) for d in range(x.dim())])
+        values = values.permute([order.index(d) for d in range(x.dim())])
+        return values if values.stride() == x.stride() else torch.empty_like(x).copy_(values)
 
     def _order(self, x: Tensor) -> list[int]:
         """Returns the dimensions with ``row_dim`` first, the others as they lie in memory."""

@@ -27,6 +27,7 @@ from brevitas_bp.errors import UnsupportedQuantizerError
 from brevitas_bp.format.random import derive
 from brevitas_bp.grad.products import CALLS, Call, Product
 from brevitas_bp.grad.quantizer import GradientQuantizer, register_owner
+from brevitas_bp.private import is_functorch_wrapped
 
 WHERE = "brevitas_bp.QuantGradientWrapper"
 _STATE = "_rounded_gradients"
@@ -100,6 +101,8 @@ class _RoundedGradient(torch.autograd.Function):
     Its gradients are those of the product by input and, for the product's own node, by output.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
             y: Tensor, x: Tensor, weight: Tensor, product: Product, rounding: LayerRounding,
@@ -134,11 +137,14 @@ def _rounded(
         seed: int | None, place: int) -> Tensor:
     if quantizer is None:
         return grad
-    batched = product.batched(grad)
+    batched = product.batched(grad.detach())
     if seed is None:
         values = torch.ops.brevitas_bp.rounded_gradient(batched, quantizer.key, control.key)
-        return values.view(grad.shape)
-    return quantizer(batched, derive(seed, place)).view(grad.shape)
+    else:
+        values = quantizer(batched, derive(seed, place))
+    values = values.view(grad.shape)
+    # Straight through: the expected value is the gradient, so a second derivative has no bias either.
+    return grad + (values - grad).detach() if grad.requires_grad else values
 
 
 class _Products(TorchFunctionMode):
@@ -175,7 +181,9 @@ class _Products(TorchFunctionMode):
             raise UnsupportedQuantizerError(
                 f"{WHERE}: layer {rounding.name!r} works on DTensors, whose gradients would be rounded "
                 "shard by shard; keep it exact with overrides={" + repr(rounding.name) + ": None}")
-        seed = None if compiling else rounding.control.next_seed()
+        # Quantizers run outside of graphs and of transforms of torch.func: in an operator.
+        opaque = compiling or is_functorch_wrapped(y) or is_functorch_wrapped(x)
+        seed = None if opaque else rounding.control.next_seed()
         return _RoundedGradient.apply(  # pyright: ignore[reportReturnType]
             y, x, call.weight, call.product, rounding, seed)
 

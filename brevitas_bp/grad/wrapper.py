@@ -144,6 +144,11 @@ class QuantGradientWrapper(Transparent):
                 "exact" if second is None else second.name))
         return table(rows, left=4)
 
+    def rounded_layers(self) -> list[str]:
+        """Returns the names of the layers whose gradients are rounded."""
+        layers = _layers_of(self.module).items()
+        return [name for name, layer in layers if rounding_of(layer) is not None]
+
     def unwrap(self) -> nn.Module:
         """Returns the module, with its layers as they were before."""
         for layer in _layers_of(self.module).values():

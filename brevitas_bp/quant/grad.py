@@ -1,8 +1,8 @@
 """Quantizers of gradients: fragments, and ready-made configs.
 
-Compose the fragments left of ``ActQuantSolver``, as those of :mod:`brevitas_bp.quant.base`. The source is
-Chen et al., "A Statistical Framework for Low-bitwidth Training of Deep Neural Networks", 2020. Its names
-are PTQ for ``PerTensor``, PSQ for ``PerRow`` and BHQ for ``Householder``.
+Compose the fragments left of ``ActQuantSolver``, as those of :mod:`brevitas_bp.quant.base`. The source
+is Chen et al., "A Statistical Framework for Low-bitwidth Training of Deep Neural Networks", 2020. Its
+names are PTQ for ``PerTensor``, PSQ for ``PerRow`` and BHQ for ``Householder``.
 """
 
 from typing import Any

@@ -2,15 +2,15 @@
 
     python examples/studies/quantized_gradients.py --data FOLDER [--epochs 3] [--images 5000] [--seeds 3]
 
-A pre-activation ResNet-20 of Brevitas layers has 8-bit weights and 8-bit activations. QAT trains it with
-exact gradients. The other runs round the gradient that enters the product with the weights: per tensor
-(PTQ), per sample (PSQ), or after a block Householder transform (BHQ), with 8 to 4 bits. The gradient for
-the weights has 8 bits per tensor. Every run with the same seed sees the same images in the same order.
+A pre-activation ResNet-20 of Brevitas layers has 8-bit weights and activations. QAT trains it with exact
+gradients. The other runs round the gradient that enters the product with the weights: per tensor (PTQ),
+per sample (PSQ), or after a block Householder transform (BHQ), with 8 to 4 bits. The gradient for the
+weights has 8 bits per tensor. Runs with the same seed see the same images in the same order.
 
-FOLDER is that of the python version of CIFAR-10 (``cifar-10-batches-py`` or ``-bin``). Results are kept in
+FOLDER is that of CIFAR-10 (``cifar-10-batches-py`` or ``-bin``). Results are kept in
 ``runs/quantized_gradients.jsonl``, one line for each run, so an interrupted study continues. The picture
 ``docs/figures/quantized_gradients.png`` is drawn from them. On one core, a run takes about a minute with
-the images halved (``--size 16``).
+images of half their size (``--size 16``).
 """
 
 import argparse

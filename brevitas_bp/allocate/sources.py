@@ -1,0 +1,126 @@
+"""What rounds in a model: saved tensors and gradients, all together or one place at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from brevitas_bp.backward.policy import ExplainedPolicy, Policy, explained, keep_all
+from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.backward.seam import listening, policy_of, using_policy, wrappers_in
+from brevitas_bp.backward.wrapper import QuantBackwardWrapper
+from brevitas_bp.codec.base import Packed
+from brevitas_bp.grad.wrapper import QuantGradientWrapper, control_of, wrappers_of_gradients
+
+#: What is rounded: tensors that autograd saves, or gradients on their way into a product.
+Kind = Literal["activations", "gradients"]
+KINDS: tuple[Kind, ...] = ("activations", "gradients")
+
+_ELSEWHERE = "another module is measured"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is rounded.
+
+    Attributes:
+        kind: "activations" or "gradients".
+        module: qualified name of the module; None: everywhere.
+    """
+
+    kind: Kind
+    module: str | None = None
+
+
+class _Within:
+    """A policy that rounds what one module saves, and keeps everything else exact."""
+
+    def __init__(self, policy: ExplainedPolicy, module: str) -> None:
+        self.policy = policy
+        self.module = module
+        if hasattr(policy, "observe"):
+            self.observe: Any = policy.observe  # pyright: ignore[reportAttributeAccessIssue]
+
+    def decide(self, saved: SavedTensor) -> Decision:
+        decision = self.policy.decide(saved)
+        lossy = decision.codec is not None and decision.codec.lossy
+        if decision.waits or saved.module == self.module or not lossy:
+            return decision
+        return decision._replace(codec=None, reason=_ELSEWHERE)
+
+    def rewrite(self, function: Any) -> Any:
+        return self.policy.rewrite(function)
+
+
+class Roundings:
+    """All that rounds in a model.
+
+    Args:
+        model: contains wrappers, or is one.
+
+    Attributes:
+        saved: wrappers of saved tensors.
+        gradients: wrappers of gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved: list[QuantBackwardWrapper] = [wrapper for _, wrapper in wrappers_in(model)]
+        self.gradients: list[QuantGradientWrapper] = list(wrappers_of_gradients(model))
+
+    def kinds(self) -> list[Kind]:
+        """Returns the kinds of things that the model rounds."""
+        found: dict[Kind, Any] = {"activations": self.saved, "gradients": self.gradients}
+        return [kind for kind in KINDS if found[kind]]
+
+    @contextmanager
+    def only(self, place: Place | None) -> Iterator[None]:
+        """Within the block, nothing rounds but what is at a place; with None, nothing rounds."""
+        with ExitStack() as stack:
+            for wrapper in self.saved:
+                stack.enter_context(using_policy(wrapper, _policy_at(wrapper, place)))
+            for wrapper in self.gradients:
+                stack.enter_context(layers_at(wrapper, place))
+            yield
+
+    def places(self, run: Callable[[], Any]) -> list[Place]:
+        """Returns every place that rounds, in the order in which ``run`` passes them."""
+        modules: dict[str, None] = {}
+
+        def note(saved: SavedTensor, packed: Packed, decision: Decision, originals: Any) -> None:
+            if packed.codec.lossy:
+                modules[saved.module] = None
+
+        with ExitStack() as stack:
+            for wrapper in self.saved:
+                stack.enter_context(listening(wrapper, note))
+            run()
+        layers = [name for wrapper in self.gradients for name in wrapper.rounded_layers()]
+        return [Place("activations", m) for m in modules] + [Place("gradients", n) for n in layers]
+
+
+def _policy_at(wrapper: QuantBackwardWrapper, place: Place | None) -> Policy:
+    if place is None or place.kind != "activations":
+        return keep_all
+    policy = policy_of(wrapper)
+    return policy if place.module is None else explained(_Within(policy, place.module))
+
+
+def seeded_gradients(wrapper: QuantGradientWrapper, seed: int) -> AbstractContextManager[None]:
+    """Within the block, the wrapper draws from a stream of ``seed``; its own stream stands still."""
+    return control_of(wrapper).noise.seeded(seed)
+
+
+@contextmanager
+def layers_at(wrapper: QuantGradientWrapper, place: Place | None) -> Iterator[None]:
+    """Within the block, the wrapper rounds at a place only; with None, nowhere."""
+    control, before = control_of(wrapper), control_of(wrapper).only
+    if place is None or place.kind != "gradients":
+        control.only = frozenset()
+    elif place.module is not None:
+        control.only = frozenset([place.module])
+    try:
+        yield
+    finally:
+        control.only = before
