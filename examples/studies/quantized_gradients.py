@@ -143,7 +143,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     done = {(row["way"], row["seed"]) for row in rows}
     missing = [
         (name, way, seed) for seed in range(args.seeds) for name, way in ways(args.widths).items()
-        if (name, seed) not in done]
+        if (name, seed) not in done][:args.runs]
     if not missing:
         return rows
     data = load_dataset("cifar10", Source(
@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--runs", type=int, help="stop after this many runs; call again to go on")
     parser.add_argument("--out", default="runs/quantized_gradients.jsonl")
     parser.add_argument("--picture", default="docs/figures/quantized_gradients.png")
     parser.add_argument("--markdown", action="store_true")
