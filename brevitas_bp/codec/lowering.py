@@ -26,7 +26,6 @@ from torch import nn
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.levels import BucketLevelQuant
-from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import (
     NARROW,
@@ -85,7 +84,7 @@ def lower(quantizer: Any) -> BucketQuantSpec | None:
         bucket_size=view.bucket_size,
         scale_rule=rows[ScaleRule], code_range=rows[CodeRange], rounding=rows[Rounding],
         transform=rows[Transform],
-        integer_zero_point=_rounds_zero_point(quantizer),
+        integer_zero_point=_rounds_zero_point(quantizer) and not rows[ScaleRule].zero_in_range,
         metadata_dtype=quantizer.metadata_dtype,
         **mixing)
 
@@ -134,7 +133,7 @@ def _is_consistent(quantizer: Any, stages: dict[type[Stage], Any]) -> bool:
     if by_levels != (codes.nearest is not None) or by_levels != (rule.refit is not None):
         return False
     if not by_levels:
-        has_offset = type(quantizer.zero_point_impl) is RuntimeDynamicBucketZeroPoint
+        has_offset = hasattr(quantizer.zero_point_impl, "offset")
         if rule.signed != codes.signed or codes.signed != quantizer.int_quant.signed or (
                 rule.affine != has_offset):
             return False

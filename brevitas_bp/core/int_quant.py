@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from brevitas_bp.core.bit_width import draw_bit_width, widths_of
 from brevitas_bp.core.bucket import unflatten
-from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
 from brevitas_bp.format.arithmetic import (
     compute_dtype,
     largest_magnitude,
@@ -330,8 +329,9 @@ class BucketRescalingIntQuant(nn.Module):
         return x + (to_nearest(x.detach(), self.metadata_dtype) - x).detach()
 
     def _offset(self, buckets: Tensor, scale: Tensor, bit_width: Tensor) -> Tensor:
-        if isinstance(self.zero_point_impl, RuntimeDynamicBucketZeroPoint):
-            offset = self.zero_point_impl.offset(buckets, scale)
+        offset_of: Any = getattr(self.zero_point_impl, "offset", None)
+        if offset_of is not None:
+            offset = offset_of(buckets, scale)
         else:
             offset = (0 - self.zero_point_impl(buckets, scale, bit_width)) * scale
         rounded = round_down(offset.detach(), self.metadata_dtype)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp.core.zero_point import RuntimeDynamicBucketZeroPoint
-from brevitas_bp.format.arithmetic import reciprocal
+from brevitas_bp.format.arithmetic import reciprocal, zero_in_range
+from brevitas_bp.format.stages import NEUTRAL, ZERO_IN_RANGE, Neutral, ScaleRule
 
 
 class ZeroInRangeScaling(nn.Module):
@@ -40,37 +40,42 @@ class ZeroInRangeScaling(nn.Module):
                 "with one bit, no grid has zero and levels on both of its sides")
         self.input_view_impl = input_view_impl
 
+    def bucket_stage(self, slot: str) -> ScaleRule | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return ZERO_IN_RANGE if slot == "scaling_impl" else None
+
     def forward(self, x: Tensor, threshold: Tensor) -> Tensor:
         """Returns the scale [N, 1] of ``x`` for the top code ``threshold``, which is [N, 1] or 0-d."""
         x = self.input_view_impl(x)
-        low, high = -x.amin(-1, keepdim=True).clamp_max(0) + 0, x.amax(-1, keepdim=True).clamp_min(0) + 0
-        # Divide before adding, so that finite ends give no Inf.
-        below = low / threshold
-        share = below * reciprocal((below + high / threshold).detach())
-        zero = (share.detach() * threshold).floor()
-        zero = torch.minimum(zero.clamp_min(1), (threshold - 1).to(zero.dtype))
-        zero = torch.where(low == 0, 0, torch.where(high == 0, threshold, zero))
-        scale = torch.maximum(low / zero.clamp_min(1), high / (threshold - zero).clamp_min(1))
-        return torch.where(low.isfinite() & high.isfinite(), scale, torch.nan)
+        return zero_in_range(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), threshold)[0]
 
 
-class ZeroInRangeZeroPoint(RuntimeDynamicBucketZeroPoint):
+class ZeroInRangeZeroPoint(nn.Module):
     """Computes the integer zero point of :class:`ZeroInRangeScaling`. Fills ``zero_point_impl``.
 
     Args:
-        zero_point_stats_impl: buckets [N, B] -> minimum [N, 1].
         input_view_impl: the bucket view.
     """
 
-    def __init__(self, zero_point_stats_impl: nn.Module, input_view_impl: nn.Module) -> None:
-        super().__init__(zero_point_stats_impl, input_view_impl, quantize_zero_point=True)
+    # The offset must be a multiple of the scale.
+    quantize_zero_point = True
 
-    def bucket_stage(self, slot: str) -> None:
-        """None: compiled kernels do not know this zero point."""
+    def __init__(self, input_view_impl: nn.Module) -> None:
+        super().__init__()
+        self.input_view_impl = input_view_impl
+
+    def bucket_stage(self, slot: str) -> Neutral | None:
+        """See :func:`brevitas_bp.codec.lowering.lower`."""
+        return NEUTRAL if slot == "zero_point_impl" else None
 
     def offset(self, x: Tensor, scale: Tensor) -> Tensor:
         """Returns the value of code 0, [N, 1]."""
-        low = self.zero_point_stats_impl(self.input_view_impl(x)).clamp_max(0)
-        # The scale was made for an integer: -low / scale is one, up to rounding, or below 1.
-        zero = torch.where(low < 0, (-low * reciprocal(scale)).round().clamp_min(1), 0)
-        return torch.where(low.isnan(), low, -zero * scale + 0)
+        low = -self.input_view_impl(x).amin(-1, keepdim=True).clamp_max(0)
+        # The scale was made for an integer. So this quotient is one up to rounding, or below 1.
+        zero = (low * reciprocal(scale)).round().clamp_min(1)
+        usable = (low > 0) & (reciprocal(scale) > 0)
+        return torch.where(usable, -zero * scale + 0, scale * 0)
+
+    def forward(self, x: Tensor, scale: Tensor, bit_width: Tensor) -> Tensor:
+        """Returns the zero point in units of codes, [N, 1]."""
+        return -self.offset(x, scale) * reciprocal(scale)

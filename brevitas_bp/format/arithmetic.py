@@ -218,6 +218,33 @@ def integer_offset(lo: Tensor, scale: Tensor) -> Tensor:
     return torch.where(inverse > 0, -torch.round(-lo * inverse) * scale + 0, lo)
 
 
+def zero_in_range(lo: Tensor, hi: Tensor, top: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Returns the smallest scale for which zero is on the grid and nothing clips, and the offset.
+
+    The range is stretched to contain 0. The code of zero is ``z = floor(-lo * top / (hi - lo))``, at
+    least 1 and at most ``top - 1`` if both signs occur; it is 0 or ``top`` if only one does. The scale
+    is ``max(-lo / z, hi / (top - z))``, and the offset ``-z * scale``. A bucket whose scale is no normal
+    number gets the offset 0.
+
+    Args:
+        lo: smallest element of each bucket, [n, 1].
+        hi: largest element; NaN or Inf in one of the two gives NaN.
+        top: top code, 2 or more.
+    """
+    low, high = -lo.clamp_max(0) + 0, hi.clamp_min(0) + 0
+    # Divide before adding, so that finite ends give no Inf.
+    below, above = low / top, high / top
+    zero = torch.floor(below * reciprocal(below + above) * top)
+    zero = torch.minimum(zero.clamp_min(1), torch.zeros_like(zero) + (top - 1))
+    zero = torch.where(low == 0, 0, torch.where(high == 0, top, zero)).to(low.dtype)
+    scale = torch.maximum(low / zero.clamp_min(1), high / (top - zero).clamp_min(1))
+    finite = torch.isfinite(lo) & torch.isfinite(hi)
+    usable = scale >= torch.finfo(scale.dtype).tiny
+    return (
+        torch.where(finite, scale, torch.nan),
+        torch.where(finite, torch.where(usable, -zero * scale + 0, 0), torch.nan))
+
+
 def scaled(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Returns ``(x - offset) / scale`` as a new tensor; multiplies by the reciprocal of the scale."""
     return (x * 1 if offset is None else x - offset).mul_(reciprocal(scale))

@@ -70,6 +70,18 @@ _TABLES: dict[str, type[Stage]] = {
     "scale_rule": ScaleRule, "code_range": CodeRange, "rounding": Rounding, "transform": Transform}
 
 
+def _check_zero_in_range(where: str, spec: "BucketQuantSpec") -> None:
+    if min(spec.bit_widths) < 2:
+        raise ValueError(
+            f"{where}: the scale rule {spec.scale_rule.name!r} needs 2 bits or more, got "
+            f"{min(spec.bit_widths)}; with one bit, no grid has zero and levels on both of its sides")
+    if spec.metadata_dtype != torch.float32 or spec.integer_zero_point:
+        raise ValueError(
+            f"{where}: the scale rule {spec.scale_rule.name!r} needs metadata_dtype=torch.float32 and "
+            f"no integer_zero_point, got {spec.metadata_dtype} and {spec.integer_zero_point}; it has an "
+            "integer zero point of its own, and a rounded offset would move zero off the grid")
+
+
 @dataclass(frozen=True)
 class BucketQuantSpec:
     """A bucket quantizer as kernels see it: one row of each stage table, and the sizes.
@@ -145,6 +157,8 @@ class BucketQuantSpec:
             raise ValueError(
                 f"{where}: an integer zero point needs metadata_dtype=torch.float32, got "
                 f"{self.metadata_dtype}; a rounded offset would move zero off the grid")
+        if self.scale_rule.zero_in_range:
+            _check_zero_in_range(where, self)
         if self.row_size is not None and (self.bucket_size is None or self.row_size < 1):
             raise ValueError(
                 f"{where}: row_size must be a positive number of elements and needs a bucket_size, got "
@@ -222,6 +236,16 @@ class BucketQuantSpec:
         if self.mix_bit_width is None:
             return (self.bit_width,)
         return (self.bit_width, self.mix_bit_width)
+
+    @property
+    def range_rule(self) -> int:
+        """Number of the scale rule whose ranges kernels compute."""
+        return (MIN_MAX if self.scale_rule.zero_in_range else self.scale_rule).number
+
+    @property
+    def offset_form(self) -> int:
+        """How kernels make the offset from a range: 0: the minimum; 1: rounded; 2: zero in range."""
+        return 2 if self.scale_rule.zero_in_range else int(self.integer_zero_point)
 
     @property
     def affine(self) -> bool:

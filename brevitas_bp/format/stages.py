@@ -38,6 +38,7 @@ from brevitas_bp.format.arithmetic import (
     round_up,
     square_root,
     tree_sum,
+    zero_in_range,
 )
 from brevitas_bp.format.levels import level_of, nearest_level
 from brevitas_bp.format.rotation import rotate, rotate_back, sign_words
@@ -196,6 +197,7 @@ class ScaleRule(Stage):
             in the compute dtype. ``B`` is passed if ``x`` lacks its padding and is too large for
             temporaries. Metadata are rounded outwards, to values that their dtype holds.
         centres: the mean of each bucket is subtracted before the transform, and stored as the offset.
+        zero_in_range: zero is a level of every bucket. Kernels start from the ranges of ``min_max``.
         refit: ``(values [n, B], levels of their codes [n, B]) -> scale [n, 1]`` to store, computed when
             the codes are known; None: the scale that ``measure`` has returned is stored.
     """
@@ -205,6 +207,7 @@ class ScaleRule(Stage):
     signed: bool
     measure: Callable[[Tensor, int, torch.dtype, int | None], tuple[Tensor, Tensor | None]]
     centres: bool = False
+    zero_in_range: bool = False
     refit: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -236,6 +239,18 @@ def _l2(
     return round_up(finite_norm(l2_norm(x, size), peak) / top, metadata_dtype), None
 
 
+def _zero_in_range(
+        x: Tensor, top: int, metadata_dtype: torch.dtype,
+        size: int | None) -> tuple[Tensor, Tensor | None]:
+    """``scale = max(-lo / z, hi / (top - z))`` for the code z of zero, and the offset ``-z * scale``.
+
+    See :func:`~brevitas_bp.format.arithmetic.zero_in_range`.
+    """
+    computed = compute_dtype(x.dtype)
+    return zero_in_range(
+        *(m.to(computed) for m in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))), top)
+
+
 MIN_MAX = ScaleRule("min_max", 0, True, False, False, _min_max)
 MAX = ScaleRule("max", 1, False, False, True, _max)
 L2 = ScaleRule("l2", 2, False, True, True, _l2)
@@ -261,6 +276,10 @@ UNBIASED = ScaleRule("unbiased", 3, False, True, False, _deviation, refit=_unbia
 #: The same for deviations from the mean of the bucket.
 CENTRED = ScaleRule(
     "centred", 4, True, True, False, _deviation, centres=True, refit=_unbiased_scale)
+
+#: Nothing clips, zeros are exact, and rounding is unbiased (PTQ of Chen et al., "A Statistical Framework
+#: for Low-bitwidth Training of Deep Neural Networks", 2020). Needs two bits and float32 metadata.
+ZERO_IN_RANGE = ScaleRule("zero_in_range", 5, True, False, False, _zero_in_range, zero_in_range=True)
 
 
 def _as_they_are(codes: Tensor, noise: Tensor | None, top: int) -> Tensor:

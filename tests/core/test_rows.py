@@ -58,7 +58,7 @@ def test_kernels_and_modules_agree(config: Any, dtype: torch.dtype, shape: tuple
         value, scale, *_ = module(x)
     assert rounded.shape == value.shape == x.shape and rounded.dtype == value.dtype == dtype
     row = x.numel() // x.shape[config.row_dim if "row_dim" in config else 0]
-    if config is PTQ or row % 8 == 0 and (config is not RotatedBHQ or x.numel() % 32 == 0):
+    if config is PTQ or (row % 8 == 0 and (config is not RotatedBHQ or x.numel() % 32 == 0)):
         assert torch.equal(rounded, value)
     if config is PSQ:
         assert ((rounded.double() - x.double()).abs().flatten(1) <= 1.01 * scale.double()).all()

@@ -77,6 +77,9 @@ def _others() -> Iterator[tuple[str, Codec]]:
     yield "rows of 5 x 331", in_rows(codec, Rows(5 * 331, 331))
     for config in (c for c in sorted(quant.act.__all__) if "Int8" in c or "L2" in c):
         yield f"{config}, rows", in_rows(codec_from(getattr(quant, config)), Rows(331, 331))
+    with_zero = quant.ShiftedUint4DynamicGradPerTensorFloatStochastic
+    yield "zero in range", codec_from(with_zero)
+    yield "zero in range, buckets", codec_from(with_zero, bucket_size=64)
     yield "per sample", PerSampleCodec(stochastic, average_bits=2, bucket_size=64)
     yield "per sample, buckets across samples", PerSampleCodec(
         stochastic, average_bits=2.5, bucket_size=96)

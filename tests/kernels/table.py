@@ -27,6 +27,7 @@ from brevitas_bp.format.stages import (
     STOCHASTIC,
     UNBIASED,
     UNSIGNED,
+    ZERO_IN_RANGE,
 )
 from tests.strategies import ROUNDINGS, RULES
 from tests.support import same_bits
@@ -39,6 +40,9 @@ SPECS = [
     if width >= code_range.least_width]
 SPECS += [BucketQuantSpec(2, 256, integer_zero_point=True)]
 SPECS += [
+    BucketQuantSpec(width, size, ZERO_IN_RANGE, rounding=rounding)
+    for width, size, rounding in product((2, 3, 8), (24, 256), ROUNDINGS)]
+SPECS += [
     BucketQuantSpec(base, 24, mix_bit_width=mix, mix_prob=p, mix_per=per)
     for base, mix in ((2, 4), (4, 2), (3, 6), (4, 8)) for p in (0.0, 0.3, 1.0)
     for per in ("bucket", "tensor")]
@@ -49,6 +53,7 @@ LARGE_SPECS = [
         range(1, 9), RULES, (None, 1 << 17), ((NEAREST, torch.bfloat16), (STOCHASTIC, torch.float32)))
     if width >= code_range.least_width]
 LARGE_SPECS += [BucketQuantSpec(2, None, integer_zero_point=True)]
+LARGE_SPECS += [BucketQuantSpec(width, None, ZERO_IN_RANGE) for width in (2, 5)]
 LARGE_SPECS += [
     BucketQuantSpec(2, size, mix_bit_width=5, mix_prob=0.5, mix_per=per)
     for size in (None, 4096) for per in ("bucket", "tensor")]
@@ -85,6 +90,7 @@ UNIT_SPECS += [
         (ROTATED_TWICE, CENTRED, NORMAL, NEAREST), (ROTATED, MIN_MAX, UNSIGNED, DITHERED),
         (NO_TRANSFORM, MIN_MAX, UNSIGNED, DITHERED), (NO_TRANSFORM, MIN_MAX, UNSIGNED, COMPANDED))]
 UNIT_SPECS += [BucketQuantSpec(2, 256, rounding=DITHERED, integer_zero_point=True)]
+UNIT_SPECS += [BucketQuantSpec(3, 256, ZERO_IN_RANGE, rounding=DITHERED)]
 # Dithered buckets that no compiled kernel handles, because they are larger than the cache.
 LARGE_DITHERED_SPECS = [
     BucketQuantSpec(width, size, rule, code_range, DITHERED)

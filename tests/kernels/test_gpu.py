@@ -30,6 +30,7 @@ from brevitas_bp.format.stages import (
     ROTATED_TWICE,
     UNBIASED,
     UNSIGNED,
+    ZERO_IN_RANGE,
     ScaleRule,
 )
 from brevitas_bp.kernels import dispatch
@@ -341,6 +342,7 @@ COMPILED = {
     "2 bits": (torch.float32, BucketQuantSpec(2, 256)),
     "bfloat16": (torch.bfloat16, BucketQuantSpec(3, 512, metadata_dtype=torch.bfloat16)),
     "integer zero point": (torch.float16, BucketQuantSpec(4, 64, integer_zero_point=True)),
+    "zero in range": (torch.float32, BucketQuantSpec(4, 64, ZERO_IN_RANGE)),
     "nearest": (torch.float32, BucketQuantSpec(8, 1024, MAX, NARROW, NEAREST)),
     "two widths": (torch.float32, BucketQuantSpec(2, 256, mix_bit_width=4, mix_prob=0.5)),
     "norm": (torch.float32, BucketQuantSpec(4, 256, L2, NARROW)),

@@ -73,7 +73,7 @@ NORMALIZED = -1
 def encode(
         x: Any, bits: Any, first: Any, begin: Any, end: Any, size: Any, n: Any, mixed: Any,
         multiplier: Any, shift: Any, widths: Any, tops: Any, lowests: Any, rule: Any, bf16: Any,
-        integer: Any, rounding: Any, transform: Any, keys: Any, payload: Any, metadata: Any,
+        form: Any, rounding: Any, transform: Any, keys: Any, payload: Any, metadata: Any,
         derivative: Any, row: Any, per_row: Any, index: Any, shifts: Any, scales_of: Any,
         inner: Any, largest: Any, divides: Any, pads_with_zero: Any, affine: Any) -> None:
     """Encodes buckets ``begin .. end - 1``; ``x`` starts with bucket ``first``, at element ``index``.
@@ -186,7 +186,7 @@ def encode(
                 units[i] = units[i] if known[i] else number(np.nan)
         scales, offsets = high.view(x.dtype), low.view(x.dtype)
         if not by_levels:
-            scales_of_ranges(rule, low, high, top, bf16, integer)
+            scales_of_ranges(rule, low, high, top, bf16, form)
         for i in range(0 if by_levels else count):
             bucket = begin + i
             start, most = place(bucket, first, size, row, per_row)

@@ -23,7 +23,6 @@ from brevitas_bp.kernels.cpu.numbers import (
     FIRST,
     INDEX,
     INNER,
-    INTEGER_ZERO_POINT,
     KINDS,
     LARGEST,
     LAST,
@@ -37,6 +36,7 @@ from brevitas_bp.kernels.cpu.numbers import (
     MULTIPLIER,
     NBYTES,
     NUMEL,
+    OFFSET_FORM,
     PADS_WITH_ZERO,
     PAYLOAD,
     PER_ROW,
@@ -96,7 +96,7 @@ def encoder(computed: torch.dtype) -> Kernel:
             buckets.encode(
                 x, bits, a[FIRST], begin, min(begin + step, last), a[SIZE], a[BUCKETS], a[MIXED],
                 a[MULTIPLIER], a[SHIFT], (a[WIDTH], a[MIX_WIDTH]), (a[TOP], a[MIX_TOP]),
-                (a[LOWEST], a[MIX_LOWEST]), a[RULE], a[BF16] != 0, a[INTEGER_ZERO_POINT] != 0,
+                (a[LOWEST], a[MIX_LOWEST]), a[RULE], a[BF16] != 0, a[OFFSET_FORM],
                 a[ROUNDING], a[TRANSFORM], keys, payload, metadata, a[DERIVATIVE], a[ROW], a[PER_ROW],
                 a[INDEX], shifts, scales, a[INNER], largest, a[DIVIDES] != 0, a[PADS_WITH_ZERO] != 0,
                 a[AFFINE] != 0)

@@ -19,7 +19,15 @@ from brevitas_bp.format.pieces import segments_of
 from brevitas_bp.format.random import noise_keys
 from brevitas_bp.format.reference import Encoded, bucket_shape, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
-from brevitas_bp.format.stages import COMPANDED, DITHERED, L2, MAX, MIN_MAX, NO_TRANSFORM
+from brevitas_bp.format.stages import (
+    COMPANDED,
+    DITHERED,
+    L2,
+    MAX,
+    MIN_MAX,
+    NO_TRANSFORM,
+    ZERO_IN_RANGE,
+)
 from brevitas_bp.kernels.cpu.codes import (
     ROUNDINGS,
     copy_bytes,
@@ -52,7 +60,8 @@ _CHUNK = 1 << 20
 _U = np.uint32
 _NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
 #: The stages that these kernels implement.
-COVERED = ROUNDINGS - {DITHERED, COMPANDED} | CODE_RANGES | {NO_TRANSFORM, MIN_MAX, MAX, L2}
+COVERED = ROUNDINGS - {DITHERED, COMPANDED} | CODE_RANGES | {
+    NO_TRANSFORM, MIN_MAX, MAX, L2, ZERO_IN_RANGE}
 _INTEGERS = {torch.float32: np.int32, torch.float64: np.int64}
 
 
@@ -237,7 +246,7 @@ def _metadata(
     lows, highs = (np.array([key], _INTEGERS[static.computed]) for key in _extremes(part, static))
     tops = np.array([top], number)
     if spec.affine:
-        affine_metadata(lows, highs, tops, static.bf16, spec.integer_zero_point)
+        affine_metadata(lows, highs, tops, static.bf16, spec.offset_form)
         return highs.view(number)[0], lows.view(number)[0]
     peak = number(_peak(lows[0], highs[0]).view(number))
     if not np.isfinite(peak):

@@ -69,11 +69,11 @@ class Launcher:
         common[numbers.WIDTH:numbers.MIX_WIDTH + 1] = array("q", static.widths)
         common[numbers.TOP:numbers.MIX_TOP + 1] = array("q", static.tops)
         common[numbers.LOWEST:numbers.MIX_LOWEST + 1] = array("q", static.lowests)
-        common[numbers.RULE], common[numbers.ROUNDING] = spec.scale_rule.number, spec.rounding.number
+        common[numbers.RULE], common[numbers.ROUNDING] = spec.range_rule, spec.rounding.number
         common[numbers.TRANSFORM] = spec.transform.number
         common[numbers.AFFINE], common[numbers.BF16] = spec.affine, static.bf16
         common[numbers.PADS_WITH_ZERO] = spec.pads_with_zero
-        common[numbers.INTEGER_ZERO_POINT] = spec.integer_zero_point
+        common[numbers.OFFSET_FORM] = spec.offset_form
         common[numbers.NBYTES] = self._payload
         common[numbers.WORDS] = self._metadata * (static.stored.itemsize // 2)
         common[numbers.LIMIT] = _LIMITS[dtype]

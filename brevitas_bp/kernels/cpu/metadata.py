@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from brevitas_bp.format.arithmetic import RANGE_LIMIT
-from brevitas_bp.format.stages import L2, MAX, MIN_MAX
+from brevitas_bp.format.stages import L2, MAX, MIN_MAX, ZERO_IN_RANGE
 from brevitas_bp.kernels.cpu.codes import copy_bytes
 from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
 
 _BF16_MIN = float(torch.finfo(torch.bfloat16).min)
 #: The scale rules that :func:`ranges` and :func:`scales_of_ranges` implement.
-RULES = frozenset({MIN_MAX, MAX, L2})
+RULES = frozenset({MIN_MAX, MAX, L2, ZERO_IN_RANGE})
 _MIN_MAX, _L2 = MIN_MAX.number, L2.number
 
 
@@ -103,7 +103,7 @@ def _round_down_bf16(words: Any, sign: Any) -> None:
 
 
 @jit
-def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: Any) -> None:
+def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, form: Any) -> None:
     """Computes offsets and scales in-place from the extremes of buckets; NaN or Inf give NaN.
 
     Args:
@@ -112,7 +112,7 @@ def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: An
         highest: as ``lowest``, with the largest element. Afterwards the memory holds the scales.
         tops: largest code of each bucket, as floats.
         bf16: whether metadata are bfloat16.
-        integer: whether the offset is a multiple of the scale.
+        form: see ``BucketQuantSpec.offset_form``.
     """
     wide_vectors()
     word, number = lowest.dtype.type, tops.dtype.type
@@ -132,6 +132,9 @@ def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: An
     for i in range(tops.size):
         offsets[i] += number(0)
         scales[i] += number(0)
+    if form == 2:
+        _zero_in_range(offsets, scales, tops)
+        return
     if bf16:
         _round_down_bf16(lowest, 0)
         least = number(_BF16_MIN)
@@ -140,11 +143,36 @@ def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, integer: An
     for i in range(tops.size):
         scales[i] -= offsets[i]
     finish_scales(scales, tops, bf16)
-    if integer:
+    if form == 1:
         for i in range(tops.size):
             inverse = reciprocal(scales[i], tops.dtype)
             if inverse > number(0):
                 offsets[i] = -number(np.rint(-offsets[i] * inverse)) * scales[i] + number(0)
+
+
+@jit
+def _zero_in_range(offsets: Any, scales: Any, tops: Any) -> None:
+    """Turns minima and maxima into offsets and scales, in place: ``arithmetic.zero_in_range``."""
+    number = tops.dtype.type
+    one = number(1)
+    for i in range(tops.size):
+        if math.isnan(offsets[i]):
+            continue
+        top = tops[i]
+        low = number(max(number(0), -offsets[i]) + number(0))
+        high = number(max(number(0), scales[i]) + number(0))
+        below = number(low / top)
+        share = number(below * reciprocal(number(below + number(high / top)), tops.dtype))
+        zero = number(np.floor(number(share * top)))
+        zero = min(max(zero, one), number(top - one))
+        if low == 0:
+            zero = number(0)
+        elif high == 0:
+            zero = top
+        scale = max(number(low / max(zero, one)), number(high / max(number(top - zero), one)))
+        scales[i] = scale
+        usable = scale >= number(np.finfo(tops.dtype).tiny)
+        offsets[i] = number(-zero * scale) + number(0) if usable else number(0)
 
 
 @jit
@@ -170,10 +198,10 @@ def scratch_size(rule: Any, size: Any) -> Any:
 
 @jit
 def scales_of_ranges(
-        rule: Any, first: Any, second: Any, tops: Any, bf16: Any, integer: Any) -> None:
+        rule: Any, first: Any, second: Any, tops: Any, bf16: Any, form: Any) -> None:
     """Turns what :func:`ranges` found into offsets (``first``) and scales (``second``), in place."""
     if rule == _MIN_MAX:
-        affine_metadata(first, second, tops, bf16, integer)
+        affine_metadata(first, second, tops, bf16, form)
     else:
         finish_scales(second.view(tops.dtype), tops, bf16)
         first.view(tops.dtype)[:] = tops.dtype.type(0)

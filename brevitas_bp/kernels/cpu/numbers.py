@@ -16,7 +16,7 @@ small tensor, numba's own way of passing forty arguments takes longer than the k
     # For base and mixed buckets: bits of a code, largest and smallest code.
     WIDTH, MIX_WIDTH, TOP, MIX_TOP, LOWEST, MIX_LOWEST,
     # Numbers of the rows of format.stages, and switches.
-    RULE, ROUNDING, TRANSFORM, AFFINE, PADS_WITH_ZERO, BF16, INTEGER_ZERO_POINT,
+    RULE, ROUNDING, TRANSFORM, AFFINE, PADS_WITH_ZERO, BF16, OFFSET_FORM,
     SEED,
     # Stored bytes: codes (address, bytes); metadata (address, words of 16 bits).
     PAYLOAD, NBYTES, METADATA, WORDS,

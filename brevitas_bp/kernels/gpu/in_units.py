@@ -150,7 +150,7 @@ def encode_in_units_kernel(
         mix_table: tl.tensor, size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr,
         levels: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, top: tl.constexpr,
         mix_top: tl.constexpr, signed: tl.constexpr, affine: tl.constexpr,
-        pads_with_zero: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
+        pads_with_zero: tl.constexpr, rule: tl.constexpr, form: tl.constexpr,
         rounding: tl.constexpr, rotations: tl.constexpr, centres: tl.constexpr,
         by_levels: tl.constexpr, rows: tl.constexpr, units: tl.constexpr, float_format: tl.constexpr,
         metadata_format: tl.constexpr) -> None:
@@ -199,7 +199,7 @@ def encode_in_units_kernel(
     else:
         tops = tl.where(is_mixed, mix_top, top).to(tl.float32)
         scale, inverse, lo, _ = metadata_of(
-            xs, lane, tops, buckets, slice_size, lanes, levels, rule, integer, bf16)
+            xs, lane, tops, buckets, slice_size, lanes, levels, rule, form, bf16)
         index = (bucket * size).to(tl.uint32)[:, None] + lane.to(tl.uint32)
         codes = round_slices(
             xs, lo, inverse, tops, index, k0, k1, signed, affine, rounding, slice_size)

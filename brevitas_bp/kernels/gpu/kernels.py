@@ -61,7 +61,7 @@ def encode_kernel(
         kinds: tl.int64, size: tl.constexpr, buckets: tl.constexpr, lanes: tl.constexpr,
         levels: tl.constexpr, width: tl.constexpr, mix_width: tl.constexpr, top: tl.constexpr,
         mix_top: tl.constexpr, signed: tl.constexpr, affine: tl.constexpr,
-        pads_with_zero: tl.constexpr, rule: tl.constexpr, integer: tl.constexpr,
+        pads_with_zero: tl.constexpr, rule: tl.constexpr, form: tl.constexpr,
         rounding: tl.constexpr, rows: tl.constexpr, units: tl.constexpr, float_format: tl.constexpr,
         metadata_format: tl.constexpr) -> None:
     """Encodes ``buckets`` buckets; ``mix_width`` is 0 if all have one width."""
@@ -87,7 +87,7 @@ def encode_kernel(
 
     tops = tl.where(is_mixed, mix_top, top).to(tl.float32)
     scale, inverse, lo, broken = metadata_of(
-        xs, lane, tops, buckets, slice_size, lanes, levels, rule, integer, metadata_format == _BF16)
+        xs, lane, tops, buckets, slice_size, lanes, levels, rule, form, metadata_format == _BF16)
     exists = bucket < n
     store(metadata + bucket, scale, exists, metadata_format)
     if affine:

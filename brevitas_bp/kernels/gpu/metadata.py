@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from brevitas_bp.format.arithmetic import RANGE_LIMIT
-from brevitas_bp.format.stages import L2, MAX, MIN_MAX
+from brevitas_bp.format.stages import L2, MAX, MIN_MAX, ZERO_IN_RANGE
 from brevitas_bp.kernels.gpu.constants import INF_BITS
 from brevitas_bp.kernels.gpu.floats import (
     float_of,
@@ -27,7 +27,7 @@ _INF_BITS = tl.constexpr(INF_BITS)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 _SLICES = tl.constexpr(8)
 #: The scale rules that :func:`metadata_of` implements.
-RULES = frozenset({MIN_MAX, MAX, L2})
+RULES = frozenset({MIN_MAX, MAX, L2, ZERO_IN_RANGE})
 _MIN_MAX = tl.constexpr(MIN_MAX.number)
 _L2 = tl.constexpr(L2.number)
 
@@ -90,10 +90,24 @@ def reciprocal(scale: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _zero_in_range(lo: tl.tensor, hi: tl.tensor, top: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Returns scale and offset: see ``arithmetic.zero_in_range``."""
+    low, high = tl.maximum(-lo, 0.0) + 0.0, tl.maximum(hi, 0.0) + 0.0
+    below = tl.div_rn(low, top)
+    # Truncation is the floor here. Rounding instructions of floats would flush subnormal numbers.
+    zero = (below * reciprocal(below + tl.div_rn(high, top)) * top).to(tl.int32).to(tl.float32)
+    zero = tl.minimum(tl.maximum(zero, 1.0), top - 1.0)
+    zero = tl.where(low == 0, 0.0, tl.where(high == 0, top, zero))
+    scale = tl.maximum(
+        tl.div_rn(low, tl.maximum(zero, 1.0)), tl.div_rn(high, tl.maximum(top - zero, 1.0)))
+    return scale, tl.where(scale >= _TINY, -zero * scale + 0.0, 0.0)
+
+
+@triton.jit
 def metadata_of(
         xs: tl.tuple, lane: tl.tensor, top: tl.tensor, buckets: tl.constexpr,
         slice_size: tl.constexpr, lanes: tl.constexpr, levels: tl.constexpr, rule: tl.constexpr,
-        integer: tl.constexpr, bf16: tl.constexpr) -> tl.tensor:
+        form: tl.constexpr, bf16: tl.constexpr) -> tl.tensor:
     """Returns scale, its reciprocal, offset, and whether a bucket holds NaN or Inf, each [buckets]."""
     if rule == _MIN_MAX:
         low, high = xs[0], xs[0]
@@ -113,16 +127,20 @@ def metadata_of(
         peak_key = peak_of(xs, lane, slice_size)
         broken = peak_key >= _INF_BITS
         lo = tl.zeros([buckets], tl.float32)
+        hi = lo
         if rule == _L2:
             total = tree_sum(_squares(xs), lane, buckets, slice_size, lanes, levels)
             reach = tl.sqrt(total).to(tl.float32)
         else:
             reach = from_key(peak_key)
-    scale = tl.div_rn(tl.minimum(reach, _LIMIT), top)
+    if form == 2:
+        scale, lo = _zero_in_range(lo, hi, top)
+    else:
+        scale = tl.div_rn(tl.minimum(reach, _LIMIT), top)
     if bf16:
         scale = -round_down_bf16(-scale)
     inverse = reciprocal(scale)
-    if integer:
+    if form == 1:
         rounded = -round_half_even(-lo * inverse)
         lo = tl.where(inverse > 0, rounded * scale + 0.0, lo)
     nan = float_of(tl.full([buckets], _NAN_BITS, tl.int32))

@@ -48,8 +48,8 @@ def encode_options(
     options = {
         **shape_of(size), "levels": _levels(size), "width": width, "mix_width": mix_width,
         "top": codes.top(width), "mix_top": codes.top(mix_width or width), "signed": codes.signed,
-        "affine": spec.affine, "pads_with_zero": spec.pads_with_zero, "rule": spec.scale_rule.number,
-        "integer": spec.integer_zero_point, "rounding": spec.rounding.number,
+        "affine": spec.affine, "pads_with_zero": spec.pads_with_zero, "rule": spec.range_rule,
+        "form": spec.offset_form, "rounding": spec.rounding.number,
         "float_format": FORMATS[dtype], "metadata_format": FORMATS[spec.metadata_dtype], **_LAUNCH}
     if spec.works_in_units:
         options |= {**_unit_options(spec), "centres": spec.scale_rule.centres}
