@@ -247,8 +247,8 @@ def _zero_in_range(
     See :func:`~brevitas_bp.format.arithmetic.zero_in_range`.
     """
     computed = compute_dtype(x.dtype)
-    return zero_in_range(
-        *(m.to(computed) for m in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))), top)
+    lo, hi = (m.to(computed) for m in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
+    return zero_in_range(lo, hi, top)
 
 
 MIN_MAX = ScaleRule("min_max", 0, True, False, False, _min_max)
