@@ -24,6 +24,7 @@ from brevitas_bp.backward.saved import (
     DERIVATIVE,
     FEW_BIT_INPUT,
     NO_CALL,
+    SIGN,
     Call,
     Decision,
     SavedTensor,
@@ -31,6 +32,7 @@ from brevitas_bp.backward.saved import (
 from brevitas_bp.backward.tables import few_bit_codec, with_table
 from brevitas_bp.codec import BitMask, Codec, Copy, codec_from
 from brevitas_bp.codec.base import FLOATS
+from brevitas_bp.codec.regions import sign
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.format.spec import check_bit_width
 
@@ -295,6 +297,8 @@ class OpAware:
         if role == DERIVATIVE:
             return self._widened(
                 _DERIVATIVE._replace(codec=codec, rows=_rows_of_derivative(saved.call)), codec)
+        if role == SIGN:
+            return _SIGN
         if role == FEW_BIT_INPUT:
             rule = rule_of(saved.call.function)
             assert rule is not None and self.few_bit is not None
@@ -338,6 +342,7 @@ _STATISTIC = Decision(None, "statistic: every gradient is multiplied by it")
 _RECOMPUTED_EXACT = Decision(None, "backward recomputes functions of it")
 _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _REPLAYED = Decision(None, "needed to run again")
+_SIGN = Decision(sign(), "sign: gradient exact")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reach="all")
 # The value has the configured width: by measurement, four bits do not lower the noise of whole
 # transformers.

@@ -19,6 +19,7 @@ Reach = Literal["weight", "sum", "norm", "all", "nonlinear"]
 #: Roles of tensors that a rewritten operation saves; see :mod:`brevitas_bp.backward.rewrites`.
 DERIVATIVE = "derivative"
 FEW_BIT_INPUT = "input of a few-bit table"
+SIGN = "sign"
 ATTENTION_INPUT = "attention input"
 ATTENTION_VALUE = "attention value"
 REPLAYED = "replayed"

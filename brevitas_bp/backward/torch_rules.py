@@ -10,6 +10,7 @@ from torch import Tensor
 from brevitas_bp.activations.functions import ACTIVATIONS, Activation
 from brevitas_bp.backward import classes
 from brevitas_bp.backward.attention import ReplayAttention
+from brevitas_bp.backward.losses import SaveLossDerivative
 from brevitas_bp.backward.operations import (
     composite,
     elementwise,
@@ -327,11 +328,14 @@ _register(exact(), """
     linalg_norm linalg_matrix_norm cosine_similarity pairwise_distance
     cdist pdist maximum minimum fmax fmin hypot atan2 lerp addcdiv bilinear local_response_norm
     renorm sinh cosh tan asin acos lgamma digamma erfinv logit logaddexp xlogy sinc remainder fmod""")
+_register(OpRule(exact("a loss").decide, SaveLossDerivative()), """
+    binary_cross_entropy binary_cross_entropy_with_logits smooth_l1_loss soft_margin_loss""")
+_register(OpRule(exact("a loss").decide, SaveLossDerivative("weight")), "mse_loss huber_loss")
+_register(OpRule(exact("a loss").decide, SaveLossDerivative("weight", signs=True)), "l1_loss")
 _register(exact("a loss"), """
-    binary_cross_entropy
-    binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+    kl_div
     gaussian_nll_loss poisson_nll_loss cosine_embedding_loss hinge_embedding_loss
-    margin_ranking_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
+    margin_ranking_loss multi_margin_loss multilabel_margin_loss
     multilabel_soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss ctc_loss""")
 # These operations save bool or integer tensors, or nothing.
 _register(exact("no floating-point tensor is expected"), """
