@@ -14,9 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from brevitas_bp import ModifiedInPlaceError, OpAware
+from brevitas_bp import ModifiedInPlaceError, OpAware, UnsupportedQuantizerError
 from brevitas_bp.codec import Codec, Copy
 from brevitas_bp.codec.shard import ShardCodec, is_partial, shard_of
+from brevitas_bp.grad import QuantGradientWrapper
+from tests.backward.support import Apply
 from tests.distributed.support import Facts, digest, local, wrapper
 
 
@@ -126,5 +128,28 @@ def gathered(folder: Path) -> Facts:
     return errors
 
 
+def losses(folder: Path) -> Facts:
+    """Losses of DTensors run as they are; layers with such weights round no gradients."""
+    mesh, errors = init_device_mesh("cpu", (2,)), {}
+    labels = distribute_tensor(torch.arange(64) % 48, mesh, [Shard(0)])
+    targets = distribute_tensor(torch.ones(64, 48), mesh, [Shard(0)])
+    for name, loss in {
+            "cross entropy": lambda z: F.cross_entropy(z, labels, reduction="sum"),
+            "mse": lambda z: F.mse_loss(z, targets, reduction="sum")}.items():
+        torch.manual_seed(0)
+        z = distribute_tensor(torch.randn(64, 48), mesh, [Shard(0)]).requires_grad_()
+        found = [torch.autograd.grad(model(z), z)[0] for model in (loss, wrapper()(Apply(loss)))]
+        errors[name] = float(local((found[0] - found[1]).abs().max()))
+    layer = nn.Linear(48, 8)
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
+    layer.bias = nn.Parameter(distribute_tensor(layer.bias.detach(), mesh, [Replicate()]))
+    try:
+        QuantGradientWrapper(layer)(distribute_tensor(torch.ones(4, 48), mesh, [Replicate()]))
+    except UnsupportedQuantizerError as error:
+        errors["gradients"] = str(error)
+    return errors
+
+
 SCENARIOS = {
-    "tp shards": shards, "tp once": once, "tp change": change, "tp gathered": gathered}
+    "tp losses": losses, "tp shards": shards, "tp once": once, "tp change": change,
+    "tp gathered": gathered}

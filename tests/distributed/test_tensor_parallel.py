@@ -96,6 +96,12 @@ def test_a_kept_dtensor_is_watched(facts: dict[str, list[Facts]]) -> None:
         assert found["encoded"] == ""
 
 
+def test_losses_of_dtensors_run_as_they_are(facts: dict[str, list[Facts]]) -> None:
+    for found in facts["tp losses"]:
+        assert (found["cross entropy"], found["mse"]) == (0, 0)
+        assert "works on DTensors" in found["gradients"]
+
+
 def test_derivatives_of_what_a_collective_makes(facts: dict[str, list[Facts]]) -> None:
     for found in facts["tp gathered"]:
         # Two processes add up: one of 255 steps each, of a range below 1.3.
