@@ -24,6 +24,7 @@ from variants import quantizer, saved_bytes
 WAYS: dict[str, tuple[int, bool, OpAware]] = {
     "2 bits, stochastic, q and k exact": (2, True, OpAware(attention_bits=None)),
     "2 bits": (2, False, OpAware()),
+    "2 bits, factors 3, q and k 7": (2, False, OpAware(multiplier_bits=3, attention_bits=7)),
     "1 bit, norms 2": (1, False, OpAware(norm_bits=2)),
     "1 bit": (1, False, OpAware()),
     "1 bit, factors 3": (1, False, OpAware(multiplier_bits=3))}
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", default=",".join(TASKS))
     parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     cells = []
@@ -41,7 +43,8 @@ def main() -> None:
         make, batch = TASKS[name]
         task = make(batch, 32)
         exact = saved_bytes(QuantBackwardWrapper(task.model, policy="exact"), task.inputs)
-        for way, (bits, stochastic, policy) in WAYS.items():
+        for way in options.ways:
+            bits, stochastic, policy = WAYS[way]
             model = QuantBackwardWrapper(task.model, quantizer(bits, stochastic), policy=policy)
             stored = saved_bytes(model, task.inputs)
             total = measure_gradient_error(
