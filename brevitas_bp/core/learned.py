@@ -35,7 +35,8 @@ def granularities(dims: int) -> list[str]:
 
 
 def scale_shape(
-        where: str, granularity: str, shape: tuple[int, ...], transposed: bool = False) -> tuple[int, ...]:
+        where: str, granularity: str, shape: tuple[int, ...],
+        transposed: bool = False) -> tuple[int, ...]:
     """Returns the shape of the scale of a parameter.
 
     | granularity | Linear (out, in) | Conv2d (out, in, height, width) |
@@ -199,7 +200,7 @@ class LearnedFloor(NestedFloor):
 
 
 class SmallestBitWidth(nn.Module):
-    """Computes the smallest width of signed integers that holds all of a tensor. Fills ``bit_width_impl``.
+    """Computes the smallest signed width that holds all integers. Fills ``bit_width_impl``.
 
     At least 2 bits. The result is a 0-d float tensor, so nothing waits for a device.
 
@@ -214,7 +215,8 @@ class SmallestBitWidth(nn.Module):
         """Returns the width [0-d] for float integers of any shape."""
         if integers.numel() == 0:
             return integers.new_full((), 2.0)
-        low, high = integers.aminmax()
+        # In float32, -low - 1 would be rounded from 2**24 on.
+        low, high = (bound.double() for bound in integers.aminmax())
         # n bits and a sign hold -2**n .. 2**n - 1. frexp gives the number of bits exactly.
         magnitude = torch.maximum(high, -low - 1)
         return (torch.frexp(magnitude).exponent.to(integers.dtype) + 1).clamp(min=2)

@@ -30,8 +30,8 @@ def check_lam(where: str, lam: float | None) -> float | None:
             f"{lam!r} ({type(lam).__name__})")
     if not 0 <= lam < math.inf:
         raise ValueError(
-            f"{where}: lam must be >= 0 and finite, got {lam!r}; 0 leaves the scales as they are, larger "
-            "values make them grow")
+            f"{where}: lam must be >= 0 and finite, got {lam!r}; 0 leaves the scales as they are, "
+            "larger values make them grow")
     return float(lam)
 
 
@@ -42,12 +42,13 @@ def check_shapes(where: str, x: Tensor, scale: Tensor) -> None:
         ValueError: the shapes do not fit.
     """
     fits = scale.dim() == 0 or (
-        scale.dim() == x.dim() and all(k in (1, n) for k, n in zip(scale.shape, x.shape)))
+        scale.dim() == x.dim() > 1 and sum(k != 1 for k in scale.shape) <= 1
+        and all(k in (1, n) for k, n in zip(scale.shape, x.shape)))
     if not fits:
         raise ValueError(
-            f"{where}: a scale must be a single number or have the size 1 or that of the tensor in each "
-            f"dimension, got a scale {list(scale.shape)} for a tensor {list(x.shape)}; a scale belongs "
-            "to the tensor that it was made for")
+            f"{where}: a scale must be a single number, or have the size of the tensor in one dimension "
+            f"and size 1 in the others, got a scale {list(scale.shape)} for a tensor {list(x.shape)}; a "
+            "scale belongs to the tensor that it was made for")
 
 
 def positive(scale: Tensor) -> Tensor:
@@ -162,8 +163,8 @@ def nested_floor(x: Tensor, scale: Tensor, lam: float | None, unanimity: bool = 
     None the scale gets no gradient. Everything is computed in float32 (float64 if an argument is), and
     the result has the dtype of ``x``.
 
-    The result is **biased**: it is at most ``x``, and ``s / 2`` less on average if ``x / s`` spreads over
-    its fractions evenly. [0, s) becomes 0 and [-s, 0) becomes -s.
+    The result is **biased**: it is at most ``x``, and ``s / 2`` less on average if ``x / s`` spreads
+    over its fractions evenly. [0, s) becomes 0 and [-s, 0) becomes -s.
 
     Args:
         x: parameters, any shape and float dtype.

@@ -2,7 +2,7 @@
 
 from brevitas.quant.solver.act import ActQuantSolver
 
-from brevitas_bp.quant import act
+from brevitas_bp.quant import act, learned
 from brevitas_bp.quant.act import *  # noqa: F403
 from brevitas_bp.quant.base import (
     BucketQuant,
@@ -21,9 +21,11 @@ from brevitas_bp.quant.base import (
     StochasticRounding,
     TwoBitWidth,
 )
+from brevitas_bp.quant.learned import *  # noqa: F403
 
 __all__ = [
     "ActQuantSolver", "BucketQuant", "DitheredRounding", "GroupAverage", "PerBucketL2", "PerBucketMax",
     "PerBucketMinMax", "PerBucketNormal", "PerTensorL2", "PerTensorMax", "PerTensorMinMax",
     "RotatedBuckets", "RunningRange", "SignMagnitude", "StochasticRounding", "TwoBitWidth"]
 __all__ += act.__all__
+__all__ += learned.__all__

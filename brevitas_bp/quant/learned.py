@@ -51,8 +51,8 @@ class SolveLearnedFloor(SolveDtypeDeviceFromTrackedParameterList):
             f"{quant_type}; use Brevitas' own binary or ternary quantizers")
 
     @value
-    def scale_shape(  # noqa: D102
-            granularity: str,  # noqa: N805
+    def scale_shape(
+            granularity: Any,  # noqa: N805
             tracked_parameter_list: Any, module: Any) -> tuple[int, ...]:
         modules = module if isinstance(module, tuple) else (module,)
         shapes = [

@@ -6,7 +6,7 @@ from brevitas.inject.enum import FloatToIntImplType
 from brevitas.proxy import BiasQuantProxyFromInjector, WeightQuantProxyFromInjector
 from brevitas.quant_tensor import IntQuantTensor
 from brevitas.quant_tensor.base_quant_tensor import _unpack_quant_tensor
-from torch import Tensor, nn
+from torch import nn
 
 from brevitas_bp.core.learned import NestedFloor
 from brevitas_bp.errors import UnknownNameError, nearest
@@ -46,14 +46,14 @@ class PerInputIntQuantTensor(IntQuantTensor):
     @classmethod
     def __torch_function__(
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*_unpack_quant_tensor(args), **_unpack_quant_tensor(kwargs or {}))
+        plain: Any = _unpack_quant_tensor(kwargs or {})
+        return func(*_unpack_quant_tensor(args), **plain)
 
 
 class _KeepsItsQuantizer:
     """Keeps the learned scale when Brevitas would build a new one: ``load_state_dict``, sharing."""
 
     tensor_quant: Any
-    tracked_parameter_list: list[Tensor]
 
     @property
     def requires_export_handler(self) -> bool:
@@ -63,10 +63,10 @@ class _KeepsItsQuantizer:
     def init_tensor_quant(self, preserve_state_dict: bool = False) -> None:
         """Builds the quantizer unless there is one whose scale fits.
 
-        A new one would not be the one whose parameter the optimizer holds, and would have lost its dtype.
+        The optimizer would not hold the parameter of a new one, which would have lost its dtype too.
         """
         quantizer = _uncompiled(self.tensor_quant)
-        tensors = self.tracked_parameter_list
+        tensors: Any = self.tracked_parameter_list  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(quantizer, NestedFloor) and tensors:
             config: Any = self.quant_injector  # pyright: ignore[reportAttributeAccessIssue]
             shape = tuple(config.let(tracked_parameter_list=tensors).scale_shape)

@@ -96,7 +96,7 @@ def zipped_nbytes(tensors: Mapping[str, Any]) -> int:
 
 @torch.no_grad()
 def export_integers(model: nn.Module) -> ExportedIntegers:
-    """Returns the learned tensors of ``model`` as integers and scales, on the CPU, and all other tensors.
+    """Returns the learned tensors of ``model`` as integers and scales, and all other tensors; on the CPU.
 
     Raises:
         ValueError: no learned tensors, or NaN or Inf in one.
@@ -121,9 +121,10 @@ def export_integers(model: nn.Module) -> ExportedIntegers:
     others = {
         key: _on_cpu(value) for key, value in model.state_dict().items()
         if key not in keys and not key.startswith(own)}
+    named = {place.name: tensor for place, tensor in placed.items()}
     return ExportedIntegers(
-        {place.name: _on_cpu(integers_of(where, place.name, tensor)) for place, tensor in placed.items()},
-        {place.name: _on_cpu(_wide_scale(tensor)) for place, tensor in placed.items()},
+        {name: _on_cpu(integers_of(where, name, tensor)) for name, tensor in named.items()},
+        {name: _on_cpu(_wide_scale(tensor)) for name, tensor in named.items()},
         others)
 
 

@@ -1,4 +1,4 @@
-"""The integers of learned tensors: their smallest type, and a report of how many distinct ones there are."""
+"""The integers of learned tensors: their smallest type, and a report of the distinct ones."""
 
 from dataclasses import dataclass
 
@@ -37,8 +37,8 @@ def smallest_integers(where: str, integers: Tensor) -> Tensor:
         if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
             return integers.to(dtype)
     raise OverflowError(
-        f"{where}: integers must fit in 32 bits, got {low:.0f} to {high:.0f}; the scale is too small for "
-        "these parameters: train it further, or start with a larger scale_init")
+        f"{where}: integers must fit in 32 bits, got {low:.0f} to {high:.0f}; the scale is too small "
+        "for these parameters: train it further, or start with a larger scale_init")
 
 
 def bits_of(low: int, high: int) -> int:

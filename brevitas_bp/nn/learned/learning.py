@@ -131,10 +131,6 @@ def _shape(entry: _Entry, granularity: str) -> tuple[int, ...]:
         raise ValueError(
             f"{where} is quantized by Brevitas already; build the layer with {attribute}_quant=None, or "
             f"with a learned config of brevitas_bp.quant as its {attribute}_quant")
-    if isinstance(module, nn.RNNBase):
-        raise ValueError(
-            f"{where} belongs to {type(module).__name__}, which reads its weights past any "
-            "parametrization, so that nothing would be quantized; use RNN cells, or exclude it")
     if not x.is_floating_point() or x.numel() == 0:
         raise ValueError(
             f"{where} must be a float tensor with elements, got {x.dtype} {list(x.shape)}; exclude it")

@@ -18,6 +18,7 @@ _MARK = "learned_scales"
 
 def parameter_groups(
         model: nn.Module, *, scale_lr: float | None = None,
+        scale_betas: tuple[float, float] | None = None,
         eps: float = KERAS_EPSILON) -> list[dict[str, Any]]:
     """Returns the parameters in two groups for an optimizer: all but the scales, and the scales.
 
@@ -30,6 +31,9 @@ def parameter_groups(
     Args:
         model: a model with learned tensors.
         scale_lr: learning rate of the scales; None: that of the optimizer.
+        scale_betas: Adam's decay rates for the scales; None: those of the optimizer. The first gradients
+            of a penalty are huge (``1 / s**2`` is 7e9), and Adam remembers their squares for about
+            ``1 / (1 - beta2)`` steps. In a short training, a smaller beta2 lets gamma have an effect.
         eps: epsilon of the optimizer, for Adam and its relatives. Other optimizers ignore it.
 
     Raises:
@@ -52,6 +56,8 @@ def parameter_groups(
         "params": list(scales.values()), "eps": eps, "weight_decay": 0.0, _MARK: True}
     if scale_lr is not None:
         of_scales["lr"] = scale_lr
+    if scale_betas is not None:
+        of_scales["betas"] = scale_betas
     return [{"params": others, "eps": eps}, of_scales]
 
 
@@ -83,7 +89,8 @@ def _clamp(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def adam(
-        model: nn.Module, *, lr: float, scale_lr: float | None = None, eps: float = KERAS_EPSILON,
+        model: nn.Module, *, lr: float, scale_lr: float | None = None,
+        scale_betas: tuple[float, float] | None = None, eps: float = KERAS_EPSILON,
         **options: Any) -> Adam:
     """Returns Adam as the thesis uses it: ``eps = 1e-7``, and positive scales.
 
@@ -95,13 +102,15 @@ def adam(
         model: a model with learned tensors.
         lr: learning rate.
         scale_lr: see :func:`parameter_groups`.
+        scale_betas: see :func:`parameter_groups`.
         eps: see :func:`parameter_groups`.
         options: further arguments of ``torch.optim.Adam``.
 
     Raises:
         ValueError: no learned tensors.
     """
-    optimizer = Adam(parameter_groups(model, scale_lr=scale_lr, eps=eps), lr=lr, **options)
+    groups = parameter_groups(model, scale_lr=scale_lr, scale_betas=scale_betas, eps=eps)
+    optimizer = Adam(groups, lr=lr, **options)
     keep_scales_positive(optimizer)
     return optimizer
 
@@ -118,8 +127,8 @@ def ratio_gradients(model: nn.Module) -> None:
     * with gradients that are accumulated over several passes, or averaged over processes (DDP),
     * if a weight is used several times in a forward pass.
 
-    Scales without a rule (``lam=None``) and parameters without a gradient are left as they are. Gradients
-    that penalties gave to scales with a rule are replaced.
+    Scales without a rule (``lam=None``) and parameters without a gradient are left as they are.
+    Gradients that penalties gave to scales with a rule are replaced.
 
     Raises:
         ValueError: no learned tensors.

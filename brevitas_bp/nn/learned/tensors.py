@@ -61,8 +61,8 @@ def _of_module(module: nn.Module) -> Iterator[LearnedTensor]:
     elif isinstance(module, ParameterQuantProxyFromInjector):
         quantizer: Any = getattr(module.tensor_quant, "_orig_mod", module.tensor_quant)
         if isinstance(quantizer, NestedFloor):
-            for parameter in module.tracked_parameter_list:
-                yield LearnedTensor(parameter, quantizer)
+            parameters: Any = module.tracked_parameter_list
+            yield from (LearnedTensor(parameter, quantizer) for parameter in parameters)
 
 
 def learned_tensors(where: str, model: nn.Module) -> list[LearnedTensor]:
