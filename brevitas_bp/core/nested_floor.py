@@ -117,17 +117,19 @@ def ratio_gradient(
     if x.numel() == 0:
         return torch.zeros_like(scale)
     integers = nested_integers(x, scale)
-    values = _values(integers, scale, integers.dtype).abs()
-    ratio = gradient.to(integers.dtype).abs() / torch.where(values == 0, EPSILON, values)
-    above = ratio >= lam
-    vote = torch.where(above, 0.0, -torch.tanh(lam - ratio))
+    # Values that are not 0 are at least LEAST_SCALE. This is faster than torch.where.
+    values = _values(integers, scale, integers.dtype).abs().clamp(min=EPSILON)
+    # What a ratio lacks to lam: 0 for those that do not vote.
+    lacking = (lam - gradient.to(integers.dtype).abs() / values).clamp(min=0)
     single = scale.dim() == 0
     dims = [d for d in range(x.dim()) if single or scale.shape[d] == 1]
+    # tanh(v) = v - v**3 / 3 is v in floating point, if v is small.
+    rounded_off = lam**2 / 3 < torch.finfo(integers.dtype).eps / 4
+    votes = (lacking if rounded_off else lacking.tanh()).mean(dims, keepdim=True)
     if unanimity:
-        unanimous = above.to(torch.uint8).amin(dims, keepdim=True).bool()
-        vote = torch.where(unanimous, -math.tanh(lam), vote)
-    mean, largest = vote.mean(dims, keepdim=True), integers.abs().amax(dims, keepdim=True)
-    return (mean * largest).reshape(scale.shape).to(scale.dtype)
+        votes = torch.where(lacking.amax(dims, keepdim=True) == 0, math.tanh(lam), votes)
+    largest = integers.abs().amax(dims, keepdim=True)
+    return -(votes * largest).reshape(scale.shape).to(scale.dtype)
 
 
 class _NestedFloor(torch.autograd.Function):

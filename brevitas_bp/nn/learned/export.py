@@ -96,7 +96,7 @@ def zipped_nbytes(tensors: Mapping[str, Any]) -> int:
 
 @torch.no_grad()
 def export_integers(model: nn.Module) -> ExportedIntegers:
-    """Returns the learned tensors of ``model`` as integers and scales, and all other tensors; on the CPU.
+    """Returns the learned tensors of ``model`` as integers and scales, and all other tensors, on CPU.
 
     Raises:
         ValueError: no learned tensors, or NaN or Inf in one.
