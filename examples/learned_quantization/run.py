@@ -26,7 +26,7 @@ from figures import draw_lam, draw_pareto
 from files import append_json_line, write_atomically
 from plan import DIGITS, FASHION, Run, plan
 from summary import summary
-from training import FloatNetworks, train
+from training import FloatNetworks, images, train
 
 
 class Results:
@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="start no run after this time")
+    parser.add_argument("--limit", type=int, help="stop after so many runs")
     parser.add_argument("--markdown", action="store_true", help="print the tables for a page")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -97,7 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(options.out / "results.jsonl")
     floats, end = FloatNetworks(folder), time.monotonic() + (options.seconds or float("inf"))
     try:
-        for run in with_progress([run for run in runs if not results.holds(run)]):
+        for setting in settings:
+            images(setting, folder)
+        for run in with_progress([run for run in runs if not results.holds(run)][: options.limit]):
             if time.monotonic() > end:
                 break
             results.add(run, train(run, folder, floats))
