@@ -18,7 +18,11 @@ COLORS = {
     "Difference": "#8d5fb0",
 }
 NAMES = {"lam": "gradient ratio (lam)", "InverseScale": "Inverse"}
-STARTS = {"scratch": "trained from scratch", "trained": "after training without quantization"}
+#: Start of the runs -> title of their panel, and what the dotted line is.
+STARTS = {
+    "scratch": ("trained from scratch", "without quantization"),
+    "trained": ("trained on with quantization", "before quantization"),
+}
 
 
 def _finish(axes: Axes, title: str) -> None:
@@ -51,7 +55,7 @@ def draw_pareto(rows: list[Row], path: Path) -> None:
     found = groups(rows)
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, (start, title) in zip(panels, STARTS.items(), strict=True):
+    for axes, (start, (title, line)) in zip(panels, STARTS.items(), strict=True):
         reference: list[float] = []
         for method, color in COLORS.items():
             by = found.get(("fashion-mnist", method, "row", start, False))
@@ -60,13 +64,13 @@ def draw_pareto(rows: list[Row], path: Path) -> None:
                 reference += [100 * mean(seeds, "float_accuracy") for seeds in by.values()]
         if reference:
             axes.axvline(
-                fmean(reference), color=MUTED, linestyle=":", linewidth=1, label="without quantization"
+                fmean(reference), color=MUTED, linestyle=":", linewidth=1, zorder=1, label=line
             )
         axes.set_yscale("log")
         axes.set_xlabel("test accuracy (%)", fontsize=9, color=MUTED)
         _finish(axes, f"Fashion-MNIST, {title}")
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
     panels[0].set_ylabel("distinct integers, all tensors together", fontsize=9, color=MUTED)
-    panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
