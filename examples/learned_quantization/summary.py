@@ -38,9 +38,17 @@ def mean(rows: list[Row], name: str) -> float:
 
 
 def spread(rows: list[Row], name: str) -> str:
-    """Return "a to b" over seeds."""
+    """Return "a to b" over seeds, or "a" if all are equal."""
     values = [row[name] for row in rows]
-    return f"{min(values):,} to {max(values):,}"
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def accuracy(rows: list[Row]) -> str:
+    """Return the mean accuracy over seeds, and the range if there are several."""
+    values = [100 * row["accuracy"] for row in rows]
+    between = f" ({min(values):.1f} to {max(values):.1f})" if len(rows) > 1 else ""
+    return f"{fmean(values):.1f} %{between}"
 
 
 def summary(rows: list[Row], markdown: bool) -> None:
@@ -51,7 +59,8 @@ def summary(rows: list[Row], markdown: bool) -> None:
         "scales move by",
         "granularity",
         "strength",
-        "accuracy (float)",
+        "accuracy",
+        "float",
         "distinct integers",
         "bits",
         "zipped KiB (floats)",
@@ -67,7 +76,8 @@ def summary(rows: list[Row], markdown: bool) -> None:
                     method + (", 2-bit activations" if wrapped else ""),
                     granularity,
                     f"{strength:g}",
-                    f"{mean(seeds, 'accuracy'):.1%} ({mean(seeds, 'float_accuracy'):.1%})",
+                    accuracy(seeds),
+                    f"{100 * mean(seeds, 'float_accuracy'):.1f} %",
                     spread(seeds, "distinct"),
                     spread(seeds, "bits"),
                     f"{mean(seeds, 'zipped_integers') / 1024:.1f} "
@@ -75,4 +85,4 @@ def summary(rows: list[Row], markdown: bool) -> None:
                     str(len(seeds)),
                 ]
             )
-    show_table(titles, cells, markdown, width=160)
+    show_table(titles, cells, markdown, width=180)
