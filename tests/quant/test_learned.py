@@ -214,3 +214,20 @@ def test_exact_gradients_in_the_wrapper() -> None:
     assert len(plain) == 6
     for ours, exact in zip(gradients(QuantBackwardWrapper(net, policy="exact")), plain):
         assert torch.equal(ours, exact)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_a_compiled_layer_has_the_same_gradients() -> None:
+    torch._dynamo.reset()
+    layer = linear(weight_lam=0.1)
+
+    def gradients(model: Any) -> list[Tensor]:
+        layer.zero_grad()
+        model(X).square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+
+    plain = gradients(layer)
+    ours = gradients(torch.compile(layer, backend="aot_eager", fullgraph=True))
+    assert len(plain) == 4 and all(torch.equal(a, b) for a, b in zip(ours, plain))
