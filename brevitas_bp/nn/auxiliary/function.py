@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp.errors import SecondDerivativeError
-from brevitas_bp.nn.auxiliary.maps import LinearMap
+from brevitas_bp.nn.auxiliary.maps import Gradients, LinearMap
 
 
 class Auxiliary(Protocol):
@@ -62,22 +62,47 @@ class _WithAuxiliary(torch.autograd.Function):
         Under autocast the output has a shorter dtype than the weight. The ordinary layer computes its
         gradients in that dtype too.
         """
-        if torch.is_grad_enabled():
-            raise SecondDerivativeError(
-                "brevitas_bp.nn: backward of an auxiliary layer was called with create_graph=True, but "
-                "its gradient of the weight is an approximation, which has no meaningful derivative; "
-                "use ordinary layers where you differentiate twice")
         grad = grads[0]
         weight, *stored = ctx.saved_tensors
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        a = ctx.auxiliary.restored(stored, grad.dtype).to(grad.dtype) if needed[1] else None
-        found = ctx.linear_map.gradients(grad, a, weight.to(grad.dtype), ctx.shape, needed)
-        of_x = None if found.x is None else found.x.to(ctx.dtype)
-        of_weight = None if found.weight is None else found.weight.to(weight.dtype)
-        if of_weight is not None and ctx.auxiliary.factor != 1:
-            of_weight = of_weight * ctx.auxiliary.factor
-        of_bias = None if found.bias is None else found.bias.to(ctx.bias_dtype)
-        return of_x, of_weight, of_bias, None, None, *[None] * ctx.count
+        with torch.no_grad():
+            found = _gradients(ctx, grad, weight, stored, needed)
+        if torch.is_grad_enabled():
+            # A graph of backward is being made: nobody may go through it here.
+            found = Gradients(*(g if g is None else _OnlyOnce.apply(g, grad, weight) for g in found))
+        return *found, None, None, *[None] * ctx.count
+
+
+def _gradients(
+        ctx: Any, grad: Tensor, weight: Tensor, stored: Sequence[Tensor],
+        needed: tuple[bool, bool, bool]) -> Gradients:
+    """Returns the gradients, in the dtypes of input, weight and bias."""
+    a = ctx.auxiliary.restored(stored, grad.dtype).to(grad.dtype) if needed[1] else None
+    found = ctx.linear_map.gradients(grad, a, weight.to(grad.dtype), ctx.shape, needed)
+    dtypes = ctx.dtype, weight.dtype, ctx.bias_dtype
+    of_x, of_weight, of_bias = (g if g is None else g.to(d) for g, d in zip(found, dtypes))
+    if of_weight is not None and ctx.auxiliary.factor != 1:
+        of_weight = of_weight * ctx.auxiliary.factor
+    return Gradients(of_x, of_weight, of_bias)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Returns a gradient as it is, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(gradient: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise SecondDerivativeError(
+            "brevitas_bp.nn: a gradient that went through an auxiliary layer is differentiated, but the "
+            "layer's gradient of the weight is an approximation, which has no meaningful derivative; "
+            "use ordinary layers where you differentiate twice")
 
 
 def apply(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import disable
+from torch.compiler import disable, is_compiling
 from torch.nn import functional as F
 
 from brevitas_bp.backward.rows import RowsOf, convolved, last_dimension
@@ -12,7 +12,7 @@ from brevitas_bp.backward.saved import Call
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.nn.auxiliary.function import apply
 from brevitas_bp.nn.auxiliary.maps import Convolution, LinearMap, Product
-from brevitas_bp.nn.auxiliary.run import ITSELF, AuxiliaryRun, uses_codec_in_graph
+from brevitas_bp.nn.auxiliary.run import ITSELF, AuxiliaryRun
 
 _PRODUCT = Product()
 # A convolution of images in one group: rows of its input are samples.
@@ -133,7 +133,7 @@ ResidualLayer = AuxiliaryResidualConv2d | AuxiliaryResidualLinear
 
 
 def _forward(layer: ResidualLayer, x: Tensor, linear_map: LinearMap, rows: RowsOf) -> Tensor:
-    if uses_codec_in_graph(layer.run):
+    if layer.run.leaves_graphs and is_compiling():
         return _forward_in_python(layer, x, linear_map, rows)
     if not layer.weight.requires_grad:
         # Without a gradient of the weight, no auxiliary activation is needed.

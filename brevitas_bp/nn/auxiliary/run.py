@@ -1,14 +1,14 @@
 """A run of layers that share one auxiliary tensor: the input of the run."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import disable, is_compiling
 
 from brevitas_bp.backward.noise import Noise
 from brevitas_bp.backward.rows import RowsOf
@@ -21,6 +21,14 @@ from brevitas_bp.nn.auxiliary.payloads import restored, tensors_of, without_tens
 _WHERE = "brevitas_bp.nn.AuxiliaryRun"
 # Stands for the network, which the noise asks for its group of processes.
 _NOTHING = nn.Module()
+
+
+def _call(function: Callable[..., None], *arguments: Any) -> None:
+    function(*arguments)
+
+
+#: Calls a function that Dynamo must not trace.
+_in_python: Any = disable(_call)
 
 
 class Itself:
@@ -120,6 +128,11 @@ class AuxiliaryRun:
         self._state = _State()
 
     @property
+    def leaves_graphs(self) -> bool:
+        """Whether compiled graphs end before all that the run does: Dynamo cannot trace a codec."""
+        return self.codec is not None
+
+    @property
     def is_open(self) -> bool:
         """Whether it has begun in this thread, and has not ended."""
         return self._state.is_open
@@ -131,6 +144,9 @@ class AuxiliaryRun:
             RuntimeError: the run is open already.
             TypeError: ``x`` is not a tensor of floats.
         """
+        if self.leaves_graphs and is_compiling():
+            _in_python(self.begin, x)
+            return
         state = self._state
         if state.is_open:
             raise RuntimeError(
@@ -152,6 +168,9 @@ class AuxiliaryRun:
         Raises:
             RuntimeError: the run is not open.
         """
+        if self.leaves_graphs and is_compiling():
+            _in_python(self.end)
+            return
         if not self._state.is_open:
             raise RuntimeError(
                 f"{_WHERE}: {self._name} ends, but it has not begun. Its first block did not run before "
@@ -160,6 +179,9 @@ class AuxiliaryRun:
 
     def reset(self) -> None:
         """Drops the auxiliary tensor, if any: for runs that an exception has interrupted."""
+        if self.leaves_graphs and is_compiling():
+            _in_python(self.reset)
+            return
         state = self._state
         state.is_open, state.a, state.stored = False, None, None
 
@@ -240,8 +262,3 @@ class AuxiliaryRun:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _state=_State())
-
-
-def uses_codec_in_graph(run: AuxiliaryRun) -> bool:
-    """Whether Dynamo is tracing, and would meet a codec, which it cannot trace."""
-    return run.codec is not None and is_compiling()
