@@ -12,7 +12,8 @@ def resnet_runs(network: nn.Module, blocks_per_run: int | None = 2) -> list[list
     """Returns the runs of a residual network: lists of names of blocks that share an auxiliary tensor.
 
     A block is a module with convolutions ``conv1`` and ``conv2`` and an attribute ``downsample``, as
-    ``BasicBlock`` and ``Bottleneck`` of torchvision and timm. Blocks must run in the order in which the
+    ``BasicBlock`` and ``Bottleneck`` of torchvision and timm. Blocks with pre-activation do not count:
+    their convolutions do not read the input of the block. Blocks must run in the order in which the
     network lists them. A block with ``downsample`` changes the shape, so it is the last of its run. It
     still reads an input of the old shape, so a run may go on into the next stage: ResNet-18 gives runs
     of at most 3, 2, 2 and 1 blocks.
@@ -48,8 +49,9 @@ def resnet_runs(network: nn.Module, blocks_per_run: int | None = 2) -> list[list
     found = [run for run in runs if run]
     if not found:
         raise ValueError(
-            f"{_WHERE}: {type(network).__name__} has no block with conv1, conv2 and downsample; "
-            "describe its runs yourself, as lists of block names in the order in which they run")
+            f"{_WHERE}: {type(network).__name__} has no block that begins with conv1, a convolution "
+            "that reads the input of its block, and has conv2 and downsample; describe the runs "
+            "yourself, as lists of block names in the order in which they run")
     return found
 
 
@@ -69,5 +71,10 @@ def input_layers(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return hasattr(module, "downsample") and all(
-        isinstance(getattr(module, name, None), nn.Conv2d) for name in ("conv1", "conv2"))
+    if not hasattr(module, "downsample") or not all(
+            isinstance(getattr(module, name, None), nn.Conv2d) for name in ("conv1", "conv2")):
+        return False
+    # Blocks with pre-activation normalize first, and conv1 does not read their input.
+    parts = [name for name, _ in module.named_children() if name != "downsample"]
+    return not any("norm" in type(getattr(module, name)).__name__.lower()
+                   for name in parts[:parts.index("conv1")])
