@@ -260,3 +260,20 @@ def test_compiled_signs_take_a_bit(fresh_graphs: Any) -> None:
     assert bits == [4 * 4 * 256 // 8, 4 * 4 * 256 // 8, 4 * 784 // 8] and y.requires_grad
     parameters = {p.data_ptr() for p in net.parameters()}
     assert all(t.dtype == torch.uint8 or t.data_ptr() in parameters for t in found)
+
+
+@pytest.mark.filterwarnings(_DYNAMO)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.Identity()], ids=str)
+def test_compiled_and_wrapped_signs_are_those_of_the_true_input(
+        activation: nn.Module, fresh_graphs: Any) -> None:
+    """A graph may compute signs again from a rounded activation; rounding must not change them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 64), activation, AuxiliarySignLinear(64, 8))
+    x = torch.randn(256, 64)
+    expected = gradients(net, x)["2.weight"]
+    model = QuantBackwardWrapper(torch.compile(net, backend="aot_eager"), seed=1)
+    # Whole sums of signs times one gradient: a single flipped sign would be seen.
+    gradients(model, x)
+    found: Any = net[2].weight.grad
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
