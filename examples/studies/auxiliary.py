@@ -2,21 +2,22 @@
 
     python examples/studies/auxiliary.py [--data FOLDER] [--minutes 5] [--markdown]
 
-Prints bytes saved for backward (ResNet-18, and a transformer that normalizes last), and learning
-indicators at initialization. With ``--data``, the folder of CIFAR-10, it also trains a narrow ResNet
-with three seeds for each way of storing. Each run is written to ``--out`` at once; a stopped study
-continues where it stopped.
+Prints bytes saved for backward (ResNet-18, and a transformer that normalizes last), learning indicators
+and directions of gradients at initialization. With ``--data``, the folder of CIFAR-10, it also trains a
+narrow ResNet with three seeds for each way of storing. Each run is written to ``--out`` at once; a
+stopped study continues where it stopped.
 
 "masks" is the default policy without its quantizer: ReLU stores 1 bit, all other tensors are exact.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ TRANSFORMER: dict[str, Make] = {
 #: Way -> the way that has its bytes, if bits are to be planned.
 TRAINED: dict[str, str | None] = {
     "exact": None, "ARA, masks": None, "ARA at 2 bits, masks": None, "ASA, masks": None,
-    "default policy, 8 bits": None, "default policy, 2 bits": None,
+    "default policy, 2 bits": None,
     "ARA, default policy, 2 bits": None, "ASA, default policy, 2 bits": None,
     "default policy, planned": "ASA, default policy, 2 bits"}
 
@@ -253,6 +254,48 @@ def indicator_rows() -> list[list[str]]:
     return rows
 
 
+class AddsSigns:
+    """A forward pre-hook: the input that a layer with auxiliary signs has, for ordinary layers."""
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0] + 0.01 * (args[0] > 0),)
+
+
+def gradient_rows(draws: int = 32) -> list[list[str]]:
+    """Returns cosines between gradients of weights and the exact gradients of the same function."""
+    torch.manual_seed(0)
+    network, batch = narrow_resnet(), (torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,)))
+
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    exact, rows = gradients(network), []
+    with_signs = copy.deepcopy(network)
+    converted = signs(copy.deepcopy(network))
+    names = [name for name, layer in converted.named_modules() if hasattr(layer, "signs")]
+    for name in names:
+        with_signs.get_submodule(name).register_forward_pre_hook(AddsSigns())
+    ways = {
+        "ARA": (residual()(copy.deepcopy(network)), exact),
+        "ASA": (converted, gradients(with_signs)),
+        "default policy, 2 bits": (default()(copy.deepcopy(network)), exact)}
+    for way, (model, expected) in ways.items():
+        drawn = [gradients(model) for _ in range(draws if "policy" in way else 1)]
+        one, mean_of_all = [], []
+        for name in (f"{n}.weight" for n in names):
+            total = torch.stack([found[name] for found in drawn]).mean(0)
+            # The first block of a run is exact.
+            if way != "ARA" or not torch.allclose(total, expected[name], rtol=1e-3):
+                for found, values in ((drawn[0][name], one), (total, mean_of_all)):
+                    values.append(float(F.cosine_similarity(
+                        found.flatten(), expected[name].flatten(), dim=0)))
+        rows.append([way, str(len(one)), *(f"{f:.3f}" for f in (
+            median(one), min(one), median(mean_of_all), min(mean_of_all)))])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; without it, nothing is trained")
@@ -271,6 +314,9 @@ def main() -> None:
         print("Learning indicators at initialization: means of layers")
         titles = ["network", "layers", "mean", "least", "largest", "share above 0"]
         show_table(titles, indicator_rows(), options.markdown)
+        print("Cosines of gradients with exact ones, narrow ResNet at initialization")
+        titles = ["gradient of", "weights", "median", "least", "mean of 32: median", "least"]
+        show_table(titles, gradient_rows(), options.markdown)
     if options.only != "memory" and options.data is not None:
         titles = ["saved by", "MiB", "ratio", "accuracy", "of each seed"]
         show_table(titles, training(options), options.markdown)
