@@ -11,15 +11,11 @@ from brevitas_bp.nn.auxiliary.maps import Gradients, LinearMap
 
 
 class Auxiliary(Protocol):
-    """What a layer adds to its input, and what it takes for the input in backward."""
+    """What a layer takes for its input in backward."""
 
     @property
     def factor(self) -> float:
         """The gradient of the weight is multiplied by it."""
-        ...
-
-    def added_to(self, x: Tensor) -> Tensor:
-        """Returns the tensor that enters the linear map."""
         ...
 
     def restored(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -42,14 +38,14 @@ class _WithAuxiliary(torch.autograd.Function):
     @staticmethod
     def forward(
             x: Tensor, weight: Tensor, bias: Tensor | None, linear_map: LinearMap,
-            auxiliary: Auxiliary, *stored: Tensor) -> Tensor:
+            auxiliary: Auxiliary, entering: Tensor | None, *stored: Tensor) -> Tensor:
         """Computes the output as the ordinary layer does."""
-        return linear_map(auxiliary.added_to(x), weight, bias)
+        return linear_map(x if entering is None else entering, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves the weight and the auxiliary tensors."""
-        x, weight, bias, ctx.linear_map, ctx.auxiliary, *stored = inputs
+        x, weight, bias, ctx.linear_map, ctx.auxiliary, _, *stored = inputs
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.count = len(stored)
@@ -70,7 +66,7 @@ class _WithAuxiliary(torch.autograd.Function):
         if torch.is_grad_enabled():
             # A graph of backward is being made: nobody may go through it here.
             found = Gradients(*(g if g is None else _OnlyOnce.apply(g, grad, weight) for g in found))
-        return *found, None, None, *[None] * ctx.count
+        return *found, None, None, None, *[None] * ctx.count
 
 
 def _gradients(
@@ -107,7 +103,17 @@ class _OnlyOnce(torch.autograd.Function):
 
 def apply(
         x: Tensor, layer: nn.Conv2d | nn.Linear, linear_map: LinearMap, auxiliary: Auxiliary,
-        stored: Sequence[Tensor]) -> Tensor:
-    """Runs a layer that saves ``stored``, which gives ``auxiliary`` what it needs in backward."""
-    output: Any = _WithAuxiliary.apply(x, layer.weight, layer.bias, linear_map, auxiliary, *stored)
+        stored: Sequence[Tensor], entering: Tensor | None = None) -> Tensor:
+    """Runs a layer that saves an auxiliary tensor.
+
+    Args:
+        x: input of the layer, to which its gradient goes.
+        layer: the layer.
+        linear_map: what the layer computes.
+        auxiliary: makes the auxiliary tensor of what is stored.
+        stored: tensors to save.
+        entering: the tensor that enters the linear map; None: ``x``.
+    """
+    output: Any = _WithAuxiliary.apply(
+        x, layer.weight, layer.bias, linear_map, auxiliary, entering, *stored)
     return output

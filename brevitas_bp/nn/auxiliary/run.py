@@ -36,9 +36,6 @@ class Itself:
 
     factor = 1.0
 
-    def added_to(self, x: Tensor) -> Tensor:
-        return x
-
     def restored(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return stored[0]
 
@@ -53,9 +50,6 @@ class Encoded:
 
     blank: Packed
     factor: float = 1.0
-
-    def added_to(self, x: Tensor) -> Tensor:
-        return x
 
     def restored(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return restored(self.blank, tuple(stored)).decode()

@@ -7,12 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from brevitas_bp.codec import graph_forms  # noqa: F401  (defines the operators)
+from brevitas_bp.codec import graph_forms  # noqa: F401  (defines the packing)
+from brevitas_bp.kernels import dispatch
 from brevitas_bp.nn.auxiliary.function import apply
 from brevitas_bp.nn.auxiliary.maps import Convolution, LinearMap, Product
 
 _PRODUCT = Product()
+
+
+_library = torch.library.Library("brevitas_bp", "FRAGMENT")
+# An operator, as packing is: transforms of torch and compiled graphs cannot call kernels themselves.
+_library.define("unpack_signs(Tensor packed, SymInt numel, int other, ScalarType dtype) -> Tensor")
+
+
+def _unpack_signs(packed: Tensor, numel: int, other: int, dtype: torch.dtype) -> Tensor:
+    """Returns a tensor [numel] with 1 where the bit is set and ``other`` elsewhere."""
+    return dispatch.unpack_select(packed, numel, other, 1, dtype)
+
+
+_library.impl("unpack_signs", _unpack_signs, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("brevitas_bp::unpack_signs", lib=_library)
+def _unpack_signs_fake(packed: Tensor, numel: int, other: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(numel, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -34,16 +54,29 @@ class Signs:
         """Factor of the weight's gradient, which is computed with ``s`` itself: that is exact."""
         return self.epsilon * self.lr_expansion
 
+    def packed(self, x: Tensor) -> tuple["PackedSigns", Tensor]:
+        """Returns what unpacks the signs of ``x``, and their mask, uint8 [ceil(numel / 8)]."""
+        last = x.dim() == 4 and not x.is_contiguous() and (
+            x.is_contiguous(memory_format=torch.channels_last))
+        made = PackedSigns(self.epsilon, self.lr_expansion, self.relu, x.shape, last)
+        x = x.detach().resolve_neg()
+        x = x.permute(0, 2, 3, 1) if last else x
+        if is_compiling():
+            # A wrapper reads the graph, and keeps the signs of a tensor that it sees compared with 0.
+            return made, torch.ops.brevitas_bp.pack_bits(x > 0)
+        return made, torch.ops.brevitas_bp.pack_positive(x)
+
+    @torch.no_grad()
     def of(self, x: Tensor) -> Tensor:
-        """Returns ``epsilon * s``, which :meth:`added_to` adds."""
-        return torch.where(x > 0, self.epsilon, 0.0 if self.relu else -self.epsilon).to(x.dtype)
+        """Returns ``epsilon * s``."""
+        made, mask = self.packed(x)
+        return made.restored((mask,), x.dtype) * self.epsilon
 
+    @torch.no_grad()
     def added_to(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x + self.epsilon, x if self.relu else x - self.epsilon)
-
-    def restored(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        positive = stored[0].to(dtype)
-        return positive if self.relu else positive.mul_(2).sub_(1)
+        """Returns ``x + epsilon * s``, without a path for gradients."""
+        made, mask = self.packed(x)
+        return made.added(x, mask)
 
 
 @dataclass(frozen=True)
@@ -58,20 +91,22 @@ class PackedSigns(Signs):
     shape: torch.Size
     channels_last: bool
 
-    def pack(self, x: Tensor) -> Tensor:
-        """Returns the mask of ``x``, uint8 [ceil(numel / 8)]."""
-        x = x.detach()
-        x = x.permute(0, 2, 3, 1) if self.channels_last else x
-        return torch.ops.brevitas_bp.pack_bits(x > 0)
-
     def restored(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        bits = torch.ops.brevitas_bp.unpack_bits(stored[0], self.shape.numel())
-        if self.channels_last:
-            n, c, h, w = self.shape
-            bits = bits.view(n, h, w, c).permute(0, 3, 1, 2)
-        else:
-            bits = bits.view(self.shape)
-        return super().restored((bits,), dtype)
+        """Returns ``s`` from its mask."""
+        s: Tensor = torch.ops.brevitas_bp.unpack_signs(
+            stored[0], self.shape.numel(), 0 if self.relu else -1, dtype)
+        if not self.channels_last:
+            return s.view(self.shape)
+        n, c, h, w = self.shape
+        return s.view(n, h, w, c).permute(0, 3, 1, 2)
+
+    def added(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Returns ``x + epsilon * s``."""
+        x = x.detach()
+        if is_compiling():
+            # A graph in which forward unpacks the signs would save them unpacked for backward.
+            return torch.where(x > 0, x + self.epsilon, x if self.relu else x - self.epsilon)
+        return torch.add(x, self.restored((mask,), x.dtype), alpha=self.epsilon)
 
 
 def signs_of(
@@ -204,11 +239,8 @@ def _described(signs: Signs) -> str:
 
 
 def _forward(layer: SignLayer, x: Tensor, linear_map: LinearMap) -> Tensor:
-    signs, stored = layer.signs, ()
-    if layer.weight.requires_grad:
-        last = x.dim() == 4 and not x.is_contiguous() and (
-            x.is_contiguous(memory_format=torch.channels_last))
-        signs = PackedSigns(
-            signs.epsilon, signs.lr_expansion, signs.relu, x.shape, last)
-        stored = (signs.pack(x),)
-    return apply(x, layer, linear_map, signs, stored)
+    with torch.no_grad():
+        packed, mask = layer.signs.packed(x)
+        entering = packed.added(x, mask)
+    stored = (mask,) if layer.weight.requires_grad else ()
+    return apply(x, layer, linear_map, packed, stored, entering)
