@@ -179,6 +179,12 @@ def test_zero_counts_as_not_positive_and_nan_stays() -> None:
     assert layer(torch.tensor([1.0, math.inf, 1.0])).isinf().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_signs_are_those_of_floats(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"takes tensors of floats, got {dtype}"):
+        AuxiliarySignLinear(4, 4)(torch.ones(2, 4, dtype=dtype))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sign_layers_are_the_same_function_in_evaluation(kind: Any) -> None:
     settings, shape = ({"kernel_size": 3}, (2, 4, 5, 5)) if kind is nn.Conv2d else ({}, (3, 4))

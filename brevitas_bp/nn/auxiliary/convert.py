@@ -13,7 +13,8 @@ from brevitas_bp.nn.auxiliary.hooks import NetworkHooks, RunHooks
 from brevitas_bp.nn.auxiliary.residual import AuxiliaryResidualConv2d, AuxiliaryResidualLinear
 from brevitas_bp.nn.auxiliary.resnets import input_layers, resnet_runs
 from brevitas_bp.nn.auxiliary.run import AuxiliaryRun
-from brevitas_bp.nn.auxiliary.sign import AuxiliarySignConv2d, AuxiliarySignLinear, signs_of
+from brevitas_bp.nn.auxiliary.sign import AuxiliarySignConv2d, AuxiliarySignLinear
+from brevitas_bp.nn.auxiliary.signs import signs_of
 
 _RESIDUAL = "brevitas_bp.nn.convert_to_auxiliary_residual"
 _SIGN = "brevitas_bp.nn.convert_to_auxiliary_sign"
