@@ -263,6 +263,30 @@ def test_checkpointed_parts_with_whole_runs(reentrant: bool, parts: list[list[in
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_network(reentrant: bool) -> None:
+    net, x = converted(), images().requires_grad_()
+    # The second run of the forward stops early, in the middle of a run.
+    for block in net.blocks[1:]:
+        block.requires_grad_(False)
+    plain = gradients(net, x)
+    net.zero_grad()
+    y: Any = checkpoint(net, x, use_reentrant=reentrant)
+    y.square().mean().backward()
+    assert_close({n: p.grad for n, p in net.named_parameters() if p.grad is not None}, plain)
+    assert not any(block.conv1.run.is_open for block in net.blocks)
+
+
+def test_layers_that_blocks_share() -> None:
+    net: Any = network()
+    net.blocks[1].conv1 = net.blocks[0].conv1
+    with pytest.raises(ValueError, match=r"'blocks.0.conv1' is shared by blocks of two runs"):
+        convert_to_auxiliary_residual(copy.deepcopy(net), [["blocks.0"], ["blocks.1"]])
+    expected = oracle(net, images())
+    net = convert_to_auxiliary_residual(net, resnet_runs(net, None))
+    assert_close(gradients(net, images()), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_parts_of_runs(reentrant: bool) -> None:
     net, x = converted(), images().requires_grad_()
     net.checkpointed, net.reentrant = [[0, 1], [2, 3]], reentrant

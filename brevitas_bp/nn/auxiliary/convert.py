@@ -58,7 +58,7 @@ def convert_to_auxiliary_residual(
 
     Raises:
         UnknownNameError: a name of a block or layer does not exist.
-        ValueError: a block is in two places, or has no layer to convert.
+        ValueError: a block is in two places, has no layer to convert, or shares it with another run.
         TypeError: a layer is neither ``nn.Conv2d`` nor ``nn.Linear`` itself, or ``network`` is compiled.
 
     Example:
@@ -82,13 +82,19 @@ def convert_to_auxiliary_residual(
     if codec is not None and not isinstance(codec, Codec):
         codec, overrides = codec_from(codec, **overrides), {}
     names = {id(module): name for name, module in network.named_modules()}
-    for layer in (layer for run in chosen for found in run for layer in found):
-        _check_layer(_RESIDUAL, names.get(id(layer), "?"), layer)
+    owner: dict[int, int] = {}
+    for i, layer in ((i, layer) for i, run in enumerate(chosen) for found in run for layer in found):
+        name = names.get(id(layer), "?")
+        _check_layer(_RESIDUAL, name, layer)
+        if owner.setdefault(id(layer), i) != i:
+            raise ValueError(
+                f"{_RESIDUAL}: {name!r} is shared by blocks of two runs, so it would need two auxiliary "
+                "activations; put these blocks into one run")
     made = [
         AuxiliaryRun(codec, seed=None if seed is None else seed + i, name=run[0], **overrides)
         for i, run in enumerate(named)]
     for run, of_run, of_blocks in zip(made, blocks, chosen):
-        for layer in (layer for found in of_blocks for layer in found):
+        for layer in {id(layer): layer for found in of_blocks for layer in found}.values():
             _turn(layer, 0, "run", run)
         RunHooks(run).attach(of_run)
     NetworkHooks(made).attach(network)
