@@ -12,7 +12,8 @@ from brevitas_bp.backward.saved import Call
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.nn.auxiliary.function import apply
 from brevitas_bp.nn.auxiliary.maps import Convolution, LinearMap, Product
-from brevitas_bp.nn.auxiliary.run import ITSELF, AuxiliaryRun
+from brevitas_bp.nn.auxiliary.run import AuxiliaryRun
+from brevitas_bp.nn.auxiliary.stored import ITSELF
 
 _PRODUCT = Product()
 # A convolution of images in one group: rows of its input are samples.

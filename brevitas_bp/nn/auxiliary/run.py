@@ -1,9 +1,8 @@
 """A run of layers that share one auxiliary tensor: the input of the run."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from brevitas_bp.backward.noise import Noise
 from brevitas_bp.backward.rows import RowsOf
 from brevitas_bp.backward.saved import NO_CALL
 from brevitas_bp.codec import Codec, codec_from
-from brevitas_bp.codec.base import FLOATS, Packed
+from brevitas_bp.codec.base import FLOATS
 from brevitas_bp.codec.rows import in_rows
-from brevitas_bp.nn.auxiliary.payloads import restored, tensors_of, without_tensors
+from brevitas_bp.nn.auxiliary.stored import ITSELF, Stored, encoded
 
 _WHERE = "brevitas_bp.nn.AuxiliaryRun"
 # Stands for the network, which the noise asks for its group of processes.
@@ -29,36 +28,6 @@ def _call(function: Callable[..., None], *arguments: Any) -> None:
 
 #: Calls a function that Dynamo must not trace.
 _in_python: Any = disable(_call)
-
-
-class Itself:
-    """The auxiliary tensor is stored as it is. Nothing is added to the input, which contains it."""
-
-    factor = 1.0
-
-    def restored(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return stored[0]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The auxiliary tensor is stored by a codec.
-
-    Attributes:
-        blank: the ``Packed`` without its tensors.
-    """
-
-    blank: Packed
-    factor: float = 1.0
-
-    def restored(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return restored(self.blank, tuple(stored)).decode()
-
-
-#: How the auxiliary tensor of a run is stored, and the tensors that store it.
-Stored = tuple[Itself | Encoded, tuple[Tensor, ...]]
-#: The auxiliary tensor is stored as it is.
-ITSELF = Itself()
 
 
 class _State(threading.local):
@@ -216,23 +185,19 @@ class AuxiliaryRun:
         """Returns what a layer with input ``x`` saves: the same tensors for all layers of the run."""
         a, state = self.auxiliary_for(x, layer), self._state
         if state.stored is None:
-            state.stored = (ITSELF, (a,)) if self.codec is None else self._encode(a, rows)
+            codec = self.codec
+            state.stored = (ITSELF, (a,)) if codec is None else self._encode(codec, a, rows)
         return state.stored
 
     @torch.no_grad()
-    def _encode(self, a: Tensor, rows: RowsOf) -> Stored:
-        codec = self.codec
-        assert codec is not None
+    def _encode(self, codec: Codec, a: Tensor, rows: RowsOf) -> Stored:
         if codec.per_site:
             codec = codec.at_site(self.name)
         found = rows(a, NO_CALL) if a.numel() and a.dtype in FLOATS else None
         if found is not None:
             codec = in_rows(codec, found)
         seed = self._noise.seeds(_NOTHING)()
-        packed = codec.encode(a, seed=seed, where=f"the auxiliary activation of {self._name}")
-        if not packed.is_smaller:
-            return ITSELF, (a,)
-        return Encoded(without_tensors(packed)), tensors_of(packed)
+        return encoded(codec, a, seed, f"the auxiliary activation of {self._name}")
 
     def noise_state(self) -> dict[str, int]:
         """Returns the state of the private noise, for a checkpoint that resumes bit for bit."""
