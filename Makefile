@@ -44,7 +44,10 @@ DOCUMENTED := brevitas_bp brevitas_bp.allocate brevitas_bp.plots brevitas_bp.bac
 	brevitas_bp.codec brevitas_bp.codec.base brevitas_bp.codec.regions brevitas_bp.memory brevitas_bp.memory_tables brevitas_bp.models.efficientnet_v2 brevitas_bp.models.blocks brevitas_bp.models.stage_outputs \
 	brevitas_bp.core.bit_width brevitas_bp.activations.few_bit brevitas_bp.activations.functions brevitas_bp.core.int_quant brevitas_bp.core.rounding \
 	brevitas_bp.format.reference brevitas_bp.format.packing brevitas_bp.format.random \
-	brevitas_bp.grad brevitas_bp.grad.wrapper brevitas_bp.core.householder brevitas_bp.core.rows brevitas_bp.core.zero_in_range brevitas_bp.allocate.attribution
+	brevitas_bp.grad brevitas_bp.grad.wrapper brevitas_bp.core.householder brevitas_bp.core.rows brevitas_bp.core.zero_in_range brevitas_bp.allocate.attribution \
+	brevitas_bp.core.nested_floor brevitas_bp.core.learned brevitas_bp.nn.learned brevitas_bp.nn.learned.learning brevitas_bp.nn.learned.optimizing brevitas_bp.nn.learned.penalties \
+	brevitas_bp.nn.learned.export brevitas_bp.nn.learned.integers brevitas_bp.nn brevitas_bp.nn.auxiliary.run brevitas_bp.nn.auxiliary.residual brevitas_bp.nn.auxiliary.sign \
+	brevitas_bp.nn.auxiliary.convert brevitas_bp.nn.auxiliary.indicator brevitas_bp.nn.auxiliary.resnets
 
 docs: $(STAMP)
 	mkdir -p build/docs
