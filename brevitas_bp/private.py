@@ -46,6 +46,8 @@ pop_hooks: Callable[[], Any] = private("torch._C._autograd._pop_saved_tensors_de
 is_functorch_wrapped: Callable[[Any], bool] = private("torch._C._functorch.is_functorch_wrapped_tensor")
 is_legacy_batched: Callable[[Any], bool] = private("torch._C._functorch.is_legacy_batchedtensor")
 
+_interpreters: Callable[[], Any] = private("torch._C._functorch.get_interpreter_stack")
+
 #: A context in which torch does not call ``__torch_function__`` of tensor subclasses.
 DisableTorchFunctionSubclass: Any = private("torch._C.DisableTorchFunctionSubclass")
 
@@ -71,6 +73,11 @@ TracingContext: Any = private("torch._guards.TracingContext")
 TorchDispatchMode: Any = private("torch.utils._python_dispatch.TorchDispatchMode")
 #: The leaves of nested containers.
 tree_leaves: Callable[[Any], list[Any]] = private("torch.utils._pytree.tree_leaves")
+
+
+def transforms(kind: str) -> int:
+    """Counts the transforms of ``torch.func`` of a kind ("Grad", "Jvp", "Vmap") that are running."""
+    return sum(interpreter.key().name == kind for interpreter in _interpreters() or ())
 
 
 def in_forward_ad() -> bool:

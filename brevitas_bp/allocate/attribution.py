@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp.allocate.gradient_error import gradients_of, named_parameters, wrappers_of
+from brevitas_bp.allocate.gradient_error import (
+    gradients_of,
+    named_parameters,
+    refuse_parallel,
+    wrappers_of,
+)
 from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import real
 from brevitas_bp.allocate.sources import Kind, Roundings
@@ -100,7 +105,7 @@ def attribute_noise(
         TypeError: the model has no wrapper.
         ValueError: ``draws`` is below 1, or a loss that is no scalar or has no gradient.
 
-    Source: section "variance" of Chen et al., "A Statistical Framework for Low-bitwidth Training of Deep
+    Source: Chen et al., "A Statistical Framework for Low-bitwidth Training of Deep
     Neural Networks", 2020: the noise of all layers adds up.
 
     Example:
@@ -115,6 +120,7 @@ def attribute_noise(
     if draws < 1:
         raise ValueError(f"{_WHERE}: draws must be at least 1, got {draws}")
     roundings = Roundings(model)
+    refuse_parallel(_WHERE, model)
     if not roundings.gradients:
         wrappers_of(_WHERE, model)
     named = named_parameters(_WHERE, model)
@@ -144,5 +150,5 @@ def attribute_noise(
             with roundings.only(place):
                 by_module = noise()
             places.append(NoiseOfPlace(
-                place.kind, place.module or "", sum(by_module.values()), by_module))
+                place.kind, place.name, sum(by_module.values()), by_module))
         return NoiseSources(places, sum(noise().values()), size, draws)

@@ -81,6 +81,7 @@ def measure_gradient_error(
         (['0', '2'], 0.0)
     """
     roundings = Roundings(model)
+    refuse_parallel(_WHERE, model)
     if not roundings.gradients:
         wrappers_of(_WHERE, model)
     if draws < 2:
@@ -163,11 +164,20 @@ def wrappers_of(where: str, model: nn.Module) -> list[QuantBackwardWrapper]:
         raise TypeError(
             f"{where}: model must be a QuantBackwardWrapper or contain one, got "
             f"{type(model).__name__}; without a wrapper every gradient is exact")
+    refuse_parallel(where, model)
+    return wrappers
+
+
+def refuse_parallel(where: str, model: nn.Module) -> None:
+    """Refuses a model that contains ``DistributedDataParallel``.
+
+    Raises:
+        TypeError: it does.
+    """
     if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise TypeError(
             f"{where}: model must not be inside of DistributedDataParallel, which averages .grad, but "
             "this function leaves nothing in .grad; pass the module that it wraps")
-    return wrappers
 
 
 def named_parameters(where: str, model: nn.Module) -> dict[str, nn.Parameter]:

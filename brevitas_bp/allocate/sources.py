@@ -2,14 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
 from brevitas_bp.backward.policy import ExplainedPolicy, Policy, explained, keep_all
 from brevitas_bp.backward.saved import Decision, SavedTensor
-from brevitas_bp.backward.seam import listening, policy_of, using_policy, wrappers_in
+from brevitas_bp.backward.seam import (
+    all_wrappers,
+    listening,
+    policy_of,
+    using_policy,
+    wrappers_in,
+)
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.base import Packed
 from brevitas_bp.grad.wrapper import QuantGradientWrapper, control_of, wrappers_of_gradients
@@ -27,11 +33,15 @@ class Place:
 
     Attributes:
         kind: "activations" or "gradients".
-        module: qualified name of the module; None: everywhere.
+        module: name of the module within its wrapper; None: everywhere.
+        wrapper: the wrapper that rounds; None: all wrappers.
+        name: qualified name of the module in the model.
     """
 
     kind: Kind
     module: str | None = None
+    wrapper: Any = field(default=None, compare=False)
+    name: str = ""
 
 
 class _Within:
@@ -66,6 +76,7 @@ class Roundings:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.saved: list[QuantBackwardWrapper] = [wrapper for _, wrapper in wrappers_in(model)]
         self.gradients: list[QuantGradientWrapper] = list(wrappers_of_gradients(model))
 
@@ -86,22 +97,34 @@ class Roundings:
 
     def places(self, run: Callable[[], Any]) -> list[Place]:
         """Returns every place that rounds, in the order in which ``run`` passes them."""
-        modules: dict[str, None] = {}
+        found: dict[tuple[int, str], Place] = {}
 
-        def note(saved: SavedTensor, packed: Packed, decision: Decision, originals: Any) -> None:
-            if packed.codec.lossy:
-                modules[saved.module] = None
+        def noting(prefix: str, wrapper: QuantBackwardWrapper) -> Any:
+            def note(saved: SavedTensor, packed: Packed, decision: Decision, originals: Any) -> None:
+                if packed.codec.lossy:
+                    place = Place("activations", saved.module, wrapper, _joined(prefix, saved.path))
+                    found.setdefault((id(wrapper), saved.module), place)
 
+            return note
+
+        names = {id(wrapper): name.removesuffix(".module").removesuffix("module")
+                 for name, wrapper in all_wrappers(self.model)}
         with ExitStack() as stack:
             for wrapper in self.saved:
-                stack.enter_context(listening(wrapper, note))
+                stack.enter_context(listening(wrapper, noting(names[id(wrapper)], wrapper)))
             run()
-        layers = [name for wrapper in self.gradients for name in wrapper.rounded_layers()]
-        return [Place("activations", m) for m in modules] + [Place("gradients", n) for n in layers]
+        layers = [
+            Place("gradients", name, wrapper, _joined(names[id(wrapper)], name))
+            for wrapper in self.gradients for name in wrapper.rounded_layers()]
+        return [*found.values(), *layers]
+
+
+def _joined(prefix: str, name: str) -> str:
+    return ".".join(part for part in (prefix, name) if part)
 
 
 def _policy_at(wrapper: QuantBackwardWrapper, place: Place | None) -> Policy:
-    if place is None or place.kind != "activations":
+    if place is None or place.kind != "activations" or place.wrapper not in (None, wrapper):
         return keep_all
     policy = policy_of(wrapper)
     return policy if place.module is None else explained(_Within(policy, place.module))
@@ -116,7 +139,7 @@ def seeded_gradients(wrapper: QuantGradientWrapper, seed: int) -> AbstractContex
 def layers_at(wrapper: QuantGradientWrapper, place: Place | None) -> Iterator[None]:
     """Within the block, the wrapper rounds at a place only; with None, nowhere."""
     control, before = control_of(wrapper), control_of(wrapper).only
-    if place is None or place.kind != "gradients":
+    if place is None or place.kind != "gradients" or place.wrapper not in (None, wrapper):
         control.only = frozenset()
     elif place.module is not None:
         control.only = frozenset([place.module])

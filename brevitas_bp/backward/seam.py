@@ -146,8 +146,9 @@ class NoiseState:
             name: w for name, w in all_wrappers(model) if hasattr(type(w), "noise_state")}
         if not self._wrappers:
             raise ValueError(
-                f"{_WHERE}: {type(model).__name__} contains no QuantBackwardWrapper, so there is no "
-                "noise to save; wrap the model or a part of it first")
+                f"{_WHERE}: {type(model).__name__} contains no QuantBackwardWrapper or "
+                "QuantGradientWrapper, so there is no noise to save; wrap the model or a part of it "
+                "first")
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """Returns a mapping: qualified name of each wrapper -> its ``noise_state()``."""

@@ -8,6 +8,7 @@ import torch
 from brevitas.inject import ExtendedInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from brevitas.quant.solver.act import ActQuantSolver
+from dependencies.exceptions import DependencyError
 from torch import Tensor, nn
 
 from brevitas_bp.codec.average import AverageCodec
@@ -106,6 +107,10 @@ def build_quantizer(where: str, recipe: Recipe) -> nn.Module:
     try:
         check_override_names(where, config.let(**overrides), sorted(overrides))
         return _build(recipe)
+    except DependencyError as error:
+        raise UnsupportedQuantizerError(
+            f"{where}: {config.__name__} cannot be built without more settings: {error}; pass them as "
+            "keywords") from error
     except RuntimeError as error:
         _refuse_order(where, config, error)
         if "group_dim" in str(error):

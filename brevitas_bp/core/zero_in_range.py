@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from brevitas_bp.format.arithmetic import reciprocal, zero_in_range
+from brevitas_bp.format.arithmetic import LARGEST_END, reciprocal, zero_in_range
 from brevitas_bp.format.stages import NEUTRAL, ZERO_IN_RANGE, Neutral, ScaleRule
 
 
@@ -70,7 +70,8 @@ class ZeroInRangeZeroPoint(nn.Module):
 
     def offset(self, x: Tensor, scale: Tensor) -> Tensor:
         """Returns the value of code 0, [N, 1]."""
-        low = -self.input_view_impl(x).amin(-1, keepdim=True).clamp_max(0)
+        limit = torch.finfo(x.dtype).max * LARGEST_END
+        low = -self.input_view_impl(x).amin(-1, keepdim=True).clamp(-limit, 0)
         # The scale was made for an integer. So this quotient is one up to rounding, or below 1.
         zero = (low * reciprocal(scale)).round().clamp_min(1)
         usable = (low > 0) & (reciprocal(scale) > 0)

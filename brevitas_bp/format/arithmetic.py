@@ -6,6 +6,8 @@ from torch import Tensor
 # Rounding to bfloat16 can enlarge a scale by 2**-7. This limit keeps T * s, the top code times the
 # scale, below the largest float.
 RANGE_LIMIT = 1 - 2.0**-6
+#: Share of the largest float to which :func:`zero_in_range` limits both ends of a range.
+LARGEST_END = 0.25
 # A norm sums this many squares at once, on CPU and elsewhere. Its temporaries take about ten times as
 # much memory.
 _RUN, _LARGE_RUN = 1 << 14, 1 << 20
@@ -224,15 +226,16 @@ def zero_in_range(lo: Tensor, hi: Tensor, top: Tensor | float) -> tuple[Tensor, 
     The range is stretched to contain 0. The code of zero is ``z = floor(-lo * top / (hi - lo))``, at
     least 1 and at most ``top - 1`` if both signs occur; it is 0 or ``top`` if only one does. The scale
     is ``max(-lo / z, hi / (top - z))``, and the offset ``-z * scale``. A bucket whose scale is no normal
-    number gets the offset 0.
+    number gets the offset 0. Ends beyond a quarter of the largest float are clipped there: then no code
+    stands for more than the largest float.
 
     Args:
         lo: smallest element of each bucket, [n, 1].
         hi: largest element; NaN or Inf in one of the two gives NaN.
         top: top code, 2 or more.
     """
-    low, high = -lo.clamp_max(0) + 0, hi.clamp_min(0) + 0
-    # Divide before adding, so that finite ends give no Inf.
+    limit = torch.finfo(lo.dtype).max * LARGEST_END
+    low, high = -lo.clamp(-limit, 0) + 0, hi.clamp(0, limit) + 0
     below, above = low / top, high / top
     zero = torch.floor(below * reciprocal(below + above) * top)
     zero = torch.minimum(zero.clamp_min(1), torch.zeros_like(zero) + (top - 1))

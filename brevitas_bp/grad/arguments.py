@@ -11,8 +11,9 @@ from torch import nn
 from brevitas_bp.codec import Codec
 from brevitas_bp.codec.quantized import build_quantizer, tensor_quant_of
 from brevitas_bp.codec.recipe import Recipe
-from brevitas_bp.errors import UnknownNameError, nearest
-from brevitas_bp.grad.layers import WHERE
+from brevitas_bp.codec.stock import is_stateful
+from brevitas_bp.errors import UnknownNameError, UnsupportedQuantizerError, nearest
+from brevitas_bp.grad.control import WHERE
 from brevitas_bp.grad.quantizer import GradientQuantizer
 
 _PREFIXES = ("input_grad_", "weight_grad_")
@@ -68,7 +69,13 @@ class Factory:
         with torch.device("cpu"):
             module = build_quantizer(self.where, Recipe(given, self.settings))
         width = self.settings.get("bit_width")
-        return GradientQuantizer(module, given.__name__ + (f", {width} bits" if width else ""))
+        name = given.__name__ + (f", {width} bits" if width else "")
+        if is_stateful(module):
+            raise UnsupportedQuantizerError(
+                f"{self.where}: {name} keeps statistics of earlier calls, which would be in no "
+                "state_dict and would clip gradients that grow; use a quantizer whose scale follows "
+                "from the tensor (Dynamic in its name), for instance one of brevitas_bp.quant")
+        return GradientQuantizer(module, name)
 
     def with_width(self, where: str, bits: int) -> "Factory":
         """Returns a factory of quantizers with other widths.
@@ -91,7 +98,9 @@ class Factory:
                 f"{self.where}=None keeps gradients exact, so the settings {sorted(self.settings)} "
                 "would do nothing; remove them or pass a quantizer")
         if _is_config(given):
-            self()
+            built = self()
+            assert built is not None
+            _try(self.where, built)
         elif given is not None and not isinstance(given, (Codec, nn.Module)):
             raise TypeError(
                 f"{self.where} must be a Brevitas config class, a proxy, a tensor_quant module, a codec "
@@ -100,6 +109,28 @@ class Factory:
             raise TypeError(
                 f"{self.where} is built already, so the settings {sorted(self.settings)} would do "
                 "nothing; pass its config class instead")
+
+
+def _try(where: str, quantizer: GradientQuantizer) -> None:
+    """Rounds a small matrix: negative values must stay negative, and Inf must not become finite.
+
+    Raises:
+        UnsupportedQuantizerError: the quantizer would lose what a gradient has.
+    """
+    x = torch.linspace(-1, 1, 256, device="cpu").view(4, 64)
+    infinite = x.index_fill(1, torch.tensor([5]), torch.inf)
+    try:
+        values, hidden = quantizer(x, 0), quantizer(infinite, 0).isfinite().all()
+    except Exception:  # It may need more dimensions. This check does not judge that.
+        return
+    if not bool((values[x < -0.5] < 0).any()):
+        raise UnsupportedQuantizerError(
+            f"{where}: {quantizer.name} has no negative values, and gradients have both signs; use a "
+            "signed quantizer, or one with a zero point (Shifted in its name)")
+    if bool(hidden):
+        raise UnsupportedQuantizerError(
+            f"{where}: {quantizer.name} turns an infinite gradient into finite ones, so a loss scaler "
+            "would not see it; use for instance one of brevitas_bp.quant")
 
 
 def _is_config(quantizer: Any) -> bool:

@@ -10,63 +10,32 @@ NOTE [ Where gradients are rounded ]
 3. ``_RoundedGradient`` returns the output as its own, and computes the gradient of the input.
 4. So the gradient is rounded twice, independently: once for the weight and the bias, and once for the
    input. No product is computed twice.
+5. The node of 2 does not depend on the input, so a second derivative would lack a term. It is refused.
 """
 
-import copy
 import functools
+import threading
+import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from brevitas_bp.backward.noise import Noise
 from brevitas_bp.codec.shard import is_dtensor
-from brevitas_bp.errors import UnsupportedQuantizerError
+from brevitas_bp.errors import SecondDerivativeError, UnsupportedQuantizerError
 from brevitas_bp.format.random import derive
+from brevitas_bp.grad.control import WHERE, Control
 from brevitas_bp.grad.products import CALLS, Call, Product
-from brevitas_bp.grad.quantizer import GradientQuantizer, register_owner
-from brevitas_bp.private import is_functorch_wrapped
+from brevitas_bp.grad.quantizer import GradientQuantizer
+from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, transforms
 
-WHERE = "brevitas_bp.QuantGradientWrapper"
 _STATE = "_rounded_gradients"
-
-
-class Control:
-    """What the layers of one wrapper share: the noise, and whether gradients are rounded at all.
-
-    Args:
-        noise: the wrapper's seeds.
-        rank: of this process; None asks ``torch.distributed``.
-    """
-
-    def __init__(self, noise: Noise, rank: int | None = None) -> None:
-        self.noise = noise
-        self.rank = rank
-        #: None: all layers round. Otherwise the names of those that do.
-        self.only: frozenset[str] | None = None
-        self.key = register_owner(self)
-
-    def next_seed(self) -> int:
-        """Returns the next seed of this process."""
-        rank = self.rank
-        if rank is None:
-            # Layers that work on DTensors are refused, so no process holds a replica of another's rows.
-            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return self.noise.stream.next(rank)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Control":
-        other = Control(copy.deepcopy(self.noise, memo), self.rank)
-        other.only = self.only
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"noise": self.noise, "rank": self.rank, "only": self.only}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.key = register_owner(self)
+_SILENT_HINT = (
+    WHERE + ": no product was seen while layer {!r} ran, so its gradient is exact. A layer rounds where "
+    "it calls torch.nn.functional.linear or a convolution of it; overrides={{{!r}: None}} says that it "
+    "stays exact")
 
 
 class LayerRounding:
@@ -86,7 +55,8 @@ class LayerRounding:
         self.control = control
         self.for_input = for_input
         self.for_weight = for_weight
-        self.calls = self.products = 0
+        self.products = 0
+        self.warned = False
 
     @property
     def active(self) -> bool:
@@ -94,11 +64,17 @@ class LayerRounding:
         only = self.control.only
         return only is None or self.name in only
 
+    @property
+    def exact(self) -> bool:
+        """Whether neither gradient is rounded."""
+        return self.for_input is None and self.for_weight is None
+
 
 class _RoundedGradient(torch.autograd.Function):
     """Identity on the output of a product. See NOTE [ Where gradients are rounded ].
 
-    Its gradients are those of the product by input and, for the product's own node, by output.
+    Its gradients are those of the product by input and, for the product's own node, by output. ``seed``
+    is a number, or a tensor if the quantizers run in an operator; ``keys`` then find the quantizers.
     """
 
     generate_vmap_rule = True
@@ -106,45 +82,72 @@ class _RoundedGradient(torch.autograd.Function):
     @staticmethod
     def forward(
             y: Tensor, x: Tensor, weight: Tensor, product: Product, rounding: LayerRounding,
-            seed: int | None) -> Tensor:
+            seed: int | Tensor, *keys: Tensor | None) -> Tensor:
         # A detached tensor may be modified in place afterwards; an alias of an input may not.
         return y.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, weight, ctx.product, ctx.rounding, ctx.seed = inputs
+        _, x, weight, ctx.product, ctx.rounding, seed, *keys = inputs
         ctx.shape, ctx.dtype, ctx.device = x.shape, x.dtype, x.device.type
-        ctx.save_for_backward(*([weight] if x.requires_grad else []))
+        ctx.seed = None if isinstance(seed, Tensor) else seed
+        ctx.times = 0
+        tensors = [seed, *keys] if isinstance(seed, Tensor) else []
+        ctx.save_for_backward(weight if x.requires_grad else None, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         rounding, product = ctx.rounding, ctx.product
+        _refuse_second_derivative(rounding, grad)
+        weight, *opaque = ctx.saved_tensors
+        seed = ctx.seed
+        if seed is not None:
+            # Each backward pass over one graph draws its own noise.
+            seed, ctx.times = derive(seed, ctx.times), ctx.times + 1
         of_output = of_input = None
         if ctx.needs_input_grad[0]:
-            of_output = _rounded(rounding.for_weight, rounding.control, product, grad, ctx.seed, 0)
+            of_output = _rounded(rounding.for_weight, product, grad, seed, opaque, 1)
         if ctx.needs_input_grad[1]:
-            (weight,) = ctx.saved_tensors
-            grad = _rounded(rounding.for_input, rounding.control, product, grad, ctx.seed, 1)
+            grad = _rounded(rounding.for_input, product, grad, seed, opaque, 0)
             # The gradient has the dtype that autocast gave the output.
             with torch.autocast(ctx.device, enabled=False):
                 of_input = product.input_gradient(grad, weight.to(grad.dtype), ctx.shape)
             of_input = of_input.to(ctx.dtype)
-        return of_output, of_input, None, None, None, None
+        return of_output, of_input, *(None,) * (len(opaque) + 4 if opaque else 6)
+
+
+def _refuse_second_derivative(rounding: LayerRounding, grad: Tensor) -> None:
+    # A graph of backward is made for a second derivative, and by every torch.func.grad.
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if again and not (is_functorch_wrapped(grad) or transforms("Grad") == 1):
+        raise SecondDerivativeError(
+            f"{WHERE}: backward of layer {rounding.name!r} was called with create_graph=True, but "
+            "rounded gradients have first derivatives only; keep such layers exact with "
+            f"overrides={{{rounding.name!r}: None}}, or use unwrap()")
 
 
 def _rounded(
-        quantizer: GradientQuantizer | None, control: Control, product: Product, grad: Tensor,
-        seed: int | None, place: int) -> Tensor:
-    if quantizer is None:
+        quantizer: GradientQuantizer | None, product: Product, grad: Tensor, seed: int | None,
+        opaque: list[Any], place: int) -> Tensor:
+    if quantizer is None or grad.numel() == 0:
         return grad
     batched = product.batched(grad.detach())
     if seed is None:
-        values = torch.ops.brevitas_bp.rounded_gradient(batched, quantizer.key, control.key)
+        values = torch.ops.brevitas_bp.rounded_gradient(
+            batched, opaque[0], opaque[1 + place], place)
     else:
         values = quantizer(batched, derive(seed, place))
-    values = values.view(grad.shape)
-    # Straight through: the expected value is the gradient, so a second derivative has no bias either.
-    return grad + (values - grad).detach() if grad.requires_grad else values
+    return values.view(grad.shape)
+
+
+class _Running(threading.local):
+    """The modes of the converted layers that run in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.modes: list[_Products] = []
+
+
+_running = _Running()
 
 
 class _Products(TorchFunctionMode):
@@ -159,52 +162,106 @@ class _Products(TorchFunctionMode):
             kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         bind = CALLS.get(func)
-        if bind is None:
+        if bind is None or not (torch.compiler.is_compiling() or _running.modes[-1] is self):
+            # A product of a layer inside this one is for that layer's mode.
             return func(*args, **kwargs)
-        for given in args[:3]:
-            if given is not None and not isinstance(given, Tensor):
+        for given in (*args[:3], *kwargs.values()):
+            if hasattr(type(given), "__torch_function__") and not isinstance(given, Tensor):
                 # A quantized tensor of Brevitas. It runs the product again on plain tensors.
                 with self:
                     return type(given).__torch_function__(func, types, args, kwargs)
-        call: Call = bind(func, *args, **kwargs)
-        return self._run(call)
+        return run(bind(func, *args, **kwargs), self.rounding)
 
-    def _run(self, call: Call) -> Tensor:
-        rounding, x = self.rounding, call.x
-        y = call.run(x.detach())
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            rounding.products += 1
-        if not (y.requires_grad or x.requires_grad):
-            return y
-        if is_dtensor(x) or is_dtensor(call.weight):
-            raise UnsupportedQuantizerError(
-                f"{WHERE}: layer {rounding.name!r} works on DTensors, whose gradients would be rounded "
-                "shard by shard; keep it exact with overrides={" + repr(rounding.name) + ": None}")
+
+def run(call: Call, rounding: LayerRounding) -> Tensor:
+    """Runs a product so that the gradient is rounded on its way back."""
+    x = call.x
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        rounding.products += 1
+    if rounding.exact or x.is_meta or _is_forward_mode(compiling):
+        return call.run(x)
+    _refuse(rounding, call)
+    y = call.run(x.detach())
+    if not (y.requires_grad or x.requires_grad):
+        return y
+    control, quantizers = rounding.control, (rounding.for_input, rounding.for_weight)
+    if compiling or is_functorch_wrapped(y) or is_functorch_wrapped(x):
         # Quantizers run outside of graphs and of transforms of torch.func: in an operator.
-        opaque = compiling or is_functorch_wrapped(y) or is_functorch_wrapped(x)
-        seed = None if opaque else rounding.control.next_seed()
-        return _RoundedGradient.apply(  # pyright: ignore[reportReturnType]
-            y, x, call.weight, call.product, rounding, seed)
+        seed = torch.ops.brevitas_bp.gradient_seed(y.detach(), control.key)
+        keys = [None if q is None else q.key for q in quantizers]
+    else:
+        seed, keys = control.next_seed(), []
+    return _RoundedGradient.apply(  # pyright: ignore[reportReturnType]
+        y, x, call.weight, call.product, rounding, seed, *keys)
 
 
-class RoundedGradientLayer(nn.Module):
-    """Mixed into the class of a converted layer."""
+def _is_forward_mode(compiling: bool) -> bool:
+    """Whether derivatives are taken forwards, where no gradient is rounded."""
+    return not compiling and (in_forward_ad() or transforms("Jvp") > 0)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the layer; its products round the gradient."""
-        rounding: LayerRounding = self.__dict__[_STATE]
-        if not torch.is_grad_enabled() or not rounding.active or torch.jit.is_tracing():  # pyright: ignore
-            return super().forward(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            rounding.calls += 1
+
+def _refuse(rounding: LayerRounding, call: Call) -> None:
+    kinds = {
+        "works on DTensors, whose gradients would be rounded shard by shard":
+            is_dtensor(call.x) or is_dtensor(call.weight),
+        "computes with complex numbers, which no quantizer rounds": call.x.is_complex(),
+        "works on nested tensors, which no quantizer rounds": call.x.is_nested}
+    for what, refused in kinds.items():
+        if refused:
+            raise UnsupportedQuantizerError(
+                f"{WHERE}: layer {rounding.name!r} {what}; keep it exact with "
+                f"overrides={{{rounding.name!r}: None}}")
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs the layer; its products round the gradient."""
+    rounding: LayerRounding = self.__dict__[_STATE]
+    kind = kind_of(self)
+    if not torch.is_grad_enabled() or not rounding.active or torch.jit.is_tracing():  # pyright: ignore
+        return kind.forward(self, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        direct = _direct_call(self, kind, args, kwargs)
+        if direct is not None:
+            return run(direct, rounding)
         with _Products(rounding):
-            return super().forward(*args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
+    before, mode = rounding.products, _Products(rounding)
+    _running.modes.append(mode)
+    try:
+        with mode:
+            result = kind.forward(self, *args, **kwargs)
+    finally:
+        _running.modes.remove(mode)
+    if rounding.products == before and not (rounding.warned or rounding.exact):
+        rounding.warned = True
+        warnings.warn(_SILENT_HINT.format(rounding.name, rounding.name), stacklevel=3)
+    return result
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle cannot import a class that was made at run time.
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _rebuilt, (type(self).__mro__[2],), state
+
+def _direct_call(
+        layer: Any, kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """Returns the product of a layer of torch itself; graphs need no mode for it."""
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        return None
+    if kind is nn.Linear:
+        return CALLS[F.linear](F.linear, args[0], layer.weight, layer.bias)
+    functions: dict[Any, Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+    function = functions.get(kind)
+    if function is None or layer.padding_mode != "zeros":
+        return None
+    return CALLS[function](
+        function, args[0], layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation,
+        layer.groups)
+
+
+def _reduce_ex(self: Any, protocol: Any) -> Any:
+    """Lets pickle build the class again: it cannot import a class that was made at run time."""
+    kind = kind_of(self)
+    if type(self) is not _class_of(kind):
+        return object.__reduce_ex__(self, protocol)
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _rebuilt, (kind,), state
 
 
 def _rebuilt(kind: type[nn.Module]) -> nn.Module:
@@ -214,8 +271,15 @@ def _rebuilt(kind: type[nn.Module]) -> nn.Module:
 
 @functools.cache
 def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (RoundedGradientLayer, kind), names)
+    names = {
+        "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
+        "forward": _forward, "__reduce_ex__": _reduce_ex, "_rounds_gradients_of": kind}
+    return type(kind.__name__, (kind,), names)
+
+
+def kind_of(layer: nn.Module) -> type[nn.Module]:
+    """Returns the class that a converted layer had before."""
+    return type(layer)._rounds_gradients_of  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def convert(layer: nn.Module, rounding: LayerRounding) -> None:
@@ -225,9 +289,18 @@ def convert(layer: nn.Module, rounding: LayerRounding) -> None:
 
 
 def restore(layer: nn.Module) -> None:
-    """Undoes :func:`convert`."""
+    """Undoes :func:`convert`.
+
+    Raises:
+        RuntimeError: another tool has changed the class of the layer since.
+    """
+    if type(layer) is not _class_of(kind_of(layer)):
+        raise RuntimeError(
+            f"{WHERE}: the class of layer {layer.__dict__[_STATE].name!r} was changed after the layer "
+            f"was wrapped, to {type(layer).__name__}; undo that first (for instance with "
+            "remove_parametrizations), or wrap last")
+    layer.__class__ = kind_of(layer)
     del layer.__dict__[_STATE]
-    layer.__class__ = type(layer).__mro__[2]
 
 
 def rounding_of(layer: nn.Module) -> LayerRounding | None:

@@ -16,7 +16,7 @@ from brevitas_bp.core.bucket import OverBucketView
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.core.rows import OverRowView, RowQuant
-from brevitas_bp.format.random import seeded
+from brevitas_bp.format.random import derive, seeded
 
 Values = Callable[[Tensor, int], Tensor]
 
@@ -49,8 +49,9 @@ class GradientQuantizer:
             return self._values(grad, seed)
 
     def _register(self) -> None:
-        self.key = next(_keys)
-        _known[self.key] = self
+        key = next(_keys)
+        _known[key] = self
+        self.key = torch.tensor(key, device="cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradientQuantizer":
         return GradientQuantizer(copy.deepcopy(self.quantizer, memo), self.name)
@@ -64,11 +65,6 @@ class GradientQuantizer:
 
 _keys = itertools.count()
 _known: WeakValueDictionary[int, GradientQuantizer] = WeakValueDictionary()
-
-
-def known(key: int) -> GradientQuantizer:
-    """Returns the quantizer with this key."""
-    return _known[key]
 
 
 def _values_of(quantizer: nn.Module | Codec) -> Values:
@@ -135,33 +131,59 @@ def _with_buckets(inner: nn.Module, size: int) -> nn.Module:
     return other
 
 
-# NOTE [ Gradients are rounded by an operator in compiled graphs ]
-# Dynamo does not trace quantizers: their kernels are not torch operations, and seeds are Python integers
-# that differ in each call. The operator is opaque. It finds the quantizer by its key, and the owner of
-# the quantizer by the second key; the owner gives the seed when the operator runs.
+# NOTE [ Gradients are rounded by operators in compiled graphs ]
+# 1. Dynamo does not trace quantizers: their kernels are not torch operations, and seeds are Python
+#    integers that differ in each call. The operators are opaque.
+# 2. Quantizers, and the object that gives seeds, are found by keys. The keys are tensors, so that equal
+#    blocks with different quantizers share one graph.
+# 3. ``gradient_seed`` draws the seed in the forward pass. It takes the layer's output, so that calls of
+#    one layer on different inputs differ, and no pass over the graph merges them.
 _library = torch.library.Library("brevitas_bp", "FRAGMENT")
 _library.define(
-    "rounded_gradient(Tensor grad, SymInt quantizer, SymInt owner) -> Tensor",
-    tags=(torch.Tag.nondeterministic_seeded,))
-_seeds: WeakValueDictionary[int, Any] = WeakValueDictionary()
+    "gradient_seed(Tensor output, Tensor owner) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.define("rounded_gradient(Tensor grad, Tensor seed, Tensor quantizer, int place) -> Tensor")
+_owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def register_owner(owner: Any) -> int:
+def register_owner(owner: Any) -> Tensor:
     """Returns a key for an object with a method ``next_seed``."""
     key = next(_keys)
-    _seeds[key] = owner
-    return key
+    _owners[key] = owner
+    return torch.tensor(key, device="cpu")
 
 
-def _rounded_gradient(grad: Tensor, quantizer: int, owner: int) -> Tensor:
-    result = known(quantizer)(grad, _seeds[owner].next_seed())
+def _found(table: Any, key: Tensor) -> Any:
+    found = table.get(int(key))
+    if found is None:
+        raise RuntimeError(
+            "brevitas_bp.grad: a compiled graph rounds gradients with a quantizer that no longer "
+            "exists, because its model was unwrapped or deleted after the graph was made; keep the "
+            "model until backward has run")
+    return found
+
+
+def _gradient_seed(output: Tensor, owner: Tensor) -> Tensor:
+    # The bits of an unsigned seed, as a signed integer.
+    seed = _found(_owners, owner).next_seed()
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    return torch.tensor(signed, dtype=torch.int64, device="cpu")
+
+
+def _rounded_gradient(grad: Tensor, seed: Tensor, quantizer: Tensor, place: int) -> Tensor:
+    result = _found(_known, quantizer)(grad, derive(int(seed), place))
     # An operator may not return its argument.
     return result.clone() if result is grad else result
 
 
+_library.impl("gradient_seed", _gradient_seed, "CompositeExplicitAutograd")
 _library.impl("rounded_gradient", _rounded_gradient, "CompositeExplicitAutograd")
 
 
+@torch.library.register_fake("brevitas_bp::gradient_seed", lib=_library)
+def _gradient_seed_fake(output: Tensor, owner: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
 @torch.library.register_fake("brevitas_bp::rounded_gradient", lib=_library)
-def _rounded_gradient_fake(grad: Tensor, quantizer: int, owner: int) -> Tensor:
+def _rounded_gradient_fake(grad: Tensor, seed: Tensor, quantizer: Tensor, place: int) -> Tensor:
     return torch.empty_like(grad)

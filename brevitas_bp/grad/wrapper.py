@@ -1,28 +1,19 @@
 """``QuantGradientWrapper``: rounds the gradients that enter the products of backward."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from brevitas_bp.backward.arguments import selects
-from brevitas_bp.backward.noise import Noise
 from brevitas_bp.backward.transparent import Transparent, all_modules
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.grad.arguments import Factory, split_settings
-from brevitas_bp.grad.layers import (
-    WHERE,
-    Control,
-    LayerRounding,
-    convert,
-    restore,
-    rounding_of,
-)
+from brevitas_bp.grad.control import WHERE, Control
+from brevitas_bp.grad.layers import LayerRounding, convert, restore, rounding_of
 from brevitas_bp.quant.grad import (
     ShiftedUint8DynamicGradPerRowFloatStochastic,
     ShiftedUint8DynamicGradPerTensorFloatStochastic,
@@ -31,10 +22,6 @@ from brevitas_bp.text import table
 
 #: Layers whose products round.
 LAYERS = (nn.Linear, _ConvNd)
-_SILENT_HINT = (
-    WHERE + ": no product of these layers was seen while they ran, so their gradients are exact: {}. "
-    "A layer rounds where it calls torch.nn.functional.linear or a convolution of it; keep other layers "
-    "exact with overrides={{name: None}}")
 
 
 class QuantGradientWrapper(Transparent):
@@ -111,26 +98,24 @@ class QuantGradientWrapper(Transparent):
             Factory("weight_grad_quant", weight_grad_quant, for_weight))
         layers = _layers_of(module)
         chosen = _overrides(overrides or {}, default, list(layers))
-        self._control = Control(Noise(seed), rank)
-        self._warned = False
-        roundings = {}
+        self._control = Control.seeded(seed, rank)
+        roundings: dict[str, LayerRounding] = {}
         for name, layer in layers.items():
-            _check_layer(name, layer)
             first, second = next(
                 (pair for pattern, pair in chosen if selects(pattern, name)), default)
-            roundings[name] = LayerRounding(name, self._control, first(), second())
+            rounding = LayerRounding(name, self._control, first(), second())
+            # A layer inside a layer that rounds needs a rounding of its own, to stay exact.
+            if not rounding.exact or any(_contains(outer, name) for outer in roundings):
+                _check_layer(name, layer)
+                roundings[name] = rounding
         # Nothing has been changed so far: an error leaves the module as it was.
         for name, rounding in roundings.items():
-            if rounding.for_input is not None or rounding.for_weight is not None:
-                convert(layers[name], rounding)
+            convert(layers[name], rounding)
         self._stand_for(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module."""
-        output = self.module(*args, **kwargs)
-        if not torch.compiler.is_compiling() and not self._warned and torch.is_grad_enabled():
-            self._warn_of_silent()
-        return output
+        return self.module(*args, **kwargs)
 
     def explain(self) -> str:
         """Returns a table: each layer, and what rounds its gradient."""
@@ -147,7 +132,8 @@ class QuantGradientWrapper(Transparent):
     def rounded_layers(self) -> list[str]:
         """Returns the names of the layers whose gradients are rounded."""
         layers = _layers_of(self.module).items()
-        return [name for name, layer in layers if rounding_of(layer) is not None]
+        roundings = ((name, rounding_of(layer)) for name, layer in layers)
+        return [name for name, rounding in roundings if rounding is not None and not rounding.exact]
 
     def unwrap(self) -> nn.Module:
         """Returns the module, with its layers as they were before."""
@@ -163,14 +149,6 @@ class QuantGradientWrapper(Transparent):
     def set_noise_state(self, state: dict[str, int]) -> None:
         """Continues the noise stream from :meth:`noise_state`."""
         self._control.noise.stream.set_state(state)
-
-    def _warn_of_silent(self) -> None:
-        """Warns once of layers that ran no product that could be seen."""
-        self._warned = True
-        roundings = [r for layer in _layers_of(self.module).values() if (r := rounding_of(layer))]
-        silent = [r.name for r in roundings if r.calls and not r.products]
-        if silent:
-            warnings.warn(_SILENT_HINT.format(", ".join(silent)), stacklevel=3)
 
 
 def wrappers_of_gradients(model: nn.Module) -> Iterator[QuantGradientWrapper]:
@@ -190,11 +168,19 @@ def _layers_of(root: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear)}
 
 
+def _contains(outer: str, name: str) -> bool:
+    return name.startswith(f"{outer}." if outer else "") and name != outer
+
+
 def _check_layer(name: str, layer: nn.Module) -> None:
     if rounding_of(layer) is not None:
         raise ValueError(
             f"{WHERE}: layer {name!r} already rounds its gradients for another wrapper; unwrap() that "
             "one first, or wrap once and use overrides")
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"{WHERE}: layer {name!r} has a forward of its own, which another tool has put on it (hooks "
+            "of accelerate do) and which would bypass the rounding; wrap first, or remove those hooks")
     if any(is_lazy(p) for p in layer.parameters()):
         raise ValueError(
             f"{WHERE}: layer {name!r} is lazy and has no shape yet; run the module once before it is "

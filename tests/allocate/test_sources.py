@@ -51,7 +51,7 @@ def test_a_source_alone_is_a_wrapper_alone() -> None:
 
 
 def test_noise_of_layers_adds_up_and_flows_backwards() -> None:
-    """Section 7.3 of Chen et al., 2020: a layer's rounding reaches the layers before it."""
+    """A layer's rounding reaches the layers before it, and independent noise adds up."""
     model = QuantGradientWrapper(net(), input_grad_bit_width=3, weight_grad_bit_width=3, seed=1)
     noise = attribute_noise(model, loss, draws=64)
     assert [(p.kind, p.module) for p in noise.places] == [
@@ -62,6 +62,17 @@ def test_noise_of_layers_adds_up_and_flows_backwards() -> None:
     weights_only = QuantGradientWrapper(net(), None, weight_grad_bit_width=3, seed=1)
     for place in attribute_noise(weights_only, loss, draws=2).places:
         assert set(place.by_module) == {place.module}
+
+
+def test_wrappers_of_parts_are_told_apart() -> None:
+    """Two wrapped parts have layers of the same names."""
+    torch.manual_seed(0)
+    parts = nn.Sequential(*(
+        QuantGradientWrapper(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), weight_grad_bit_width=3, seed=i)
+        for i in range(2)))
+    noise = attribute_noise(parts, lambda m: m(torch.ones(4, 8)).square().mean(), draws=64)
+    assert [p.module for p in noise.places] == ["0.0", "1.0"]
+    assert noise.sum == pytest.approx(noise.together, rel=0.3)
 
 
 def test_activations_of_each_module() -> None:
@@ -91,6 +102,8 @@ def test_checks_of_saved_tensors_leave_gradients_exact() -> None:
 
 
 def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="draws must be at least 1"):
+        attribute_noise(both(), loss, draws=-1)
     with pytest.raises(TypeError, match="must be a QuantBackwardWrapper or contain one"):
         attribute_noise(nn.Linear(3, 3), loss)
     with pytest.raises(ValueError, match="draws must be at least 1"):

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
 from brevitas_bp.grad import QuantGradientWrapper
+from brevitas_bp.grad.layers import rounding_of
+from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
 from tests.grad.test_wrapper import X, gradient, loss, net
 
 
@@ -53,13 +55,20 @@ def test_checkpointed_parts_round_too(use_reentrant: bool, stored: bool) -> None
     if stored:
         model = QuantBackwardWrapper(model)
     x = torch.randn(16, 8, requires_grad=True)
-    exact = torch.autograd.grad(
-        Checkpointed(use_reentrant).part(x).square().sum(), x)[0]
-    model.part.zero_grad()
-    model(x).square().sum().backward()
-    assert x.grad is not None and model.part[0].weight.grad is not None
-    rounded = torch.autograd.grad(model.part(x).square().sum(), x)[0]
-    assert not torch.allclose(rounded, exact, rtol=1e-3)
+    exact = Checkpointed(use_reentrant)
+    exact(x).sum().backward()
+    model.last.weight.grad = model.last.bias.grad = None
+    # The cotangent of the checkpointed part is exact: the last layer is not rounded here.
+    restored = rounding_of(model.last)
+    assert restored is not None
+    restored.for_input = restored.for_weight = None
+    model(x).sum().backward()
+    if not stored:
+        assert torch.equal(model.last.bias.grad, exact.last.bias.grad)
+    for layer in (0, 2):
+        ours, theirs = model.part[layer].bias.grad, exact.part[layer].bias.grad
+        # At 2 bits; biases do not depend on stored activations.
+        assert float((ours - theirs).norm() / theirs.norm()) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -110,6 +119,68 @@ def test_compiled_graphs_draw_new_noise_in_each_step(wrap: str) -> None:
     for step in steps:
         assert float((step - exact).norm() / exact.norm()) < (0.5 if wrap == "stored" else 0.05)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@traced
+@pytest.mark.parametrize("equal_seeds", [True, False])
+def test_compiled_roundings_of_activations_and_gradients_are_independent(equal_seeds: bool) -> None:
+    """With one seed for both, the gradient of a weight would be a product of two equal roundings."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer, x, cotangent = nn.Linear(64, 64, bias=False), torch.randn(64, 64), torch.randn(64, 64)
+    layer(x).backward(cotangent)
+    exact = layer.weight.grad.clone()
+    codes = {"bit_width": 2, "bucket_size": 64}
+    inner = QuantGradientWrapper(
+        layer, None, ShiftedUint2DynamicActPerBucketFloatStochastic, seed=1, weight_grad_bucket_size=64)
+    model = QuantBackwardWrapper(
+        torch.compile(inner, backend="aot_eager"), ShiftedUint2DynamicActPerBucketFloatStochastic,
+        seed=1 if equal_seeds else 2, **codes)
+    mean, draws = torch.zeros_like(exact), 200
+    squares = 0.0
+    for _ in range(draws):
+        layer.zero_grad()
+        model(x).backward(cotangent)
+        mean += layer.weight.grad / draws
+        squares += float((layer.weight.grad - exact).square().sum()) / draws
+    # An unbiased mean of n draws is off by 1 / n of the mean square of one draw, up to chance.
+    assert float((mean - exact).square().sum()) < 1.5 * squares / draws
+
+
+@traced
+def test_equal_compiled_blocks_share_a_graph() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(12)))
+    model = QuantGradientWrapper(blocks)
+    for block in blocks:
+        block.compile(backend="aot_eager")
+    for _ in range(2):
+        model(torch.randn(4, 8, requires_grad=True)).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@traced
+def test_a_layer_that_is_used_twice_rounds_twice_in_a_graph() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16)
+    QuantGradientWrapper(layer, None, weight_grad_bit_width=2)
+    x, z, cotangent = torch.randn(8, 16), torch.randn(8, 16), torch.randn(8, 16)
+
+    def both(x: Tensor, z: Tensor) -> Tensor:
+        return layer(x) + layer(z)
+
+    def variance(function: Callable[..., Tensor]) -> float:
+        draws = []
+        for _ in range(150):
+            layer.zero_grad()
+            function(x, z).backward(cotangent)
+            draws.append(layer.bias.grad.clone())
+        return float(torch.stack(draws).var(0).sum())
+
+    # Bias: the sum of two roundings of one gradient. Equal ones would have twice the variance.
+    assert variance(torch.compile(both, backend="aot_eager")) < 1.5 * variance(both)
 
 
 def test_functional_gradients_round() -> None:

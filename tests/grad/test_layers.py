@@ -13,8 +13,9 @@ from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
 from torch import Tensor, nn
 
 from brevitas_bp.codec.keep import Keep
-from brevitas_bp.format.random import SeedStream, derive
+from brevitas_bp.format.random import derive
 from brevitas_bp.grad import QuantGradientWrapper
+from brevitas_bp.grad.control import Control
 from brevitas_bp.grad.layers import rounding_of
 from brevitas_bp.quant import (
     HouseholderUint4DynamicGradPerRowFloatStochastic,
@@ -82,7 +83,7 @@ def made(kind: str) -> tuple[nn.Module, Tensor]:
 
 
 @each_layer
-def test_without_rounding_every_gradient_keeps_its_bits(kind: str) -> None:
+def test_without_rounding_gradients_are_those_of_the_layer(kind: str) -> None:
     module, x = made(kind)
     plain = copy.deepcopy(module)
     expected = plain(x)
@@ -114,13 +115,14 @@ def test_both_products_get_their_own_rounding(kind: str, channels_last: bool) ->
     assert rounding is not None and rounding.for_input is not None and rounding.for_weight is not None
     output = model(x)
     torch.manual_seed(1)
-    cotangent, seed = torch.randn_like(output), SeedStream(5).next()
+    cotangent, stream = torch.randn_like(output), Control.seeded(5, None)
+    seed = derive(stream.next_seed(), 0)
     ours = torch.autograd.grad(output, [x, *module.parameters()], cotangent)
     unbatched = x.dim() == 3 and isinstance(module, nn.Conv2d)
     rows = cotangent.unsqueeze(0) if unbatched else (
         cotangent.reshape(-1, cotangent.shape[-1]) if isinstance(module, nn.Linear) else cotangent)
-    for_weight = rounding.for_weight(rows, derive(seed, 0)).view(cotangent.shape)
-    for_input = rounding.for_input(rows, derive(seed, 1)).view(cotangent.shape)
+    for_weight = rounding.for_weight(rows, derive(seed, 1)).view(cotangent.shape)
+    for_input = rounding.for_input(rows, derive(seed, 0)).view(cotangent.shape)
     assert not torch.equal(for_weight, for_input)
     expected = plain(x)
     of_input, = torch.autograd.grad(expected, x, for_input, retain_graph=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from brevitas_bp.format.arithmetic import RANGE_LIMIT
+from brevitas_bp.format.arithmetic import LARGEST_END, RANGE_LIMIT
 from brevitas_bp.format.stages import L2, MAX, MIN_MAX, ZERO_IN_RANGE
 from brevitas_bp.kernels.cpu.codes import copy_bytes
 from brevitas_bp.kernels.cpu.compiling import jit, wide_vectors, window
@@ -154,13 +154,13 @@ def affine_metadata(lowest: Any, highest: Any, tops: Any, bf16: Any, form: Any) 
 def _zero_in_range(offsets: Any, scales: Any, tops: Any) -> None:
     """Turns minima and maxima into offsets and scales, in place: ``arithmetic.zero_in_range``."""
     number = tops.dtype.type
-    one = number(1)
+    one, limit = number(1), number(np.finfo(tops.dtype).max * LARGEST_END)
     for i in range(tops.size):
         if math.isnan(offsets[i]):
             continue
         top = tops[i]
-        low = number(max(number(0), -offsets[i]) + number(0))
-        high = number(max(number(0), scales[i]) + number(0))
+        low = number(min(max(number(0), -offsets[i]), limit) + number(0))
+        high = number(min(max(number(0), scales[i]), limit) + number(0))
         below = number(low / top)
         share = number(below * reciprocal(number(below + number(high / top)), tops.dtype))
         zero = number(np.floor(number(share * top)))

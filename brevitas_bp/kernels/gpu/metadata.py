@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from brevitas_bp.format.arithmetic import RANGE_LIMIT
+from brevitas_bp.format.arithmetic import LARGEST_END, RANGE_LIMIT
 from brevitas_bp.format.stages import L2, MAX, MIN_MAX, ZERO_IN_RANGE
 from brevitas_bp.kernels.gpu.constants import INF_BITS
 from brevitas_bp.kernels.gpu.floats import (
@@ -20,6 +20,7 @@ from brevitas_bp.kernels.gpu.floats import (
 )
 
 _LIMIT = tl.constexpr(torch.finfo(torch.float32).max * RANGE_LIMIT)
+_LARGEST_END = tl.constexpr(torch.finfo(torch.float32).max * LARGEST_END)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _SIGN = tl.constexpr(-(1 << 31))
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
@@ -92,7 +93,8 @@ def reciprocal(scale: tl.tensor) -> tl.tensor:
 @triton.jit
 def _zero_in_range(lo: tl.tensor, hi: tl.tensor, top: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Returns scale and offset: see ``arithmetic.zero_in_range``."""
-    low, high = tl.maximum(-lo, 0.0) + 0.0, tl.maximum(hi, 0.0) + 0.0
+    low = tl.minimum(tl.maximum(-lo, 0.0), _LARGEST_END) + 0.0
+    high = tl.minimum(tl.maximum(hi, 0.0), _LARGEST_END) + 0.0
     below = tl.div_rn(low, top)
     # Truncation is the floor here. Rounding instructions of floats would flush subnormal numbers.
     zero = (below * reciprocal(below + tl.div_rn(high, top)) * top).to(tl.int32).to(tl.float32)
