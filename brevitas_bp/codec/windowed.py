@@ -43,7 +43,7 @@ class WindowedCodec(MapCodec):
 
     For each channel of a map [N, C, H, W], with its mean ``m`` and deviation ``s``::
 
-        step  = 6 s / K,   shift = K / 2 - floor(m / step), limited to 1 .. K - 1
+        step  = 6 s / K,   shift = K / 2 - round(m / step), limited to 1 .. K - 1
         code  = ceil(x / step) - 1 + shift, limited to 0 .. K - 1
         x~    = (code - shift + 1/2) step
 
@@ -64,7 +64,9 @@ class WindowedCodec(MapCodec):
     The inputs of batch norms are stored normalized by the op-aware policy. There ``m`` is 0 and ``s`` is
     1. The authors take both from the parameters of the batch norm (``beta / gamma`` and 1), and store no
     numbers for a channel. They store one code before the ReLU, for three uses: batch norm, ReLU and the
-    next convolution. Here the input of the norm and the input of the convolution are two tensors.
+    next convolution. Here the input of the norm and the input of the convolution are two tensors. They
+    take ``floor`` in place of ``round``, which moves the window by up to a bin: with 2 bits, a quarter
+    of its width.
 
     Args:
         bits: width of the codes. The authors use 4 and 8.
@@ -146,7 +148,7 @@ def _windows_of(x: Tensor, count: int) -> _Windows:
     reach = deviation * (_WIDTH / 2)
     off = ((lo > 0) & (mean > reach)) | ((hi <= 0) & (mean < -reach)) | constant
     rectified = (lo == 0) & ~off
-    wanted = count // 2 - (mean * reciprocal(step)).floor()
+    wanted = count // 2 - (mean * reciprocal(step)).round()
     wanted = torch.where(rectified, 1, wanted)
     shift = wanted.clamp(1, count - 1)
     # Bins above zero must reach mean + reach, bins below zero must reach mean - reach.
