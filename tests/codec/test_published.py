@@ -1,4 +1,4 @@
-"""What all codecs of published codes promise: layouts, bytes, NaN, seeds, and self-contained payloads."""
+"""What codecs of published codes promise: layouts, bytes, NaN, seeds, and self-contained payloads."""
 
 import copy
 import pickle
@@ -32,12 +32,14 @@ Make = Callable[[], Codec]
 
 
 @st.composite
-def maps(draw: st.DrawFn, values: tuple[str, ...]) -> torch.Tensor:
-    """Draws tensors of 0 to 5 dimensions, most of them maps, of any layout, dtype and kind of values."""
-    dims = draw(st.sampled_from((0, 1, 2, 3, 4, 4, 4, 5)))
-    shape = tuple(draw(st.lists(st.integers(1, 18), min_size=dims, max_size=dims)))[:5]
+def maps(
+        draw: st.DrawFn, values: tuple[str, ...], ranks: tuple[int, ...] = (0, 1, 2, 3, 4, 4, 4, 5),
+        dtypes: tuple[torch.dtype, ...] = DTYPES) -> torch.Tensor:
+    """Draws tensors, most of them maps, of any layout, dtype and kind of values."""
+    dims = draw(st.sampled_from(ranks))
+    shape = tuple(draw(st.lists(st.integers(1, 18), min_size=dims, max_size=dims)))
     shape = tuple(min(size, 4) if i == 0 and dims > 3 else size for i, size in enumerate(shape))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(dtypes))
     layout = draw(st.sampled_from(tuple(LAYOUTS)))
     x = normals(shape, draw(st.integers(0, 99)))
     return LAYOUTS[layout](VALUES[draw(st.sampled_from(values))](x, dtype).to(dtype))
