@@ -50,10 +50,10 @@ class PooledCodec(MapCodec):
 
     def __init__(
             self, kernel: int | tuple[int, int] = 2, *, inner: Any = None, fallback: Any = None) -> None:
-        sizes = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+        sizes = kernel if isinstance(kernel, (tuple, list)) else (kernel, kernel)
         if len(sizes) != 2:
             raise ValueError(f"{_WHERE}: kernel must be an integer or two of them, got {kernel!r}")
-        self.kernel = (check_size(_WHERE, "kernel", sizes[0]), check_size(_WHERE, "kernel", sizes[1]))
+        self.kernel = check_size(_WHERE, "kernel", sizes[0]), check_size(_WHERE, "kernel", sizes[1])
         self.inner = None if inner is None else fallback_from(_WHERE, inner)
         super().__init__(fallback_from(_WHERE, fallback))
         stored = "16-bit" if self.inner is None else self.inner.name

@@ -241,4 +241,6 @@ def _index(numel: int, device: torch.device) -> Tensor:
 def _random_places(seed: int, n: int, size: int, kept: int, device: torch.device) -> Tensor:
     """Returns ``kept`` distinct places in each of ``n`` buckets, int64 [n, kept]."""
     words = words_(_index(n * size, device), noise_keys(seed, ROTATION)).view(n, size)
-    return words.argsort(dim=1, stable=True)[:, :kept]
+    # The lower bits tell equal words apart, so every backend chooses the same places.
+    keys = (words.long() << 16) + torch.arange(size, device=device)
+    return keys.topk(kept, dim=1).indices

@@ -182,6 +182,7 @@ WRONG: list[tuple[Callable[[], Codec], str]] = [
     (lambda: PooledCodec(0), "PooledCodec: kernel must be a positive integer, got 0"),
     (lambda: PooledCodec((2, 2, 2)), r"kernel must be .* two of them"),  # pyright: ignore
     (lambda: PooledCodec(True), "kernel must be a positive integer, got True"),
+    (lambda: PooledCodec(2.0), "kernel must be a positive integer, got 2.0"),  # pyright: ignore
     (lambda: WindowedCodec(0), "bit_width must be an integer in 1..8, got 0"),
     (lambda: ProjectedCodec(0.0), r"ProjectedCodec: kept must be a number in \(0, 1\], got 0.0"),
     (lambda: ProjectedCodec(2), r"kept must be a number in \(0, 1\], got 2"),
