@@ -53,7 +53,7 @@ class WindowedCodec(MapCodec):
     ReLU's output also holds the ReLU's mask. In a channel without negative values, the lowest bin holds
     the zeros, and decodes to 0. If the limit of ``shift`` would clip the window, the step grows until
     the window fits. If all values lie on one side, three deviations or more from zero, the window lies
-    around ``m``.
+    around ``m``. (Where the tensor's dtype has no number as small as the middle of a bin, ``x~`` is 0.)
 
     **Biased** and deterministic: the same error at every step, about ``step**2 / 12`` in each element,
     and more in clipped elements.
