@@ -80,6 +80,10 @@ LARGEST = 30
 
 def draw(results: dict[tuple[str, str, int], Result], models: list[str], path: Path) -> None:
     """Draws error over bytes, one panel for each network; codes with a bias have hollow marks."""
+    models = [name for name in models if any(r.model == name for r in results.values())]
+    if not models:
+        print("nothing is measured yet, so there is nothing to draw")
+        return
     figure = Figure(figsize=(11.5, 8.2), dpi=130, layout="constrained")
     panels = figure.subplots(2, -(-len(models) // 2), squeeze=False).flat
     for axes, name in zip(panels, models):
