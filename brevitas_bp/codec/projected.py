@@ -57,7 +57,9 @@ class ProjectedCodec(FallbackCodec):
         E |h~ - h|^2 = (D - 1) / k |h|^2 + D / k |error of p~|^2
 
     The gradient of a linear weight has this relative error too: since all rows share their signs, more
-    rows do not reduce it.
+    rows do not reduce it. For the same reason, errors of different elements are not independent.
+    Backward of a norm multiplies them, which would bias the gradient by the order of ``1 / k``. So the
+    policy uses this code only for tensors that reach the gradient of one weight, unlike the authors.
 
     **Bytes**: ``bits k`` bits and 4 bytes of range for each row of D features (8 for float64).
 
@@ -69,8 +71,8 @@ class ProjectedCodec(FallbackCodec):
     Args:
         kept: share of the numbers that is kept, in (0, 1]. 1 leaves all tensors to the fallback.
         bits: width of the codes.
-        fallback: codec or quantizer of factors, of tensors that need more bits, and of short rows; None:
-            plain stochastic ``bits`` bits.
+        fallback: codec or quantizer of other tensors, and of short rows; None: plain stochastic ``bits``
+            bits.
 
     Raises:
         ValueError: an argument is out of range.
@@ -91,7 +93,6 @@ class ProjectedCodec(FallbackCodec):
         super().__init__(fallback_from(_WHERE, fallback, bits))
         self._rows: int | None = None
         self._by_channel: bool | None = None
-        self.bit_widths = (bits,)
         self.name = f"{bits}-bit projections to {self.kept:.3g}"
 
     def with_fallback(self, fallback: Codec) -> "ProjectedCodec":
@@ -102,17 +103,6 @@ class ProjectedCodec(FallbackCodec):
         other._by_channel = length != last
         other._rows = length if length == last else None
         return other
-
-    def at_least(self, bits: int) -> Codec:
-        """Returns the fallback for more bits, because they would not remove the projection's error."""
-        return self if self.bits >= bits else self.fallback.at_least(bits)
-
-    def _variant(self, bits: int, bucket_size: int | None, average_size: int) -> Codec:
-        if average_size > 1:
-            raise ValueError("its codes are not averaged, so average_size must be 1")
-        fallback = self.fallback.variant(bits, bucket_size)
-        return ProjectedCodec(
-            self.kept, bits, fallback=self.fallback if fallback is None else fallback)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Projects the rows of ``x``, and rounds the projections."""

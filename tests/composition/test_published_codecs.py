@@ -132,7 +132,7 @@ def test_overrides_choose_it_for_a_module(make: Make) -> None:
     assert "0:conv2d" not in names and names["9:linear"] == "2-bit stochastic"
 
 
-@pytest.mark.parametrize("codec", [TwoFrequencyCodec(), WindowedCodec(2), ProjectedCodec(1 / 2)])
+@pytest.mark.parametrize("codec", [TwoFrequencyCodec(), WindowedCodec(2)])
 def test_a_plan_chooses_its_widths(codec: Codec) -> None:
     model = QuantBackwardWrapper(net(), codec, plan={"5:*": 4, "*": 8})
     gradients(model)
