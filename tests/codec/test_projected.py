@@ -127,7 +127,7 @@ def test_the_gradient_of_a_linear_weight_has_the_error_of_the_projection() -> No
 def test_in_a_norm_it_would_be_biased_because_rows_share_their_signs() -> None:
     """Backward of a batch norm has the term xhat~_p mean_q(dy_q xhat~_q), for each feature e.
 
-    The errors n of two rows have the mean product E n_pe n_qe = 1/k sum_(d != e) h_pd h_qd. With errors of
+    The errors n of two rows have the mean product E n_pe n_qe = 1/k sum_(d != e) h_pd h_qd. With
     independent signs, it would be 0 for p != q. So the gradient of the input is off by ::
 
         -rstd / M sum_q dy_qe / k sum_(d != e) h_pd h_qd
