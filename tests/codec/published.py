@@ -26,6 +26,3 @@ CODES: dict[str, Callable[[], Codec]] = {
     "largest": lambda: TopKCodec(1 / 6, bucket_size=64),
     "largest of many": lambda: TopKCodec(1 / 100, bucket_size=600),
     "random": lambda: RandomKCodec(1 / 4, bucket_size=40)}
-
-#: Codes whose error has no fixed part.
-UNBIASED = {"two frequencies", "projected", "random"}
