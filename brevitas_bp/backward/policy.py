@@ -319,7 +319,7 @@ class OpAware:
 
     def _wide(self, codec: Codec, bits: int | None) -> Codec | None:
         """Returns a codec with at least so many bits for each element; None if there is none."""
-        if bits is None or not codec.bit_widths:
+        if bits is None or not codec.per_element.bit_widths:
             return None
         wide = codec.for_factors.at_least(bits)
         return wide if min(wide.bit_widths, default=0) >= bits else None

@@ -10,7 +10,19 @@ from torch.nn import functional as F
 
 from brevitas_bp import Codec, Packed, codec_from, quant
 from brevitas_bp.activations.few_bit import few_bit_table
-from brevitas_bp.codec import BitMask, Copy, FewBitCodec, NarrowInt, PerSampleCodec
+from brevitas_bp.codec import (
+    BitMask,
+    Copy,
+    FewBitCodec,
+    NarrowInt,
+    PerSampleCodec,
+    PooledCodec,
+    ProjectedCodec,
+    RandomKCodec,
+    TopKCodec,
+    TwoFrequencyCodec,
+    WindowedCodec,
+)
 from brevitas_bp.codec.lossless import narrow_to
 from brevitas_bp.codec.pooling import max_pool_index
 from brevitas_bp.codec.quantized import LoweredCodec, ModuleCodec
@@ -90,7 +102,14 @@ LOSSLESS: dict[str, Callable[[], tuple[Codec, Tensor]]] = {
     "prelu, stock": lambda: (sign_exact(codec_from(config_of("Fp8e4m3Act"))), activation()),
     "modules": lambda: (_general(), activation()),
     "per sample, of one width": lambda: _per_sample(1),
-    "per sample": lambda: _per_sample(100)}
+    "per sample": lambda: _per_sample(100),
+    "two frequencies": lambda: (TwoFrequencyCodec(block=2), activation()),
+    "pooled": lambda: (PooledCodec(2), activation()),
+    "pooled, 2 bits": lambda: (PooledCodec(2, inner=_general()), activation()),
+    "windows": lambda: (WindowedCodec(3), activation()),
+    "projected": lambda: (ProjectedCodec(1 / 4), normals((9, 64)).float()),
+    "largest": lambda: (TopKCodec(1 / 4, bucket_size=40), activation()),
+    "random": lambda: (RandomKCodec(1 / 4, bucket_size=40), activation())}
 
 #: name -> payload: all ready-made configs, Brevitas' own, and all lossless codecs.
 PAYLOADS: dict[str, Callable[[], Packed]] = {
