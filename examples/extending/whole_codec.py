@@ -23,7 +23,7 @@ class StochasticBfloat16(Codec):
     """Stores float32 as bfloat16, rounded up or down at random so that the mean is right.
 
     A float32 has 16 more bits of mantissa than a bfloat16. Random 16 bits are added to them, and the 16
-    are cut off. The relative error is at most 2**-7. NaN stays NaN, and infinities stay what they are.
+    are cut off. The relative error is at most 2**-7. NaN and infinities stay what they are.
     """
 
     name = "stochastic bfloat16"         # for reports
@@ -38,7 +38,8 @@ class StochasticBfloat16(Codec):
         bits = (flat.view(torch.int32) + noise) & -(2**16)
         # Beyond the largest bfloat16 the sum would be infinite, and a NaN could become a number.
         limit = torch.finfo(torch.bfloat16).max
-        rounded = torch.where(flat.abs() < limit, bits.view(torch.float32), flat)
+        other = torch.where(flat.isfinite(), flat.clamp(-limit, limit), flat)
+        rounded = torch.where(flat.abs() < limit, bits.view(torch.float32), other)
         # Now the low bits are zero, so that the cast is exact.
         return Packed(self, (rounded.to(torch.bfloat16),), layout, None, where)
 
