@@ -21,7 +21,7 @@ from brevitas_bp.backward.saved import Call
 
 
 def snake(x: Tensor, a: float = 1.0) -> Tensor:
-    """An activation, ``x + sin(a x)**2 / a``. Without a rule, each of its three operations saves tensors."""
+    """An activation, ``x + sin(a x)**2 / a``."""
     # These two lines let the wrapper see the call. Torch's own functions have them too.
     if has_torch_function_unary(x):
         return handle_torch_function(snake, (x,), x, a)

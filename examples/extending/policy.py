@@ -51,7 +51,8 @@ def network() -> nn.Module:
     """Returns a network with norms, smooth activations and a small head."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.SiLU(), nn.Conv2d(32, 64, 3, 2), nn.BatchNorm2d(64),
-        nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+        nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64), nn.Tanh(),
+        nn.Linear(64, 10))
 
 
 def measure(policy: OpAware) -> tuple[int, float]:

@@ -48,7 +48,7 @@ class FewRandomBits(nn.Module):
 class FewRandomBits2(PerBucketMinMax, ActQuantSolver):
     """Two bits for each element, and three random bits for each rounding."""
 
-    float_to_int_impl = FewRandomBits
+    float_to_int_impl = FewRandomBits  # pyright: ignore[reportAssignmentType]
     random_bits = 3
     bit_width = 2
     bucket_size = 256

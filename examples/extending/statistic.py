@@ -2,8 +2,8 @@
 
     python examples/extending/statistic.py
 
-The part fills ``scaling_stats_impl``: it turns buckets [N, B] into one number for each, [N, 1]. The scale
-is this number over the largest code.
+The part fills ``scaling_stats_impl``: it turns buckets [N, B] into one number for each, [N, 1]. The
+scale is this number over the largest code.
 
 Expect less error for heavy tails, and a bias: values beyond the scale are clipped, in every step alike.
 """
@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from brevitas_bp import codec_from
-from brevitas_bp.quant import ActQuantSolver, PerBucketMax, RotatedNormal4DynamicActPerBucketFloat
-from brevitas_bp.quant import StochasticRounding
+from brevitas_bp.quant import (
+    ActQuantSolver,
+    PerBucketMax,
+    RotatedNormal4DynamicActPerBucketFloat,
+    StochasticRounding,
+)
 
 
 class LargestBut(nn.Module):
-    """The largest magnitude of a bucket without its ``clipped`` largest ones. Fills ``scaling_stats_impl``.
+    """The largest magnitude but ``clipped`` larger ones. Fills ``scaling_stats_impl``.
 
     Args:
         clipped: elements of each bucket that are clipped.

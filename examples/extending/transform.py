@@ -50,7 +50,7 @@ def signs_of(words: Tensor) -> Tensor:
 
 
 def _signs_from(x: Tensor, buckets: Tensor, seed: int) -> Tensor:
-    """Returns the signs of some buckets of a tensor, which depend on their numbers and the seed alone."""
+    """Returns the signs of some buckets, which depend on their numbers and the seed alone."""
     size = x.shape[-1]
     index = row_indices(buckets.unsqueeze(-1) * size, size)
     return signs_of(words_(index, noise_keys(seed, ROTATION))).to(x.dtype)

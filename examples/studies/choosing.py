@@ -3,13 +3,13 @@
     python examples/studies/choosing.py norms [--markdown]    # norm_bits, by the size of the batch
     python examples/studies/choosing.py stock [--markdown]    # Brevitas' own quantizers as act_quant
 
-``norms`` trains the small ResNet of ``networks.py`` on digits of 8x8 pixels for 30 steps, and measures it
-with batches of several sizes. ``stock`` wraps a convolutional network with SiLU and batch norms, and a GPT of
-two blocks, each with every quantizer. A quantizer that keeps statistics sees ten batches first.
+``norms`` trains the small ResNet of ``networks.py`` on digits of 8x8 pixels for 30 steps, and measures
+it with batches of several sizes. ``stock`` wraps a convolutional network with SiLU and batch norms, and
+a GPT of two blocks, each with every quantizer. A quantizer that keeps statistics sees ten batches first.
 
 The error is ``sqrt(E |g~ - g|^2) / |g|`` of all gradients, taken as one vector: what ``check_gradients``
-calls the error of one gradient. "bias" is the part of it that the mean of the draws has too, less what is
-there by chance. "median noise" is the noise of a parameter's gradient, relative to that gradient.
+calls the error of one gradient. "bias" is the part of it that the mean of the draws has too, less what
+is there by chance. "median noise" is the noise of a parameter's gradient, relative to that gradient.
 """
 
 import argparse
@@ -55,7 +55,8 @@ STOCK: dict[str, dict[str, Any]] = {
     "ShiftedUint8ActPerTensorFloatMSE": {}, "ShiftedUint8ActPerTensorFloatHQO": {},
     "Int8ActPerTensorFloatMinMaxInit": ONE_RANGE, "Uint8ActPerTensorFloatMaxInit": {"max_val": 3.0},
     "Int8ActPerTensorFixedPoint": {}, "Uint8ActPerTensorFixedPoint": {}, "MXInt8Act": {"group_dim": 1},
-    "Fp8e4m3Act": {}, "Fp8e5m2Act": {}, "Fp8e4m3ActPerTensorFloat": {}, "Fp8e4m3OCPActPerTensorFloat": {},
+    "Fp8e4m3Act": {}, "Fp8e5m2Act": {}, "Fp8e4m3ActPerTensorFloat": {},
+    "Fp8e4m3OCPActPerTensorFloat": {},
     "Fp8e5m2OCPActPerTensorFloat": {}, "Fp8e4m3FNUZActPerTensorFloat": {},
     "MXFloat8e4m3Act": {"group_dim": 1}, "SignedTernaryActPerTensorConst": {},
     "SignedBinaryActPerTensorConst": {}, "Int8ActPerTensorFloatBatchQuant2d": {},
@@ -88,11 +89,10 @@ def norms(only: list[str]) -> tuple[list[str], list[list[str]]]:
         optimizer.step()
     cells = []
     for size in (4, 16, 64, 256):
-        if only and str(size) not in only:
-            continue
         x, y = images[:size], labels[:size]
-        exact = saved_bytes(QuantBackwardWrapper(net, policy="exact"), x)
-        for way, (bits, policy) in NORMS.items():
+        ways = [w for w in NORMS if not only or {str(size), f"{size}, {w}"} & set(only)]
+        exact = saved_bytes(QuantBackwardWrapper(net, policy="exact"), x) if ways else 0
+        for way, (bits, policy) in ((w, NORMS[w]) for w in ways):
             config = getattr(configs, f"RotatedNormal{bits}DynamicActPerBucketFloat")
             model = QuantBackwardWrapper(net, config, metadata_dtype=torch.bfloat16, policy=policy)
             error, _, noise = error_of(model, lambda m, x=x, y=y: cross_entropy(m(x), y))
@@ -107,7 +107,8 @@ def vision_task() -> tuple[nn.Module, Tensor, Loss]:
     images, labels = digits(16)
     x, y = images[:60], labels[:60]
     net = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, padding=1),
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.SiLU(),
+        nn.Conv2d(32, 64, 3, 2, padding=1),
         nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.SiLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return net, x, lambda m: cross_entropy(m(x), y)
@@ -172,7 +173,8 @@ TABLES = {"norms": norms, "stock": stock}
 def main() -> None:
     parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or "").partition("\n")[0])
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--only", nargs="*", default=[], help="sizes of batches, or quantizers")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="such as '16', '16, 3 bits'; or quantizers")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     with warnings.catch_warnings():

@@ -96,7 +96,8 @@ def test_the_row_serves_the_transform_everywhere(examples: dict[str, Any]) -> No
     noise = (torch.stack(draws) - x).norm(dim=(1, 2)).mean() / 20
     assert float((torch.stack(draws).mean(0) - x).norm()) < 1.5 * float(noise)
     model = QuantBackwardWrapper(
-        torch.compile(nn.Linear(192, 8), backend="aot_eager"), transform.Cosines4)
+        torch.compile(nn.Linear(192, 8), backend="aot_eager"),  # pyright: ignore
+        transform.Cosines4)
     with track_saved_memory(model) as report:
         loss = model(torch.randn(64, 192)).sum()
     loss.backward()
