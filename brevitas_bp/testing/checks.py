@@ -81,5 +81,5 @@ def _explained(what: str, invariant: str) -> Iterator[None]:
         raise AssertionError(f"{what}. {finding}. The invariant: {invariant}.") from None
     except Exception as error:
         raise AssertionError(
-            f"{what}. Expected no error, got {type(error).__name__}: {error}. "
+            f"{what}. Expected no error, got {type(error).__name__}: {str(error).rstrip('.')}. "
             f"The invariant: {invariant}.") from error

@@ -314,8 +314,8 @@ BROKEN: list[tuple[str, type[Codec], dict[str, Any], str]] = [
     ("round trip", DecodesFlat, {}, r"expected the shape \(4, 6, 9, 11\), got \(2376,\)"),
     ("refused dtypes", TakesIntegers, {}, r"expected a TypeError that names bool.*got a payload"),
     ("refused dtypes", RefusesWithoutReason, {}, r"names bool.*got TypeError: no"),
-    ("strides", Contiguous, {}, r"transposed: expected strides \(1, 4, 24, 216\), got \(594, 99, 11, 1\)"),
-    ("small tensors", NeedsElements, {}, r"Expected no error, got IndexError"),
+    ("strides", Contiguous, {}, r"transposed: expected strides \(1, 36, 4, 216\), got \(594, 99, 11, 1\)"),
+    ("small tensors", NeedsElements, {}, r"Expected no error, got RuntimeError: amax"),
     ("values", NotLossless, {}, r"expected the very same bits, because lossy is False, got .* in place of"),
     ("values", TwiceAsLarge, {}, r"expected errors of at most 2 times the largest magnitude"),
     ("values", Sound, {"largest_error": 1e-3}, r"expected errors of at most 0.001 times"),
@@ -346,5 +346,6 @@ BROKEN: list[tuple[str, type[Codec], dict[str, Any], str]] = [
     ("graph", KeepsTheGraph, {}, r"expected stored tensor 1 without a graph"),
     ("copies", Table, {}, r"Expected no error, got KeyError"),
     ("pickles", CannotPickle, {}, r"Expected no error, got (AttributeError|PicklingError)"),
-    ("wrapper", ChangesForward, {}, r"expected the output of the network without the wrapper"),
+    ("wrapper", ChangesForward, {}, r"Expected no error, got RuntimeError: .* modifying its input in place"),
+    ("wrapper", DrawsGlobally, {}, r"expected the output of the network without the wrapper, got"),
     ("wrapper", FailsInBackward, {}, r"Expected no error, got IndexError: lost")]
