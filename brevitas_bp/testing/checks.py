@@ -12,6 +12,10 @@ from brevitas_bp.errors import UnknownNameError, nearest
 S = TypeVar("S")
 
 
+class PowerError(ValueError):
+    """So few draws cannot see a bias of the wanted size."""
+
+
 class Found(Exception):  # noqa: N818 - it never leaves this package
     """What a check found. The runner adds the invariant, and raises an ``AssertionError``."""
 
@@ -79,6 +83,8 @@ def _explained(what: str, invariant: str) -> Iterator[None]:
         yield
     except Found as finding:
         raise AssertionError(f"{what}. {finding}. The invariant: {invariant}.") from None
+    except PowerError:  # The question was wrong, not the subject.
+        raise
     except Exception as error:
         raise AssertionError(
             f"{what}. Expected no error, got {type(error).__name__}: {str(error).rstrip('.')}. "

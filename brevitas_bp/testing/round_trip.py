@@ -106,8 +106,9 @@ def _values(subject: Subject) -> None:
 def _order(subject: Subject) -> None:
     for case, x in subject.bases():
         for layout, lay in MEMORY.items():
-            # Two values far apart, which no codec takes for each other.
-            laid = lay(torch.where(x > 0, 1.0, -1.0).to(x.dtype)) if x.is_floating_point() else lay(x)
+            # Two values far apart, which no lossy codec takes for each other.
+            signs = subject.codec.lossy and x.is_floating_point()
+            laid = lay(torch.where(x > 0, 1.0, -1.0).to(x.dtype) if signs else x)
             expected, decoded = subject.expected(laid), subject.decoded(laid)
             if not subject.codec.lossy:
                 if not same_bits(decoded, expected):
@@ -119,10 +120,10 @@ def _order(subject: Subject) -> None:
 
 def _correlation(first: Tensor, second: Tensor) -> float:
     """Returns the correlation; 1 if there are too few elements to tell, or all are alike."""
-    stored = [TensorLayout.base(x).double().reshape(-1) for x in (first, second)]
-    if stored[0].numel() < _ENOUGH or stored[0].std() == 0:
+    a, b = (x.double().reshape(-1) for x in (first, second))
+    if TensorLayout.of(second).numel < _ENOUGH or a.std() == 0:
         return 1.0
-    a, b = (x - x.mean() for x in stored)
+    a, b = a - a.mean(), b - b.mean()
     return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
 
 

