@@ -128,11 +128,11 @@ def _rounds_independently(rounding: Rounding) -> None:
     for call in range(calls):
         # Signs of the errors, +1 or -1 with equal probability.
         signs = (rounding(u, derive(3, call)).double() * 2 - 1).reshape(-1)
-        for i, distance in enumerate((1, _BUCKET)):
+        for i, distance in enumerate((_BUCKET, 1)):
             products[i] += (signs[distance:] * signs[:-distance]).mean() / calls
     # Products of neighbours in a chain of independent signs are independent, in an interval of length 2.
     limit = 2 * hoeffding(calls * (u.numel() - _BUCKET), tests=2)
-    for name, product in zip(("next to each other", "in the same place of two buckets"), products):
+    for name, product in zip(("in the same place of two buckets", "next to each other"), products):
         if abs(product) > limit:
             found(f"positions of 0.5 {name}", f"a correlation within {limit:.2g} of 0",
                   f"{float(product):.2g}")

@@ -1,4 +1,4 @@
-"""Tests that the mean of a rounding, a quantizer or a codec is the value, and that they would see a bias."""
+"""Tests that the mean of what was rounded is the value, and computes the bias that would be seen."""
 
 import inspect
 import math
@@ -221,8 +221,8 @@ def _checked(
 
 def _draw_of(subject: Any) -> tuple[Draw, Codec | None]:
     """Returns how a subject rounds, and its codec if it has one."""
-    if inspect.isclass(subject) and issubclass(subject, ExtendedInjector) or hasattr(
-            subject, "fused_activation_quant_proxy"):
+    if hasattr(subject, "fused_activation_quant_proxy") or (
+            inspect.isclass(subject) and issubclass(subject, ExtendedInjector)):
         subject = codec_from(subject)
     if isinstance(subject, Codec):
         codec = subject
@@ -233,7 +233,8 @@ def _draw_of(subject: Any) -> tuple[Draw, Codec | None]:
         raise TypeError(
             f"{_WHERE}: expected a Brevitas config, a module, a codec, or a function of values and a "
             f"seed, got {subject!r}")
-    return subject, None
+    function: Any = subject
+    return function, None
 
 
 def _parameters(function: Any) -> list[str]:
@@ -276,14 +277,15 @@ def _drawn(draw: Draw, values: Tensor, calls: int, copies: int, seed: int) -> _S
                     f"{_WHERE}: expected the shape {list(given.shape)}, got {list(rounded.shape)}")
             rounded = rounded.detach().double()
             error = rounded - exact
+            if not error.isfinite().all():
+                raise AssertionError(
+                    f"{_WHERE}: expected finite results for finite values, got NaN or Inf")
             sums.neighbours &= bool((error.abs() < 1).all())
             sums.largest = max(sums.largest, float(error.abs().max()))
             per_copy = error.view(copies, *exact.shape)
             sums.overall += per_copy.reshape(copies, -1).mean(1).tolist()
             sums.first += per_copy.sum(0)
             sums.second += per_copy.square().sum(0)
-    if not math.isfinite(sums.largest):
-        raise AssertionError(f"{_WHERE}: expected finite results for finite values, got NaN or Inf")
     return sums
 
 

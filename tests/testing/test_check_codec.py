@@ -110,9 +110,9 @@ def test_codecs_of_brevitas_own_configs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["MXInt8Act", "MXFloat8e4m3Act"])
 def test_groups_along_a_dimension(name: str) -> None:
-    # Tensors need the dimension that groups run along.
+    # Tensors need the dimension that groups run along. Scales are powers of two, above the largest float.
     x = normals((4, 40, 3, 5)).float()
-    check_codec(codec_from(config_of(name), **ALL[name]), values=x, without=["small tensors"])
+    check_codec(codec_from(config_of(name), **ALL[name]), values=x, without=["small tensors", "huge values"])
 
 
 EXACT: dict[str, Codec] = {
