@@ -53,7 +53,8 @@ def empirical_bernstein(variance: Tensor | float, n: int, tests: int = 1) -> Ten
     """
     if n < 2:
         raise ValueError(
-            f"brevitas_bp.testing.empirical_bernstein: n must be >= 2, got {n}; one draw has no variance")
+            f"brevitas_bp.testing.empirical_bernstein: n must be >= 2, got {n}; one draw "
+            "has no variance")
     log = math.log(4 * tests / ALPHA)
     variance = torch.as_tensor(variance, dtype=torch.float64)
     return torch.sqrt(2 * variance * log / n) + 7 * log / (3 * (n - 1))

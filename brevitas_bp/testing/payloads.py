@@ -123,7 +123,7 @@ def _least_bytes(subject: Subject) -> None:
         packed = subject.encode(x, codec=codec)
         least = codec.stored_nbytes(packed.layout)
         if least is not None and least > packed.nbytes:
-            found(case, f"{packed.nbytes} or less from stored_nbytes, which is what encoding took", least)
+            found(case, f"{packed.nbytes} or less from stored_nbytes, what encoding took", least)
 
 
 def _sizes(subject: Subject) -> Iterator[tuple[str, Tensor]]:

@@ -44,7 +44,7 @@ def _refused_dtypes(subject: Subject) -> None:
 
 
 def _restored(subject: Subject, case: str, x: Tensor) -> Tensor:
-    """Returns the decoded tensor; fails if its shape, dtype, device or strides are not those of ``x``."""
+    """Returns the decoded tensor; fails if shape, dtype, device or strides are not those of ``x``."""
     decoded = subject.decoded(x)
     if not isinstance(decoded, Tensor):
         found(case, "a tensor", type(decoded).__name__)
@@ -94,8 +94,8 @@ def _close(subject: Subject, case: str, x: Tensor, decoded: Tensor) -> None:
     rounding = torch.finfo(x.dtype).eps * reach if x.is_floating_point() else 0.0
     error = largest(decoded.double() - expected.double())
     if not error <= subject.largest_error * reach + rounding:
-        found(case, f"errors of at most {subject.largest_error:g} times the largest magnitude, {reach:g}",
-              f"{error:g}")
+        found(case, f"errors of at most {subject.largest_error:g} times the largest magnitude, "
+              f"{reach:g}", f"{error:g}")
 
 
 def _values(subject: Subject) -> None:
@@ -187,8 +187,8 @@ def _relatives(subject: Subject) -> None:
                 found(f"{case} with the codec of {name}", named(x), named(decoded))
     same = codec.at_least(min(codec.bit_widths, default=1))
     if codec.bit_widths and same is not codec and same is not codec.per_element:
-        found(f"at_least({min(codec.bit_widths)})", "the codec itself, because its codes have as many bits",
-              repr(same.name))
+        found(f"at_least({min(codec.bit_widths)})",
+              "the codec itself, because its codes have as many bits", repr(same.name))
 
 
 def _has_floats(subject: Subject) -> bool:

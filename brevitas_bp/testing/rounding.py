@@ -169,7 +169,8 @@ def _draws_from_the_seed(rounding: Rounding) -> None:
     u = torch.full((8, _BUCKET), 0.5)
     state, codes = torch.get_rng_state(), rounding(u)
     if not torch.equal(torch.get_rng_state(), state):
-        found("one call within brevitas_bp.seeded", "torch's global generator as it was", "another state")
+        found("one call within brevitas_bp.seeded", "torch's global generator as it was",
+              "another state")
     torch.manual_seed(1)
     first = rounding(u)
     torch.manual_seed(2)
@@ -278,8 +279,8 @@ def check_rounding(
         straight_through: whether the gradient must be that of the identity, so that the rounding can be
             used in forward as well.
         draws: calls with independent seeds for each test of a mean; each gives 32 draws.
-        dtypes: dtypes to try. Bucket quantizers compute in float32 and float64, Brevitas' own in the dtype
-            of their input.
+        dtypes: dtypes to try. Bucket quantizers compute in float32 and float64, Brevitas' own in the
+            dtype of their input.
         without: names of checks to leave out.
 
     Returns:
@@ -299,8 +300,8 @@ def check_rounding(
     module = rounding() if inspect.isclass(rounding) and issubclass(rounding, nn.Module) else rounding
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"{where}: expected a module that rounds, or its class, got {rounding!r}; a config is tested "
-            "with check_codec(codec_from(config))")
+            f"{where}: expected a module that rounds, or its class, got {rounding!r}; a config is "
+            "tested with check_codec(codec_from(config))")
     if draws < 1:
         raise ValueError(f"{where}: draws must be >= 1, got {draws}; 256 calls see a twelfth of a step")
     name = type(module).__name__

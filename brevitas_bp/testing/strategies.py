@@ -31,7 +31,8 @@ seeds = st.integers(0, 2**64 - 1)
 
 
 def shapes(
-        max_dims: int = 4, min_size: int = 1, max_size: int = 13) -> "st.SearchStrategy[tuple[int, ...]]":
+        max_dims: int = 4, min_size: int = 1,
+        max_size: int = 13) -> "st.SearchStrategy[tuple[int, ...]]":
     """Draws shapes of any rank up to ``max_dims``; () is a tensor of rank 0.
 
     Args:

@@ -33,8 +33,8 @@ def checked_names(where: str, names: Iterable[str], table: Mapping[str, object])
     for name in found:
         if name not in table:
             raise UnknownNameError(
-                f"brevitas_bp.testing.{where}: there is no {name!r}{nearest(name, table)}; the names are "
-                f"{', '.join(map(repr, table))}")
+                f"brevitas_bp.testing.{where}: there is no {name!r}{nearest(name, table)}; the names "
+                f"are {', '.join(map(repr, table))}")
     if not found:
         raise ValueError(f"brevitas_bp.testing.{where}: expected one name or more, got none")
     return found

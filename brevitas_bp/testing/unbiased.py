@@ -117,8 +117,8 @@ def assert_unbiased(
     >>> assert_unbiased(lambda x, seed: x.round(), torch.linspace(0, 3, 20))
     Traceback (most recent call last):
     ...
-    AssertionError: brevitas_bp.testing.assert_unbiased: expected a mean error within 0.0902 of 0 for the \
-value 0.473684 (flat index 3) after 4096 draws, got -0.474: rounding is biased; ...
+    AssertionError: brevitas_bp.testing.assert_unbiased: expected a mean error within 0.0902 of 0 for \
+the value 0.473684 (flat index 3) after 4096 draws, got -0.474: rounding is biased; ...
     """
     values, calls = _checked(values, draws, copies, detects, largest_error)
     draw, codec = _draw_of(subject)
@@ -142,8 +142,8 @@ value 0.473684 (flat index 3) after 4096 draws, got -0.474: rounding is biased; 
         slack = (4 * torch.finfo(compute_dtype(values.dtype)).eps + narrow) * (reach + bound)
     if not sums.largest <= bound + slack:
         raise AssertionError(
-            f"{_WHERE}: expected errors of at most {bound:.4g}, got {sums.largest:.4g}; the subject clips "
-            "(and clipping is biased), or largest_error must be larger")
+            f"{_WHERE}: expected errors of at most {bound:.4g}, got {sums.largest:.4g}; the subject "
+            "clips (and clipping is biased), or largest_error must be larger")
     return _judged(sums, values, bound, variance, slack, detects, codec)
 
 
@@ -170,8 +170,8 @@ def _judged(
     if (mean.abs() > limit).any():
         worst = int((mean.abs() - limit).argmax())
         raise AssertionError(
-            f"{_WHERE}: expected a mean error within {float(limit.view(-1)[worst]):.3g} of 0 for the value "
-            f"{float(values.reshape(-1)[worst]):.6g} (flat index {worst}) after {n} draws, got "
+            f"{_WHERE}: expected a mean error within {float(limit.view(-1)[worst]):.3g} of 0 for the "
+            f"value {float(values.reshape(-1)[worst]):.6g} (flat index {worst}) after {n} draws, got "
             f"{float(mean.view(-1)[worst]):.3g}: rounding is biased{hint}")
     if abs(bias.overall) > overall_limit:
         raise AssertionError(
@@ -187,8 +187,8 @@ def _judged(
         more = math.ceil(n * (bias.visible / wanted)**2 / 64) * 64
         raise PowerError(
             f"{_WHERE}: {n} draws see a bias of {bias.visible:.3g} or more, expected to see "
-            f"detects={wanted:.3g}; take draws={more}, or a smaller bound than largest_error={bound:.3g} "
-            f"if you know one (the largest error here is {sums.largest:.3g})")
+            f"detects={wanted:.3g}; take draws={more}, or a smaller bound than largest_error="
+            f"{bound:.3g} if you know one (the largest error here is {sums.largest:.3g})")
     return bias
 
 
@@ -290,7 +290,7 @@ def _drawn(draw: Draw, values: Tensor, calls: int, copies: int, seed: int) -> _S
 
 
 def _largest_error(subject: Any, codec: Codec | None, values: Tensor, seed: int) -> float:
-    """Returns the step of bucket quantizers without transform; for others, twice the largest magnitude."""
+    """Returns the step of a bucket quantizer without transform; else twice the largest magnitude."""
     whole = 2 * float(values.abs().max().double())
     if codec is None:
         quantizers = [subject] if isinstance(subject, nn.Module) else []

@@ -84,7 +84,7 @@ def test_biased_configs(subject: Any) -> None:
 
 
 def test_a_seed_that_is_not_used_is_hinted_at() -> None:
-    with pytest.raises(AssertionError, match=r"all draws are alike, so it rounds to nearest, or does not"):
+    with pytest.raises(AssertionError, match=r"all draws are alike, so it rounds to nearest"):
         assert_unbiased(lambda x, seed: (x + uniform(0, tuple(x.shape))).floor(), POSITIONS)
 
 
@@ -99,7 +99,7 @@ def test_a_code_that_is_no_neighbour() -> None:
 
 
 def test_clipping_is_named() -> None:
-    with pytest.raises(AssertionError, match="expected errors of at most 0.5, got 1.*the subject clips"):
+    with pytest.raises(AssertionError, match=r"errors of at most 0.5, got 1.*the subject clips"):
         assert_unbiased(lambda x, seed: x.clamp(max=2), POSITIONS, largest_error=0.5)
 
 
@@ -113,10 +113,11 @@ def test_the_mean_of_all_elements_sees_less_than_that_of_each() -> None:
 
 
 def test_power() -> None:
-    with pytest.raises(ValueError, match=r"100 draws see a bias of .*expected to see detects=.*take draw"):
+    with pytest.raises(ValueError, match=r"100 draws see a bias of .*expected to see detects=.*take"):
         assert_unbiased(StochasticRound(), POSITIONS, draws=100)
-    message = pytest.raises(ValueError, assert_unbiased, StochasticRound(), POSITIONS, detects=0.05)
-    draws = int(str(message.value).partition("take draws=")[2].partition(",")[0])
+    with pytest.raises(ValueError, match="take draws=") as caught:
+        assert_unbiased(StochasticRound(), POSITIONS, detects=0.05)
+    draws = int(str(caught.value).partition("take draws=")[2].partition(",")[0])
     bias = assert_unbiased(StochasticRound(), POSITIONS, detects=0.05, draws=draws, copies=64)
     assert 0.04 < bias.visible <= 0.05
 
@@ -131,7 +132,8 @@ def test_nothing_to_round() -> None:
     ({"values": torch.arange(3)}, "a float tensor with elements, got torch.int64"),
     ({"values": torch.empty(0)}, "with elements"), ({"values": torch.tensor([math.nan])}, "finite"),
     ({"draws": 1}, "draws must be >= 2"), ({"draws": 10, "copies": 3}, "a multiple of copies"),
-    ({"detects": 0.0}, "detects must be > 0"), ({"largest_error": math.inf}, "largest_error must be > 0")])
+    ({"detects": 0.0}, "detects must be > 0"),
+    ({"largest_error": math.inf}, "largest_error must be > 0")])
 def test_arguments_that_make_no_sense(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         assert_unbiased(**{"subject": StochasticRound(), "values": POSITIONS, **settings})

@@ -15,7 +15,7 @@ from brevitas_bp.codec.quantized import ModuleCodec
 from brevitas_bp.codec.regions import dropout_mask, sign
 from brevitas_bp.errors import UnknownNameError
 from brevitas_bp.testing import CODEC_CHECKS, check_codec
-from tests.codec.test_bucket_codecs import CONFIGS, GENERAL, general, lowered
+from tests.codec.test_bucket_codecs import general, lowered
 from tests.codec.test_stock import ALL, config_of
 from tests.robustness.payloads import LOSSLESS
 from tests.strategies import normals
@@ -65,33 +65,7 @@ def test_generators_are_afterwards_as_they_were(found: bool) -> None:
     assert (random.getstate(), repr(np.random.get_state())) == before[1:]
 
 
-# Codecs of the library.
-
-#: What a config promises less than the defaults of check_codec.
-LESS: dict[str, dict[str, Any]] = {
-    # Their scale is the norm of a bucket, so a step is larger than most values.
-    **{name: {"largest_error": 20.0, "without": ["order"]} for name in CONFIGS if "L2" in name},
-    # A rotated bucket has a range of several times its largest value.
-    "RotatedUint1DynamicActPerBucketFloatDithered": {"largest_error": 8.0}}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_codecs_of_ready_made_configs(name: str) -> None:
-    draws = name.endswith(("Stochastic", "Dithered")) or "Rotated" in name or "Mix" in name
-    assert len(check_codec(lowered(name), stochastic=draws, **LESS.get(name, {}))) > 22
-
-
-@pytest.mark.parametrize("name", GENERAL[::6])
-def test_the_same_through_modules(name: str) -> None:
-    settings = LESS.get(name, {})
-    network = ["wrapper"]  # Twice as slow; one such codec is tried below.
-    check_codec(general(name), **{**settings, "without": [*settings.get("without", []), *network]})
-
-
-def test_one_of_them_in_a_network() -> None:
-    codec = general("ShiftedUint2Mix4DynamicActPerBucketFloatStochastic")
-    assert isinstance(codec, ModuleCodec)
-    assert check_codec(codec, without=others("wrapper")) == ("wrapper",)
+# Codecs of the library; those of ready-made configs are in tests/codec/test_bucket_codecs.py.
 
 
 # Brevitas' scales have a smallest value, 1e-10, or are constant.
@@ -110,9 +84,16 @@ def test_codecs_of_brevitas_own_configs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["MXInt8Act", "MXFloat8e4m3Act"])
 def test_groups_along_a_dimension(name: str) -> None:
-    # Tensors need the dimension that groups run along. Scales are powers of two, above the largest float.
+    # Tensors need the dimension that groups run along. Scales, powers of two, overflow.
     x = normals((4, 40, 3, 5)).float()
-    check_codec(codec_from(config_of(name), **ALL[name]), values=x, without=["small tensors", "huge values"])
+    check_codec(codec_from(config_of(name), **ALL[name]), values=x,
+                without=["small tensors", "huge values"])
+
+
+def test_one_of_them_in_a_network() -> None:
+    codec = general("ShiftedUint2Mix4DynamicActPerBucketFloatStochastic")
+    assert isinstance(codec, ModuleCodec)
+    assert check_codec(codec, without=others("wrapper")) == ("wrapper",)
 
 
 EXACT: dict[str, Codec] = {

@@ -1,4 +1,4 @@
-"""``check_rounding``: each check finds the defect that it is for, and the roundings of the library pass."""
+"""``check_rounding``: each check finds its defect, and the roundings of the library pass."""
 
 from typing import Any
 
