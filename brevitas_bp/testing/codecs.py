@@ -55,7 +55,7 @@ def check_codec(
     >>> from brevitas_bp import codec_from
     >>> from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloatStochastic
     >>> codec = codec_from(ShiftedUint2DynamicActPerBucketFloatStochastic)
-    >>> "strides" in check_codec(codec, stochastic=True, largest_error=0.7)
+    >>> "strides" in check_codec(codec, stochastic=True)
     True
     """
     where = "brevitas_bp.testing.check_codec"

@@ -2,7 +2,7 @@
 
 >>> from hypothesis import given, settings
 >>> @settings(max_examples=5, derandomize=True, database=None)
-... @given(float_tensors(values=("nan",)))
+... @given(float_tensors(values=("nan",), layouts=("contiguous", "transposed")))
 ... def test(x):
 ...     assert x.isnan().any()
 >>> test()
@@ -56,7 +56,8 @@ def float_tensors(
         draw: given by hypothesis.
         dtypes: dtypes to choose from.
         values: kinds of values, names of :data:`~brevitas_bp.testing.tensors.VALUES`; finite ones by
-            default. A kind "nan" has one NaN, or none if the tensor is empty.
+            default. A kind "nan" has one NaN, or none if the tensor is
+            empty or expanded.
         layouts: names of :data:`~brevitas_bp.testing.tensors.LAYOUTS`. A layout that the rank does not
             have, such as "channels_last", leaves the tensor contiguous.
         shape: strategy of shapes; None: :func:`shapes`.
