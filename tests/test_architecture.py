@@ -20,7 +20,7 @@ LEVELS: list[set[str]] = [
     {"errors", "probes", "allocators", "private", "text"},
     {"activations"}, {"format"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"},
     {"quant"}, {"backward"}, {"nn", "grad"}, {"memory_tables"}, {"allocate", "memory"},
-    {"plots", "models", "run", "__main__"}]
+    {"plots", "models", "run", "__main__"}, {"testing"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Heavy or optional modules: loaded at first use, by the rooms that use them.

@@ -44,7 +44,9 @@ class Packed(_Referable):
         where: operation and module that saved the tensor, for messages.
         seal: checksum of tensors and layout, see :meth:`sealed`; None: not requested.
         nbytes: bytes of all stored tensors: codes, padding, metadata, checksum.
-        versions: version counters of the tensors; empty if the codec does not own them.
+        versions: version counters of the tensors; empty if the codec neither owns nor keeps them.
+
+    A copy or a pickle holds copies of the tensors, so it notes their versions anew.
     """
 
     codec: "Codec"
@@ -70,7 +72,13 @@ class Packed(_Referable):
         put(self, "where", where)
         put(self, "seal", seal)
         put(self, "nbytes", nbytes)
-        put(self, "versions", versions_of(tensors) if codec.owns else ())
+        put(self, "versions", versions_of(tensors) if codec.owns or codec.keeps else ())
+
+    def __reduce__(self) -> Any:
+        if self.codec.owns:
+            self._check()  # A copy must not hide that somebody has changed the original.
+        return Packed, (
+            self.codec, self.tensors, self.layout, self.facts, self.where, self.seal)
 
     def decode(self) -> Tensor:
         """Returns the tensor, with its original shape, strides, dtype and device.

@@ -171,8 +171,10 @@ class ModuleCodec(BucketCodec):
             widths = None if len(self.bit_widths) == 1 or width is None else x.new_full(
                 (len(x), 1), float(width), dtype=torch.float32)
             codes, scale, offset, _ = self.quantizer.quantize(x, widths)
-            # A custom part may hide a NaN. Poison the bucket, so that backward sees the NaN.
-            scale = torch.where(codes.isfinite().all(-1, keepdim=True), scale, torch.nan)
+            # A custom part may hide a NaN, or clip an Inf. Poison the bucket, so that backward sees it.
+            given = self.quantizer.input_view_impl(x)
+            finite = (codes.isfinite() & given.isfinite()).all(-1, keepdim=True)
+            scale = torch.where(finite, scale, torch.nan)
         return codes, scale, offset.expand(len(codes), 1)
 
     def _pack(self, codes: Tensor, scale: Tensor, which: int) -> Tensor:

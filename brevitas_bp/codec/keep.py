@@ -5,7 +5,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from brevitas_bp.codec.base import Codec, Packed
-from brevitas_bp.codec.integrity import refuse
+from brevitas_bp.codec.integrity import refuse, versions_of
 from brevitas_bp.codec.layout import TensorLayout, shape_of
 from brevitas_bp.errors import ModifiedInPlaceError
 
@@ -29,7 +29,7 @@ class Keep(Codec):
         """Keeps ``x`` itself, not a copy."""
         kept = x.detach()
         layout = TensorLayout.without_strides(shape_of(x), x.dtype, x.device)
-        return Packed(self, (kept,), layout, version_of(kept), where)
+        return Packed(self, (kept,), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
         """Returns the kept tensor.
@@ -40,8 +40,8 @@ class Keep(Codec):
         if len(packed.tensors) != 1:
             refuse(packed, "1 stored tensor", len(packed.tensors))
         kept = packed.tensors[0]
-        if version_of(kept) != packed.facts:
-            refuse_modified(kept, packed.facts, packed.where)
+        if versions_of(packed.tensors) != packed.versions:
+            refuse_modified(kept, packed.versions[0], packed.where)
         return kept
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:

@@ -280,7 +280,9 @@ def _unpack_flat(payload: Tensor, bit_width: int, shape: tuple[int, ...]) -> Ten
 def _restore(
         values: Tensor, scale: Tensor, group_dim: int | None, layout: TensorLayout) -> Tensor:
     """Undoes the quantizer's view of its input."""
-    values = values.to(layout.dtype)
+    # A product with the scale may lie a rounding above the largest float.
+    limit = torch.finfo(layout.dtype).max
+    values = values.clamp(-limit, limit).to(layout.dtype)
     if group_dim is not None:
         values = groupwise_dequant_expand(
             values, scale, scale, group_dim, layout.base_shape, False)[0]
