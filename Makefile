@@ -47,7 +47,9 @@ DOCUMENTED := brevitas_bp brevitas_bp.allocate brevitas_bp.plots brevitas_bp.bac
 	brevitas_bp.grad brevitas_bp.grad.wrapper brevitas_bp.core.householder brevitas_bp.core.rows brevitas_bp.core.zero_in_range brevitas_bp.allocate.attribution \
 	brevitas_bp.core.nested_floor brevitas_bp.core.learned brevitas_bp.nn.learned brevitas_bp.nn.learned.learning brevitas_bp.nn.learned.optimizing brevitas_bp.nn.learned.penalties \
 	brevitas_bp.nn.learned.export brevitas_bp.nn.learned.integers brevitas_bp.nn brevitas_bp.nn.auxiliary.run brevitas_bp.nn.auxiliary.residual brevitas_bp.nn.auxiliary.sign \
-	brevitas_bp.nn.auxiliary.convert brevitas_bp.nn.auxiliary.indicator brevitas_bp.nn.auxiliary.resnets
+	brevitas_bp.nn.auxiliary.convert brevitas_bp.nn.auxiliary.indicator brevitas_bp.nn.auxiliary.resnets \
+	brevitas_bp.codec.two_frequencies brevitas_bp.codec.pooled brevitas_bp.codec.windowed brevitas_bp.codec.projected brevitas_bp.codec.sparse brevitas_bp.codec.fallback \
+	brevitas_bp.testing brevitas_bp.testing.codecs brevitas_bp.testing.rounding brevitas_bp.testing.unbiased brevitas_bp.testing.limits
 
 docs: $(STAMP)
 	mkdir -p build/docs
