@@ -4,8 +4,8 @@
 
 Without `--data-dir`, only scikit-learn's digits are used. Every finished run is a line of
 `results.jsonl`: kill the program and start it again, and it goes on. Expected on one core: 12 to 15
-minutes for three seeds; on Fashion-MNIST, 90 distinct integers in place of 20,000 for 0.7 points of
-accuracy, if quantization starts after training.
+minutes for three seeds; on Fashion-MNIST, 90 distinct integers in place of 20,000 for about one point
+of accuracy, if quantization starts after training.
 """
 
 from __future__ import annotations
