@@ -98,7 +98,7 @@ class _RoundedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         rounding, product = ctx.rounding, ctx.product
-        _refuse_second_derivative(rounding, grad)
+        _refuse_second_derivative(rounding)
         weight, *opaque = ctx.saved_tensors
         seed = ctx.seed
         if seed is not None:
@@ -116,13 +116,15 @@ class _RoundedGradient(torch.autograd.Function):
         return of_output, of_input, *(None,) * (len(opaque) + 4 if opaque else 6)
 
 
-def _refuse_second_derivative(rounding: LayerRounding, grad: Tensor) -> None:
-    # A graph of backward is made for a second derivative, and by every torch.func.grad.
-    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if again and not (is_functorch_wrapped(grad) or transforms("Grad") == 1):
+def _refuse_second_derivative(rounding: LayerRounding) -> None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    # A graph of backward is made for a second derivative. torch.func.grad makes one too, if only one runs.
+    if transforms("Grad") != 1:
         raise SecondDerivativeError(
-            f"{WHERE}: backward of layer {rounding.name!r} was called with create_graph=True, but "
-            "rounded gradients have first derivatives only; keep such layers exact with "
+            f"{WHERE}: a graph of the backward pass of layer {rounding.name!r} is being made "
+            "(create_graph=True, or torch.func.grad within torch.func.grad), but rounded gradients have "
+            "first derivatives only; keep such layers exact with "
             f"overrides={{{rounding.name!r}: None}}, or use unwrap()")
 
 

@@ -231,6 +231,8 @@ def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     with pytest.raises(SecondDerivativeError, match="overrides"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(SecondDerivativeError, match="within torch"):
+        torch.func.grad(lambda x: torch.func.grad(lambda x: model(x).sum())(x).sum())(x.detach())
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
