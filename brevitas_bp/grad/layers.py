@@ -119,7 +119,7 @@ class _RoundedGradient(torch.autograd.Function):
 def _refuse_second_derivative(rounding: LayerRounding) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    # A graph of backward is made for a second derivative. torch.func.grad makes one too, if only one runs.
+    # A graph of backward is made for a second derivative. One torch.func.grad makes one too.
     if transforms("Grad") != 1:
         raise SecondDerivativeError(
             f"{WHERE}: a graph of the backward pass of layer {rounding.name!r} is being made "
