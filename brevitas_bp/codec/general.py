@@ -21,7 +21,14 @@ from brevitas_bp.core.int_quant import BucketRescalingIntQuant
 from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype, to_metadata
 from brevitas_bp.format.packing import pack, packed_nbytes, unpack
 from brevitas_bp.format.random import seeded, seeded_rows
-from brevitas_bp.format.reference import bucket_shape, cut_rows, pad_rows, rows_of, take
+from brevitas_bp.format.reference import (
+    bucket_shape,
+    check_rows,
+    cut_rows,
+    pad_rows,
+    rows_of,
+    take,
+)
 from brevitas_bp.format.spec import row_bucket
 from brevitas_bp.format.widths import WidthLayout
 
@@ -64,6 +71,7 @@ class ModuleCodec(BucketCodec):
         layout = self.layout_of(x, where)
         flat = layout.flatten(x.detach())
         if self.row_size is not None:
+            check_rows(flat.numel(), self.row_size)
             flat = pad_rows(flat, self.row_size, self._view.bucket_size, self._view.bucket_pad_zero)
         if self.bucketwise and flat.numel() > _chunk(flat):
             tensors, facts = self._encode_in_chunks(flat, seed)

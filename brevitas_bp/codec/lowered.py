@@ -20,7 +20,7 @@ from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
 from brevitas_bp.format.normalizing import Affine
 from brevitas_bp.format.packing import packed_nbytes
-from brevitas_bp.format.reference import bucket_shape, draw_layout, payload_nbytes
+from brevitas_bp.format.reference import bucket_shape, check_rows, draw_layout, payload_nbytes
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import (
     CENTRED,
@@ -108,6 +108,7 @@ class _Ready(NamedTuple):
     @classmethod
     def of(cls, layout: TensorLayout, spec: BucketQuantSpec) -> "_Ready":
         numel, dtype = layout.numel, layout.dtype
+        check_rows(numel, spec.row_size)
         types = None
         if spec.mix_bit_width is None:
             n, _ = bucket_shape(numel, spec.bucket_size, spec.row_size)

@@ -117,6 +117,18 @@ def bucket_shape(
     return -(-numel // bucket_size), bucket_size
 
 
+def check_rows(numel: int, row_size: int | None) -> None:
+    """Refuses a tensor that has no whole number of rows.
+
+    Raises:
+        ValueError: ``numel`` is no multiple of ``row_size``.
+    """
+    if row_size is not None and numel % row_size:
+        raise ValueError(
+            f"brevitas_bp.codec: a codec for rows of {row_size} elements got a tensor of {numel}, which "
+            "has no whole number of such rows; call in_rows with the length of its rows")
+
+
 def pad_rows(flat: Tensor, row_size: int, bucket_size: int, pad_with_zero: bool) -> Tensor:
     """Pads each row of ``row_size`` elements to whole buckets, and returns a flat tensor."""
     rows = flat.view(-1, row_size)

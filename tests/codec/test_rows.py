@@ -68,6 +68,14 @@ def test_zero_rows_decode_to_zero_and_others_at_their_own_scale(name: str) -> No
     assert ((flat - x).norm(dim=2) > 10 * x.norm(dim=1)).any()
 
 
+@pytest.mark.parametrize("general", [False, True])
+def test_a_tensor_without_whole_rows_is_refused(general: bool) -> None:
+    codec = codec_from(ShiftedUint2DynamicActPerBucketFloatStochastic, bucket_size=64)
+    codec = (ModuleCodec(codec.quantizer) if general else codec).in_rows(17, 17)
+    with pytest.raises(ValueError, match="no whole number of such rows"):
+        codec.encode(torch.randn(40), seed=0)
+
+
 def test_a_codec_without_buckets_is_itself() -> None:
     codec = codec_from(ShiftedUint2DynamicActPerTensorFloatStochastic)
     assert in_rows(codec, Rows(10, 10)) is codec
