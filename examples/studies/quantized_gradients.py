@@ -4,7 +4,7 @@
 
 A pre-activation ResNet-20 of Brevitas layers has 8-bit weights and activations. QAT trains it with exact
 gradients. The other runs round the gradient that enters the product with the weights: per tensor (PTQ),
-per sample (PSQ), or after a block Householder transform (BHQ), with 8 to 4 bits. The gradient for the
+per sample (PSQ), or after a block Householder transform (BHQ), with 8 to 2 bits. The gradient for the
 weights has 8 bits per tensor. Runs with the same seed see the same images in the same order.
 
 FOLDER is that of CIFAR-10 (``cifar-10-batches-py`` or ``-bin``). Results are kept in
@@ -35,7 +35,7 @@ from data import Source, load_dataset
 from brevitas_bp import quant
 from brevitas_bp.grad import QuantGradientWrapper
 
-WIDTHS = (8, 6, 5, 4)
+WIDTHS = (8, 6, 5, 4, 2)
 KINDS = {
     "PTQ": quant.ShiftedUint8DynamicGradPerTensorFloatStochastic,
     "PSQ": quant.ShiftedUint8DynamicGradPerRowFloatStochastic,
@@ -82,7 +82,7 @@ def ways(widths: list[int]) -> dict[str, dict[str, Any] | None]:
     """Returns the runs: name -> arguments of the wrapper; None for QAT."""
     rounded = {
         f"{kind} {bits}": {"input_grad_quant": config, "input_grad_bit_width": bits}
-        for kind, config in KINDS.items() for bits in widths if kind != "BHQ, dithered" or bits == 4}
+        for kind, config in KINDS.items() for bits in widths if kind != "BHQ, dithered" or bits <= 4}
     return {"QAT": None, **rounded}
 
 
@@ -184,7 +184,7 @@ def draw(rows: list[dict[str, Any]], widths: list[int], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(widths), figsize=(3 * len(widths), 3), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(widths), figsize=(2.6 * len(widths), 2.8), sharey=True, squeeze=False)
     for axis, bits in zip(axes[0], widths):
         names = ["QAT", *(name for name in ways(widths) if name.endswith(f" {bits}"))]
         for name in names:
@@ -199,8 +199,9 @@ def draw(rows: list[dict[str, Any]], widths: list[int], path: Path) -> None:
         axis.set(title=f"{bits} bits", xlabel="epoch")
         axis.set_xticks(list(range(1, len(rows[0]["curve"]) + 1)))
     axes[0][0].set_ylabel("training loss")
-    axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=130)
 
 
