@@ -184,7 +184,8 @@ def draw(rows: list[dict[str, Any]], widths: list[int], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(widths), figsize=(2.6 * len(widths), 2.8), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(2.6 * len(widths), 2.8), sharey=True, squeeze=False)
     for axis, bits in zip(axes[0], widths):
         names = ["QAT", *(name for name in ways(widths) if name.endswith(f" {bits}"))]
         for name in names:
