@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
@@ -21,7 +20,9 @@ from brevitas_bp.quant.grad import (
 from brevitas_bp.text import table
 
 #: Layers whose products round.
-LAYERS = (nn.Linear, _ConvNd)
+LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
+    nn.ConvTranspose3d)
 
 
 class QuantGradientWrapper(Transparent):
@@ -69,6 +70,7 @@ class QuantGradientWrapper(Transparent):
         UnknownNameError: a setting that the quantizer does not know, or a pattern that matches no layer.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> model = QuantGradientWrapper(net, input_grad_bit_width=4, overrides={"2": None})
         >>> model(torch.randn(128, 64)).sum().backward()
