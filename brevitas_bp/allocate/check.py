@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from brevitas_bp.allocate.gradient_error import gradients_of, named_parameters, wrappers_of
 from brevitas_bp.allocate.loss import checked_loss
 from brevitas_bp.allocate.moments import real
+from brevitas_bp.allocate.sources import RoundsOnly
 from brevitas_bp.allocate.unchanged import exact_policy, unchanged
 from brevitas_bp.backward.planned import site_of
-from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
-from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.backward.seam import policy_of, using_policy
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
@@ -241,34 +240,6 @@ class GradientMonitor:
         return error
 
 
-class _Only:
-    """A policy that rounds only the named tensors, and keeps exact the others that ``policy`` rounds.
-
-    Args:
-        policy: the policy that decides about each tensor.
-        names: of the tensors that are rounded; None: all.
-        found: name -> tensor and decision, filled as tensors are saved.
-    """
-
-    def __init__(
-            self, policy: ExplainedPolicy, names: set[str] | None,
-            found: dict[str, tuple[SavedTensor, Decision]]) -> None:
-        self.policy, self.names, self.found = policy, names, found
-        if isinstance(policy, ObservingPolicy):
-            self.observe = policy.observe
-
-    def decide(self, saved: SavedTensor) -> Decision:
-        decision = self.policy.decide(saved)
-        if decision.waits or not _rounds(saved, decision):
-            return decision
-        name = site_of(saved)
-        self.found.setdefault(name, (saved, decision))
-        return decision if self.names is None or name in self.names else decision._replace(codec=None)
-
-    def rewrite(self, function: Any) -> Rewrite | None:
-        return self.policy.rewrite(function)
-
-
 class _Probe:
     """Takes gradients with some tensors rounded and all others exact, and compares them."""
 
@@ -328,23 +299,23 @@ class _Probe:
         return math.sqrt(self._compare(names)[0] / self.energy)
 
     def _compare(self, names: set[str] | None) -> tuple[float, float]:
-        """Returns ``|g~ - g|^2`` and ``<g~ - g, g>``."""
+        """Returns ``|g~ - g|^2`` and ``<g~ - g, g>``, with these tensors rounded; None: all."""
+
+        def selected(saved: SavedTensor, decision: Decision) -> bool:
+            name = site_of(saved)
+            self.found.setdefault(name, (saved, decision))
+            return names is None or name in names
+
         self.restore()
         with ExitStack() as stack:
             for wrapper in self.wrappers:
-                only = _Only(policy_of(wrapper), names, self.found)
+                only = RoundsOnly(policy_of(wrapper), selected)
                 stack.enter_context(using_policy(wrapper, only))
             rounded = self.gradients()
         differences = [real(r) - e for r, e in zip(rounded, self.exact)]
         return (
             sum(float(d.square().sum()) for d in differences),
             sum(float((d * e).sum()) for d, e in zip(differences, self.exact)))
-
-
-def _rounds(saved: SavedTensor, decision: Decision) -> bool:
-    """Whether a decision rounds the tensor. A codec that is lossless does not."""
-    codec = decision.codec
-    return codec is not None and codec.lossy and saved.tensor.is_floating_point()
 
 
 def _bits_of(codec: Codec | None) -> int | None:

@@ -7,24 +7,22 @@ from typing import Any, Literal
 
 from torch import nn
 
-from brevitas_bp.backward.policy import ExplainedPolicy, Policy, explained, keep_all
+from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy, Policy, keep_all
+from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.backward.seam import (
     all_wrappers,
     listening,
     policy_of,
     using_policy,
-    wrappers_in,
 )
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec.base import Packed
-from brevitas_bp.grad.wrapper import QuantGradientWrapper, control_of, wrappers_of_gradients
+from brevitas_bp.grad.wrapper import QuantGradientWrapper, control_of
 
 #: What is rounded: tensors that autograd saves, or gradients on their way into a product.
 Kind = Literal["activations", "gradients"]
 KINDS: tuple[Kind, ...] = ("activations", "gradients")
-
-_ELSEWHERE = "another module is measured"
 
 
 @dataclass(frozen=True)
@@ -44,24 +42,34 @@ class Place:
     name: str = ""
 
 
-class _Within:
-    """A policy that rounds what one module saves, and keeps everything else exact."""
+class RoundsOnly:
+    """A policy that rounds only what is selected, and keeps exact the rest of what ``policy`` rounds.
 
-    def __init__(self, policy: ExplainedPolicy, module: str) -> None:
-        self.policy = policy
-        self.module = module
-        if hasattr(policy, "observe"):
-            self.observe: Any = policy.observe  # pyright: ignore[reportAttributeAccessIssue]
+    Args:
+        policy: the policy that decides about each tensor.
+        selected: called for each tensor that ``policy`` rounds; whether it is rounded.
+    """
+
+    def __init__(
+            self, policy: ExplainedPolicy, selected: Callable[[SavedTensor, Decision], bool]) -> None:
+        self.policy, self.selected = policy, selected
+        if isinstance(policy, ObservingPolicy):
+            self.observe = policy.observe
 
     def decide(self, saved: SavedTensor) -> Decision:
         decision = self.policy.decide(saved)
-        lossy = decision.codec is not None and decision.codec.lossy
-        if decision.waits or saved.module == self.module or not lossy:
+        if decision.waits or not _rounds(saved, decision) or self.selected(saved, decision):
             return decision
-        return decision._replace(codec=None, reason=_ELSEWHERE)
+        return decision._replace(codec=None)
 
-    def rewrite(self, function: Any) -> Any:
+    def rewrite(self, function: Any) -> Rewrite | None:
         return self.policy.rewrite(function)
+
+
+def _rounds(saved: SavedTensor, decision: Decision) -> bool:
+    """Whether a decision rounds the tensor. A codec that is lossless does not."""
+    codec = decision.codec
+    return codec is not None and codec.lossy and saved.tensor.is_floating_point()
 
 
 class Roundings:
@@ -77,8 +85,9 @@ class Roundings:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.saved: list[QuantBackwardWrapper] = [wrapper for _, wrapper in wrappers_in(model)]
-        self.gradients: list[QuantGradientWrapper] = list(wrappers_of_gradients(model))
+        wrappers = [wrapper for _, wrapper in all_wrappers(model)]
+        self.saved = [w for w in wrappers if isinstance(w, QuantBackwardWrapper)]
+        self.gradients = [w for w in wrappers if isinstance(w, QuantGradientWrapper)]
 
     def kinds(self) -> list[Kind]:
         """Returns the kinds of things that the model rounds."""
@@ -127,7 +136,9 @@ def _policy_at(wrapper: QuantBackwardWrapper, place: Place | None) -> Policy:
     if place is None or place.kind != "activations" or place.wrapper not in (None, wrapper):
         return keep_all
     policy = policy_of(wrapper)
-    return policy if place.module is None else explained(_Within(policy, place.module))
+    if place.module is None:
+        return policy
+    return RoundsOnly(policy, lambda saved, decision: saved.module == place.module)
 
 
 def seeded_gradients(wrapper: QuantGradientWrapper, seed: int) -> AbstractContextManager[None]:

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward.rows import last_dimension
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor, storage_id, without_class
-from brevitas_bp.codec.base import FLOATS, Codec, is_plain
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor, is_ordinary, storage_id
+from brevitas_bp.codec.base import FLOATS, Codec
 from brevitas_bp.codec.lossless import narrow_to
 from brevitas_bp.codec.shape_only import shape_only
-from brevitas_bp.private import is_functorch_wrapped
 
 _LOSS = Decision(None, "a loss")
 _NO_PROBABILITIES = Decision(None, "not linear in what is saved")
@@ -67,7 +66,7 @@ def cross_entropy(saved: SavedTensor) -> Decision:
     logits, targets = call.argument(0, "input"), call.argument(1, "target")
     weight = call.argument(2, "weight")
     if not (isinstance(logits, Tensor) and isinstance(targets, Tensor) and logits.requires_grad
-            and _is_ordinary(logits) and _is_ordinary(targets)) or (
+            and is_ordinary(logits) and is_ordinary(targets)) or (
             isinstance(weight, Tensor) and weight.requires_grad):
         # With a gradient of weights or targets, backward reads the log-probabilities themselves.
         return _LOSS
@@ -86,11 +85,6 @@ def cross_entropy(saved: SavedTensor) -> Decision:
     return Decision(
         saved.codec, "error of each class: backward is linear in it", reach="all", rows=last_dimension,
         units="class error", probabilities=True)
-
-
-def _is_ordinary(x: Tensor) -> bool:
-    """Whether a tensor is no DTensor, and not one that stands for several."""
-    return not is_functorch_wrapped(x) and is_plain(without_class(x))
 
 
 def nll_loss(saved: SavedTensor) -> Decision:

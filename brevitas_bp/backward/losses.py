@@ -17,9 +17,8 @@ from brevitas_bp.backward.rewrites import (
     Substitution,
     refuse_second_derivative,
 )
-from brevitas_bp.backward.saved import DERIVATIVE, SIGN, Call, tensors_in, without_class
-from brevitas_bp.codec.base import is_plain
-from brevitas_bp.private import in_forward_ad, is_functorch_wrapped
+from brevitas_bp.backward.saved import DERIVATIVE, SIGN, Call, is_ordinary, tensors_in
+from brevitas_bp.private import in_forward_ad
 
 # Arguments that change what a mean is, or are deprecated: such calls run as they are.
 _OTHER = ("size_average", "reduce")
@@ -52,11 +51,11 @@ class SaveLossDerivative:
         x, target, reduction = bound["input"], bound["target"], bound.get("reduction", "mean")
         others = tensors_in(v for name, v in bound.items() if name != "input")
         if not (isinstance(x, Tensor) and isinstance(target, Tensor) and x.shape == target.shape
-                and x.requires_grad and torch.is_grad_enabled() and _is_ordinary(x)
+                and x.requires_grad and torch.is_grad_enabled() and is_ordinary(x)
                 and x.is_floating_point() and x.numel() >= SMALLEST and not in_forward_ad()):
             return NotImplemented
         if reduction not in ("none", "mean", "sum") or any(
-                t.requires_grad or not _is_ordinary(t) for t in others):
+                t.requires_grad or not is_ordinary(t) for t in others):
             return NotImplemented
         if any(bound.get(name) is not None for name in (*_OTHER, self.weighted_mean or "")):
             return NotImplemented
@@ -77,11 +76,6 @@ def _bound(call: Call) -> dict[str, Any] | None:
 @lru_cache(maxsize=64)
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
-
-
-def _is_ordinary(x: Tensor) -> bool:
-    """Whether a tensor is no DTensor, and not one that stands for several."""
-    return not is_functorch_wrapped(x) and is_plain(without_class(x))
 
 
 class _SaveLossDerivative(torch.autograd.Function):

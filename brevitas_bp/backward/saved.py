@@ -7,11 +7,12 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from brevitas_bp.codec import Codec
+from brevitas_bp.codec.base import is_plain
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.codec.shard import shard_of
-from brevitas_bp.private import DisableTorchFunctionSubclass
+from brevitas_bp.private import DisableTorchFunctionSubclass, is_functorch_wrapped
 
 #: How far a rounding travels, see :class:`Decision`; "nonlinear": backward is not linear in the tensor.
 Reach = Literal["weight", "sum", "norm", "all", "nonlinear"]
@@ -238,6 +239,11 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield argument
         elif isinstance(argument, (list, tuple)):
             yield from tensors_in(argument)
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether a tensor is no DTensor, and not one that stands for several."""
+    return not is_functorch_wrapped(x) and is_plain(without_class(x))
 
 
 def without_class(x: Tensor) -> Tensor:

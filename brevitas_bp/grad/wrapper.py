@@ -1,6 +1,6 @@
 """``QuantGradientWrapper``: rounds the gradients that enter the products of backward."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -8,7 +8,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from brevitas_bp.backward.arguments import selects
-from brevitas_bp.backward.transparent import Transparent, all_modules
+from brevitas_bp.backward.transparent import Transparent
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.grad.arguments import Factory, split_settings
 from brevitas_bp.grad.control import WHERE, Control
@@ -151,11 +151,6 @@ class QuantGradientWrapper(Transparent):
     def set_noise_state(self, state: dict[str, int]) -> None:
         """Continues the noise stream from :meth:`noise_state`."""
         self._control.noise.stream.set_state(state)
-
-
-def wrappers_of_gradients(model: nn.Module) -> Iterator[QuantGradientWrapper]:
-    """Yields all ``QuantGradientWrapper`` in a model."""
-    return (m for m in all_modules(model) if isinstance(m, QuantGradientWrapper))
 
 
 def control_of(wrapper: QuantGradientWrapper) -> Control:

@@ -55,6 +55,10 @@ class _KeepsItsQuantizer:
 
     tensor_quant: Any
 
+    def __init__(self, quant_layer: nn.Module, quant_injector: Any) -> None:
+        _check_settings(quant_injector)
+        super().__init__(quant_layer, quant_injector)  # pyright: ignore[reportCallIssue]
+
     @property
     def requires_export_handler(self) -> bool:
         """False: there is no export format, so the quantizer runs unchanged in export and inference."""
@@ -87,10 +91,6 @@ class LearnedWeightQuantProxyFromInjector(_KeepsItsQuantizer, WeightQuantProxyFr
         ValueError: an override would do nothing.
     """
 
-    def __init__(self, quant_layer: nn.Module, quant_injector: Any) -> None:
-        _check_settings(quant_injector)
-        super().__init__(quant_layer, quant_injector)
-
     def create_quant_tensor(self, qt_args: Any) -> IntQuantTensor:
         value, scale, zero_point, bit_width = qt_args
         outputs: Any = self.tracked_module_list[0]
@@ -106,7 +106,3 @@ class LearnedBiasQuantProxyFromInjector(_KeepsItsQuantizer, BiasQuantProxyFromIn
         UnknownNameError: the config does not know a keyword override.
         ValueError: an override would do nothing.
     """
-
-    def __init__(self, quant_layer: nn.Module, quant_injector: Any) -> None:
-        _check_settings(quant_injector)
-        super().__init__(quant_layer, quant_injector)
