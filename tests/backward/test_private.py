@@ -44,6 +44,22 @@ def test_function_modes_are_a_stack() -> None:
     assert private.pop_function_mode() is mode and private.function_modes() == before
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_running_transforms_are_counted() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append((private.transforms("Grad"), private.transforms("Jvp")))
+        return x.sum()
+
+    x = torch.ones(3)
+    note(x)
+    torch.func.grad(note)(x)
+    torch.func.grad(lambda x: torch.func.grad(note)(x).sum())(x)
+    torch.func.jvp(note, (x,), (x,))
+    assert seen == [(0, 0), (1, 0), (2, 0), (0, 1)]
+
+
 def test_tensors_of_transforms_are_told() -> None:
     seen = []
 
