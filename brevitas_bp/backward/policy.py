@@ -158,6 +158,9 @@ class OpAware:
         recomputed_bits: least width of tensors from which a compiled graph computes nonlinear functions
             in backward, such as the input of an activation. The gradient is then biased by the variance
             of the rounding, which is small at 8 bits. None keeps such tensors exact.
+        hints: store the output of ReLU, SiLU and GELU given what is stored for that function anyway: its
+            mask or derivative. The same bytes then have a fraction of the error, see docs/given.md.
+            Compiled graphs do not do so.
 
     Raises:
         ValueError: an argument is out of range.
@@ -173,6 +176,7 @@ class OpAware:
     attention_quant: Any = None
     checkpoint_quant: Any = None
     recomputed_bits: int | None = 8
+    hints: bool = True
     _multiplier: Codec | None = field(init=False, repr=False, compare=False, default=None)
     _attention: Codec | None = field(init=False, repr=False, compare=False, default=None)
     _checkpoint: Codec | None = field(init=False, repr=False, compare=False, default=None)
@@ -232,7 +236,10 @@ class OpAware:
         rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
         if rule is None:
             return _UNKNOWN if x.is_floating_point() else _INTEGERS
-        return self._widened(rule.decide(saved), codec)
+        decision = self._widened(rule.decide(saved), codec)
+        if self.hints and decision.codec is not None and decision.codec.stores_differences:
+            return decision._replace(uses_hints=True)
+        return decision
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """Returns how to run a function so that it saves something else, or None."""
