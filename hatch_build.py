@@ -11,7 +11,7 @@ from typing import Any
 
 try:
     from hatchling.metadata.plugin.interface import MetadataHookInterface
-except ImportError:          # for tests of `absolute` where hatchling is not installed
+except ImportError:          # for tests of `absolute`, where hatchling is not installed
     MetadataHookInterface = object  # pyright: ignore[reportAssignmentType]
 
 #: A link or an image whose target is neither an address nor an anchor.

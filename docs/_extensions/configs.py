@@ -3,8 +3,8 @@
 Configs are injectors. Their metaclass resolves attributes, so autodoc cannot read them.
 
 ``.. configs:: brevitas_bp.quant.act.affine`` is a table of the configs that this module lists in
-``__all__``. With the option ``:stored:`` the table says as what a config stores a tensor, and in how many
-bits per element.
+``__all__``. With the option ``:stored:`` it says as what a config stores a tensor, and in how many bits
+per element.
 ``.. configs:: brevitas_bp.quant`` with names in the body is a table of these names.
 """
 

@@ -1,7 +1,7 @@
 """Resolves names in docstrings and type hints.
 
 Type hints and docstrings name a class by the module that defines it, or by its name alone. The site
-documents it where users import it from: ``brevitas_bp.codec.base.Packed`` is ``brevitas_bp.Packed`` there.
+documents it where users import it from: ``brevitas_bp.codec.base.Packed`` is ``brevitas_bp.Packed``.
 
 * A name that the site documents once becomes a link, wherever it is defined.
 * A name without a page, of a part that is not public or of another project, becomes code. It must exist.
