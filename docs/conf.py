@@ -35,6 +35,7 @@ myst_url_schemes = {"http": None, "https": None, "mailto": None, "source": None}
 repository_url = PROJECT.get("urls", {}).get("Repository", "")
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -10,6 +10,7 @@ documents it where users import it from: ``brevitas_bp.codec.base.Packed`` is ``
 
 import builtins
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
 PACKAGE = "brevitas_bp"
+BACKLINK = re.compile(r'\.html#(brevitas_bp\.[\w.]+)"')
 HIDDEN = "\ue000"         # a character that no text contains
 
 
@@ -86,6 +88,19 @@ def resolve(
     return make_refnode(app.builder, node["refdoc"], place.docname, place.node_id, [content], name)
 
 
+def correct_backlinks(
+        app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Corrects the links of source pages: viewcode assumes that a module is documented under one name."""
+    def corrected(link: re.Match[str]) -> str:
+        name = link[1]
+        if name not in app.env.domains.python_domain.objects:
+            name = documented(app.env, name) or name
+        return f'.html#{name}"'
+
+    if pagename.startswith("_modules/"):
+        context["body"] = BACKLINK.sub(corrected, context["body"])
+
+
 def hide_colons(
         app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Hides colons of attributes' docstrings from napoleon, which takes words before one for a type."""
@@ -108,6 +123,7 @@ def skip_fields(
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connects the functions above; napoleon has the priority 500."""
     app.connect("missing-reference", resolve)
+    app.connect("html-page-context", correct_backlinks)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("autodoc-process-docstring", hide_colons, priority=100)
     app.connect("autodoc-process-docstring", show_colons, priority=900)

@@ -6,6 +6,8 @@
 * A link to any other file outside of docs/ leads to the repository if ``repository_url`` is set.
   Otherwise the site has a page with the source of the file.
 
+* A docstring that names docs/policy.md links to it.
+
 Links therefore work on a code host and on the site alike. A link to a file that does not exist is a
 warning.
 """
@@ -27,6 +29,7 @@ DOCS = ROOT / "docs"
 SHOW = re.compile(r"\A---\nshow: (\S+)\n---\n")
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+PAGE = re.compile(r"(?:``)?\bdocs/(\w+)\.md(?:``)?")
 SCHEME = "source:"
 
 logger = logging.getLogger(__name__)
@@ -89,6 +92,11 @@ def read(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = relink(text, folder, page, shown_files())
 
 
+def link_pages(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Makes links of pages that docstrings name."""
+    lines[:] = [PAGE.sub(r":doc:`docs/\1.md </\1>`", line) for line in lines]
+
+
 def source_page(path: str) -> str:
     """Returns the name of the page that holds the source of a file or folder."""
     return f"source/{path}"
@@ -148,5 +156,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("repository_url", "", "env", [str])
     app.connect("source-read", read)
     app.connect("doctree-resolved", resolve)
+    app.connect("autodoc-process-docstring", link_pages)
     app.connect("html-collect-pages", source_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
