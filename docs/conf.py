@@ -34,6 +34,11 @@ myst_url_schemes = {"http": None, "https": None, "mailto": None, "source": None}
 # Empty as long as the project has no public address: then the site has pages of the files it links to.
 repository_url = PROJECT.get("urls", {}).get("Repository", "")
 
+# Blocks without a language are commands and outputs.
+highlight_language = "none"
+
+toc_object_entries_show_parents = "hide"
+maximum_signature_line_length = 90
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -48,8 +53,11 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"brevitas_bp {release}"
 html_show_sourcelink = False
 html_copy_source = False
+# Pages that are alone in their section have nothing to list at their side.
+html_sidebars = {page: [] for page in ("index", "start", "concepts", "choosing", "changelog")}
 html_theme_options = {
     "header_links_before_dropdown": 10,
+    "navbar_persistent": ["search-button"],
     "navigation_with_keys": False,
     "show_toc_level": 2,
     "show_nav_level": 1,

@@ -90,7 +90,7 @@ def resolve(
 
 def correct_backlinks(
         app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
-    """Corrects the links of source pages: viewcode assumes that a module is documented under one name."""
+    """Corrects links of source pages: viewcode assumes that a module is documented under one name."""
     def corrected(link: re.Match[str]) -> str:
         name = link[1]
         if name not in app.env.domains.python_domain.objects:
