@@ -66,7 +66,8 @@ def relink(text: str, folder: Path, page: Path, shown: dict[Path, Path]) -> str:
         target = (folder / link[1]).resolve()
         anchor = link[2] or ""
         if not target.exists():
-            logger.warning("%s: there is no %s", page.relative_to(DOCS), link[1], location=str(page))
+            docname = page.relative_to(DOCS).with_suffix("").as_posix()
+            logger.warning("there is no file %s", link[1], location=docname)
             return link[0]
         target = shown.get(target, target)
         if target.is_relative_to(DOCS):
