@@ -35,7 +35,7 @@ myst_url_schemes = {"http": None, "https": None, "mailto": None, "source": None}
 repository_url = PROJECT.get("urls", {}).get("Repository", "")
 
 # Blocks without a language are commands and outputs.
-highlight_language = "none"
+highlight_language = "text"
 
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 90
@@ -51,6 +51,8 @@ napoleon_use_rtype = False
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"brevitas_bp {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 # Pages that are alone in their section have nothing to list at their side.

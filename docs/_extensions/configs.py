@@ -10,6 +10,7 @@ per element.
 
 import importlib
 import inspect
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -50,10 +51,12 @@ class Configs(SphinxDirective):
         """Returns a table with a row for each config."""
         module = importlib.import_module(self.arguments[0])
         names = " ".join(self.content).split() or module.__all__
-        lines = [".. list-table::", "   :header-rows: 1", "   :class: configs", ""]
-        heads = ["config", "what it is"]
+        heads, widths = ["config", "what it is"], "35 65"
         if "stored" in self.options:
-            heads += ["stored as", "bits per element"]
+            heads, widths = [*heads, "stored as", "bits per element"], "40 31 15 14"
+        lines = [
+            ".. role:: name(raw)", "   :format: html", "",
+            ".. list-table::", "   :header-rows: 1", "   :class: configs", f"   :widths: {widths}", ""]
         for row in [heads, *(self.row(module, name) for name in names)]:
             lines += [f"   {'* ' if i == 0 else '  '}- {cell}" for i, cell in enumerate(row)]
         return self.parse_text_to_nodes("\n".join(lines))
@@ -61,7 +64,9 @@ class Configs(SphinxDirective):
     def row(self, module: Any, name: str) -> list[str]:
         """Returns the cells of one config."""
         config = getattr(module, name)
-        cells = [f"``{name}``", summary_of(config)]
+        # A browser may break a name between its words.
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "<wbr>", name)
+        cells = [f":name:`<code>{words}</code>`", summary_of(config)]
         return [*cells, *stored_as(config)] if "stored" in self.options else cells
 
 
