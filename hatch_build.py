@@ -9,10 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-try:
-    from hatchling.metadata.plugin.interface import MetadataHookInterface
-except ImportError:          # for tests of `absolute`, where hatchling is not installed
-    MetadataHookInterface = object  # pyright: ignore[reportAssignmentType]
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 #: A link or an image whose target is neither an address nor an anchor.
 RELATIVE = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?![a-z]+:|#)([^)\s]+)\)")

@@ -71,3 +71,4 @@ html_theme_options = {
 }
 linkcheck_timeout = 20
 linkcheck_anchors = False
+linkcheck_ignore = ["source:.*"]

@@ -14,18 +14,20 @@ from pathlib import Path
 import pytest
 
 import brevitas_bp
-import hatch_build
-from hatch_build import RELATIVE, absolute
 from tests.test_architecture import imports, loaded_by
 from tests.test_docs import PROJECT
 from tests.test_readme import ROOT, python_blocks
+
+pytest.importorskip("hatchling", reason="hatchling is not installed; the extra 'test' has it")
+
+import hatch_build
+from hatch_build import RELATIVE, absolute
 
 BUILD = "import sys; from hatchling import build; build.build_{}(sys.argv[1])"
 
 
 def build(kind: str, folder: Path, source: Path = ROOT) -> Path:
     """Returns the archive that the project's build backend makes, without network."""
-    pytest.importorskip("hatchling", reason="hatchling is not installed; the extra 'test' has it")
     subprocess.run([sys.executable, "-c", BUILD.format(kind), str(folder)], cwd=source, check=True)
     (made,) = folder.iterdir()
     return made

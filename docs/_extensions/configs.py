@@ -18,6 +18,7 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.typing import OptionSpec
 
 from brevitas_bp import codec_from
 from brevitas_bp.kernels import use
@@ -44,7 +45,7 @@ class Configs(SphinxDirective):
     """The directive ``configs``."""
 
     required_arguments = 1
-    option_spec: ClassVar[dict[str, Any]] = {"stored": directives.flag}
+    option_spec: ClassVar[OptionSpec] = {"stored": directives.flag}
     has_content = True
 
     def run(self) -> list[nodes.Node]:

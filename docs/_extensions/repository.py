@@ -22,6 +22,7 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.builders.html import StandaloneHTMLBuilder
 from sphinx.util import logging
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def linked(app: Sphinx) -> set[str]:
 
 def source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yields a page for each file to which the site links, and for the files of each linked folder."""
-    if app.builder.format != "html" or app.config.repository_url:
+    if not isinstance(app.builder, StandaloneHTMLBuilder) or app.config.repository_url:
         return
     todo, done = sorted(linked(app)), set()
     while todo:
