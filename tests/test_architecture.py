@@ -155,8 +155,8 @@ def test_importing_loads_nothing_heavy() -> None:
 #: Beginnings of one machine's paths; split, so that this file passes its own test.
 MACHINE_PATHS = ["/" + name for name in ("work/", "home/", "Users/", "root/", "mnt/")]
 TEXT = {
-    ".py", ".md", ".rst", ".css", ".cff", ".toml", ".txt", ".cfg", ".yml", ".yaml", ".json", ".csv", ".svg",
-    ""}
+    ".py", ".md", ".rst", ".css", ".cff", ".toml", ".txt", ".cfg", ".yml", ".yaml", ".json", ".csv",
+    ".svg", ""}
 SHIPPED_HIDDEN = (".ci", ".github", ".gitignore")
 SKIPPED = {"runs", "build", "dist", "data"}
 

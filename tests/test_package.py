@@ -55,11 +55,10 @@ def metadata_of(wheel: Path) -> str:
         return io.TextIOWrapper(file.open(name), encoding="utf-8").read()
 
 
-def tracked(folder: str, ending: str = "") -> set[str]:
+def files_of(folder: str) -> set[str]:
     """Returns the files of a folder of the checkout, without what tools left there."""
-    return {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(f"*{ending}")
-        if path.is_file() and "__pycache__" not in path.parts}
+    names = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+    return {name for name in names if not re.search(r"/(__pycache__|\.[^/]+)/", name)}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -68,14 +67,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "brevitas_bp/py.typed" in names
     beside = f"brevitas_bp-{brevitas_bp.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"brevitas_bp", beside}
-    assert {name for name in names if name.startswith("brevitas_bp/")} == tracked("brevitas_bp")
+    assert {name for name in names if name.startswith("brevitas_bp/")} == files_of("brevitas_bp")
 
 
 def test_the_sdist_holds_all_that_tests_and_docs_need(sdist: Path) -> None:
     for name in ("Makefile", "constraints.txt", "pyproject.toml", "hatch_build.py", "CONTRIBUTING.md"):
         assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
     inside = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
-    assert inside >= tracked("tests") | tracked("docs") | tracked("examples") | tracked("brevitas_bp")
+    assert inside >= files_of("tests") | files_of("docs") | files_of("examples") | files_of("brevitas_bp")
     assert not [name for name in inside if "__pycache__" in name or name.startswith(("build/", ".venv"))]
 
 
