@@ -216,7 +216,8 @@ class OpAware:
     def decide(self, saved: SavedTensor) -> Decision:
         """Returns the decision for a saved tensor; override it to store some tensors differently.
 
-        Example:
+        Example::
+
             class Mine(OpAware):
                 def decide(self, saved):
                     decision = super().decide(saved)
