@@ -46,7 +46,7 @@ def test_dots_are_the_rows_of_the_modules() -> None:
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["stem", "middle", "head"]
-    assert [text.get_text() for text in axes.texts] == ["head  0.3"]
+    assert [text.get_text() for text in axes.texts] == ["largest bias: head, 0.3"]
 
 
 def test_sampling_is_drawn_where_there_are_batches() -> None:

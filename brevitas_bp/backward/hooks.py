@@ -300,6 +300,18 @@ class ForwardPass:
                         site is None and self.parameters.contains(tensors[0], ())):
                     yield None if site is None else site.under(self.location.prefix), tensors
 
+    def renew(self, root: nn.Module) -> None:
+        """Forgets the tensors saved so far: a pass that only counts may last for many training steps.
+
+        Parameters and names of modules are collected anew, since the step between may have changed them.
+        """
+        location = self.location
+        assert location.counts_only and location.next_seed is not None
+        location.renew(root)
+        self.parameters = ParameterSet(root, location.tree)
+        self.encodings = Encodings(location.next_seed)
+        self._exact = ExactStorages()
+
     @contextmanager
     def saving(self, *roles: str) -> Iterator[Substitution]:
         """Gives these roles, in order, to the tensors that are saved within the block."""

@@ -58,8 +58,19 @@ class Location:
         self.forward_pass: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
+        # Whether the pass stores nothing and rewrites nothing. Its mode then leaves the stack while
+        # another pass runs, whose hooks call thousands of functions; ``paused`` is the mode that left.
+        self.counts_only = False
+        self.paused: _OpMode | None = None
         # ``entered``: a module of the root has run. ``ended``: the pass has ended.
         self.entered = self.ended = False
+
+    def renew(self, root: nn.Module) -> None:
+        """Forgets storages that were noted, and names the modules of ``root`` anew."""
+        self.rounding, self.rounded = None, set()
+        self.rounded_unseen, self.ever_rounded = set(), set()
+        self.names.clear()
+        self.tree = list(_modules_of(root, self.names))
 
     def note_rounded(self, call: Call, x: Tensor) -> None:
         """Notes that a call has saved a tensor in rounded form.
@@ -184,6 +195,8 @@ class _OpMode(TorchFunctionMode):
         if is_compiling() or type(func) is MethodWrapperType:
             return _traceable(func)(*args, **kwargs)
         location = self.location
+        if location.counts_only and not torch.is_grad_enabled():
+            return func(*args, **kwargs)
         before = location.call
         call = Call(func, args, kwargs, next(_numbers))
         if location.following is not None:
@@ -337,6 +350,7 @@ def enter(location: Location) -> None:
     for mode in function_modes():
         if isinstance(mode, _OpMode) and mode.location.ended:
             _remove_mode(mode.location)
+    _pause_counting(location)
     # Inside a compiled root, only its graph runs. Hooks would be of no use there, and Dynamo would warn.
     if not location.root_compiled:
         _watch_modules(location)
@@ -355,6 +369,16 @@ def leave(location: Location) -> None:
         del _running.locations[_running.locations.index(location):]
     _remove_mode(location)
     _unwatch_modules(location)
+    paused, location.paused = location.paused, None
+    if paused is not None and not paused.location.ended:
+        paused.__enter__()
+
+
+def _pause_counting(location: Location) -> None:
+    """Takes the innermost mode off the stack if its pass only counts; :func:`leave` puts it back."""
+    modes = function_modes()
+    if modes and isinstance(modes[-1], _OpMode) and modes[-1].location.counts_only:
+        location.paused = pop_function_mode()
 
 
 def _remove_mode(location: Location) -> None:
