@@ -139,7 +139,8 @@ class SavedMemory(HasRatio, ABC):
 class SavedMemoryStep(SavedMemory):
     """What one training step kept for backward, at the moment when it kept most.
 
-    The moment is the end of the forward pass, in most loops. Made by :attr:`SavedMemoryReport.last_step`.
+    In most loops, that moment is the end of the forward pass. Made by
+    :attr:`SavedMemoryReport.last_step`.
     """
 
     def __init__(self, counted: Counted) -> None:

@@ -33,8 +33,8 @@ def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -
     groups = [*shown.groups, *([] if shown.rest is None else [shown.rest])]
     if not groups:
         raise ValueError(
-            "brevitas_bp.SavedMemoryReport.plot: at least one saved tensor is needed, got none; keep the "
-            "output of the model until the block ends, or plot report.last_step after a training loop")
+            "brevitas_bp.SavedMemoryReport.plot: at least one saved tensor is needed, got none; keep "
+            "the output of the model until the block ends, or plot report.last_step after a training loop")
     names = shortened([_name(group) or "(root)" for group in shown.groups])
     names += [] if shown.rest is None else [f"other ({_name(shown.rest)})"]
     figure = new_figure(8.5, 1.5 + 0.27 * len(groups))

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from brevitas_bp.backward.compiled.hooks import CompiledSite
 from brevitas_bp.backward.explain import unknown_note
-from brevitas_bp.backward.hooks import PARAMETER
 from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.codec.base import Packed
 from brevitas_bp.memory.counts import SavedMemory, SavedMemoryStep
@@ -102,8 +101,6 @@ class SavedMemoryReport(SavedMemory):
     def _record(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
-        if decision is PARAMETER:
-            return
         op = saved.op or "custom function"
         if not decision.known:
             nbytes = saved.tensor.numel() * saved.tensor.element_size()

@@ -13,6 +13,7 @@ from brevitas_bp.backward.policy import keep_all
 from brevitas_bp.backward.seam import listening, wrappers_in
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.memory.report import SavedMemoryReport
+from brevitas_bp.private import running_backward
 
 _WHERE = "brevitas_bp.track_saved_memory"
 
@@ -25,10 +26,10 @@ def track_saved_memory(
         model: nn.Module, *, on_step: OnStep | None = None) -> Iterator[SavedMemoryReport]:
     """Measures what autograd keeps for backward, of a wrapped or an unwrapped model.
 
-    The block may hold one forward pass, or a whole training loop: the report counts on, and its memory
-    does not grow with the number of steps. Gradients, outputs and random state are the same as without
-    it. Operations in the block but outside the model (for instance the loss) are counted under the root's
-    name. Nothing is counted for operations that other threads run outside of wrappers.
+    The block may hold one forward pass or a whole training loop. In a loop the report counts on, and its
+    memory does not grow with the number of steps. Gradients, outputs and random state are the same as
+    without it. Operations in the block but outside the model (for instance the loss) are counted under
+    the root's name. Of other threads, only what runs in wrappers is counted.
 
     Args:
         model: the model that runs in the block; may contain wrappers.
@@ -97,7 +98,7 @@ class _Steps:
     def observe(self, call: Any, output: Any) -> None:
         """Called after each operation of torch outside of wrappers."""
         report = self.report
-        if self.told < report.steps and report._ledger.step_is_over():
+        if self.told < report.steps and report._ledger.step_is_over() and running_backward() == -1:
             self._tell()
 
     def end(self) -> None:

@@ -120,9 +120,8 @@ def _draw_whole(axes: Axes, plan: BitPlan, limit: int | None) -> None:
     right = max(fixed + planned_mib, 0 if limit is None else limit / 2**20)
     told = (
         f"all: {short_mib(round(plan.stored_bytes))} of {short_mib(plan.exact_bytes)} "
-        f"({plan.exact_bytes / plan.stored_bytes:.1f}x less) = "
-        f"{short_mib(plan.fixed_bytes)} exact, masks, indices (grey) + {short_mib(round(planned))} planned "
-        "(blue)")
+        f"({plan.exact_bytes / plan.stored_bytes:.1f}x less) = {short_mib(plan.fixed_bytes)} exact, "
+        f"masks, indices (grey) + {short_mib(round(planned))} planned (blue)")
     if limit is not None:
         axes.axvline(limit / 2**20, color=ORANGE, linewidth=2)
         told += f"; budget {short_mib(limit)} (line)"
