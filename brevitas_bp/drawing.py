@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, LIGHT = "#22262b", "#6b7280", "#e5e7eb"
-BLUE, ORANGE, GREY, GREEN = "#2f6db5", "#d9772b", "#9aa3af", "#2a8f7b"
+BLUE, ORANGE, GREY, GREEN, RED = "#2f6db5", "#d9772b", "#9aa3af", "#2a8f7b", "#b4413c"
+#: Of what plain autograd keeps; the grid must not shine through.
+PALE = "#c9ced6"
 
 #: Up to this many modules, an axis names each one; with more, it names groups of modules.
 NAMED = 32
-#: Longer names are shortened.
+#: Longer names are shortened, beside a picture and below it.
 LONGEST = 36
+_LONGEST_BELOW = 26
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -91,7 +94,7 @@ def _parts_that_fit(name: str, longest: int) -> int:
 def name_modules(axes: Axes, names: Sequence[str]) -> None:
     """Labels the x axis: every module, or, if there are many, groups with lines between them."""
     if len(names) <= NAMED:
-        shown = shortened([name or "(root)" for name in names])
+        shown = shortened([name or "(root)" for name in names], _LONGEST_BELOW)
         axes.set_xticks(
             range(len(names)), shown, rotation=60, ha="right", rotation_mode="anchor")
         return
@@ -106,18 +109,23 @@ def name_modules(axes: Axes, names: Sequence[str]) -> None:
         if not centres or centre - max(centres) >= len(names) / 60:
             centres[centre] = name
     axes.set_xticks(
-        list(centres), shortened(list(centres.values())), rotation=60, ha="right",
+        list(centres), shortened(list(centres.values()), _LONGEST_BELOW), rotation=60, ha="right",
         rotation_mode="anchor")
 
 
 def _groups(names: Sequence[str]) -> dict[str, int]:
-    """Returns the first index of each group; names are cut at the deepest level with few groups."""
+    """Returns the first index of each group; names are cut at the deepest level with few groups.
+
+    If that would be one group, it returns some of the groups of the next level.
+    """
     chosen: dict[str, int] = {}
     for depth in range(1, 1 + max(name.count(".") + 1 for name in names)):
         starts: dict[str, int] = {}
         for i, name in enumerate(names):
             starts.setdefault(".".join(name.split(".")[:depth]) or "(root)", i)
-        if chosen and len(starts) > NAMED:
-            break
+        if len(starts) > NAMED:
+            if len(chosen) > 1:
+                break
+            return dict(list(starts.items())[::-(-len(starts) // NAMED)])
         chosen = starts
     return chosen

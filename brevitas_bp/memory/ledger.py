@@ -11,8 +11,6 @@ NOTE [ How a loop of any length is counted ]
    were freed. So one step has one backward pass: several forward passes before it belong together, and
    each micro-batch of an accumulated gradient is a step. Tensors that are freed within a forward pass,
    or that never get a gradient, do not matter while they are the smaller half.
-   Backward may itself save tensors, for instance when it runs attention again: their bytes count, but
-   they begin no step.
 5. Only tensors that are alive, and those of the newest step, are remembered. So memory does not grow
    with the number of steps.
 """
@@ -29,7 +27,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from brevitas_bp.codec.base import Packed
 from brevitas_bp.memory.extents import Bytes, Extent, LiveBytes, extent_of, weak_storage
 from brevitas_bp.memory_tables import Counted, Key
-from brevitas_bp.private import running_backward
 
 _ALIVE = 2**62
 
@@ -196,8 +193,7 @@ class Ledger:
         return chain((watch.entry for watch in self._watches.values()), self._in_graphs)
 
     def _book(self, entry: Entry) -> None:
-        in_backward = running_backward() != -1
-        if self._step.over and not in_backward:
+        if self._step.over:
             self.ends()
             self._step = _Step()
         step, self._clock = self._step, self._clock + 1
@@ -207,7 +203,7 @@ class Ledger:
             self._live.add(extent)
         step.entries.append(entry)
         if entry.first:
-            step.added += 0 if in_backward else entry.nbytes
+            step.added += entry.nbytes
             step.now += entry.nbytes
         if step.now >= step.most:
             step.most, step.most_at = step.now, self._clock

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brevitas_bp.drawing import BLUE, GREY, INK, LIGHT, MUTED, new_figure, shortened, tidy, written
+from brevitas_bp.drawing import BLUE, INK, LIGHT, MUTED, PALE, new_figure, shortened, tidy, written
 from brevitas_bp.memory_tables import SavedMemoryGroup, SavedMemoryTable, ratio_text
 from brevitas_bp.text import short_mib
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _HEIGHT = 0.8
 _STORED = 0.42
+_LONGEST_OTHER = 1.6
 
 
 def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -> Figure:
@@ -34,9 +35,9 @@ def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -
     if not groups:
         raise ValueError(
             "brevitas_bp.SavedMemoryReport.plot: at least one saved tensor is needed, got none; keep "
-            "the output of the model until the block ends, or plot report.last_step after a training loop")
+            "the output of the model until the block ends; after a training loop, plot report.last_step")
     names = shortened([_name(group) or "(root)" for group in shown.groups])
-    names += [] if shown.rest is None else [f"other ({_name(shown.rest)})"]
+    names += [] if shown.rest is None else [f"other: {_name(shown.rest)}"]
     figure = new_figure(8.5, 1.5 + 0.27 * len(groups))
     axes = figure.subplots()
     exact = [group.exact_bytes / 2**20 for group in groups]
@@ -44,16 +45,21 @@ def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -
     places = range(len(groups))
     total, kept = sum(g.exact_bytes for g in groups), sum(g.stored_bytes for g in groups)
     axes.barh(
-        places, exact, _HEIGHT, color=GREY, alpha=0.55,
-        label=f"plain autograd: {short_mib(total)}")
+        places, exact, _HEIGHT, color=PALE, label=f"plain autograd: {short_mib(total)}")
     axes.barh(
         places, stored, _STORED, color=BLUE,
-        label=f"stored: {short_mib(kept)} ({ratio_text(total, kept)}x less)")
+        label=f"stored: {short_mib(kept)} ({_times(total, kept)})")
+    ends = [max(pair) for pair in zip(exact, stored)]
+    # The rest may be many times larger than any bar with a name. Its bar then ends early.
+    end = min(max(ends), _LONGEST_OTHER * max(ends[:len(shown.groups)]))
     for place, group in zip(places, groups):
-        longest = max(exact[place], stored[place])
+        cut = "" if ends[place] <= end else " (bar cut off)"
         axes.annotate(
-            _numbers(group), (longest, place), xytext=(4, 0), textcoords="offset points", fontsize=7.5,
-            color=MUTED, va="center")
+            _numbers(group) + cut, (min(ends[place], end), place), xytext=(4, 0),
+            textcoords="offset points", fontsize=7.5, color=MUTED, va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+    # Room for the numbers at the right of the longest bar.
+    axes.set_xlim(0, 1.4 * end or 1.0)
     _finish(axes, names, f"Saved for backward, by {shown.columns[0]}")
     return written(figure, path)
 
@@ -63,18 +69,21 @@ def _name(group: SavedMemoryGroup) -> str:
 
 
 def _numbers(group: SavedMemoryGroup) -> str:
-    """Returns stored bytes and ratio of a group."""
-    ratio = ratio_text(group.exact_bytes, group.stored_bytes)
-    times = ratio if ratio in ("shared", "-") else f"{float(ratio):.1f}x"
-    return f"{short_mib(group.stored_bytes)}, {times}"
+    """Returns stored bytes, exact bytes and ratio of a group."""
+    stored = short_mib(group.stored_bytes).removesuffix(" MiB")
+    return (
+        f"{stored} of {short_mib(group.exact_bytes)}, "
+        f"{_times(group.exact_bytes, group.stored_bytes)}")
+
+
+def _times(exact: int, stored: int) -> str:
+    ratio = ratio_text(exact, stored)
+    return ratio if ratio in ("shared", "-") else f"{float(ratio):.1f}x"
 
 
 def _finish(axes: Axes, names: list[str], title: str) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.set_xlim(left=0)
-    # Room for the numbers at the right of the longest bar.
-    axes.set_xlim(right=1.24 * axes.get_xlim()[1])
     axes.set_xlabel("MiB", fontsize=9, color=MUTED)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     tidy(axes, "x")

@@ -11,6 +11,7 @@ from brevitas_bp.codec.base import Packed
 from brevitas_bp.memory.counts import SavedMemory, SavedMemoryStep
 from brevitas_bp.memory.ledger import Ledger
 from brevitas_bp.memory_tables import Counted
+from brevitas_bp.private import running_backward
 from brevitas_bp.text import short_mib
 
 
@@ -22,7 +23,8 @@ class SavedMemoryReport(SavedMemory):
 
     Parameters and buffers are never counted, whichever operation saves them. A tensor that several
     operations save is counted once, at the first operation. Views of one storage never count more bytes
-    than the storage has. Tensors that backward decodes or computes are not counted.
+    than the storage has. What backward itself needs is not counted: tensors that it decodes or computes,
+    and tensors that it saves while it runs attention or a checkpointed part again.
     """
 
     def __init__(self) -> None:
@@ -101,6 +103,8 @@ class SavedMemoryReport(SavedMemory):
     def _record(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
+        if running_backward() != -1:
+            return
         op = saved.op or "custom function"
         if not decision.known:
             nbytes = saved.tensor.numel() * saved.tensor.element_size()
@@ -113,6 +117,8 @@ class SavedMemoryReport(SavedMemory):
             self._ledger.add(key, packed, None)
 
     def _record_graph(self, site: CompiledSite | None, tensors: list[Tensor]) -> None:
+        if running_backward() != -1:
+            return
         stored = sum(t.numel() * t.element_size() for t in tensors)
         if site is None:
             key = ("", "input of a compiled graph", str(tensors[0].dtype)[6:], "")

@@ -33,10 +33,10 @@ def track_saved_memory(
 
     Args:
         model: the model that runs in the block; may contain wrappers.
-        on_step: called with the report after each step, once: as soon as an operation of torch outside
-            of wrappers ends after the step's tensors were freed (in most loops, ``loss.backward()``
-            itself); at the latest when the next step saves its first tensor, or when the block ends
-            without an exception.
+        on_step: called with the report, once after each step, without gradients. This happens as soon as
+            an operation of torch outside of wrappers ends after the step's tensors were freed (in most
+            loops, ``loss.backward()`` itself); at the latest when the next step saves its first tensor,
+            or when the block ends without an exception.
 
     Yields:
         The report. Around one forward pass, it is complete when the block ends, before backward runs.
@@ -109,14 +109,14 @@ class _Steps:
     def _tell(self) -> None:
         self.told = self.report.steps
         if self.on_step is not None:
-            self.on_step(self.report)
+            # Its operations must save nothing, or they would be counted.
+            with torch.no_grad():
+                self.on_step(self.report)
 
 
 def _next_step(
         forward_pass: ForwardPass, root: nn.Module, model: nn.Module, steps: _Steps) -> None:
     """Reports a step that has ended, and lets the pass forget its tensors."""
-    # A tensor is being saved. Operations of ``on_step`` must save none.
-    with torch.no_grad():
-        steps.end()
+    steps.end()
     forward_pass.renew(root)
     forward_pass.location.names[id(model)] = ""

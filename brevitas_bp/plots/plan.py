@@ -16,6 +16,8 @@ from brevitas_bp.drawing import (
     MUTED,
     NAMED,
     ORANGE,
+    PALE,
+    RED,
     name_modules,
     new_figure,
     tidy,
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
 
 #: Reach of a rounding error -> colour and label.
 _REACHES = {
-    "weight": (BLUE, "error reaches one weight"), "sum": (GREEN, "a sum"),
-    "norm": (ORANGE, "all, through a norm"), "all": ("#b4413c", "all gradients further up")}
+    "weight": (BLUE, "error reaches one weight"), "sum": (GREEN, "error reaches a sum"),
+    "norm": (ORANGE, "error reaches all, weakly (norm)"), "all": (RED, "error reaches all")}
+#: With fewer tensors, the picture is not filled: bars would be as wide as the picture.
+_FEW = 8
 _TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
@@ -64,10 +68,10 @@ def plot_plan(
     _draw_bits(bits, plan.tensors)
     _draw_sizes(sizes, plan.tensors)
     _draw_whole(whole, plan, limit)
-    bits.set_xlim(-0.8, count - 0.2)
+    bits.set_xlim(-0.8, max(count, _FEW) - 0.2)
     bits.set_title(
-        f"{count} tensors, {plan.average_bits:.2f} stored bits per element; expected squared error "
-        f"{plan.error:.2g} of the gradient's", loc="left", fontsize=10, color=INK)
+        f"{count} tensor{'s' * (count > 1)}, {plan.average_bits:.2f} stored bits per element; expected "
+        f"squared error {plan.error:.2g} of the gradient's", loc="left", fontsize=10, color=INK)
     handles, labels = bits.get_legend_handles_labels()
     more, names = sizes.get_legend_handles_labels()
     figure.legend(
@@ -103,8 +107,7 @@ def _draw_sizes(axes: Axes, tensors: tuple[PlannedTensor, ...]) -> None:
     places = range(len(tensors))
     width = 0.8 if len(tensors) <= NAMED else 1.0
     axes.bar(
-        places, [t.exact_bytes / 2**20 for t in tensors], width, color=GREY, alpha=0.55,
-        label="plain autograd")
+        places, [t.exact_bytes / 2**20 for t in tensors], width, color=PALE, label="plain autograd")
     axes.bar(places, [t.stored_bytes / 2**20 for t in tensors], width, color=BLUE, label="stored")
     axes.set_ylabel("MiB of each tensor", fontsize=9, color=MUTED)
     name_modules(axes, [_module(t) for t in tensors])
