@@ -12,6 +12,7 @@ from brevitas_bp.memory_tables import (
     Counted,
     HasRatio,
     SavedMemoryTable,
+    Sort,
     add,
     grouped,
     ratio_text,
@@ -60,21 +61,25 @@ class SavedMemory(HasRatio, ABC):
             add(found.setdefault((module, op, dtype), [0, 0, 0]), numbers)
         return [SavedMemoryRow(*key, *numbers) for key, numbers in found.items()]
 
-    def by(self, *columns: str, top: int | None = None) -> SavedMemoryTable:
+    def by(
+            self, *columns: str, top: int | None = None,
+            sort: Sort = "stored") -> SavedMemoryTable:
         """Groups the saved tensors, for instance ``by("op")`` or ``by("module", "reason", top=10)``.
 
         Args:
             *columns: some of "module", "op", "dtype", "reason". The reason is that of the policy.
             top: number of groups to show; the others become one. None: all.
+            sort: what the first group has most of: "stored" or "exact" bytes, or "tensors"; "forward" is
+                the order of the forward pass.
 
         Returns:
-            A table, which ``print`` shows: most stored bytes first.
+            A table, which ``print`` shows.
 
         Raises:
-            UnknownNameError: there is no such column.
+            UnknownNameError: there is no such column, or no such order.
             ValueError: no column is given, or ``top`` is below 1.
         """
-        return grouped(self._counted(), columns, top)
+        return grouped(self._counted(), columns, top, sort)
 
     def plot(
             self, *, by: str = "module", top: int = 20, path: str | Path | None = None) -> Figure:

@@ -54,10 +54,12 @@ def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -
     end = min(max(ends), _LONGEST_OTHER * max(ends[:len(shown.groups)]))
     for place, group in zip(places, groups):
         cut = "" if ends[place] <= end else " (bar cut off)"
-        axes.annotate(
+        numbers = axes.annotate(
             _numbers(group) + cut, (min(ends[place], end), place), xytext=(4, 0),
             textcoords="offset points", fontsize=7.5, color=MUTED, va="center",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+        # The layout need not look at hundreds of texts: the axes leave room for them.
+        numbers.set_in_layout(False)
     # Room for the numbers at the right of the longest bar.
     axes.set_xlim(0, 1.4 * end or 1.0)
     _finish(axes, names, f"Saved for backward, by {shown.columns[0]}")

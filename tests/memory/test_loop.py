@@ -142,6 +142,10 @@ def test_backward_begins_no_step(run: Callable[[Any], Any]) -> None:
             run(loss)
             assert report.steps == step and report.live_bytes == 0
     assert told == [1, 2, 3]
+    with track_saved_memory(model) as alone:
+        loss = model(x).sum()
+    assert report.last_step is not None and report.last_step.to_dict() == alone.to_dict()
+    assert report.peak_bytes == alone.stored_bytes and loss.requires_grad
 
 
 def test_on_step_is_called_even_if_torch_runs_nothing_between_steps() -> None:

@@ -63,7 +63,7 @@ def test_many_layers_are_named_by_groups() -> None:
     labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     # Stages have 20 blocks. With stem and head, they are few enough to be named one by one.
     assert labels == ["stem.conv", *(f"stage{i}.{j}" for i in range(4) for j in range(5)), "head"]
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     boxes = [tick.get_window_extent() for tick in figure.axes[0].get_xticklabels()]
     assert all(a.x1 < b.x1 for a, b in itertools.pairwise(boxes))
 
