@@ -29,8 +29,8 @@ def plot_gradient_error(error: GradientError, path: str | Path | None = None) ->
     """Plots bias and noise of each module's gradient, from input to output, on a logarithmic axis.
 
     A bias that chance explains is drawn hollow at the bottom. Modules whose gradient is zero up to
-    rounding are left out. The plot names the largest bias. With several batches it also shows the
-    sampling noise.
+    rounding are left out. The title names the largest bias, which has a ring. With several batches, the
+    plot also shows the sampling noise.
 
     Args:
         error: the result of :func:`~brevitas_bp.allocate.measure_gradient_error`.
@@ -54,10 +54,10 @@ def plot_gradient_error(error: GradientError, path: str | Path | None = None) ->
     floor = _floor([value for _, values in series.values() for value in values])
     for label, (color, values) in series.items():
         _dots(axes, label, color, values, floor)
-    _name_largest(axes, rows)
+    largest = _ring_largest(axes, rows)
     name_modules(axes, [row.name for row in rows])
     axes.set_xlim(-1, len(rows))
-    _finish(axes, floor, error)
+    _finish(axes, floor, error, largest)
     return written(figure, path)
 
 
@@ -79,19 +79,17 @@ def _dots(axes: Axes, label: str, color: str, values: list[float], floor: float)
             label=f"{label}: none found", clip_on=False)
 
 
-def _name_largest(axes: Axes, rows: list[GradientErrorRow]) -> None:
+def _ring_largest(axes: Axes, rows: list[GradientErrorRow]) -> str:
+    """Draws a ring around the largest bias; returns its value and module for the title."""
     i = max(range(len(rows)), key=lambda i: rows[i].bias)
-    if rows[i].bias > 0:
-        left = i < len(rows) / 2
-        (name,) = shortened([rows[i].name or "(root)"])
-        axes.annotate(
-            f"largest bias: {name}, {rows[i].bias:.2g}", (i, rows[i].bias),
-            xytext=(-3 if left else 3, 7), textcoords="offset points", fontsize=8, color=ORANGE,
-            ha="left" if left else "right", zorder=4,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
+    if rows[i].bias <= 0:
+        return ""
+    axes.plot([i], [rows[i].bias], "o", color=ORANGE, markersize=9, fillstyle="none", zorder=4)
+    (name,) = shortened([rows[i].name or "(root)"])
+    return f"; largest bias (ring): {rows[i].bias:.2g}, {name}"
 
 
-def _finish(axes: Axes, floor: float, error: GradientError) -> None:
+def _finish(axes: Axes, floor: float, error: GradientError, largest: str) -> None:
     axes.set_yscale("log")
     axes.set_ylim(bottom=floor)
     axes.set_ylabel("|error| / |exact gradient|", fontsize=9, color=MUTED)
@@ -99,7 +97,7 @@ def _finish(axes: Axes, floor: float, error: GradientError) -> None:
     total = error.total
     axes.set_title(
         f"Error of each module's gradient, {error.draws} draws\nwhole network: bias {total.bias:.2g}, "
-        f"noise {total.noise:.2g}", loc="left", fontsize=10, color=INK)
+        f"noise {total.noise:.2g}{largest}", loc="left", fontsize=9, color=INK)
     tidy(axes, "y")
     axes.figure.legend(
         frameon=False, fontsize=8, loc="outside lower right", ncols=5, labelcolor=MUTED)
