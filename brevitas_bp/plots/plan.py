@@ -107,8 +107,11 @@ def _draw_sizes(axes: Axes, tensors: tuple[PlannedTensor, ...]) -> None:
     places = range(len(tensors))
     width = 0.8 if len(tensors) <= NAMED else 1.0
     axes.bar(
-        places, [t.exact_bytes / 2**20 for t in tensors], width, color=PALE, label="plain autograd")
-    axes.bar(places, [t.stored_bytes / 2**20 for t in tensors], width, color=BLUE, label="stored")
+        places, [t.exact_bytes / 2**20 for t in tensors], width, color=PALE, zorder=2,
+        label="plain autograd")
+    axes.bar(
+        places, [t.stored_bytes / 2**20 for t in tensors], width, color=BLUE, zorder=2,
+        label="stored")
     axes.set_ylabel("MiB of each tensor", fontsize=9, color=MUTED)
     name_modules(axes, [_module(t) for t in tensors])
     tidy(axes, "y")
