@@ -190,13 +190,14 @@ class _OpMode(TorchFunctionMode):
     def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.location.counts_only and not torch.is_grad_enabled():
+            # Nothing is saved, and there are many such calls: an optimizer makes dozens for each parameter.
+            return func(*args, **kwargs)
         # Dynamo traces this very code, and a compiled graph has no calls to note or rewrite. Reading an
         # attribute of a tensor leads here too, and saves nothing.
         if is_compiling() or type(func) is MethodWrapperType:
             return _traceable(func)(*args, **kwargs)
         location = self.location
-        if location.counts_only and not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         before = location.call
         call = Call(func, args, kwargs, next(_numbers))
         if location.following is not None:

@@ -170,7 +170,7 @@ class Ledger:
         """Counts what is alive."""
         with self._lock:
             self._settle_all()
-            return _counted(self._alive())
+            return _counted(sorted(self._alive(), key=lambda entry: entry.born))
 
     def last_step(self) -> Counted:
         """Counts the newest step at the moment when it kept most."""

@@ -15,8 +15,8 @@ from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import NEAREST
 from tests.examples.scripts import benchmark
 
-kernels, memory, step_parts, step_time, plots = map(
-    benchmark, ("kernels", "memory", "step_parts", "step_time", "plots"))
+kernels, memory, step_parts, step_time, plots, tracking = map(
+    benchmark, ("kernels", "memory", "step_parts", "step_time", "plots", "tracking"))
 libraries = kernels.libraries
 
 QUICK = ["--threads", "1", "--seconds", "0.001"]
@@ -189,6 +189,15 @@ def test_memory_worker_is_a_process_of_its_own() -> None:
     for launched in (True, False):
         found = memory.run("gpt", "plain", 2, 2, steps=2, launched=launched)
         assert found["peak"] >= found["growth"] >= 0 < found["seconds"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_tracking(tmp_path: Path) -> None:
+    out = tmp_path / "tracking.json"
+    tracking.main(["--model", "tiny", "--rounds", "1", "--threads", "1", "--out", str(out)])
+    (row,) = tables_of(out)["tracking"]
+    assert row["saved tensors"] == 5  # two inputs, a derivative, and two tensors of the loss
+    assert row["tracked, ms"] > 0 and row["summary"].startswith("saved ")
 
 
 def steps_of(variants: list[str], networks: int = 3) -> dict[str, Any]:

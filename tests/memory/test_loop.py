@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brevitas_bp import QuantBackwardWrapper, SavedMemoryReport, track_saved_memory
+from brevitas_bp.backward.hooks import ForwardPass
 from brevitas_bp.private import function_modes
 from brevitas_bp.text import short_mib
 
@@ -164,7 +165,7 @@ def test_on_step_is_called_even_if_torch_runs_nothing_between_steps() -> None:
     assert told == [1, 2, 3] == list(range(1, report.steps + 1))
 
 
-def sizes_of(report: SavedMemoryReport, model: Any) -> list[int]:
+def sizes_of(report: SavedMemoryReport) -> list[int]:
     """Returns the lengths of everything that could grow."""
     ledger = report._ledger
     return [
@@ -188,8 +189,11 @@ def spying(seen: list[Any]) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_nothing_grows_with_the_number_of_steps(name: str) -> None:
+@pytest.mark.parametrize(("name", "renewed"), [*((name, True) for name in MODELS), ("plain", False)])
+def test_nothing_grows_with_the_number_of_steps(
+        name: str, renewed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not renewed:  # the control
+        monkeypatch.setattr(ForwardPass, "renew", lambda self, root: None)
     model, passes = MODELS[name](), []
     with spying(passes), track_saved_memory(model) as report:
         (running,) = passes
@@ -197,7 +201,7 @@ def test_nothing_grows_with_the_number_of_steps(name: str) -> None:
         def sizes() -> list[int]:
             location, encodings = running.location, running.encodings
             return [
-                *sizes_of(report, model), len(encodings._encoded), len(encodings._finest),
+                *sizes_of(report), len(encodings._encoded), len(encodings._finest),
                 len(encodings._order_at), len(running._exact._noted), len(location.ever_rounded),
                 len(location.rounded_unseen), len(location.names)]
 
@@ -207,8 +211,26 @@ def test_nothing_grows_with_the_number_of_steps(name: str) -> None:
             if step in (4, 40):
                 gc.collect()
                 after.append(sizes())
-    assert after[0] == after[1]
+    assert (after[0] == after[1]) is renewed
     assert report.steps == 40
+
+
+@pytest.mark.filterwarnings("ignore:.*compiled graph saves tensors:UserWarning")
+def test_steps_of_a_compiled_network() -> None:
+    torch._dynamo.reset()
+    net = torch.compile(network(), backend="aot_eager")
+    model = QuantBackwardWrapper(net, seed=0)  # pyright: ignore[reportArgumentType]
+    alone = one_pass(model)
+    told: list[int] = []
+    with track_saved_memory(model, on_step=lambda report: told.append(report.steps)) as report:
+        for _ in range(4):
+            loss = loss_of(model)
+            assert report.live_bytes == alone.stored_bytes
+            loss.backward()
+            assert report.live_bytes == 0
+    assert told == [1, 2, 3, 4] and report.peak_bytes == alone.stored_bytes
+    assert report.last_step is not None and report.last_step.to_dict() == alone.to_dict()
+    assert not any(sizes_of(report)[:5])
 
 
 def test_an_exception_leaves_the_figures_right_and_nothing_installed() -> None:
