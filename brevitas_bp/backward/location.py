@@ -191,7 +191,7 @@ class _OpMode(TorchFunctionMode):
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.location.counts_only and not torch.is_grad_enabled():
-            # Nothing is saved, and there are many such calls: an optimizer makes dozens for each parameter.
+            # Nothing is saved. There are many such calls: an optimizer makes dozens for each parameter.
             return func(*args, **kwargs)
         # Dynamo traces this very code, and a compiled graph has no calls to note or rewrite. Reading an
         # attribute of a tensor leads here too, and saves nothing.
