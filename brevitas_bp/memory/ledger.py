@@ -31,6 +31,10 @@ from brevitas_bp.memory_tables import Counted, Key
 _ALIVE = 2**62
 
 
+def nothing() -> None:
+    """Does nothing, when a step ends of which nobody wants to know."""
+
+
 class Entry:
     """One saved tensor: what it is, what plain autograd would keep, and what is kept.
 
@@ -102,7 +106,7 @@ class Ledger:
         steps: number of steps that have begun.
     """
 
-    def __init__(self, ends: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, ends: Callable[[], None] = nothing) -> None:
         self.steps = 0
         self.ends = ends
         self._lock = threading.RLock()

@@ -9,7 +9,7 @@ from brevitas_bp.backward.explain import unknown_note
 from brevitas_bp.backward.saved import Decision, SavedTensor
 from brevitas_bp.codec.base import Packed
 from brevitas_bp.memory.counts import SavedMemory, SavedMemoryStep
-from brevitas_bp.memory.ledger import Ledger
+from brevitas_bp.memory.ledger import Ledger, nothing
 from brevitas_bp.memory_tables import Counted
 from brevitas_bp.private import running_backward
 from brevitas_bp.text import short_mib
@@ -133,6 +133,8 @@ class SavedMemoryReport(SavedMemory):
 
     def _finish(self, ran: bool, enabled: bool) -> None:
         self._ledger.recount()
+        # It holds the model, which must not live as long as the report.
+        self._ledger.ends = nothing
         self._ended = self._ledger.now()
         if self.steps:
             self._why_empty = "it was freed before the block ended; keep the output until then"

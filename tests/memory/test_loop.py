@@ -3,6 +3,7 @@
 import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -319,6 +320,17 @@ def test_a_step_is_a_value() -> None:
     assert report.summary() == (
         f"saved {short_mib(step.stored_bytes)} of {short_mib(step.exact_bytes)} ({step.ratio:.1f}x), "
         f"peak {short_mib(report.peak_bytes)}")
+
+
+def test_a_report_keeps_no_model_alive() -> None:
+    model = MODELS["wrapped"]()
+    alive = weakref.ref(model)
+    with track_saved_memory(model, on_step=lambda report: None) as report:
+        for _ in range(2):
+            loss_of(model).backward()
+    del model
+    gc.collect()
+    assert alive() is None and report.steps == 2
 
 
 def test_two_loops_of_two_models_do_not_mix() -> None:
