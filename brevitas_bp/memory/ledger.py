@@ -3,22 +3,24 @@
 NOTE [ How a loop of any length is counted ]
 1. A saved tensor is booked when it is stored. A weak reference tells when its ``Packed`` is freed.
 2. The garbage collector may free a ``Packed`` at any point, in any thread. So the weak reference only
-   appends itself to a queue. Before anything is booked or read, the queue is worked off, under a lock.
-   So a new tensor is booked after all that was freed before, and the peak is exact.
+   puts itself into a queue, and whether a backward pass runs. Before anything is booked or read, the
+   queue is worked off, under a lock. So a new tensor is booked after all that was freed before, and the
+   peak is exact.
 3. A compiled graph holds tensors without a ``Packed``. They are looked at when a peak would be booked,
    and when figures are read.
-4. A step begins with the first tensor that is saved after more than half of the bytes of the step before
-   were freed. So one step has one backward pass: several forward passes before it belong together, and
-   each micro-batch of an accumulated gradient is a step. Tensors that are freed within a forward pass,
-   or that never get a gradient, do not matter while they are the smaller half.
-5. Only tensors that are alive, and those of the newest step, are remembered. So memory does not grow
-   with the number of steps.
+4. A step begins with the first tensor that is saved after backward has freed more than half of what was
+   saved since the backward pass before. So several forward passes before one backward pass belong
+   together, and each micro-batch of an accumulated gradient is a step. Tensors that a forward pass
+   drops do not matter. Nor do graphs that are kept for long, or a small gradient within a forward pass.
+5. Only tensors that are alive, and those that were alive when the newest step kept most, are remembered.
+   So memory does not grow, neither with the number of steps nor within a step.
 """
 
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 
 from torch import Tensor
@@ -27,8 +29,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from brevitas_bp.codec.base import Packed
 from brevitas_bp.memory.extents import Bytes, Extent, LiveBytes, extent_of, weak_storage
 from brevitas_bp.memory_tables import Counted, Key
+from brevitas_bp.private import running_backward
 
 _ALIVE = 2**62
+# Up to this many entries, a step need not forget those that it can.
+_FEW = 1000
 
 
 def nothing() -> None:
@@ -84,16 +89,50 @@ class _Watch(weakref.ref[Packed]):
 
 
 class _Step:
-    """The newest step: its entries, its bytes now, and when they were most."""
+    """The newest step: its entries, its bytes now, and when they were most.
+
+    Attributes:
+        risen: bytes saved since the backward pass before.
+        fallen: bytes that backward has freed since then.
+    """
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.added = self.now = self.most = self.most_at = 0
+        self.now = self.most = self.most_at = self.risen = self.fallen = 0
+        self._prune_at = _FEW
 
     @property
     def over(self) -> bool:
-        """Whether more than half of what the step has saved is freed."""
-        return 2 * self.now < self.added
+        """Whether backward has freed more than half of what was saved before it."""
+        return 2 * self.fallen > self.risen
+
+    def add(self, entry: Entry) -> None:
+        """Adds a tensor that was just saved."""
+        if self.fallen:
+            self.risen = self.fallen = 0
+        if entry.first:
+            self.risen += entry.nbytes
+            self.now += entry.nbytes
+        if self.now >= self.most:
+            self.most, self.most_at = self.now, entry.born
+        self.entries.append(entry)
+        if len(self.entries) > self._prune_at:
+            self.entries = [e for e in self.entries if e.died == _ALIVE or self.had_at_most(e)]
+            self._prune_at = max(_FEW, 2 * len(self.entries))
+
+    def remove(self, entry: Entry, in_backward: bool) -> None:
+        """Removes the bytes of a tensor that was freed."""
+        if entry.first:
+            self.now -= entry.nbytes
+            self.fallen += entry.nbytes if in_backward else 0
+
+    def had_at_most(self, entry: Entry) -> bool:
+        """Whether a tensor was alive when the step kept most."""
+        return entry.born <= self.most_at < entry.died
+
+
+def _note_freed(queue: "deque[tuple[weakref.ref[Packed], bool]]", watch: weakref.ref[Packed]) -> None:
+    queue.append((watch, running_backward() != -1))
 
 
 class Ledger:
@@ -110,7 +149,8 @@ class Ledger:
         self.steps = 0
         self.ends = ends
         self._lock = threading.RLock()
-        self._freed: deque[weakref.ref[Packed]] = deque()
+        self._freed: deque[tuple[weakref.ref[Packed], bool]] = deque()
+        self._note = partial(_note_freed, self._freed)
         self._watches: dict[int, _Watch] = {}
         self._in_graphs: list[Entry] = []
         self._packed: set[int] = set()
@@ -129,7 +169,7 @@ class Ledger:
         entry = Entry(key, tuple(extent_of(x) for x in packed.tensors), packed.nbytes)
         if original is not None:
             entry.original, entry.held = extent_of(original), (weak_storage(original),)
-        watch = _Watch(packed, self._freed.append)
+        watch = _Watch(packed, self._note)
         watch.entry, entry.packed = entry, id(packed)
         with self._lock:
             self._settle()
@@ -163,7 +203,7 @@ class Ledger:
             return max(self._peak, self._live.total)
 
     def step_is_over(self) -> bool:
-        """Whether most tensors of the newest step are freed; cheap if nothing was freed."""
+        """Whether backward has freed most of the newest step; cheap if nothing was freed."""
         if not (self._freed or self._in_graphs):
             return self._step.over
         with self._lock:
@@ -181,7 +221,7 @@ class Ledger:
         with self._lock:
             self._settle_all()
             step = self._step
-            return _counted(e for e in step.entries if e.born <= step.most_at < e.died)
+            return _counted(filter(step.had_at_most, step.entries))
 
     def recount(self) -> None:
         """Counts anew what is alive, in case an interrupt has cut a booking short."""
@@ -200,17 +240,12 @@ class Ledger:
         if self._step.over:
             self.ends()
             self._step = _Step()
-        step, self._clock = self._step, self._clock + 1
-        self.steps += not step.entries
+        self.steps += not self._step.entries
+        self._clock += 1
         entry.born, entry.step = self._clock, self.steps
         for extent in entry.stored:
             self._live.add(extent)
-        step.entries.append(entry)
-        if entry.first:
-            step.added += entry.nbytes
-            step.now += entry.nbytes
-        if step.now >= step.most:
-            step.most, step.most_at = step.now, self._clock
+        self._step.add(entry)
         if self._live.total > self._peak:
             # Tensors of a compiled graph may be freed, and nobody told us.
             self._settle_graphs()
@@ -223,11 +258,11 @@ class Ledger:
     def _settle(self) -> None:
         """Books what was freed."""
         while self._freed:
-            watch = self._freed.popleft()
+            watch, in_backward = self._freed.popleft()
             assert isinstance(watch, _Watch)
             if self._watches.pop(id(watch), None) is not None:
                 self._packed.discard(watch.entry.packed)
-                self._bury(watch.entry)
+                self._bury(watch.entry, in_backward)
 
     def _settle_graphs(self) -> None:
         if not self._in_graphs:
@@ -235,18 +270,18 @@ class Ledger:
         kept: list[Entry] = []
         for entry in self._in_graphs:
             if entry.expired:
-                self._bury(entry)
+                self._bury(entry, in_backward=True)
             else:
                 kept.append(entry)
         self._in_graphs = kept
 
-    def _bury(self, entry: Entry) -> None:
+    def _bury(self, entry: Entry, in_backward: bool) -> None:
         self._clock += 1
         entry.died = self._clock
         for extent in entry.stored:
             self._live.remove(extent)
-        if entry.step == self.steps and entry.first:
-            self._step.now -= entry.nbytes
+        if entry.step == self.steps:
+            self._step.remove(entry, in_backward)
 
 
 def _counted(entries: Iterable[Entry]) -> Counted:

@@ -47,8 +47,9 @@ class SavedMemoryReport(SavedMemory):
     def steps(self) -> int:
         """Number of training steps that have saved something, the one that runs included.
 
-        A step begins with the first tensor that is saved after backward has freed more than half of the
-        bytes of the step before. So each micro-batch of an accumulated gradient counts as a step.
+        A step begins with the first tensor that is saved after backward has freed more than half of what
+        was saved since the backward pass before. So each micro-batch of an accumulated gradient is a
+        step.
         """
         return self._ledger.steps
 

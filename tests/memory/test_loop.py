@@ -43,6 +43,59 @@ def one_pass(model: nn.Module, batch: int = BATCH) -> SavedMemoryReport:
     return report
 
 
+def test_a_graph_that_is_kept_for_long_stops_no_steps() -> None:
+    model = MODELS["wrapped"]()
+    with track_saved_memory(model) as report:
+        kept = [loss_of(model, 1024) for _ in range(3)]
+        large = report.live_bytes
+        for _ in range(10):
+            loss_of(model).backward()
+            assert report.live_bytes == large
+        # The first two belong to the large one, of which backward has not freed most.
+        assert report.steps == 9
+        assert report.last_step is not None and report.last_step.stored_bytes < large / 3
+    assert len(kept) == 3
+
+
+def test_without_backward_there_is_one_step_and_nothing_grows() -> None:
+    model = MODELS["wrapped"]()
+    with track_saved_memory(model) as report:
+        for done in range(400):
+            loss_of(model)  # gradients are on, and nobody asks for any
+            if done == 150:
+                before = len(report._ledger._step.entries)
+                assert before <= 2 * 1000
+    assert report.steps == 1 and len(report._ledger._step.entries) <= 2 * 1000
+    assert sum(sizes_of(report)[:5]) == 0
+
+
+class InnerGradient(nn.Module):
+    """Takes small gradients within its forward pass, and drops some results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+            few = x[:2].detach().requires_grad_()
+            (grad,) = torch.autograd.grad(layer(few).square().sum(), few)
+            layer(x[:8]).sin().sum()
+            x = x + grad.mean()
+        return x
+
+
+def test_small_gradients_within_a_forward_pass_begin_no_step() -> None:
+    model = InnerGradient()
+    told: list[int] = []
+    with track_saved_memory(model, on_step=lambda report: told.append(report.steps)) as report:
+        for _ in range(3):
+            model(torch.randn(256, 64)).square().sum().backward()
+            assert report.live_bytes == 0
+    assert told == [1, 2, 3] and report.steps == 3
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_each_step_is_counted_as_one_forward_pass_is(name: str) -> None:
     model = MODELS[name]()
@@ -145,7 +198,7 @@ def test_backward_begins_no_step(run: Callable[[Any], Any]) -> None:
             assert report.steps == step and report.live_bytes == 0
     assert told == [1, 2, 3]
     with track_saved_memory(model) as alone:
-        loss = model(x).sum()
+        loss = model(torch.randn(4, 4, 32, 32, requires_grad=True)).sum()
     assert report.last_step is not None and report.last_step.to_dict() == alone.to_dict()
     assert report.peak_bytes == alone.stored_bytes and loss.requires_grad
 
@@ -239,6 +292,7 @@ def test_an_exception_leaves_the_figures_right_and_nothing_installed() -> None:
     alone = one_pass(model).stored_bytes
     before = function_modes()
     told: list[int] = []
+    kept = torch.ones(())
     with pytest.raises(ArithmeticError), track_saved_memory(
             model, on_step=lambda report: told.append(report.steps)) as report:
         loss_of(model).backward()
