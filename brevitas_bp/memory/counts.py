@@ -82,12 +82,12 @@ class SavedMemory(HasRatio, ABC):
         return grouped(self._counted(), columns, top, sort)
 
     def plot(
-            self, *, by: str = "module", top: int = 20, path: str | Path | None = None) -> Figure:
+            self, *, by: str = "module", top: int | None = 20, path: str | Path | None = None) -> Figure:
         """Draws the bytes of plain autograd and the stored bytes, most stored bytes on top.
 
         Args:
             by: "module", "op", "dtype" or "reason": what has a bar of its own.
-            top: number of bars; the rest is one more bar, "other".
+            top: number of bars; the rest is one more bar, "other". None: a bar for each.
             path: file to write; the extension chooses the format. None: write no file.
 
         Raises:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _HEIGHT = 0.8
 _STORED = 0.42
 _LONGEST_OTHER = 1.6
+#: Inches; matplotlib draws at most 65,535 pixels.
+_TALLEST = 200
 
 
 def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -> Figure:
@@ -24,7 +26,7 @@ def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -
     The first group is on top. Groups that the table left out are one bar, "other", at the bottom.
 
     Args:
-        shown: groups by one column, from ``report.by("module", top=20)``.
+        shown: groups, from ``report.by("module", top=20)``.
         path: file to write; the extension chooses the format. None: write no file.
 
     Raises:
@@ -38,7 +40,7 @@ def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -
             "the output of the model until the block ends; after a training loop, plot report.last_step")
     names = shortened([_name(group) or "(root)" for group in shown.groups])
     names += [] if shown.rest is None else [f"other: {_name(shown.rest)}"]
-    figure = new_figure(8.5, 1.5 + 0.27 * len(groups))
+    figure = new_figure(8.5, min(_TALLEST, 1.5 + 0.27 * len(groups)))
     axes = figure.subplots()
     exact = [group.exact_bytes / 2**20 for group in groups]
     stored = [group.stored_bytes / 2**20 for group in groups]
@@ -62,12 +64,13 @@ def plot_saved_memory(shown: SavedMemoryTable, path: str | Path | None = None) -
         numbers.set_in_layout(False)
     # Room for the numbers at the right of the longest bar.
     axes.set_xlim(0, 1.4 * end or 1.0)
-    _finish(axes, names, f"Saved for backward, by {shown.columns[0]}")
+    _finish(axes, names, f"Saved for backward, by {' and '.join(shown.columns)}")
     return written(figure, path)
 
 
 def _name(group: SavedMemoryGroup) -> str:
-    return next(iter(group.values.values()))
+    """Returns the values that the group's tensors share; the rest has one value that is not blank."""
+    return ", ".join(value for value in group.values.values() if value.strip())
 
 
 def _numbers(group: SavedMemoryGroup) -> str:

@@ -65,7 +65,7 @@ def test_what_top_leaves_out_is_one_bar() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 40, 500])
 def test_labels_lie_apart_and_inside(count: int) -> None:
-    for top in (None, 20):
+    for top in (None, 20) if count < 500 else (None,):
         figure = plot_saved_memory(table_of(count, top))
         figure.draw_without_rendering()
         names = [tick.get_window_extent() for tick in figure.axes[0].get_yticklabels()]
@@ -76,6 +76,14 @@ def test_labels_lie_apart_and_inside(count: int) -> None:
         assert len(texts) == len(names)
         assert all(box.x1 <= whole.x1 for box in texts)
         assert max(len(label) for label in labels(figure)) <= 40
+
+
+def test_groups_by_two_columns_have_both_names() -> None:
+    report = report_of(2)
+    figure = plot_saved_memory(report.by("op", "module", top=3))
+    assert labels(figure)[-1] == "other: 1 more"
+    assert all(", " in label for label in labels(figure)[:3])
+    assert figure.axes[0].get_title(loc="left") == "Saved for backward, by op and module"
 
 
 def test_a_rest_many_times_larger_is_cut_off_and_says_so() -> None:
