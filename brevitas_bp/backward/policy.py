@@ -262,8 +262,12 @@ class OpAware:
         median bias of all gradients is 0.43 of their norm. It is 0.06 if each element of these inputs
         gets the code that an average would get.
         """
-        if decision.codec is not codec or decision.reach == "weight":
+        if decision.codec is not codec:
             return decision
+        if decision.reach == "weight":
+            # An average of groups has a width that more bits would not improve.
+            narrow = decision.least_bits > 1 and codec.per_element is codec
+            return decision.with_codec(codec.at_least(decision.least_bits)) if narrow else decision
         if decision.probabilities:
             return self._for_probabilities(decision, codec)
         if decision.reach == "all":

@@ -130,6 +130,25 @@ def convolved(x: Tensor, call: Call) -> Rows | None:
     return trailing(x, spatial + 1)
 
 
+def is_small_input(x: Tensor, call: Call) -> bool:
+    """Whether a layer's input needs no gradient, and has half the elements of the output at most.
+
+    So is an image, and what frozen layers compute.
+    """
+    weight = call.argument(1, "weight")
+    if x.requires_grad or not isinstance(weight, Tensor):
+        return False
+    if call.name == "linear" and weight.dim() == 2:
+        return weight.shape[0] >= 2 * weight.shape[1]
+    spatial = _spatial(call)
+    if spatial is None or call.name != f"conv{spatial}d":
+        return False
+    stride = call.argument(3, "stride", 1)
+    steps = prod(stride) ** (spatial if len(stride) == 1 else 1) if isinstance(
+        stride, (tuple, list)) else stride**spatial
+    return weight.shape[0] >= 2 * weight.shape[1] * _groups(call) * steps
+
+
 def shares_planes(x: Tensor, call: Call) -> bool:
     """Whether the groups of a convolution have too few elements for buckets of their own.
 
