@@ -61,17 +61,17 @@ def test_bytes_of_a_small_net_counted_by_hand() -> None:
     assert all(row.stored_bytes == row.exact_bytes for row in rows)
 
 
-@pytest.mark.parametrize(("policy", "statistics", "relu"), [
+@pytest.mark.parametrize(("policy", "image_bits", "statistics", "relu"), [
     # 64 bytes of statistics would take 72 bytes in a bucket of 256, so they are kept.
-    ("all", 2, uint2_bytes(CHANNELS * PIXELS)),
+    ("all", 2, 2, uint2_bytes(CHANNELS * PIXELS)),
     # The input is stored as its deviation from the mean, and the mean is not kept.
-    ("op_aware", 1, CHANNELS * PIXELS // 8)])
+    ("op_aware", 4, 1, CHANNELS * PIXELS // 8)])
 def test_stored_bytes_of_a_small_net_counted_by_hand(
-        policy: str, statistics: int, relu: int) -> None:
+        policy: str, image_bits: int, statistics: int, relu: int) -> None:
     model = QuantBackwardWrapper(conv_bn_relu(), policy=policy, bucket_size=256)
     rows = track(model, images()).rows
     assert [(row.module, row.stored_bytes) for row in rows] == [
-        ("0", uint2_bytes(8 * PIXELS)),
+        ("0", uint2_bytes(8 * PIXELS) + (image_bits - 2) * 8 * PIXELS // 8),
         ("1", uint2_bytes(CHANNELS * PIXELS) + statistics * 4 * CHANNELS),
         ("2", relu)]
 

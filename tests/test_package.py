@@ -99,7 +99,7 @@ def test_the_readme_of_the_package_has_no_relative_links(wheel: Path) -> None:
 #: Packages that the package imports at first use -> the extra that brings them.
 OPTIONAL = {
     "numba": "cpu", "llvmlite": "cpu", "triton": "gpu", "scipy": "plan", "matplotlib": "plots",
-    "rich": "all", "hypothesis": "test"}
+    "rich": "all", "hypothesis": "test", "lightning": "trainers", "transformers": "trainers"}
 
 
 def test_everything_that_the_package_imports_is_declared() -> None:

@@ -18,7 +18,7 @@ from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, ten
 from brevitas_bp.codec import Codec, Packed
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import spared_nbytes
-from brevitas_bp.codec.rows import Rows
+from brevitas_bp.codec.rows import Rows, in_rows
 
 
 @dataclass(eq=False)
@@ -144,6 +144,12 @@ class ProbeCodec(Codec):
         self._decode = decode
         self.probed = probed
         self.rows = rows
+        self.stores_differences = probed.stores_differences
+
+    def as_given(self, packed: Packed) -> Packed:
+        """Returns the tensor as the policy would store it, because no plan is known yet."""
+        codec = self.probed if self.rows is None else in_rows(self.probed, self.rows)
+        return codec.encode(packed.layout.restore_flat(packed.tensors[0]), seed=0, where=packed.where)
 
     def in_rows(self, length: int, last: int) -> Codec:
         return ProbeCodec(self._decode, self.probed, Rows(length, last))

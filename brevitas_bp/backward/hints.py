@@ -67,7 +67,9 @@ class Hints:
         prediction = PREDICTIONS.get(name or "")
         if prediction is not None and output is not None and (
                 derivative.layout.stride in ((), output.layout.stride)):
-            self._hints[output.key] = _Hint(output, weakref.ref(derivative), prediction, None)
+            told = derivative.codec.as_given(derivative)
+            found = weakref.ref(derivative) if told is derivative else lambda: told
+            self._hints[output.key] = _Hint(output, found, prediction, None)
 
     def apply(
             self, codec: Codec, saved: SavedTensor, decision: Decision, rows: Rows | None) -> Codec:

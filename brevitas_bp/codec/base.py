@@ -269,6 +269,10 @@ class Codec(ABC):
         """
         return False
 
+    def as_given(self, packed: "Packed") -> "Packed":
+        """Returns what another codec may take for given if it knows ``packed``: the same at each decode."""
+        return packed
+
     def without_units(self, packed: "Packed") -> "Packed":
         """Returns a ``Packed`` of this codec as its innermost codec decodes it."""
         return packed.innermost

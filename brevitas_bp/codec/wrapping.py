@@ -41,6 +41,12 @@ class WrappingCodec(Codec):
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         return self.inner.stored_nbytes(layout)
 
+    def as_given(self, packed: Packed) -> Packed:
+        stored: Packed = packed.facts
+        told = stored.codec.as_given(stored)
+        return packed if told is stored else Packed(
+            self.around(told.codec), told.tensors, packed.layout, told, packed.where)
+
     @staticmethod
     def stored_in(packed: Packed) -> Packed:
         """Returns the ``Packed`` of ``inner``, with the tensors of ``packed``, which are checked."""

@@ -132,7 +132,7 @@ def test_choices_are_obeyed(measured: BitPlan) -> None:
     model.use_plan(None)
     loss(model, images())
     assert {s.stored for s in model.explain().sites.values() if s.module == "stem"} == {
-        "2-bit rotated"}
+        "4-bit rotated"}
 
 
 def test_averages_stay_where_their_bias_does(measured: BitPlan) -> None:

@@ -212,7 +212,7 @@ def test_overrides_average_one_layer() -> None:
     model(torch.randn(8, 3, 34, 34))
     stored = {site.module: site.stored for site in model.explain().sites.values()
               if site.op == "conv2d"}
-    assert stored["last"] == AVERAGED and stored["first"] == "2-bit stochastic"
+    assert stored["last"] == AVERAGED and stored["first"] == "4-bit stochastic"    # an image
 
 
 def test_what_is_not_averaged_shares_one_codec() -> None:

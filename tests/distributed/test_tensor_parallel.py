@@ -36,6 +36,8 @@ def test_the_policy_knows_the_operations(facts: dict[str, list[Facts]], strategy
         stored = {
             (module, op): name for module, op, name, *_ in found[strategy]
             if name not in ("exact", "not kept")}
+        # The output of a ReLU may be an ordinary tensor.
+        stored = {place: name.partition(",")[0] for place, name in stored.items()}
         assert stored == {
             ("0", "layer_norm"): "2-bit rotated", ("1", "linear"): "2-bit rotated",
             ("2", "gelu"): "4-bit dithered", ("3", "linear"): "2-bit rotated",
