@@ -204,7 +204,8 @@ class Decision(NamedTuple):
     reach: Literal["weight", "sum", "norm", "all"] = "weight"
     rows: "Callable[[Tensor, Call], Rows | None] | None" = None
     units: Literal[
-        "statistic", "channel", "quotient", "sum of one", "logarithm", "class error"] | None = None
+        "statistic", "channel", "quotient", "sum of one", "logarithm", "class error",
+        "derivative"] | None = None
     least_bits: int = 1
     waits: bool = False
     probabilities: bool = False

@@ -101,15 +101,44 @@ class Nudge(Codec):
         self.step = step
         self.encoded = 0
 
+    @property
+    def for_magnitudes(self) -> Codec:
+        return _NudgeMagnitudes(self)
+
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         layout = TensorLayout.of(x)
         flat = layout.flatten(x.detach()).clone()
-        if self.encoded == self.which:
-            angle = torch.arange(flat.numel(), dtype=flat.dtype)
-            # Do not add a constant: some backwards subtract the mean, which would hide it.
-            flat += self.step * flat.abs().nan_to_num().max() * (1.7 * angle + 0.4).sin()
-        self.encoded += 1
+        move = self.next_move(flat)
+        if move is not None:
+            flat += move * flat.abs().nan_to_num().max()
         return Packed(self, (flat,), layout, None, where)
+
+    def next_move(self, flat: Tensor) -> Tensor | None:
+        """Returns the move of the next encoding, in units of its values; None: it is not moved."""
+        self.encoded += 1
+        if self.encoded - 1 != self.which:
+            return None
+        # Do not add a constant: some backwards subtract the mean, which would hide it.
+        return self.step * (1.7 * torch.arange(flat.numel(), dtype=flat.dtype) + 0.4).sin()
+
+    def decode(self, packed: Packed) -> Tensor:
+        return packed.layout.restore_flat(packed.tensors[0])
+
+
+class _NudgeMagnitudes(Codec):
+    """Moves each element by a part of itself, so that no sign changes."""
+
+    name = "nudge of magnitudes"
+    keeps_sign = True
+
+    def __init__(self, nudge: Nudge) -> None:
+        self.nudge = nudge
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        layout = TensorLayout.of(x)
+        flat = layout.flatten(x.detach()).clone()
+        move = self.nudge.next_move(flat)
+        return Packed(self, (flat if move is None else flat * (1 + move),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
         return packed.layout.restore_flat(packed.tensors[0])
