@@ -61,9 +61,8 @@ OF_INPUT: dict[str, Form] = {
     "asin": _ARCSINE, "acos": _ARCSINE,
     "acosh": Form(lambda x: (x * x - 1).rsqrt(), lambda d: (1 + d**-2).sqrt()),
     "atanh": Form(lambda x: x * x / (1 - x * x), _of_artanh)}
-for _name in ("sin", "cos", "cosh", "tanh"):
-    if f"a{_name}" in OF_INPUT:
-        OF_INPUT[f"arc{_name}"] = OF_INPUT[f"a{_name}"]
+for _name in ("asin", "acos", "acosh", "atanh"):
+    OF_INPUT[f"arc{_name[1:]}"] = OF_INPUT[_name]
 
 #: Name of a function -> form of its output, which autograd saves.
 OF_OUTPUT: dict[str, Form] = {

@@ -16,7 +16,7 @@ NOTE [ Derivatives of any size ]
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from brevitas_bp.backward.saved import (
     Call,
     Decision,
     SavedTensor,
-    storage_id,
+    place_of,
     tensors_in,
 )
 from brevitas_bp.backward.views import kind_of
@@ -40,8 +40,7 @@ from brevitas_bp.codec.shape_only import shape_only
 _EXPONENTIALS = frozenset({"exp", "exp2"})
 _PRODUCTS = frozenset({"mul", "multiply", "rmul", "imul"})
 _QUOTIENTS = frozenset({"div", "divide", "true_divide", "truediv", "itruediv", "idiv"})
-# Nodes of functions that save their input, and whose derivative may be large where it is small.
-_DIVIDING = frozenset({"Log", "Log2", "Log10", "Log1P", "Pow"})
+_LOGARITHMS = frozenset({"Log", "Log2", "Log10"})
 # The search for such a node ends after so many nodes.
 _MOST_NODES = 16
 
@@ -99,13 +98,19 @@ def divides_by(x: Tensor, factor: Tensor) -> bool:
 
     Only operations that saved ``x`` itself count.
     """
-    storage, seen, level = storage_id(x), 0, [factor.grad_fn]
+    place, seen, level = place_of(x), 0, [factor.grad_fn]
     while level and seen < _MOST_NODES:
         seen += len(level)
-        if any(kind_of(node) in _DIVIDING and rounded_by(node, storage) for node in level if node):
+        if any(_divides(node) and rounded_by(node, place) for node in level if node):
             return True
         level = [source for node in level if node for source, _ in node.next_functions]
     return False
+
+
+def _divides(node: Any) -> bool:
+    """Whether the derivative at a node is large where the node's input is small."""
+    kind = kind_of(node)
+    return kind in _LOGARITHMS or (kind == "Pow" and getattr(node, "_saved_exponent", 0) < 1)
 
 
 def relative_to_itself(saved: SavedTensor, reason: str) -> Decision:
