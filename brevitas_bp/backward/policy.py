@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward import torch_rules  # noqa: F401  (fills the registry)
-from brevitas_bp.backward.attention import ReplayAttention
+from brevitas_bp.backward.attention import FLOAT_MASK, ReplayAttention
 from brevitas_bp.backward.fixed_policies import keep_all, quantize_all, quantize_all_but_relu
 from brevitas_bp.backward.operations import FEW_IN_STATISTIC, norm_bits
 from brevitas_bp.backward.registry import rule_of
@@ -315,6 +315,8 @@ class OpAware:
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # Copy a view. A kept view would keep the value alive, which is in the same memory.
             return Decision(_COPY if apart else None, "query and key: weights must be exact")
+        if saved.tensor.dtype in FLOATS:
+            return FLOAT_MASK
         return _MASK if saved.tensor.dtype == torch.bool else _REPLAYED
 
     def _wide(self, codec: Codec, bits: int | None) -> Codec | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from brevitas_bp.activations.functions import ACTIVATIONS, Activation
 from brevitas_bp.backward import classes
-from brevitas_bp.backward.attention import ReplayAttention
+from brevitas_bp.backward.attention import ReplayAttention, attention_as_it_is
 from brevitas_bp.backward.elementary import elementary, power_of_a_number
 from brevitas_bp.backward.losses import SaveLossDerivative
 from brevitas_bp.backward.operations import (
@@ -321,7 +321,7 @@ for _entry in ACTIVATIONS.values():
         _register(activation(_entry), " ".join((_entry.name, *_entry.aliases)))
 
 register_op("scaled_dot_product_attention", OpRule(
-    exact("attention: the weights follow from what is saved").decide, ReplayAttention()))
+    attention_as_it_is, ReplayAttention()))
 _register(composite(), "multi_head_attention_forward")
 
 _register(composite(), "normalize")

@@ -22,6 +22,7 @@ from brevitas_bp.codec.pooling import WindowIndex
 from brevitas_bp.codec.regions import Region, ScaledMask, Sign
 from brevitas_bp.codec.shape_only import ShapeOnly
 from brevitas_bp.codec.signed import SignExact
+from brevitas_bp.codec.two_valued import TwoValuedCodec
 
 
 @contextmanager
@@ -83,7 +84,7 @@ class Recorder:
         return self.inner.rewrite(function)
 
 
-_LOSSLESS = (BitMask, Copy, NarrowInt, Region, ScaledMask, ShapeOnly, Sign, WindowIndex)
+_LOSSLESS = (BitMask, Copy, NarrowInt, Region, ScaledMask, ShapeOnly, Sign, TwoValuedCodec, WindowIndex)
 
 
 class Nudge(Codec):
