@@ -24,6 +24,7 @@ from brevitas_bp.backward.operations import (
     stands_alone,
     weighted,
 )
+from brevitas_bp.backward.recurrent import recurrent
 from brevitas_bp.backward.registry import OpRule, register_op
 from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative, look_through
 from brevitas_bp.backward.rows import LEAST_ROW, convolved, of_elements, of_halves, trailing
@@ -354,8 +355,9 @@ _register(exact("no floating-point tensor is expected"), """
     where masked_fill masked_scatter masked_select max min amax amin topk sort msort argsort
     kthvalue median nanmedian mode unique cat stack sum mean add sub rsub neg
     contiguous to float half bfloat16 double clone roll flip permute transpose reshape view""")
+_register(OpRule(recurrent), "lstm gru rnn_tanh rnn_relu")
 _register(exact("a recurrent layer: gates and states"), """
-    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell quantized_lstm""")
+    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell quantized_lstm""")
 _register(exact("grid positions"), "grid_sample grid_sampler affine_grid affine_grid_generator")
 
 _register(lossless(lambda saved: relu_region(), _MASK), "relu")
