@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from brevitas_bp.backward.rewrites import RunningPass, Substitution, refuse_second_derivative
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
+    ATTENTION_MASK,
     ATTENTION_VALUE,
     REPLAYED,
     Call,
@@ -65,14 +66,14 @@ class ReplayAttention:
             return NotImplemented
         # A mask is cast again in backward: all layers then keep one mask, not a cast copy each.
         given = [
-            t if t is None or (i == _MASK and not t.requires_grad) else _autocast(t)
+            t if t is None or (i == _MASK and not t.requires_grad) else cast_by_autocast(t)
             for i, t in enumerate(given)]
-        roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, REPLAYED][:len(tensors)]
+        roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, ATTENTION_MASK][:len(tensors)]
         with running.saving(*roles, REPLAYED) as substitution:
             return _ReplayAttention.apply(_Replay(call), substitution, *given)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def cast_by_autocast(x: Tensor) -> Tensor:
     """Casts ``x`` as autocast will anyway, so that the cast is kept, not the larger original."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:

@@ -58,6 +58,9 @@ class Location:
         self.forward_pass: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
+        # Storage -> how it was filled, see ``backward/logits.py``; whether parameters are shards.
+        self.made: dict[int, Any] = {}
+        self.sharded = False
         # ``entered``: a module of the root has run. ``ended``: the pass has ended.
         self.entered = self.ended = False
 
@@ -350,7 +353,7 @@ def leave(location: Location) -> None:
     # These attributes hold the pass, which would otherwise wait for the garbage collector.
     location.rewrites = location.observer = location.forward_pass = location.next_seed = None
     location.ending = location.rounding = location.following = None
-    location.tree = []
+    location.tree, location.made = [], {}
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]
     _remove_mode(location)

@@ -23,7 +23,9 @@ FEW_BIT_INPUT = "input of a few-bit table"
 SIGN = "sign"
 ATTENTION_INPUT = "attention input"
 ATTENTION_VALUE = "attention value"
+ATTENTION_MASK = "attention mask"
 REPLAYED = "replayed"
+RECOMPUTED = "recomputed"
 #: Role of tensors that checkpointing keeps to run a part again.
 CHECKPOINT_INPUT = "input of a checkpointed part"
 
