@@ -145,8 +145,8 @@ def _of_one_token(z: Tensor, t: Tensor) -> Tensor:
 def test_other_logits_are_stored_as_always(loss: Loss) -> None:
     exact, rounded = run(Tokens(loss), tokens()), run(wrapped(Tokens(loss)), tokens(), copied=False)
     assert torch.equal(exact.output, rounded.output) and not recomputed()
-    torch.testing.assert_close(
-        rounded.grads["head.bias"], exact.grads["head.bias"], rtol=0.5, atol=1e-2)
+    error = rounded.grads["head.bias"] - exact.grads["head.bias"]
+    assert float(error.norm() / exact.grads["head.bias"].norm()) < 0.3
 
 
 def test_an_input_or_weight_that_changes_before_the_loss_is_noticed() -> None:
