@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brevitas_bp.backward.elementary import divides_by, relative_to_itself
 from brevitas_bp.backward.location import current_location
-from brevitas_bp.backward.origins import goes_through_rounding_of
+from brevitas_bp.backward.origins import first_rounding_of, goes_through_rounding_of
 from brevitas_bp.backward.parameters import is_function_of_parameter, is_view_or_cast_of
 from brevitas_bp.backward.registry import Decide, OpRule
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
@@ -215,7 +215,9 @@ def stands_alone(saved: SavedTensor, of_itself: bool = False) -> bool:
         # We do not know the arguments of a custom Function.
         return False
     custom = storage in location.rounded_unseen
-    return not any(goes_through_rounding_of(storage, t, custom) for t in others)
+    arguments = list(tensors_in(saved.call.arguments[saved.position or 0:]))
+    first = 0 if custom or not arguments else first_rounding_of(storage, arguments[0])
+    return not any(goes_through_rounding_of(storage, t, custom, first) for t in others)
 
 
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:

@@ -14,6 +14,7 @@ from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.operations import elementwise
 from brevitas_bp.backward.saved import Decision
 from brevitas_bp.backward.seam import listening
+from brevitas_bp.private import node_number
 from brevitas_bp.quant import ShiftedUint2DynamicActPerBucketFloat as Nearest2
 from tests.backward.support import Apply
 from tests.stats import normal
@@ -256,3 +257,24 @@ def test_every_form_is_tested() -> None:
 def test_softmin_stores_probabilities() -> None:
     ((_, codec, _),) = stored(lambda x: F.softmin(x, -1), torch.randn(16, 64))
     assert codec == "4-bit companded"
+
+
+def test_a_long_recurrence_is_not_searched_for_each_step() -> None:
+    """Nodes before ``exp`` cannot depend on its output."""
+    visited: list[Any] = []
+
+    def number(node: Any) -> int:
+        visited.append(node)
+        return node_number(node)
+
+    def recurrence(x: Tensor) -> Tensor:
+        state = x[0]
+        for step in range(64):
+            state = state * x[step].exp() + x[step]
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("brevitas_bp.backward.origins.node_number", number)
+        QuantBackwardWrapper(Apply(recurrence), seed=0)(torch.randn(64, 16, 32).requires_grad_())
+    # Each product looks at a few nodes; all nodes of all steps before would be 64 * 64 * 2.
+    assert 0 < len(visited) < 64 * 16
