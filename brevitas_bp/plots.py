@@ -43,7 +43,7 @@ def plot_gradient_error(error: GradientError, path: str | Path | None = None) ->
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise ImportError(
-            "brevitas_bp.plots: plots need matplotlib: pip install matplotlib") from missing
+            "brevitas_bp.plots: plots need matplotlib: pip install 'brevitas-bp[plots]'") from missing
 
     figure = Figure(figsize=(min(15.0, 6 + 0.06 * len(rows)), 4.6), layout="constrained")
     axes = figure.subplots()

@@ -154,15 +154,18 @@ def test_importing_loads_nothing_heavy() -> None:
 
 #: Beginnings of one machine's paths; split, so that this file passes its own test.
 MACHINE_PATHS = ["/" + name for name in ("work/", "home/", "Users/", "root/", "mnt/")]
-TEXT = {".py", ".md", ".toml", ".txt", ".cfg", ".yml", ".yaml", ".json", ".csv", ".svg", ""}
+TEXT = {
+    ".py", ".md", ".rst", ".css", ".cff", ".toml", ".txt", ".cfg", ".yml", ".yaml", ".json", ".csv",
+    ".svg", ""}
+SHIPPED_HIDDEN = (".ci", ".github", ".gitignore")
 SKIPPED = {"runs", "build", "dist", "data"}
 
 
 def shipped_files() -> Iterator[Path]:
-    """Yields text files of the project; hidden folders belong to tools, except CI's."""
+    """Yields text files of the project; hidden folders belong to tools, except some."""
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
-        hidden = any(part.startswith(".") for part in parts) and parts[0] not in (".ci", ".gitignore")
+        hidden = any(part.startswith(".") for part in parts) and parts[0] not in SHIPPED_HIDDEN
         if path.is_file() and path.suffix in TEXT and not hidden and not SKIPPED & set(parts):
             yield path
 

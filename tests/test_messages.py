@@ -200,7 +200,7 @@ def test_packages_that_are_not_there(package: str, monkeypatch: pytest.MonkeyPat
     if package == "rich":
         assert str(measured(progress=True)) == str(error)
     else:
-        with pytest.raises(ImportError, match="pip install matplotlib"):
+        with pytest.raises(ImportError, match=r"pip install 'brevitas-bp\[plots\]'"):
             plot_gradient_error(error)
 
 

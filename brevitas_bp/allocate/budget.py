@@ -102,7 +102,7 @@ def require_scipy() -> None:
     if importlib.util.find_spec("scipy") is None:
         raise ImportError(
             "brevitas_bp.allocate: method='optimal' needs SciPy: pip install "
-            "'brevitas-bp[allocate]', or choose method='greedy'")
+            "'brevitas-bp[plan]', or choose method='greedy'")
 
 
 def lower_bound(costs: Table, sizes: Table, budget: float) -> float:

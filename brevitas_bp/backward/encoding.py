@@ -28,6 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.classes import classes_dim, codec_of_targets, softmax_dim
 from brevitas_bp.backward.elementary import form_of
+from brevitas_bp.backward.hints import Hints
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, place_of, storage_id
 from brevitas_bp.backward.units import NormUnits, channel_units
@@ -38,7 +39,7 @@ from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
 from brevitas_bp.codec.on_backward import QuantizeOnBackward
 from brevitas_bp.codec.probabilities import ClassErrorCodec, LogCodec, SimplexCodec
-from brevitas_bp.codec.rows import ReorderedCodec, in_rows
+from brevitas_bp.codec.rows import ReorderedCodec, Rows, in_rows
 from brevitas_bp.codec.shard import ShardCodec, is_storable, placements_of, shard_of
 
 # Below this many elements, we ask before encoding whether the result can be smaller.
@@ -61,11 +62,13 @@ class Encodings:
 
     Attributes:
         given_bytes: size before encoding of the tensors that were encoded on the CPU.
+        hints: what the encodings tell about other tensors.
     """
 
     def __init__(
             self, next_seed: Callable[[], int], on_backward: bool = False, verify: bool = False) -> None:
         self.given_bytes = 0
+        self.hints = Hints()
         self._next_seed = next_seed
         self._on_backward = on_backward
         self._verify = verify
@@ -85,7 +88,9 @@ class Encodings:
             decision: how the tensor is stored.
             units: units of the norm whose input the tensor is; None for other tensors.
         """
-        codec = _in_its_rows(saved, decision, units)
+        rows = _rows_of(saved, decision, units)
+        codec = KEEP if decision.codec is None else (
+            decision.codec if rows is None else in_rows(decision.codec, rows))
         number = self._number(saved, decision)
         key = (*_identity(saved.tensor), id(codec), decision.units, number,
                # Norms of one kind with equal settings compute equal statistics of one tensor.
@@ -99,12 +104,26 @@ class Encodings:
         if may_share and decision.units is None and (
                 packed := self._finer(saved.tensor, codec)) is not None:
             return packed
-        packed = self._encode(saved, codec, self._units_of(saved, decision, units))
+        in_units = self._units_of(saved, decision, units)
+        if units is None and decision.units in (None, "channel"):
+            in_units = partial(self._given, in_units, saved, decision, rows)
+        packed = self._encode(saved, codec, in_units)
+        if decision.zeros_outside:
+            self._note_mask(saved, codec, packed)
         storage = StorageWeakRef(shard_of(saved.tensor).untyped_storage())
         self._encoded[key] = storage, weakref.ref(packed)
         if may_share:
             self._offer(saved.tensor, storage, packed, codec)
         return packed
+
+    def _note_mask(self, saved: SavedTensor, codec: Codec, packed: Packed) -> None:
+        if type(saved.tensor) is not Tensor:
+            return
+        if packed.codec is codec:
+            self.hints.note_mask(saved.tensor, weakref.ref(packed))
+        elif self._on_backward:
+            mask = codec.encode(saved.tensor, seed=0)
+            self.hints.note_mask(saved.tensor, lambda: mask)
 
     def _offer(self, x: Tensor, storage: StorageWeakRef, packed: Packed, codec: Codec) -> None:
         """Offers the encoding of a tensor to other operations that save it."""
@@ -147,6 +166,12 @@ class Encodings:
                 form := form_of(saved.call)) is not None:
             return lambda inner: FormCodec(inner, form)
         return None
+
+    def _given(
+            self, in_units: InUnits | None, saved: SavedTensor, decision: Decision, rows: Rows | None,
+            codec: Codec) -> Codec:
+        return self.hints.apply(
+            codec if in_units is None else in_units(codec), saved, decision, rows)
 
     def _class_errors(self, saved: SavedTensor) -> InUnits:
         """Stores the targets of a loss, and returns the units of its errors."""
@@ -215,15 +240,12 @@ def can_encode(x: Tensor) -> bool:
     return is_storable(x) and shard_of(x).numel() > 0
 
 
-def _in_its_rows(saved: SavedTensor, decision: Decision, units: NormUnits | None) -> Codec:
-    """Returns the codec of the decision, with buckets that end with the rows of the tensor."""
-    codec = decision.codec
-    if codec is None:
-        return KEEP
+def _rows_of(saved: SavedTensor, decision: Decision, units: NormUnits | None) -> Rows | None:
+    """Returns the rows with which the buckets of a tensor end."""
     # The rows of a norm's input follow from its units.
-    rows = None if decision.rows is None or units is not None else (
-        decision.rows(shard_of(saved.tensor), saved.call))
-    return codec if rows is None else in_rows(codec, rows)
+    if decision.codec is None or decision.rows is None or units is not None:
+        return None
+    return decision.rows(shard_of(saved.tensor), saved.call)
 
 
 def _normalized(units: NormUnits, codec: Codec) -> Codec:

@@ -238,8 +238,9 @@ class ForwardPass:
         if decision.codec is None and not self.listeners:
             return self._keep(saved, decision)
         packed = self._store(saved, decision)
-        if self._substitution is not None:
-            self._substitution.stored_as(packed)
+        if (substitution := self._substitution) is not None:
+            substitution.stored_as(packed)
+            self.encodings.hints.note_derivative(substitution.output, substitution.name, packed)
         self._tell(saved, packed, decision, originals)
         return packed
 

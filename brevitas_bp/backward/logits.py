@@ -36,6 +36,7 @@ from brevitas_bp.backward.rewrites import (
 from brevitas_bp.backward.saved import (
     RECOMPUTED,
     Call,
+    Decision,
     is_ordinary,
     name_of,
     storage_id,
@@ -46,6 +47,8 @@ from brevitas_bp.codec.keep import version_of
 from brevitas_bp.private import in_forward_ad
 
 _LOSSES = frozenset({"cross_entropy", "log_softmax"})
+#: The decision for the input of the layer.
+KEPT = Decision(None, "logits are computed again from it")
 # Functions that may copy a tensor, or cast it.
 _COPIES = frozenset({
     "to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "reshape", "view",

@@ -290,11 +290,19 @@ FEW_IN_STATISTIC = Decision(None, "too few elements share a statistic to round t
 
 def lossless(
         choose: Callable[[SavedTensor], Codec | None], reason: str,
-        rewrite: Rewrite | None = None) -> OpRule:
-    """Makes a rule for a codec that gives backward all it needs: the gradient stays exact."""
+        rewrite: Rewrite | None = None, zeros_outside: bool = False) -> OpRule:
+    """Makes a rule for a codec that gives backward all it needs: the gradient stays exact.
+
+    Args:
+        choose: saved tensor -> codec, or None to keep the tensor.
+        reason: the reason that a report shows.
+        rewrite: see :class:`OpRule`.
+        zeros_outside: the codec stores a mask, outside of which the saved tensor is zero.
+    """
     def decide(saved: SavedTensor) -> Decision:
         codec = choose(saved)
-        return Decision(codec, "kept exact" if codec is None else reason)
+        return Decision(
+            codec, "kept exact" if codec is None else reason, zeros_outside=zeros_outside)
 
     return OpRule(decide, rewrite)
 

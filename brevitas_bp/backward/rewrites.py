@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
 from brevitas_bp.activations import derivatives
+from brevitas_bp.backward.hints import Place
 from brevitas_bp.backward.location import Location, seen_through
 from brevitas_bp.backward.rows import RowsOf, of_elements
 from brevitas_bp.backward.saved import (
@@ -37,7 +38,7 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.codec.base import Packed
 from brevitas_bp.codec.derivatives import derivative_at
-from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.layout import TensorLayout, is_plain
 from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
 from brevitas_bp.errors import SecondDerivativeError
 from brevitas_bp.private import in_forward_ad, is_functorch_wrapped, is_legacy_batched
@@ -70,15 +71,19 @@ class Substitution:
     Attributes:
         derivative: name of the function whose derivative at the saved tensor is to be stored; None
             stores the tensor itself.
+        name: name of that derivative, also if it is computed before it is stored; None: it has no name.
+        output: place of the function's output, of an ordinary tensor; None: it has none.
         writable: whether backward gets the last saved tensor in new memory, to which it may write.
     """
 
-    __slots__ = ("derivative", "originals", "recorded", "roles", "writable")
+    __slots__ = ("derivative", "name", "originals", "output", "recorded", "roles", "writable")
 
     def __init__(self, roles: tuple[str, ...], recorded: bool) -> None:
         self.roles = iter(roles)
         self.recorded = recorded
         self.derivative: str | None = None
+        self.name: str | None = None
+        self.output: Place | None = None
         self.writable = False
         self.originals: list[Tensor] = []
 
@@ -264,6 +269,8 @@ class _SaveDerivative(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(derivative)
+        if rule.named is not None and rule.halves is None and is_plain(without_class(y)):
+            substitution.name, substitution.output = rule.named(call), Place.of(y)
         ctx.function, ctx.dim = call.name, None if rule.halves is None else rule.halves(call)
         ctx.substitution = substitution
         return y

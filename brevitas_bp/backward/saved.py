@@ -197,6 +197,9 @@ class Decision(NamedTuple):
             :mod:`~brevitas_bp.backward.units`; None: the tensor's own units.
         probabilities: most elements are far below the largest, and zeros must stay zeros.
         waits: the policy decides again when it knows the next call, :attr:`SavedTensor.following`.
+        uses_hints: only what other stored tensors do not tell is stored, see
+            :mod:`brevitas_bp.codec.given`.
+        zeros_outside: the codec stores a mask, outside of which the tensor is zero.
     """
 
     codec: Codec | None
@@ -211,6 +214,8 @@ class Decision(NamedTuple):
     least_bits: int = 1
     waits: bool = False
     probabilities: bool = False
+    uses_hints: bool = False
+    zeros_outside: bool = False
 
     def with_codec(self, codec: Codec) -> "Decision":
         """Returns this decision with another codec, or this decision itself if it has that codec."""

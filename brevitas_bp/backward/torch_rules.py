@@ -360,7 +360,7 @@ _register(exact("a recurrent layer: gates and states"), """
     lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell quantized_lstm""")
 _register(exact("grid positions"), "grid_sample grid_sampler affine_grid affine_grid_generator")
 
-_register(lossless(lambda saved: relu_region(), _MASK), "relu")
+_register(lossless(lambda saved: relu_region(), _MASK, zeros_outside=True), "relu")
 _register(lossless(lambda saved: relu6_region(), _MASK), "relu6")
 _register(lossless(_hardtanh, _MASK), "hardtanh")
 _register(lossless(lambda saved: hardsigmoid_region(), _MASK), "hardsigmoid")

@@ -178,6 +178,8 @@ class Codec(ABC):
     decodes_anew: bool = False
     #: Whether it decodes no negative number if none was encoded.
     keeps_sign: bool = False
+    #: Whether it stores any numbers in the range that they have, differences as well as the tensor.
+    stores_differences: bool = False
     #: Widths of its codes, if it has variants with other widths; otherwise empty.
     bit_widths: tuple[int, ...] = ()
     #: Whether compiled graphs can store with it; see :meth:`in_graph`.

@@ -22,6 +22,7 @@ class WrappingCodec(Codec):
         self.inner = inner
         self.name = inner.name
         self.compresses = inner.compresses
+        self.stores_differences = inner.stores_differences
 
     @abstractmethod
     def around(self, inner: Codec) -> Codec:

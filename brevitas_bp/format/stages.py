@@ -12,6 +12,7 @@ The formulas come from two papers, each with one change:
   rounded before the codes are computed here.
 
 NOTE [ Adding a stage ]
+
 1. Add a row here. From then on, the torch reference computes the stage on every device.
 2. Compiled kernels list the rows that they implement (``COVERED`` in :mod:`brevitas_bp.kernels.cpu` and
    :mod:`brevitas_bp.kernels.gpu`), and take the numbers of the rows as constants. The reference serves

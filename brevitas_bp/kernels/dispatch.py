@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.activations import derivatives
+from brevitas_bp.activations.predictions import Prediction
 from brevitas_bp.errors import UnknownNameError, nearest
-from brevitas_bp.format import averages, few_bit, masks, reference
+from brevitas_bp.format import averages, differences, few_bit, masks, reference
 from brevitas_bp.format.masks import Interval, Windows
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
@@ -293,3 +294,34 @@ def group_means(x: Tensor, size: int) -> Tensor:
 def spread(means: Tensor, size: int, length: int) -> Tensor:
     """See :func:`brevitas_bp.format.averages.spread`; ``means`` [A, n, I] is contiguous."""
     return averages_backend(means.device).spread(means, size, length)
+
+
+def differences_backend(device: torch.device) -> ModuleType:
+    """Returns the module whose functions (:mod:`brevitas_bp.format.differences`) serve a device."""
+    if _is_compiled_for(device):
+        from brevitas_bp.kernels.cpu import differences as compiled
+
+        return compiled
+    return differences
+
+
+def fill_zeros(x: Tensor, row: int) -> Tensor:
+    """See :func:`brevitas_bp.format.differences.fill_zeros`."""
+    return differences_backend(x.device).fill_zeros(x, row)
+
+
+def mask_(x: Tensor, mask: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.format.differences.mask_`."""
+    return differences_backend(x.device).mask_(x, mask)
+
+
+def subtract_prediction(
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int) -> tuple[Tensor, Tensor]:
+    """See :func:`brevitas_bp.format.differences.subtract_prediction`."""
+    return differences_backend(x.device).subtract_prediction(x, derivative, prediction, row)
+
+
+def add_prediction_(
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.format.differences.add_prediction_`."""
+    return differences_backend(x.device).add_prediction_(x, derivative, prediction, row, used)

@@ -61,7 +61,7 @@ def empirical_bernstein(variance: Tensor | float, n: int, tests: int = 1) -> Ten
 
 
 def normal(tests: int = 1) -> float:
-    """Returns the limit of |z| for ``tests`` standard normals: ``P(|z| >= t) <= 2 exp(-t**2 / 2)``."""
+    """Returns the limit of ``|z|`` for ``tests`` normals: ``P(|z| >= t) <= 2 exp(-t**2 / 2)``."""
     return math.sqrt(2 * math.log(2 * tests / ALPHA))
 
 

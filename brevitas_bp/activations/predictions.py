@@ -1,0 +1,36 @@
+"""What the derivative of an activation function tells about its output.
+
+The derivative of SiLU or GELU is stored anyway. It nearly determines the output: only the noise of its
+code is missing, and which of the few inputs beyond the largest derivative it was. So the output can be
+stored as its difference from a prediction, in the same bits and with a fraction of the error.
+
+A prediction is a polynomial in ``d - 1/2`` without a constant, because the derivative is 1/2 where the
+output is 0. It is the least-squares fit for normal inputs (deviation 1.25 for SiLU, 1 for GELU) and
+derivatives ``d`` in four dithered bits. Any polynomial would be right: the gradient stays unbiased
+whatever is predicted. The fit decides only how small the difference is.
+"""
+
+from dataclasses import dataclass
+
+#: The derivative is cut to this range, beyond which the polynomials would grow without need.
+LEAST, MOST = -0.125, 1.125
+#: Derivative of both functions at zero.
+CENTRE = 0.5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A polynomial without a constant.
+
+    Attributes:
+        coefficients: coefficients of the powers 1, 2, ...
+    """
+
+    coefficients: tuple[float, ...]
+
+
+_GELU = Prediction((0.515, 0.597, 1.71, 2.648))
+
+#: Name of a derivative in :mod:`~brevitas_bp.activations.derivatives` -> prediction of the output.
+PREDICTIONS: dict[str, Prediction] = {
+    "silu": Prediction((1.014, 0.27, -0.296, 5.979, 7.162)), "gelu": _GELU, "gelu_tanh": _GELU}

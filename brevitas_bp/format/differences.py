@@ -1,0 +1,107 @@
+"""Tensors of which another stored tensor tells something: the parts that are left to be stored.
+
+This is the reference, in torch operations. :mod:`brevitas_bp.kernels.cpu.differences` gives the same
+bits and reads memory once.
+
+All tensors are flat, contiguous, and in the dtype of the computation (float32 or float64). They consist
+of rows of equal length. A row is divided into chunks of :data:`CHUNK` consecutive elements. The last
+chunk of a row may be shorter.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from brevitas_bp.activations.predictions import CENTRE, LEAST, MOST, Prediction
+from brevitas_bp.format.arithmetic import tree_sum
+from brevitas_bp.format.masks import unpack_select
+
+#: Elements of a chunk.
+CHUNK = 256
+
+
+def fill_zeros(x: Tensor, row: int) -> Tensor:
+    """Replaces the zeros of each chunk by the mean of its other elements.
+
+    ``x`` has no negative elements. Where zeros are known, their code does not matter. The mean adds
+    nothing to the range, and nothing to the energy about the mean. A chunk of zeros stays as it is.
+
+    Args:
+        x: floats [numel].
+        row: elements of a row.
+    """
+    chunks = _in_chunks(x, row, 0.0)
+    given = chunks != 0
+    count = given.sum(1, keepdim=True).clamp(min=1).to(x.dtype)
+    mean, highest = tree_sum(chunks) / count, chunks.amax(1, keepdim=True)
+    # The sum of large elements may be infinite.
+    mean = torch.where(mean > highest, highest, mean)
+    return torch.where(given, chunks, mean).view(-1, _padded(row))[:, :row].reshape(-1)
+
+
+def mask_(x: Tensor, mask: Tensor) -> Tensor:
+    """Multiplies ``x`` [numel] by the bits of a packed mask; NaN stays NaN."""
+    return x.mul_(unpack_select(mask, x.numel(), 0.0, 1.0, x.dtype))
+
+
+def predict(derivative: Tensor, prediction: Prediction) -> Tensor:
+    """Evaluates a prediction at decoded derivatives, by Horner's rule; NaN counts as the least."""
+    cut = torch.where(derivative > LEAST, derivative, LEAST)
+    t = torch.where(cut < MOST, cut, MOST) - CENTRE
+    *lower, highest = prediction.coefficients
+    total = t * highest
+    for coefficient in reversed(lower):
+        total = (total + coefficient) * t
+    return total
+
+
+def subtract_prediction(
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int) -> tuple[Tensor, Tensor]:
+    """Subtracts the prediction from ``x`` in the chunks whose range that reduces.
+
+    Args:
+        x: outputs of the activation function [numel].
+        derivative: its decoded derivatives [numel], whose memory may be used for the result.
+        prediction: predicts ``x`` from the derivative.
+        row: elements of a row.
+
+    Returns:
+        The difference, or ``x`` itself in other chunks, [numel]; and which chunks have a difference,
+        bool [chunks]. A chunk with NaN or infinity has none.
+    """
+    difference = x - predict(derivative, prediction)
+    used = _range(difference, row) < _range(x, row)
+    return torch.where(_for_elements(used, row), difference, x), used
+
+
+def add_prediction_(
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor) -> Tensor:
+    """Undoes :func:`subtract_prediction` in place."""
+    return x.add_(torch.where(_for_elements(used, row), predict(derivative, prediction), 0))
+
+
+def chunk_count(numel: int, row: int) -> int:
+    """Returns the number of chunks of a tensor."""
+    return numel // row * -(-row // CHUNK) if row else 0
+
+
+def _padded(row: int) -> int:
+    return -(-row // CHUNK) * CHUNK
+
+
+def _for_elements(used: Tensor, row: int) -> Tensor:
+    return used.repeat_interleave(CHUNK).view(-1, _padded(row))[:, :row].reshape(-1)
+
+
+def _range(x: Tensor, row: int) -> Tensor:
+    # Copies of the last element of a row change no range.
+    rows = x.view(-1, row)
+    missing = _padded(row) - row
+    if missing:
+        rows = torch.cat((rows, rows[:, -1:].expand(-1, missing)), 1)
+    chunks = rows.reshape(-1, CHUNK)
+    return chunks.amax(1) - chunks.amin(1)
+
+
+def _in_chunks(x: Tensor, row: int, padding: float) -> Tensor:
+    return F.pad(x.view(-1, row), (0, _padded(row) - row), value=padding).reshape(-1, CHUNK)
