@@ -130,6 +130,10 @@ CASES = {
         lambda x: (x.clamp(-40, 40)).exp(), straddles=False, names="exp exp2 expm1 rpow"),
     "sinh": Case(
         lambda x: x.clamp(-40, 40).sinh(), straddles=False, names="sinh cosh tan asin acos acosh atanh"),
+    "gru": Case(
+        lambda x, w, v: torch.gru(
+            x, torch.zeros(1, 12, 8), [w, v], False, 1, 0.0, False, False, False)[0],
+        weights=((24, WIDTH), (24, 8)), straddles=False, names="lstm gru rnn_tanh rnn_relu"),
     "cube": Case(lambda x: x ** 3, names="pow"),
     "glu": Case(
         lambda x: F.glu(torch.cat((x, x.sign() / 2), -1)), names="glu"),
