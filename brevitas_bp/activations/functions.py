@@ -87,6 +87,8 @@ class Activation:
             holds both halves.
         inplace: position of ``inplace`` among the arguments of the function in ``torch.nn.functional``.
         compiled: whether the CPU kernels compute the derivative of float32 while they encode.
+        prediction: coefficients with which the derivative predicts the output, see
+            :mod:`~brevitas_bp.activations.predictions`; empty: the derivative tells too little.
         variant: an argument that selects the entry of another function.
         aliases: other names of the function in torch.
 
@@ -107,6 +109,7 @@ class Activation:
     halves: bool = False
     inplace: int | None = None
     compiled: bool = False
+    prediction: tuple[float, ...] = ()
     variant: Variant | None = None
     aliases: tuple[str, ...] = ()
 
@@ -168,18 +171,20 @@ def _derivative_of_shrinking(x: Tensor, lambd: float) -> Tensor:
 
 _ALPHA = Parameter("alpha", 1, 1.0)
 _LAMBDA = Parameter("lambd", 1, 0.5)
+_OF_GELU = (0.515, 0.597, 1.71, 2.648)
 
 #: Name of a function -> its entry.
 ACTIVATIONS: dict[str, Activation] = {activation.name: activation for activation in (
     Activation(
         "silu", _derivative_of_silu, inplace=1, compiled=True,
+        prediction=(1.014, 0.27, -0.296, 5.979, 7.162),
         kernel=lambda x: _aten.silu_backward(_ones(x), x)),
     Activation(
-        "gelu", _derivative_of_gelu, compiled=True,
+        "gelu", _derivative_of_gelu, compiled=True, prediction=_OF_GELU,
         kernel=lambda x: _aten.gelu_backward(_ones(x), x),
         variant=Variant(Parameter("approximate", 1, "none"), "tanh", "gelu_tanh")),
     Activation(
-        "gelu_tanh", _derivative_of_gelu_tanh, compiled=True,
+        "gelu_tanh", _derivative_of_gelu_tanh, compiled=True, prediction=_OF_GELU,
         kernel=lambda x: _aten.gelu_backward(_ones(x), x, approximate="tanh")),
     Activation(
         "sigmoid", lambda y: y * (1.0 - y), of_output=torch.sigmoid, even=True, compiled=True,

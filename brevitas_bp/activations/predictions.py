@@ -12,6 +12,8 @@ whatever is predicted. The fit decides only how small the difference is.
 
 from dataclasses import dataclass
 
+from brevitas_bp.activations.functions import ACTIVATIONS
+
 #: The derivative is cut to this range, beyond which the polynomials would grow without need.
 LEAST, MOST = -0.125, 1.125
 #: Derivative of both functions at zero.
@@ -29,8 +31,6 @@ class Prediction:
     coefficients: tuple[float, ...]
 
 
-_GELU = Prediction((0.515, 0.597, 1.71, 2.648))
-
 #: Name of a derivative in :mod:`~brevitas_bp.activations.derivatives` -> prediction of the output.
 PREDICTIONS: dict[str, Prediction] = {
-    "silu": Prediction((1.014, 0.27, -0.296, 5.979, 7.162)), "gelu": _GELU, "gelu_tanh": _GELU}
+    name: Prediction(entry.prediction) for name, entry in ACTIVATIONS.items() if entry.prediction}

@@ -245,7 +245,8 @@ class OpAware:
         if rule is None:
             return _UNKNOWN if x.is_floating_point() else _INTEGERS
         decision = self._widened(rule.decide(saved), codec)
-        if self.hints and decision.codec is not None and decision.codec.stores_differences:
+        if self.hints and decision.reach == "weight" and decision.codec is not None and (
+                decision.codec.stores_differences):
             return decision._replace(uses_hints=True)
         return decision
 

@@ -1,7 +1,6 @@
 """Fast forms of :mod:`brevitas_bp.format.differences` for CPU tensors, compiled by numba.
 
-A compiler must not change the order of floating-point operations. So loops over a chunk that find a sum
-or an extreme keep one result for each of several lanes, or add half of a buffer to the other half.
+Extremes are taken on the integer form of floats, because compilers turn only that into vector code.
 """
 
 from typing import Any
@@ -12,62 +11,38 @@ from torch import Tensor
 
 from brevitas_bp.activations.predictions import CENTRE, LEAST, MOST, Prediction
 from brevitas_bp.format.differences import CHUNK, chunk_count
-from brevitas_bp.kernels.cpu.compiling import inline, jit, wide_vectors
+from brevitas_bp.format.masks import INTEGERS
+from brevitas_bp.kernels.cpu.compiling import inline, jit, wide_vectors, window
+from brevitas_bp.kernels.cpu.metadata import extremes, tree_sum
 from brevitas_bp.kernels.cpu.threads import run_in_pool
 
-_LANES = 32
 _N = np.uint64
 
 
 @jit
 def _chunk(number: Any, row: Any) -> Any:
-    """Returns the first element of a chunk, and the element after its last."""
+    """Returns the first element of a chunk, and its size."""
     per_row = (row + CHUNK - 1) // CHUNK
     first = number // per_row * row
     start = first + number % per_row * CHUNK
-    return start, min(start + CHUNK, first + row)
+    return start, min(CHUNK, first + row - start)
 
 
 @jit
-def _extremes(x: Any, low: Any, high: Any, unsound: Any) -> Any:
-    """Returns the least and the largest element, and whether there is a NaN.
+def _extremes(x: Any, words: Any, ends: Any) -> Any:
+    """Returns the least and the largest element; one of them is NaN if any element is.
 
-    ``low``, ``high`` and ``unsound`` are buffers of a lane each.
+    Args:
+        x: floats.
+        words: the same memory, as integers.
+        ends: a buffer of two integers.
     """
-    wide_vectors()
-    low[:], high[:], unsound[:] = x[0], x[0], 0
-    whole = x.size // _LANES * _LANES
-    for first in range(0, whole, _LANES):
-        part = x[first:first + _LANES]
-        for j in range(_N(_LANES)):
-            value = part[j]
-            low[j] = value if value < low[j] else low[j]
-            high[j] = value if value > high[j] else high[j]
-            unsound[j] |= value != value
-    for i in range(whole, x.size):
-        value = x[i]
-        low[0] = value if value < low[0] else low[0]
-        high[0] = value if value > high[0] else high[0]
-        unsound[0] |= value != value
-    least, most, bad = low[0], high[0], unsound[0]
-    for j in range(1, _LANES):
-        least = low[j] if low[j] < least else least
-        most = high[j] if high[j] > most else most
-        bad |= unsound[j]
-    return least, most, bad != 0
-
-
-@jit
-def _halved_sum(terms: Any) -> Any:
-    """Sums a buffer, and overwrites it: the bits of ``tree_sum``. Its size is a power of two."""
-    wide_vectors()
-    half = terms.size // 2
-    while half:
-        upper = terms[half:2 * half]
-        for i in range(_N(half)):
-            terms[i] += upper[i]
-        half //= 2
-    return terms[0]
+    ends[0], ends[1] = extremes(words)
+    for i in range(2):
+        # Back from the form that sorts like the floats.
+        ends[i] ^= (ends[i] >> (np.iinfo(ends.dtype).bits - 1)) & np.iinfo(ends.dtype).max
+    found = ends.view(x.dtype)
+    return found[0], found[1]
 
 
 @jit
@@ -85,21 +60,25 @@ def _copy_and_count(x: Any, terms: Any, given: Any) -> Any:
 
 
 @jit
-def _fill(begin: Any, end: Any, x: Any, row: Any, out: Any) -> None:
-    """Fills the zeros of chunks ``begin .. end - 1``."""
+def _fill(begin: Any, end: Any, x: Any, words: Any, row: Any, out: Any) -> None:
+    """Fills the zeros of chunks ``begin .. end - 1``; ``words`` is the memory of ``x``, as integers."""
     wide_vectors()
     terms, given = np.empty(CHUNK, x.dtype), np.empty(CHUNK, np.int32)
-    low, high = np.empty(_LANES, x.dtype), np.empty(_LANES, x.dtype)
-    unsound = np.empty(_LANES, np.int32)
+    ends = np.empty(2, words.dtype)
     for number in range(begin, end):
-        start, stop = _chunk(number, row)
-        part, target = x[start:stop], out[start:stop]
-        count = _copy_and_count(part, terms, given)
-        mean = _halved_sum(terms) / x.dtype.type(max(count, 1))
-        _, highest, bad = _extremes(part, low, high, unsound)
+        start, size = _chunk(number, row)
+        part, target = window(x, start, size), window(out, start, size)
+        # More zeros would not change the sum.
+        wide = CHUNK
+        while wide // 2 >= size:
+            wide //= 2
+        padded = window(terms, 0, wide)
+        count = _copy_and_count(part, padded, window(given, 0, wide))
+        mean = tree_sum(padded) / x.dtype.type(max(count, 1))
+        _, highest = _extremes(part, window(words, start, size), ends)
         # The sum of large elements may be infinite.
-        mean = highest if mean > highest and not bad else mean
-        for i in range(_N(part.size)):
+        mean = highest if mean > highest else mean
+        for i in range(_N(size)):
             target[i] = part[i] if part[i] != 0 else mean
 
 
@@ -137,17 +116,22 @@ def _difference(x: Any, c: Any, out: Any) -> None:
 
 
 @jit
-def _subtract(begin: Any, end: Any, x: Any, out: Any, c: Any, row: Any, used: Any) -> None:
-    """Subtracts the prediction in chunks ``begin .. end - 1``; ``out`` holds the derivatives."""
-    low, high = np.empty(_LANES, x.dtype), np.empty(_LANES, x.dtype)
-    unsound = np.empty(_LANES, np.int32)
+def _subtract(
+        begin: Any, end: Any, x: Any, out: Any, words: Any, words_out: Any, c: Any, row: Any,
+        used: Any) -> None:
+    """Subtracts the prediction in chunks ``begin .. end - 1``.
+
+    ``out`` holds the derivatives. ``words`` and ``words_out`` are the memory of ``x`` and ``out``, as
+    integers.
+    """
+    ends = np.empty(2, words.dtype)
     for number in range(begin, end):
-        start, stop = _chunk(number, row)
-        part, target = x[start:stop], out[start:stop]
+        start, size = _chunk(number, row)
+        part, target = window(x, start, size), window(out, start, size)
         _difference(part, c, target)
-        least, most, bad = _extremes(part, low, high, unsound)
-        lower, upper, _ = _extremes(target, low, high, unsound)
-        used[number] = not bad and upper - lower < most - least
+        least, most = _extremes(part, window(words, start, size), ends)
+        lower, upper = _extremes(target, window(words_out, start, size), ends)
+        used[number] = upper - lower < most - least
         if not used[number]:
             target[:] = part
 
@@ -164,15 +148,16 @@ def _add(begin: Any, end: Any, derivative: Any, c: Any, row: Any, used: Any, x: 
     """Adds the prediction in chunks ``begin .. end - 1``."""
     for number in range(begin, end):
         if used[number]:
-            start, stop = _chunk(number, row)
-            _sum(derivative[start:stop], c, x[start:stop])
+            start, size = _chunk(number, row)
+            _sum(window(derivative, start, size), c, window(x, start, size))
 
 
 def fill_zeros(x: Tensor, row: int) -> Tensor:
     """See :func:`brevitas_bp.format.differences.fill_zeros`."""
     out = torch.empty_like(x)
     run_in_pool(
-        _fill, (), 0, chunk_count(x.numel(), row), CHUNK, (x.numpy(), row, out.numpy()))
+        _fill, (), 0, chunk_count(x.numel(), row), CHUNK, (
+            x.numpy(), _words(x), row, out.numpy()))
     return out
 
 
@@ -188,7 +173,8 @@ def subtract_prediction(
     count = chunk_count(x.numel(), row)
     used = torch.empty(count, dtype=torch.bool, device="cpu")
     run_in_pool(_subtract, (), 0, count, CHUNK, (
-        x.numpy(), derivative.numpy(), _coefficients(x, prediction), row, used.numpy()))
+        x.numpy(), derivative.numpy(), _words(x), _words(derivative), _coefficients(x, prediction), row,
+        used.numpy()))
     return derivative, used
 
 
@@ -198,6 +184,10 @@ def add_prediction_(
     run_in_pool(_add, (), 0, chunk_count(x.numel(), row), CHUNK, (
         derivative.numpy(), _coefficients(x, prediction), row, used.numpy(), x.numpy()))
     return x
+
+
+def _words(x: Tensor) -> Any:
+    return x.view(INTEGERS[x.element_size()]).numpy()
 
 
 def _coefficients(x: Tensor, prediction: Prediction) -> tuple[Any, ...]:
