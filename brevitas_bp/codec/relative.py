@@ -20,8 +20,9 @@ BUCKET = 256
 _ZERO, _FIRST, _LEVELS, _INFINITE, _NAN, _NEGATIVE = 0, 1, 125, 126, 127, 128
 # The range of a bucket is a multiple of this many powers of two, which float16 holds.
 _GRAIN = 0.25
+_SMALLEST = 1e-30
 # Elements encoded at once: their temporaries stay in the cache.
-_CHUNK = 1 << 16
+_CHUNK = 1 << 17
 # Widest codes that the codec may stand for. Their errors are larger.
 _COARSER = 4
 
@@ -110,38 +111,66 @@ def _range_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _encoded(x: Tensor, seed: int, first: int) -> tuple[Tensor, Tensor]:
     """Returns codes and ranges [2, n] of flat elements, of which ``first`` is the place of the first."""
-    wide = x.abs().to(compute_dtype(x.dtype))
-    magnitudes = torch.nn.functional.pad(wide, (0, -len(x) % BUCKET)).view(-1, BUCKET)
+    magnitudes = _in_buckets(x.abs().to(compute_dtype(x.dtype)))
     exponents = magnitudes.log2()
-    counted = exponents.isfinite()
-    low = torch.where(counted, exponents, torch.inf).amin(1, keepdim=True)
-    high = torch.where(counted, exponents, -torch.inf).amax(1, keepdim=True)
-    low = torch.where(low.isfinite(), low, 0).div_(_GRAIN).floor_().mul_(_GRAIN)
-    high = torch.where(high.isfinite(), high, low)
-    range_ = (high - low).div_(_GRAIN).ceil_().mul_(_GRAIN)
+    low, high = exponents.aminmax(dim=1, keepdim=True)
+    ordinary = _known(low, -torch.inf, high, torch.inf)
+    if not ordinary:
+        counted = exponents.isfinite()
+        low = torch.where(counted, exponents, torch.inf).amin(1, keepdim=True)
+        high = torch.where(counted, exponents, -torch.inf).amax(1, keepdim=True)
+        low = torch.where(low.isfinite(), low, 0)
+        high = torch.where(high.isfinite(), high, low)
+    low = (low / _GRAIN).floor_().mul_(_GRAIN)
+    range_ = ((high - low) / _GRAIN).ceil_().mul_(_GRAIN)
     step = range_ / (_LEVELS - 1)
-    below = (exponents - low).div_(step).nan_to_num_(0, 0, 0).floor_().clamp_(0, _LEVELS - 2)
-    level, above = (_level(place, low, step, x.dtype) for place in (below, below + 1))
-    share = (magnitudes - level) / (above - level)
+    # Without a range, all places are zero.
+    below = exponents.sub_(low).div_(step.clamp(min=_SMALLEST))
+    if not ordinary:
+        below.nan_to_num_(0, 0, 0)
+    below.floor_().clamp_(0, _LEVELS - 2)
+    level, above = _level(below, low, step, x.dtype), _level(below + 1, low, step, x.dtype)
     index = row_indices(torch.full((1, 1), first, device=x.device), magnitudes.numel())
-    noise = uniform_(index, noise_keys(seed)).view(share.shape)
-    code = below + (noise < share) + _FIRST
-    code = torch.where(magnitudes == 0, _ZERO, code)
-    code = torch.where(magnitudes.isinf(), _INFINITE, code)
-    code = torch.where(magnitudes.isnan(), _NAN, code).to(torch.uint8).view(-1)[:len(x)]
-    return code | (x < 0).to(torch.uint8) * _NEGATIVE, torch.stack((low, range_)).squeeze(-1)
+    noise = uniform_(index, noise_keys(seed)).view(below.shape)
+    # The same as ``noise < (magnitudes - level) / (above - level)``, also where both levels are equal.
+    code = below.add_(noise.mul_(above.sub_(level)) < magnitudes - level).add_(_FIRST)
+    if not ordinary:
+        code = torch.where(magnitudes == 0, _ZERO, code)
+        code = torch.where(magnitudes.isinf(), _INFINITE, code)
+        code = torch.where(magnitudes.isnan(), _NAN, code)
+    codes = code.to(torch.uint8).view(-1)[:len(x)]
+    return codes | (x < 0).to(torch.uint8) * _NEGATIVE, torch.cat((low, range_), 1).T
 
 
 def _decoded(codes: Tensor, ranges: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the values of codes [n], whose buckets have these ranges [2, buckets]."""
     low, range_ = ranges.unsqueeze(-1)
-    padded = torch.nn.functional.pad(codes, (0, -len(codes) % BUCKET)).view(-1, BUCKET)
+    padded = _in_buckets(codes)
     places = padded.bitwise_and(_NEGATIVE - 1)
-    x = _level(places.to(low.dtype) - _FIRST, low, range_ / (_LEVELS - 1), dtype)
-    x = torch.where(places == _ZERO, 0, x)
-    x = torch.where(places == _INFINITE, torch.inf, x)
-    x = torch.where(places == _NAN, torch.nan, x)
-    return torch.where(padded >= _NEGATIVE, -x, x).view(-1)[:len(codes)]
+    x = _level(places.to(low.dtype).sub_(_FIRST), low, range_ / (_LEVELS - 1), dtype)
+    if not _known(places, _ZERO, places, _INFINITE):
+        x = torch.where(places == _ZERO, 0, x)
+        x = torch.where(places == _INFINITE, torch.inf, x)
+        x = torch.where(places == _NAN, torch.nan, x)
+    if not _known(padded, -1, padded, _NEGATIVE):
+        x = torch.where(padded >= _NEGATIVE, -x, x)
+    return x.view(-1)[:len(codes)]
+
+
+def _in_buckets(flat: Tensor) -> Tensor:
+    """Returns buckets [n, BUCKET]; the last one repeats the last element."""
+    missing = -len(flat) % BUCKET
+    if missing:
+        flat = torch.cat((flat, flat[-1:].expand(missing)))
+    return flat.view(-1, BUCKET)
+
+
+def _known(low: Tensor, least: float, high: Tensor, largest: float) -> bool:
+    """Whether all of ``low`` is above ``least``, and all of ``high`` below ``largest``.
+
+    Only a CPU says so: other devices would have to wait for the answer, and take the general way.
+    """
+    return low.device.type == "cpu" and bool(low.min() > least) and bool(high.max() < largest)
 
 
 def _level(place: Tensor, low: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
