@@ -33,6 +33,7 @@ test-newest:  ## the main tests under the newest torch, in an environment of its
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/pyright -p tests/typing
 
 # bitsandbytes and torchao are compared where they are installed: pip install -e ".[bench]"
 # Compiling takes most of the time, so it comes last.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.text import mib, table
@@ -12,6 +12,10 @@ COLUMNS: tuple[str, ...] = ("module", "op", "dtype", "reason")
 Key = tuple[str, str, str, str]
 #: Key -> number of tensors, exact bytes, stored bytes.
 Counted = dict[Key, list[int]]
+#: What comes first in a table.
+Sort = Literal["stored", "exact", "tensors", "forward"]
+#: Its index among the numbers; None: the order in which tensors were saved.
+_ORDERS: dict[str, int | None] = {"stored": 2, "exact": 1, "tensors": 0, "forward": None}
 
 
 class HasRatio:
@@ -45,11 +49,11 @@ class SavedMemoryGroup(HasRatio):
 
 @dataclass(frozen=True)
 class SavedMemoryTable:
-    """Groups of saved tensors, most stored bytes first. Made by :meth:`SavedMemoryReport.by`.
+    """Groups of saved tensors. Made by :meth:`SavedMemoryReport.by`.
 
     Attributes:
         columns: what the tensors were grouped by.
-        groups: the groups.
+        groups: the groups; those with most stored bytes first, if nothing else was asked for.
         rest: the groups that ``top`` left out, as one group; None if there are none.
     """
 
@@ -74,12 +78,12 @@ class SavedMemoryTable:
 
 
 def grouped(
-        counted: Mapping[Key, Sequence[int]], columns: tuple[str, ...],
-        top: int | None) -> SavedMemoryTable:
+        counted: Mapping[Key, Sequence[int]], columns: tuple[str, ...], top: int | None,
+        sort: Sort = "stored") -> SavedMemoryTable:
     """Groups counts; see :meth:`brevitas_bp.SavedMemoryReport.by`.
 
     Raises:
-        UnknownNameError: there is no such column.
+        UnknownNameError: there is no such column, or no such order.
         ValueError: no column is given, or ``top`` is below 1.
     """
     where = "brevitas_bp.SavedMemoryReport.by"
@@ -88,6 +92,9 @@ def grouped(
             raise UnknownNameError(
                 f"{where}: expected columns out of {list(COLUMNS)}, got {column!r}"
                 f"{nearest(str(column), COLUMNS)}")
+    if sort not in _ORDERS:
+        raise UnknownNameError(
+            f"{where}: sort must be one of {list(_ORDERS)}, got {sort!r}{nearest(str(sort), _ORDERS)}")
     if not columns or (top is not None and top < 1):
         raise ValueError(
             f"{where}: expected one column or more, and a top of 1 or more, got {columns!r} and {top!r}")
@@ -95,7 +102,9 @@ def grouped(
     for key, numbers in counted.items():
         values = dict(zip(COLUMNS, key))
         add(groups.setdefault(tuple(values[column] for column in columns), [0, 0, 0]), numbers)
-    ordered = sorted(groups.items(), key=lambda item: -item[1][2])
+    ordered = list(groups.items())
+    if (number := _ORDERS[sort]) is not None:
+        ordered.sort(key=lambda item: -item[1][number])
     made = [SavedMemoryGroup(dict(zip(columns, values)), *n) for values, n in ordered]
     if top is None or len(made) <= top:
         return SavedMemoryTable(columns, made, None)

@@ -55,6 +55,9 @@ DisableTorchFunctionSubclass: Any = private("torch._C.DisableTorchFunctionSubcla
 function_modes: Callable[[], list[Any]] = private("torch.overrides._get_current_function_mode_stack")
 pop_function_mode: Callable[[], Any] = private("torch.overrides._pop_mode")
 
+#: Number of the backward pass that runs in this thread, or -1.
+running_backward: Callable[[], int] = private("torch._C._current_graph_task_id")
+
 private("torch.autograd.graph.Node._sequence_nr")
 
 _forward_ad: Any = private("torch.autograd.forward_ad")

@@ -31,3 +31,14 @@ def table(lines: Sequence[tuple[str, ...]], left: int, total: bool = False) -> s
 def mib(nbytes: int) -> str:
     """Formats a number of bytes in MiB, with three decimals."""
     return f"{nbytes / 2**20:.3f}"
+
+
+def short_mib(nbytes: int) -> str:
+    """Formats a number of bytes in MiB, with three digits or more.
+
+    >>> short_mib(5 * 2**20 // 2), short_mib(2**27), short_mib(0), short_mib(1000)
+    ('2.50 MiB', '128 MiB', '0.00 MiB', '0.001 MiB')
+    """
+    size = nbytes / 2**20
+    decimals = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.01 or not nbytes else 3
+    return f"{size:.{decimals}f} MiB"

@@ -17,10 +17,10 @@ PACKAGE = ROOT / "brevitas_bp"
 
 #: Each room may import from its own level and from earlier levels.
 LEVELS: list[set[str]] = [
-    {"errors", "probes", "allocators", "private", "text"},
+    {"errors", "probes", "allocators", "private", "text", "drawing"},
     {"activations"}, {"format"}, {"kernels"}, {"core"}, {"proxy", "quant_tensor"}, {"codec"},
     {"quant"}, {"backward"}, {"nn", "grad"}, {"memory_tables"}, {"allocate", "memory"},
-    {"plots", "models", "run", "__main__"}, {"testing"}]
+    {"plots", "models", "run", "trainers", "__main__"}, {"testing"}]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Heavy or optional modules: loaded at first use, by the rooms that use them.

@@ -436,6 +436,18 @@ def test_what_top_leaves_out_is_one_group() -> None:
     assert str(report.by("op", top=4)) == str(report.by("op"))
 
 
+@pytest.mark.parametrize(("sort", "of"), [
+    ("stored", "stored_bytes"), ("exact", "exact_bytes"), ("tensors", "tensors")])
+def test_groups_are_sorted_as_asked(sort: Any, of: str) -> None:
+    report = _report()
+    groups = report.by("module", sort=sort).groups
+    assert [getattr(g, of) for g in groups] == sorted((getattr(g, of) for g in groups), reverse=True)
+    in_order = [g.values["module"] for g in report.by("module", sort="forward").groups]
+    assert in_order == list(dict.fromkeys(row.module for row in report.rows)) == list("012345")
+    with pytest.raises(UnknownNameError, match="did you mean 'exact'"):
+        report.by("module", sort="exakt")  # pyright: ignore[reportArgumentType]
+
+
 def test_wrong_columns_are_refused() -> None:
     report = _report()
     with pytest.raises(UnknownNameError, match="got 'modul'; did you mean 'module'"):

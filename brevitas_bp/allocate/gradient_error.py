@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,18 @@ _WHERE = "brevitas_bp.allocate.measure_gradient_error"
 
 #: A gradient below this share of the largest is zero up to float32 rounding (a bias before a norm).
 NEGLIGIBLE = 1e-6
+
+
+@overload
+def measure_gradient_error(
+        model: nn.Module, run: Callable[[Any], Tensor], *, draws: int = 32, seed: int = 0,
+        batches: None = None, by_source: bool = False, progress: bool = False) -> GradientError: ...
+
+
+@overload
+def measure_gradient_error(
+        model: nn.Module, run: Callable[[Any, Any], Tensor], *, draws: int = 32, seed: int = 0,
+        batches: Iterable[Any], by_source: bool = False, progress: bool = False) -> GradientError: ...
 
 
 def measure_gradient_error(

@@ -12,6 +12,7 @@ from brevitas_bp.allocate.profile import LossFn, Profile
 from brevitas_bp.allocate.sensitivity import Sensitivity, estimator
 from brevitas_bp.backward.seam import wrappers_in
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
+from brevitas_bp.codec import ActQuant
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
 
@@ -32,7 +33,7 @@ def plan_bit_widths(
         candidates: Sequence[Candidate | float | str] | None = None,
         sensitivity: str | Sensitivity = "empirical",
         method: Method = "optimal",
-        act_quant: Any = RotatedNormal2DynamicActPerBucketFloat,
+        act_quant: ActQuant = RotatedNormal2DynamicActPerBucketFloat,
         seed: int = 0,
         progress: bool | Callable[[str], None] = False,
         **wrapper_options: Any) -> BitPlan:
@@ -102,7 +103,7 @@ def plan_bit_widths(
     return plan.within(budget=budget, average_bits=average_bits, method=method)
 
 
-def _wrapped(model: nn.Module, act_quant: Any, options: dict[str, Any]) -> QuantBackwardWrapper:
+def _wrapped(model: nn.Module, act_quant: ActQuant, options: dict[str, Any]) -> QuantBackwardWrapper:
     if not isinstance(model, QuantBackwardWrapper):
         if any(True for _ in wrappers_in(model)):
             raise TypeError(

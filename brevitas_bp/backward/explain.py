@@ -40,7 +40,8 @@ class Explanation:
     """All decisions of one forward pass, except for parameters and buffers, which are kept.
 
     Tensors of compiled graphs are included. Their storage was decided when the graphs were made, and
-    they are listed with the sizes that they had then.
+    they are listed with the sizes that they had then. An encoding that several sites share counts at
+    each of them, in the total too. ``track_saved_memory`` counts bytes in memory, each once.
     """
 
     _sites: dict[tuple[str, str, str, str], ExplainedSite] = field(default_factory=dict)
@@ -102,7 +103,11 @@ class Explanation:
         lines += [
             (s.module or "(root)", s.op, s.stored, s.reason, str(s.tensors), mib(s.given_bytes),
              mib(s.stored_bytes)) for s in self.sites.values()]
-        text = table(lines, left=4)
+        sites = self.sites.values()
+        lines.append((
+            "total", "", "", "", str(sum(s.tensors for s in sites)),
+            mib(sum(s.given_bytes for s in sites)), mib(sum(s.stored_bytes for s in sites))))
+        text = table(lines, left=4, total=True)
         return "\n".join([text, *unknown_note(self.unknown)])
 
 

@@ -43,7 +43,7 @@ _CENTRED = Decision(None, "the input is stored as its deviation from the mean")
 
 
 class Listener(Protocol):
-    """A callable that receives every saved tensor."""
+    """A callable that receives every saved tensor that is no parameter or buffer."""
 
     def __call__(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
@@ -53,7 +53,7 @@ class Listener(Protocol):
         Args:
             saved: the tensor, and the place that saves it.
             packed: the stored tensor.
-            decision: the policy's decision, or :data:`PARAMETER`.
+            decision: the policy's decision.
             originals: the tensors that plain autograd would have saved.
         """
         ...
@@ -61,9 +61,6 @@ class Listener(Protocol):
 
 #: A callable that receives what a compiled graph stores: the site, if known, and the live tensors.
 GraphListener = Callable[[CompiledSite | None, list[Tensor]], None]
-
-#: The decision for parameters and buffers, about which no policy is asked.
-PARAMETER = Decision(None, "parameter or buffer")
 
 
 class ForwardPass:
@@ -76,7 +73,8 @@ class ForwardPass:
        statistics that the norm saves beside it.
     4. If the policy wants to know the next call, the tensor waits until then.
     5. All other tensors are kept or encoded (:mod:`~brevitas_bp.backward.encoding`).
-    6. If there are listeners, every saved tensor gets a :class:`Packed`, even if it is kept.
+    6. If there are listeners, every saved tensor but those of 1 gets a :class:`Packed`, even if it is
+       kept.
 
     Args:
         root: the module that runs.
@@ -148,7 +146,7 @@ class ForwardPass:
         if type(x) not in PLAIN:
             x = without_class(x)
         location, substitution = self.location, self._substitution
-        if type(x) is nn.Parameter and substitution is None and not self.listeners:
+        if type(x) is nn.Parameter and substitution is None:
             # This is a shortcut: most saved tensors are parameters.
             return Kept(x, location.call.function, location.qualified_module)
         role = None if substitution is None else next(substitution.roles, None)
@@ -158,7 +156,7 @@ class ForwardPass:
         # ``x`` is only the derivative's input here; do not keep it, even if it is a parameter.
         stands_in = derivative is not None or role == FEW_BIT_INPUT
         if not stands_in and self.parameters.contains(x, location.call.arguments):
-            return self._pack_parameter(x)
+            return Kept(x, location.call.function, location.qualified_module)
         saved = self._saved(x, self.codec_of(location.module), role)
         saved.derivative = derivative
         if original is not x:
@@ -171,15 +169,6 @@ class ForwardPass:
         if self._norm is not None and self._norm.has_computed(saved, decision):
             return self._norm.hold(saved, decision)
         return self._finish(saved, decision, self._originals(x) if self.listeners else ())
-
-    def _pack_parameter(self, x: Tensor) -> Packed | Kept:
-        location = self.location
-        if not self.listeners:
-            return Kept(x, location.call.function, location.qualified_module)
-        saved = self._saved(x, None, None)
-        packed = self.encodings.encode_once(saved, PARAMETER) if can_encode(x) else kept(saved)
-        self._tell(saved, packed, PARAMETER, self._originals(x))
-        return packed
 
     def _decide(self, saved: SavedTensor) -> Decision:
         """Returns the policy's decision, but keeps a tensor if encoding is impossible or useless."""
@@ -215,7 +204,7 @@ class ForwardPass:
     def _tell(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
-        if self.explanation is not None and decision is not PARAMETER:
+        if self.explanation is not None:
             self.explanation.add(saved, packed, decision)
         for listener in self.listeners:
             listener(saved, packed, decision, originals)
@@ -301,6 +290,18 @@ class ForwardPass:
                 if tensors and not (
                         site is None and self.parameters.contains(tensors[0], ())):
                     yield None if site is None else site.under(self.location.prefix), tensors
+
+    def renew(self, root: nn.Module) -> None:
+        """Forgets the tensors saved so far: a pass that only counts may last for many training steps.
+
+        Parameters and names of modules are collected anew, since the step between may have changed them.
+        """
+        location = self.location
+        assert location.counts_only and location.next_seed is not None
+        location.renew(root)
+        self.parameters = ParameterSet(root, location.tree)
+        self.encodings = Encodings(location.next_seed)
+        self._exact = ExactStorages()
 
     @contextmanager
     def saving(self, *roles: str) -> Iterator[Substitution]:

@@ -61,8 +61,19 @@ class Location:
         # Storage -> how it was filled, see ``backward/logits.py``; whether parameters are shards.
         self.made: dict[int, Any] = {}
         self.sharded = False
+        # Whether the pass stores nothing and rewrites nothing. Its mode then leaves the stack while
+        # another pass runs, whose hooks call thousands of functions; ``paused`` is the mode that left.
+        self.counts_only = False
+        self.paused: _OpMode | None = None
         # ``entered``: a module of the root has run. ``ended``: the pass has ended.
         self.entered = self.ended = False
+
+    def renew(self, root: nn.Module) -> None:
+        """Forgets storages that were noted, and names the modules of ``root`` anew."""
+        self.rounding, self.rounded = None, set()
+        self.rounded_unseen, self.ever_rounded = set(), set()
+        self.names.clear()
+        self.tree = list(_modules_of(root, self.names))
 
     def note_rounded(self, call: Call, x: Tensor) -> None:
         """Notes that a call has saved a tensor in rounded form.
@@ -182,6 +193,9 @@ class _OpMode(TorchFunctionMode):
     def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.location.counts_only and not torch.is_grad_enabled():
+            # Nothing is saved. There are many such calls: an optimizer makes dozens for each parameter.
+            return func(*args, **kwargs)
         # Dynamo traces this very code, and a compiled graph has no calls to note or rewrite. Reading an
         # attribute of a tensor leads here too, and saves nothing.
         if is_compiling() or type(func) is MethodWrapperType:
@@ -340,6 +354,7 @@ def enter(location: Location) -> None:
     for mode in function_modes():
         if isinstance(mode, _OpMode) and mode.location.ended:
             _remove_mode(mode.location)
+    _pause_counting(location)
     # Inside a compiled root, only its graph runs. Hooks would be of no use there, and Dynamo would warn.
     if not location.root_compiled:
         _watch_modules(location)
@@ -358,6 +373,16 @@ def leave(location: Location) -> None:
         del _running.locations[_running.locations.index(location):]
     _remove_mode(location)
     _unwatch_modules(location)
+    paused, location.paused = location.paused, None
+    if paused is not None and not paused.location.ended:
+        paused.__enter__()
+
+
+def _pause_counting(location: Location) -> None:
+    """Takes the innermost mode off the stack if its pass only counts; :func:`leave` puts it back."""
+    modes = function_modes()
+    if modes and isinstance(modes[-1], _OpMode) and modes[-1].location.counts_only:
+        location.paused = pop_function_mode()
 
 
 def _remove_mode(location: Location) -> None:

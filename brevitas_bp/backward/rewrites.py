@@ -36,7 +36,7 @@ from brevitas_bp.backward.saved import (
     tensors_in,
     without_class,
 )
-from brevitas_bp.codec.base import Packed
+from brevitas_bp.codec.base import PLAIN, Packed
 from brevitas_bp.codec.derivatives import derivative_at
 from brevitas_bp.codec.layout import TensorLayout, is_plain
 from brevitas_bp.codec.shard import is_dtensor, is_partial, is_storable, on_shards
@@ -55,6 +55,15 @@ class RunningPass(Protocol):
     def saving(self, *roles: str) -> AbstractContextManager["Substitution"]:
         """Gives these roles, in order, to the tensors that are saved within the block."""
         ...
+
+
+# NOTE [ What a function saves is learnt once ]
+# A report counts what plain autograd would have saved. To find out, the function runs under autograd,
+# and its derivative becomes a tensor of its own, which takes time. Activations of torch save the same in
+# every call: the input, or the output. So the answer is kept here, for each function, dtype and kind of
+# device. In-place calls, calls under autocast (which may save a cast copy), functions that save two
+# tensors, and functions of users are asked each time.
+_saves: dict[tuple[Any, torch.dtype, str], str] = {}
 
 
 class Substitution:
@@ -181,13 +190,26 @@ class SaveDerivative:
             substitution: Substitution) -> tuple[Tensor, Tensor]:
         """Returns the output and the derivative, or the tensor from which the derivative follows.
 
-        Autograd runs only if it must, or if a report asks.
+        Autograd runs only if it must, or if a report asks what the function saves, and nobody knows yet.
         """
-        if substitution.recorded or self._needs_autograd:
+        saved = self._known_saved(x, call, inplace) if substitution.recorded else None
+        if self._needs_autograd or (substitution.recorded and saved is None):
             return self._by_autograd(x, call, inplace, substitution)
         before = x.clone() if inplace and self._reads_input else x
         y = call.function(*call.args, **call.kwargs)
+        if saved is not None:
+            substitution.originals = [(x if saved == "input" else y).detach()]
         return y, self._saved_for(before, y, call, substitution)
+
+    def _known_saved(self, x: Tensor, call: Call, inplace: bool) -> str | None:
+        """Returns which tensor plain autograd saves: "input" or "output"; None if that is not known.
+
+        See NOTE [ What a function saves is learnt once ].
+        """
+        if inplace or self.named is None or type(x) not in PLAIN or (
+                torch.is_autocast_enabled(x.device.type)):
+            return None
+        return _saves.get((call.function, x.dtype, x.device.type))
 
     @property
     def _needs_autograd(self) -> bool:
@@ -220,6 +242,12 @@ class SaveDerivative:
             y = result.detach()
             if inplace:
                 substitution.replace(result, x)
+            elif self.named is not None and len(substitution.originals) == 1 and (
+                    not torch.is_autocast_enabled(x.device.type)):
+                storage = storage_id(substitution.originals[0])
+                if storage in (storage_id(leaf), storage_id(y)):
+                    _saves[call.function, x.dtype, x.device.type] = (
+                        "input" if storage == storage_id(leaf) else "output")
             if self._needs_autograd:
                 (derivative,) = torch.autograd.grad(result, leaf, torch.ones_like(result))
             else:

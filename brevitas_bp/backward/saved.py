@@ -88,7 +88,7 @@ class SavedTensor:
         role: what the tensor is to a rewritten operation, or to checkpointing. None for a tensor that an
             operation saves as it is; its arguments then tell what the tensor is.
         derivative: name of the function whose derivative is stored, in the tensor's shape and dtype.
-            None stores the tensor itself. It is always None while a report listens.
+            None stores the tensor itself.
         sharing: elements that share one statistic of a norm in a compiled graph, if known.
         original: the tensor with its Python class, if ``tensor`` is without it.
         following: the call after the one that saves it, if the policy waited for it

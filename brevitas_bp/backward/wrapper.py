@@ -39,7 +39,7 @@ from brevitas_bp.backward.noise import Noise
 from brevitas_bp.backward.planned import PlannedPolicy
 from brevitas_bp.backward.policy import Policy, explained
 from brevitas_bp.backward.transparent import TABLES, Transparent
-from brevitas_bp.codec import Codec
+from brevitas_bp.codec import ActQuant, Codec
 from brevitas_bp.codec.configured import ConfiguredCodec
 from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
 
@@ -124,7 +124,7 @@ class QuantBackwardWrapper(Transparent):
     def __init__(
             self,
             module: nn.Module,
-            act_quant: Any = RotatedNormal2DynamicActPerBucketFloat,
+            act_quant: ActQuant | None = RotatedNormal2DynamicActPerBucketFloat,
             *,
             overrides: Mapping[str, Any] | None = None,
             policy: str | Policy = "op_aware",

@@ -7,12 +7,12 @@ from brevitas_bp.codec.lossless import BitMask, Copy, NarrowInt
 from brevitas_bp.codec.per_sample import PerSampleCodec
 from brevitas_bp.codec.pooled import PooledCodec
 from brevitas_bp.codec.projected import ProjectedCodec
-from brevitas_bp.codec.quantized import codec_from
+from brevitas_bp.codec.quantized import ActQuant, codec_from
 from brevitas_bp.codec.sparse import RandomKCodec, TopKCodec
 from brevitas_bp.codec.two_frequencies import TwoFrequencyCodec
 from brevitas_bp.codec.windowed import WindowedCodec
 
 __all__ = [
-    "BitMask", "Codec", "Copy", "FewBitCodec", "Keep", "NarrowInt", "Packed", "PerSampleCodec",
-    "PooledCodec", "ProjectedCodec", "RandomKCodec", "TopKCodec", "TwoFrequencyCodec", "WindowedCodec",
-    "codec_from"]
+    "ActQuant", "BitMask", "Codec", "Copy", "FewBitCodec", "Keep", "NarrowInt", "Packed",
+    "PerSampleCodec", "PooledCodec", "ProjectedCodec", "RandomKCodec", "TopKCodec", "TwoFrequencyCodec",
+    "WindowedCodec", "codec_from"]

@@ -1,6 +1,7 @@
 """Codecs that store only what another stored tensor does not tell.
 
 NOTE [ Given what is stored already ]
+
 1. A ReLU stores which of its outputs are positive. The next layer saves the output itself. Its zeros
    are known, so its codec may decode them to anything. They are filled before the encode, which shrinks
    the range and the energy of their bucket. After the decode they are multiplied by the mask.

@@ -2,7 +2,7 @@
 
 import inspect
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from brevitas.inject import ExtendedInjector
@@ -33,8 +33,13 @@ from brevitas_bp.private import TorchDispatchMode
 from brevitas_bp.probes import undisturbed
 from brevitas_bp.proxy import check_override_names
 
+#: A Brevitas activation quantizer: an injector class (a config), a proxy, or a ``tensor_quant`` module.
+#: Brevitas' configs are classes whose attributes have no declared types, so type checkers take anything,
+#: and the library checks it when it runs.
+ActQuant: TypeAlias = Any
 
-def codec_from(quantizer: Any, **overrides: Any) -> Codec:
+
+def codec_from(quantizer: ActQuant, **overrides: Any) -> Codec:
     """Builds the codec of a Brevitas activation quantizer.
 
     Args:

@@ -1,9 +1,11 @@
 """Plots the measurements of kernels.py, step_time.py and memory.py.
 
     python examples/benchmarks/plots.py [--runs runs/bench] [--figures docs/figures]
+    python examples/benchmarks/plots.py --page docs/benchmarks.md --figures docs/figures
 
 Draws each picture whose measurements it finds: kernels.png, libraries.png, step_time.png,
-step_time_compiled.png, memory.png.
+step_time_compiled.png, memory.png. With ``--page`` it draws the two of training steps from the tables of
+the page.
 """
 
 import argparse
@@ -14,24 +16,28 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import LogLocator, NullLocator
+from page import tables_of
 
 INK, MUTED, LIGHT = "#22262b", "#6b7280", "#e5e7eb"
 BLUE, ORANGE, GREY = "#2f6db5", "#d9772b", "#9aa3af"
-#: Labels are placed in pixels, so pictures are saved at the resolution they were laid out with.
 DPI = 130
+#: Of variants, in their order. Eight colours and nine markers give 72 different pairs.
+_COLORS = (INK, BLUE, "#7fb0e6", "#2a8f7b", "#8a5fb0", ORANGE, "#b4413c", GREY)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 Rows = list[dict[str, Any]]
 
 
-def bars(axes: Axes, names: Sequence[str], series: dict[str, tuple[str, Sequence[Any]]]) -> None:
+def bars(
+        axes: Axes, names: Sequence[str], series: dict[str, tuple[str, Sequence[Any]]],
+        digits: int = 2) -> None:
     """Draws horizontal bars, one group per name, the first on top; other cells show their text."""
     height = 0.8 / len(series)
     for i, (label, (color, values)) in enumerate(series.items()):
         places = [row - 0.4 + (i + 0.5) * height for row in range(len(names))]
         numbers = [v if isinstance(v, (int, float)) else 0 for v in values]
         drawn = axes.barh(places, numbers, height * 0.9, color=color, label=label)
-        texts = [_short(v) if isinstance(v, (int, float)) else "" for v in values]
+        texts = [_short(v, digits) if isinstance(v, (int, float)) else "" for v in values]
         # Give labels an opaque background.
         axes.bar_label(
             drawn, texts, padding=3, fontsize=7, color=MUTED,
@@ -102,72 +108,65 @@ def memory(tables: dict[str, Any]) -> Figure:
 
 
 def step_time(tables: dict[str, Any]) -> Figure:
-    """Plots time against saved bytes, one panel per network, without the variants that raised."""
+    """Plots the times and the saved bytes of training steps, without the variants that raised.
+
+    With many variants, each network has a panel with one point for each variant. With two, bars suffice.
+    """
     rows: Rows = [row for row in tables["step_time"]["rows"] if row["x plain"] != ""]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    draw = _step_bars if len(variants) <= 2 else _step_points
+    return draw(rows, variants, tables["step_time"]["title"])
+
+
+def _step_bars(rows: Rows, variants: list[str], title: str) -> Figure:
+    networks = list(dict.fromkeys(row["model"] for row in rows))
+    found = {(row["model"], row["variant"]): row for row in rows}
+    figure = Figure(figsize=(9, 1.3 + 0.55 * len(networks)), layout="constrained", dpi=DPI)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (column, label) in zip(panels, (
+            ("x plain", "time of a step / plain step"), ("saved MiB", "saved for backward, MiB"))):
+        bars(axes, networks, {
+            name: (_COLORS[i], [found.get((n, name), {}).get(column, "") for n in networks])
+            for i, name in enumerate(variants)}, digits=3)
+        axes.set_xlabel(label, fontsize=9, color=INK)
+        axes.margins(x=0.15)
+    return _finished(figure, panels[0], title)
+
+
+def _step_points(rows: Rows, variants: list[str], title: str) -> Figure:
     networks = list(dict.fromkeys(row["model"] for row in rows))
     lines = -(-len(networks) // 2)
-    figure = Figure(figsize=(10, 0.6 + 3.7 * lines), layout="constrained", dpi=DPI)
-    columns = min(2, len(networks))
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    figure = Figure(figsize=(10, 1.1 + 3 * lines), layout="constrained", dpi=DPI)
+    panels = list(figure.subplots(lines, min(2, len(networks)), squeeze=False).flat)
     for axes, network in zip(panels, networks):
-        chosen = [row for row in rows if row["model"] == network]
-        _scatter(axes, chosen)
+        _points(axes, [row for row in rows if row["model"] == network], variants)
         axes.set_title(network, fontsize=9, loc="left", color=INK)
-    for axes in list(panels)[len(networks):]:
+    for axes in panels[len(networks):]:
         axes.remove()
-    figure.suptitle(tables["step_time"]["title"], fontsize=10, x=0.01, ha="left", color=INK)
-    figure.supxlabel("saved for backward, MiB", fontsize=9, color=INK)
-    figure.supylabel("time of a step over plain", fontsize=9, color=INK)
-    # Labels are placed within the final layout, so compute it first.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    for axes in figure.axes:
-        place_labels(axes)
+    handles = {
+        str(label): handle for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", color=INK)
+    figure.legend(
+        [handles[name] for name in variants], variants, loc="outside lower center", ncols=3, fontsize=8,
+        frameon=False)
     return figure
 
 
-def _scatter(axes: Axes, rows: Rows) -> None:
+def _points(axes: Axes, rows: Rows, variants: list[str]) -> None:
+    """Draws one point for each variant; colour and marker tell which."""
     _log(axes)
     for row in rows:
-        name, x, y = row["variant"], row["saved MiB"], row["x plain"]
-        color = BLUE if name.startswith("ours") else INK if name == "plain" else ORANGE
-        axes.plot(x, y, "o", color=color, markersize=6, zorder=4)
-        axes.annotate(
-            name, (x, y), (0, 0), textcoords="offset points", fontsize=7.5, color=color, va="center",
-            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0, "shrinkB": 5})
-    axes.margins(x=0.3, y=0.3)
+        i = variants.index(row["variant"])
+        axes.plot(
+            row["saved MiB"], row["x plain"], _MARKERS[i % len(_MARKERS)], linestyle="none",
+            color=_COLORS[i % len(_COLORS)], markersize=7, zorder=4, label=row["variant"])
+    axes.set_xlabel("saved for backward, MiB", fontsize=8, color=INK)
+    axes.set_ylabel("time of a step / plain step", fontsize=8, color=INK)
+    axes.margins(x=0.12, y=0.12)
     axes.grid(color=LIGHT)
     axes.set_axisbelow(True)
     _plain(axes)
-
-
-def place_labels(axes: Axes) -> None:
-    """Moves every label next to its point, where it covers no point, no other label, and no border."""
-    labels = [text for text in axes.texts if isinstance(text, Annotation)]
-    points = [axes.transData.transform(label.xy) for label in labels]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
-    for label in labels:
-        for dx, dy, side in _offsets():
-            label.set_position((dx, dy))
-            label.set_horizontalalignment(side)
-            box = extent(label)
-            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
-            inside = inside and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(extent(label))
-
-
-def extent(label: Annotation) -> Bbox:
-    """Returns the box of a label's text, in pixels, without its line."""
-    return Text.get_window_extent(label)
-
-
-def _offsets() -> list[tuple[float, float, str]]:
-    """Returns places around a point, in points, the nearest first."""
-    rises = sorted(range(-90, 91, 6), key=lambda rise: (abs(rise), rise))
-    return [(way * (7 + abs(rise) / 4), rise, side)
-            for rise in rises for way, side in ((1, "left"), (-1, "right"))]
 
 
 def _finished(figure: Figure, legend_of: Axes, title: str) -> Figure:
@@ -184,14 +183,15 @@ def _plain(axes: Axes) -> None:
 
 
 def _log(axes: Axes) -> None:
-    """Makes the axis logarithmic, with plain numbers."""
+    """Makes the axis logarithmic, with plain numbers at 1, 2 and 5 times powers of ten."""
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter("")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2g}"
+def _short(value: float, digits: int) -> str:
+    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.{digits}g}"
 
 
 #: Picture -> function that draws it, JSON file that it reads, and table in that file.
@@ -200,14 +200,29 @@ FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure], str, str]] = {
     "step_time": (step_time, "step_time", "step_time"),
     "step_time_compiled": (step_time, "step_time_compiled", "step_time"),
     "memory": (memory, "memory", "memory")}
+#: Picture -> heading of its table on the page, and title.
+ON_PAGE = {
+    "step_time": (
+        "Training step", "A training step, eager, 32 px, 2 threads; stochastic rounding, 2026-11-22"),
+    "step_time_compiled": (
+        "Compiled training step", "A training step, compiled (inductor), 32 px, 2 threads, 2026-11-22")}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="JSON files")
     parser.add_argument("--figures", type=Path, default=Path("runs/bench"), help="folder to write to")
+    parser.add_argument("--page", type=Path, help="page whose tables to draw, in place of --runs")
     options = parser.parse_args(arguments)
     options.figures.mkdir(parents=True, exist_ok=True)
+    if options.page is not None:
+        found = tables_of(options.page)
+        for name, (heading, title) in ON_PAGE.items():
+            draw = FIGURES[name][0]
+            draw({"step_time": {"title": title, "rows": found[heading][0]}}).savefig(
+                target := options.figures / f"{name}.png")
+            print(target)
+        return
     for name, (draw, file, needed) in FIGURES.items():
         source = options.runs / f"{file}.json"
         tables = json.loads(source.read_text())["tables"] if source.is_file() else {}

@@ -69,6 +69,7 @@ EAGER: dict[str, Variant] = {
     "plain": plain,
     **{f"ours, {bits} bits": partial(ours, bits=bits) for bits in (2, 4, 8)},
     "ours, 1 bit": partial(ours, bits=1),
+    "ours, 2 bits, no hints": partial(ours, bits=2, policy=OpAware(hints=False)),
     "ours, 2 bits, stochastic": partial(ours, bits=2, stochastic=True),
     "ours, 2 bits, policy all": partial(ours, bits=2, policy="all"),
     "checkpoint, each block": Checkpointed,

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from files import write_json
@@ -91,7 +92,7 @@ def write_results(path: Path, entries: Sequence[Entry], settings: dict[str, Any]
 
 def plot_comparison(entries: Sequence[Entry], title: str, subtitle: str) -> Figure:
     """Plot accuracy over the epochs on the left, bytes saved for backward on the right."""
-    figure = Figure(figsize=(11, 4.4))
+    figure = Figure(figsize=(11, max(4.4, 1.6 + 0.31 * len(entries))))
     _plot_curves(figure.add_axes((0.05, 0.12, 0.42, 0.66)), entries)
     _plot_bars(figure.add_axes((0.71, 0.06, 0.265, 0.72)), entries)
     figure.text(0.022, 0.94, title, fontsize=14, color=INK, weight="bold")
@@ -125,10 +126,10 @@ def _plot_curves(axes: Axes, entries: Sequence[Entry]) -> None:
 def _label_ends(axes: Axes, entries: Sequence[Entry], ends: list[float], epoch: int) -> None:
     """Name each curve at its right end; move labels apart if they would overlap."""
     low, high = axes.get_ylim()
-    places = spread_apart(ends, gap=0.062 * (high - low), top=high)
+    places = spread_apart(ends, gap=0.062 * (high - low), top=high, bottom=low)
     for entry, end, place in zip(entries, ends, places, strict=True):
         axes.annotate(
-            f"{end:.1f}  {entry.label}",
+            f"{end:.1f} %  {_short(entry.label)}",
             (epoch, end),
             xytext=(1.035, (place - low) / (high - low)),
             textcoords="axes fraction",
@@ -148,18 +149,34 @@ def _label_ends(axes: Axes, entries: Sequence[Entry], ends: list[float], epoch: 
         )
 
 
-def spread_apart(values: Sequence[float], gap: float, top: float) -> list[float]:
+def _short(label: str) -> str:
+    """Return a label that leaves room for the numbers beside it."""
+    return shorten(label, 28, placeholder="\u2026")
+
+
+def spread_apart(
+    values: Sequence[float], gap: float, top: float, bottom: float = float("-inf")
+) -> list[float]:
     """Return positions close to `values`, in the same order, at least `gap` apart and below `top`.
+
+    They are also above `bottom`, if there is room for all.
 
     Example:
         >>> spread_apart([1.0, 9.0, 9.0], gap=2.0, top=10.0)
         [1.0, 9.0, 7.0]
+        >>> spread_apart([1.0, 1.0, 1.0], gap=2.0, top=10.0, bottom=0.0)
+        [4.0, 2.0, 0.0]
     """
     places = list(values)
     above = top + gap
-    for index in sorted(range(len(values)), key=lambda i: (-values[i], i)):
+    ordered = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    for index in ordered:
         places[index] = min(values[index], above - gap)
         above = places[index]
+    below = bottom - gap
+    for index in reversed(ordered):
+        places[index] = max(places[index], below + gap)
+        below = places[index]
     return places
 
 
@@ -172,12 +189,13 @@ def _plot_bars(axes: Axes, entries: Sequence[Entry]) -> None:
     for row, entry in enumerate(entries):
         ratio = entry.mean("ratio")
         size = mebibytes(entry.mean("stored_bytes"))
-        text = size if ratio < 1.005 else f"{size}, {ratio:.1f}x less"
-        axes.text(0, row - 0.24, entry.label, color=entry.color, fontsize=9, va="bottom")
+        text = size if ratio < 1.005 else f"{size} ({ratio:.1f}x)"
+        # The bytes stand at the right end of the line.
+        axes.text(0, row - 0.24, _short(entry.label), color=entry.color, fontsize=9, va="bottom")
         axes.text(max(exact), row - 0.24, text, color=INK, fontsize=9, va="bottom", ha="right")
     axes.set_ylim(len(entries) - 0.7, -0.6)
     axes.set_xlim(0, max(exact))
-    tidy(axes, "Saved for backward in one step", grid="")
+    tidy(axes, "Saved for backward in one step, MiB", grid="")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -3,7 +3,8 @@
     python examples/studies/bytes_and_error.py [--models resnet50,gpt] [--draws 4] [--markdown]
 
 The error is ``E |g~ - g|^2 / |g|^2`` of all gradients, taken as one vector. Stochastic rounding with two
-bits and exact query and key is the row to compare with.
+bits and exact query and key is the row to compare with. The networks are fresh; the head of the ViT gets
+random weights, because torchvision's zeros would let no gradient through.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from variants import quantizer, saved_bytes
 WAYS: dict[str, tuple[int, bool, OpAware]] = {
     "2 bits, stochastic, q and k exact": (2, True, OpAware(attention_bits=None)),
     "2 bits": (2, False, OpAware()),
+    "2 bits, without hints": (2, False, OpAware(hints=False)),
     "2 bits, factors 3, q and k 7": (2, False, OpAware(multiplier_bits=3, attention_bits=7)),
     "1 bit, norms 2": (1, False, OpAware(norm_bits=2)),
     "1 bit": (1, False, OpAware()),
+    "1 bit, without hints": (1, False, OpAware(hints=False)),
     "1 bit, factors 3": (1, False, OpAware(multiplier_bits=3))}
 
 
@@ -42,6 +45,8 @@ def main() -> None:
         torch.manual_seed(0)
         make, batch = TASKS[name]
         task = make(batch, 32)
+        if name == "vit":
+            torch.nn.init.normal_(task.model.heads.head.weight, std=0.02)  # type: ignore[union-attr]
         exact = saved_bytes(QuantBackwardWrapper(task.model, policy="exact"), task.inputs)
         for way in options.ways:
             bits, stochastic, policy = WAYS[way]

@@ -5,14 +5,12 @@
 Needs `pip install brevitas-bp[trainers]`. Expect a saved_ratio of 10.6: batches of 50 keep 0.49 MiB.
 
 The wrapper needs no special code. It is an ordinary submodule of the LightningModule, and its keys in
-the checkpoint are those of the plain network. `BackwardMemory` below logs saved bytes and stores random
-state.
+the checkpoint are those of the plain network. `LightningMemory` logs saved bytes. `LightningNoise` keeps
+random state in checkpoints.
 """
 
 import argparse
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision_first  # noqa: F401
@@ -22,50 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from brevitas_bp import SavedMemoryReport, track_saved_memory
-from brevitas_bp.backward import NoiseState
-
-
-class BackwardMemory(pl.Callback):
-    """Logs the bytes saved for backward once per epoch; stores noise and torch's state in checkpoints.
-
-    Lightning saves weights and optimizer, but no random state. Without this callback a resumed run is
-    valid, but not bit-identical.
-    """
-
-    def __init__(self) -> None:
-        self._tracking = ExitStack()
-        self._report: SavedMemoryReport | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._noise = NoiseState(pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"noise": self._noise.state_dict(), "torch": torch.get_rng_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._noise.load_state_dict(state_dict["noise"])
-        torch.set_rng_state(state_dict["torch"])
-
-    def on_train_batch_start(
-            self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any,
-            batch_idx: int) -> None:
-        if batch_idx == 0:
-            self._report = self._tracking.enter_context(track_saved_memory(pl_module))
-
-    def on_before_backward(
-            self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._report is None:
-            return
-        self._tracking.close()
-        pl_module.log_dict({
-            "saved_mib": self._report.stored_bytes / 2**20, "saved_ratio": self._report.ratio})
-        self._report = None
-
-    def on_exception(
-            self, trainer: pl.Trainer, pl_module: pl.LightningModule,
-            exception: BaseException) -> None:
-        self._tracking.close()
+from brevitas_bp.trainers import LightningMemory, LightningNoise
 
 
 class Digits(pl.LightningModule):
@@ -91,13 +46,13 @@ class Digits(pl.LightningModule):
 
 def train(
         out: Path, epochs: int, *, checkpoint: Path | None = None, limit: int | None = None,
-        memory: BackwardMemory | None = None) -> tuple[Digits, pl.Trainer]:
+        noise: LightningNoise | None = None) -> tuple[Digits, pl.Trainer]:
     """Trains, from a checkpoint if one is given; writes `last.ckpt` to `out`."""
     pl.seed_everything(0, verbose=False)
     model = Digits()
     callbacks: list[pl.Callback] = [
         pl.callbacks.ModelCheckpoint(out, save_last=True, save_top_k=0, save_on_train_epoch_end=True),
-        memory or BackwardMemory()]
+        LightningMemory(), noise or LightningNoise()]
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", devices=1, callbacks=callbacks, logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)

@@ -29,13 +29,11 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_callback import ExportableState
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
-from brevitas_bp.backward import NoiseState
+from brevitas_bp.trainers import TransformersMemory, TransformersNoise
 
 _SIZE = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SHAPE = {
@@ -57,24 +55,6 @@ class Knobs:
     sentences: int = 1000
     batch: int = 32
     keep_noise: bool = True
-
-
-class KeepNoise(TrainerCallback, ExportableState):
-    """Writes the noise state to `trainer_state.json` of each checkpoint, and restores it on resume."""
-
-    def __init__(self) -> None:
-        self.noise: NoiseState | None = None
-
-    def state(self) -> dict[str, Any]:
-        streams = None if self.noise is None else self.noise.state_dict()
-        return {"args": {}, "attributes": {"streams": streams}}
-
-    def on_train_begin(
-            self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.noise = NoiseState(kwargs["model"])
-        saved = state.stateful_callbacks[type(self).__name__]["attributes"]["streams"]
-        if saved is not None:
-            self.noise.load_state_dict(saved)
 
 
 def build(name: str) -> PreTrainedModel:
@@ -125,7 +105,7 @@ def trainer(model: nn.Module, out: Path, knobs: Knobs, **arguments: Any) -> Trai
         model=model, args=TrainingArguments(output_dir=str(out), **settings | arguments),
         train_dataset=data(knobs.model, knobs.sentences, seed=0),
         eval_dataset=data(knobs.model, 200, seed=1),
-        callbacks=[KeepNoise()] if knobs.keep_noise else [])
+        callbacks=[TransformersNoise()] if knobs.keep_noise else [])
 
 
 def report_bytes(model: PreTrainedModel, rows: list[dict[str, Any]]) -> str:
@@ -148,8 +128,11 @@ def main() -> None:
     knobs = Knobs(model=options.model, epochs=options.epochs)
     model = wrap(build(knobs.model))
     run = trainer(model, options.out / knobs.model, knobs)
-    run.train(resume_from_checkpoint=options.resume)
+    with track_saved_memory(model) as report:
+        TransformersMemory(report).add_to(run)
+        run.train(resume_from_checkpoint=options.resume)
     print(run.evaluate())
+    print(report.summary())
     print(report_bytes(model, data(knobs.model, 32, seed=2)))
 
 

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from brevitas_bp import Packed, QuantBackwardWrapper, SavedTensor, codec_from, track_saved_memory
 from brevitas_bp.backward import OpAware
-from brevitas_bp.backward.hooks import PARAMETER
 from brevitas_bp.backward.saved import Decision
 from brevitas_bp.backward.seam import listening
 from brevitas_bp.quant import (
@@ -151,8 +150,7 @@ def test_same_tensor_under_two_codecs_has_both_payloads(policy: str) -> None:
         nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)), policy=policy, seed=0)
 
     def note(saved: object, p: Packed, decision: object, originals: object) -> None:
-        if decision is not PARAMETER:
-            packed.append(p)
+        packed.append(p)
 
     x = torch.randn(2, 4, 16, 16)
     with listening(model, note):

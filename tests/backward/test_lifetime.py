@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp import Packed, QuantBackwardWrapper, SavedTensor, track_saved_memory
-from brevitas_bp.backward.hooks import PARAMETER
 from brevitas_bp.backward.saved import Decision
 from tests.backward.support import NETS, QUANTIZING, Apply, identity_hooks, net
 
@@ -28,10 +27,9 @@ class Watch:
     def _note(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
-        if decision is not PARAMETER:
-            self.payloads.append(weakref.ref(packed))
-            tensors = [*packed.tensors, saved.tensor, *originals]
-            self.storages += [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        self.payloads.append(weakref.ref(packed))
+        tensors = [*packed.tensors, saved.tensor, *originals]
+        self.storages += [StorageWeakRef(t.untyped_storage()) for t in tensors]
 
     def alive(self) -> int:
         gc.collect()

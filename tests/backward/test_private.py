@@ -44,6 +44,15 @@ def test_function_modes_are_a_stack() -> None:
     assert private.pop_function_mode() is mode and private.function_modes() == before
 
 
+def test_a_running_backward_pass_has_a_number() -> None:
+    seen: list[int] = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(private.running_backward()))
+    y.sum().backward()
+    assert seen[0] >= 0 and private.running_backward() == -1
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_running_transforms_are_counted() -> None:
     seen: list[tuple[int, int]] = []

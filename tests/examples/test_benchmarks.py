@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.text import Annotation
 from torch import Tensor, nn
 
 from brevitas_bp.format import reference
@@ -16,8 +15,8 @@ from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.format.stages import NEAREST
 from tests.examples.scripts import benchmark
 
-kernels, memory, step_parts, step_time, plots = map(
-    benchmark, ("kernels", "memory", "step_parts", "step_time", "plots"))
+kernels, memory, step_parts, step_time, plots, tracking = map(
+    benchmark, ("kernels", "memory", "step_parts", "step_time", "plots", "tracking"))
 libraries = kernels.libraries
 
 QUICK = ["--threads", "1", "--seconds", "0.001"]
@@ -192,25 +191,56 @@ def test_memory_worker_is_a_process_of_its_own() -> None:
         assert found["peak"] >= found["growth"] >= 0 < found["seconds"]
 
 
-def test_labels_of_steps_cover_nothing() -> None:
+@pytest.mark.usefixtures("tiny")
+def test_tracking(tmp_path: Path) -> None:
+    out = tmp_path / "tracking.json"
+    tracking.main(["--model", "tiny", "--rounds", "1", "--threads", "1", "--out", str(out)])
+    (row,) = tables_of(out)["tracking"]
+    assert row["saved tensors"] == 5  # two inputs, a derivative, and two tensors of the loss
+    assert row["tracked, ms"] > 0 and row["summary"].startswith("saved ")
+
+
+def steps_of(variants: list[str], networks: int = 3) -> dict[str, Any]:
+    rows = [
+        {"model": f"net{n}", "variant": name, "x plain": 1 + 0.01 * i, "saved MiB": 10.0 + 90 * i}
+        for n in range(networks) for i, name in enumerate(variants)]
+    return {"step_time": {"title": "made up", "rows": rows}}
+
+
+def test_every_variant_of_a_step_has_its_own_mark_in_the_legend() -> None:
     names = list(step_time.variants.EAGER)
-    # All points but one lie in a corner, where labels next to their points would overlap.
-    rows = [{"model": "net", "variant": name, "x plain": 1 + 0.01 * i, "saved MiB": 10.0 + 0.1 * i}
-            for i, name in enumerate(names)]
-    rows[-1]["x plain"] = 2.0
-    tables = {"step_time": {"title": "", "rows": rows}}
-    axes = plots.step_time(tables).axes[0]
-    labels = [text for text in axes.texts if isinstance(text, Annotation)]
-    assert [label.get_text() for label in labels] == names
+    figure = plots.step_time(steps_of(names))
+    figure.draw_without_rendering()
+    axes = figure.axes
+    assert len(axes) == 3
+    marks = [(line.get_color(), line.get_marker()) for line in axes[0].lines]
+    assert len(set(marks)) == len(marks) == len(names)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert [(h.get_color(), h.get_marker()) for h in legend.legend_handles] == marks
+    for panel in axes:
+        assert panel.get_xlabel() == "saved for backward, MiB"
+        assert panel.get_ylabel() == "time of a step / plain step"
+        ticks = [float(t.get_text()) for t in panel.get_xticklabels() if t.get_text()]
+        low, high = panel.get_xlim()
+        assert len([t for t in ticks if low <= t <= high]) >= 3
+        assert not panel.get_tightbbox().overlaps(legend.get_window_extent())
 
-    def collisions() -> int:
-        boxes = [plots.extent(label) for label in labels]
-        return sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
-    assert collisions() == 0
-    for label in labels:
-        box = plots.extent(label)
-        assert axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
-        label.set_position((7, 0))
-        label.set_horizontalalignment("left")
-    assert collisions() > 0
+def test_two_variants_of_a_step_are_bars() -> None:
+    times, sizes = plots.step_time(steps_of(["plain", "ours, 2 bits"])).axes
+    assert [[bar.get_width() for bar in bars] for bars in times.containers] == [[1.0] * 3, [1.01] * 3]
+    assert [[bar.get_width() for bar in bars] for bars in sizes.containers] == [[10.0] * 3, [100.0] * 3]
+    assert (times.get_xlabel(), sizes.get_xlabel()) == (
+        "time of a step / plain step", "saved for backward, MiB")
+
+
+def test_pictures_of_steps_are_drawn_from_the_page(tmp_path: Path, capsys: Any) -> None:
+    page = Path(__file__).parents[2] / "docs/benchmarks.md"
+    plots.main(["--page", str(page), "--figures", str(tmp_path)])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_time.png", "step_time_compiled.png"]
+    rows = plots.tables_of(page)["Compiled training step"][0]
+    assert rows[1] == {
+        "model": "vit, batch 64", "variant": "ours, 2 bits", "ms": 531, "x plain": 1.03,
+        "saved MiB": 38.6, "bytes ratio": 6.88}

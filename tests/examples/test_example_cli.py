@@ -18,6 +18,7 @@ import torch
 import train
 from faults import InputError
 from matplotlib.image import imread
+from matplotlib.text import Text
 from torch import nn
 
 TINY = ["--limit-train", "48", "--limit-test", "16", "--batch-size", "16", "--epochs", "1"]
@@ -224,3 +225,34 @@ def test_docstring_examples(module: ModuleType) -> None:
 def test_curve_labels_do_not_overlap() -> None:
     places = comparison.spread_apart([50.0, 90.0, 90.5, 89.0], gap=5.0, top=91.0)
     assert places == [50.0, 85.5, 90.5, 80.5]
+
+
+def made_up(count: int, label: str, low: float) -> list[comparison.Entry]:
+    """Returns runs that end close to each other."""
+    entries = []
+    for i in range(count):
+        stored = 59.3 if i == 0 else 4.0 + i
+        result = {
+            "accuracy": low + 0.1 * i, "exact_bytes": 59.3 * 2**20, "stored_bytes": stored * 2**20,
+            "ratio": 59.3 / stored}
+        rows = [{"test_accuracy": low + 0.1 * i - 9 / epoch} for epoch in range(1, 6)]
+        entries.append(comparison.Entry(
+            f"{label} {i}", "#2f6db5", [comparison.Finished(0, result, rows)]))
+    return entries
+
+
+@pytest.mark.parametrize("count", [1, 4, 9, 12])
+@pytest.mark.parametrize("label", ["x", "2-bit per tensor, rounded in every operation"])
+@pytest.mark.parametrize("low", [10.0, 95.0])
+def test_labels_of_the_comparison_cover_nothing(count: int, label: str, low: float) -> None:
+    figure = comparison.plot_comparison(made_up(count, label, low), "net on data", "made up")
+    figure.draw_without_rendering()
+    curves, bars = figure.axes
+    ends = [Text.get_window_extent(text) for text in curves.texts]  # without the lines to the curves
+    names, sizes = ([t.get_window_extent() for t in bars.texts[i::2]] for i in (0, 1))
+    for boxes in (ends, [*names, *sizes]):
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(text.get_text().split("%")[0].strip() for text in curves.texts)
+    assert "MiB" in bars.get_title(loc="left") and "%" in curves.get_title(loc="left")
+    assert all(box.y0 > 0 for box in [*ends, *names])
+    assert all(box.x1 < bars.bbox.x0 for box in ends)

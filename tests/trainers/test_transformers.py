@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from sentences import LENGTH
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from transformers_trainer import CONFIGS, KeepNoise, Knobs, build, data, trainer, wrap
+from transformers_trainer import CONFIGS, Knobs, build, data, trainer, wrap
 
 from brevitas_bp import QuantBackwardWrapper, track_saved_memory
+from brevitas_bp.trainers import TransformersMemory, TransformersNoise
 from tests.trainers.support import same_parameters
 
 KNOBS = Knobs(sentences=64, batch=16, epochs=2)
@@ -177,7 +178,50 @@ def test_label_smoothing_and_bfloat16(tmp_path: Path) -> None:
 def test_noise_is_in_the_state_of_the_trainer(tmp_path: Path) -> None:
     model = fit("bert", tmp_path, epochs=1)
     state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
-    (streams,) = state["stateful_callbacks"][KeepNoise.__name__]["attributes"].values()
+    (streams,) = state["stateful_callbacks"][TransformersNoise.__name__]["attributes"].values()
     assert streams == {
         "bert": model.bert.noise_state(), "wrapped_loss": model.wrapped_loss.noise_state()}
     assert streams["bert"]["position"] > 0
+
+
+class Integration(TrainerCallback):
+    """Stands for TensorBoard and others, which come before the callbacks of a user."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logged.append(dict(logs))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["added first", "added last"])
+def test_what_is_saved_is_logged_by_trainer(first: bool, tmp_path: Path) -> None:
+    model = wrap(build("bert"), seed=0)
+    run = trainer(
+        model, tmp_path, KNOBS, logging_strategy="steps", logging_steps=2, eval_strategy="epoch",
+        save_strategy="no")
+    integration = Integration()
+    run.add_callback(integration)
+    with track_saved_memory(model) as report:
+        memory = TransformersMemory(report, ("saved_mib", "saved_exact_mib", "saved_live_mib"))
+        if first:
+            memory.add_to(run)
+        else:
+            run.add_callback(memory)
+        run.train()
+    with track_saved_memory(model.train()) as alone:
+        kept = model(**batch("bert", KNOBS.batch))
+    assert kept.loss.isfinite()
+    logged = [row for row in run.state.log_history if "loss" in row]
+    assert len(logged) == 4 and report.steps == 8
+    for row in logged:
+        assert row["saved_mib"] == alone.stored_bytes / 2**20
+        assert row["saved_exact_mib"] == alone.exact_bytes / 2**20
+        assert row["saved_live_mib"] == 0
+    assert not any("saved_mib" in row for row in run.state.log_history if "eval_loss" in row)
+    assert all(("saved_mib" in row) is first for row in integration.logged if "loss" in row)
+
+
+def test_a_report_is_needed() -> None:
+    with pytest.raises(TypeError, match="expected the report of track_saved_memory, got str"):
+        TransformersMemory("report")  # pyright: ignore[reportArgumentType]

@@ -46,7 +46,12 @@ def test_dots_are_the_rows_of_the_modules() -> None:
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["stem", "middle", "head"]
-    assert [text.get_text() for text in axes.texts] == ["head  0.3"]
+    assert axes.get_title(loc="left").endswith("; largest bias (ring): 0.3, head")
+    ring = axes.lines[-1]
+    assert (np.asarray(ring.get_xdata()).tolist(), ring.get_fillstyle()) == ([2], "none")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
 
 
 def test_sampling_is_drawn_where_there_are_batches() -> None:
@@ -63,7 +68,7 @@ def test_many_layers_are_named_by_groups() -> None:
     labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     # Stages have 20 blocks. With stem and head, they are few enough to be named one by one.
     assert labels == ["stem.conv", *(f"stage{i}.{j}" for i in range(4) for j in range(5)), "head"]
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     boxes = [tick.get_window_extent() for tick in figure.axes[0].get_xticklabels()]
     assert all(a.x1 < b.x1 for a, b in itertools.pairwise(boxes))
 
