@@ -106,7 +106,6 @@ class ForwardPass:
         self.location = Location(
             root, "" if outer is None else outer.qualified_module, compiled)
         self.parameters = ParameterSet(root, self.location.tree)
-        self.location.sharded = self.parameters.gathered
         self.codec_of = codec_of
         self.policy = explained(policy)
         if not isinstance(self.policy, PlainPolicy):

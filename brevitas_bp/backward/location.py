@@ -58,9 +58,8 @@ class Location:
         self.forward_pass: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
-        # Storage -> how it was filled, see ``backward/logits.py``; whether parameters are shards.
+        # Storage -> how it was filled, see ``backward/logits.py``.
         self.made: dict[int, Any] = {}
-        self.sharded = False
         # Whether the pass stores nothing and rewrites nothing. Its mode then leaves the stack while
         # another pass runs, whose hooks call thousands of functions; ``paused`` is the mode that left.
         self.counts_only = False

@@ -117,7 +117,7 @@ def _note_linear(running: RunningPass, call: Call, bits: int) -> Any:
         call.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
     given = [t for t in (x, weight, bias) if t is not None]
     if not all(isinstance(t, Tensor) and is_ordinary(t) for t in given) or weight.dim() != 2 or (
-            not torch.is_grad_enabled() or in_forward_ad() or running.location.sharded):
+            not torch.is_grad_enabled() or in_forward_ad() or running.parameters.gathered):
         return NotImplemented
     kept = cast_by_autocast(x)
     if weight.shape[0] * bits <= weight.shape[1] * kept.element_size() * 8:
