@@ -58,6 +58,8 @@ pop_function_mode: Callable[[], Any] = private("torch.overrides._pop_mode")
 #: Number of the backward pass that runs in this thread, or -1.
 running_backward: Callable[[], int] = private("torch._C._current_graph_task_id")
 
+private("torch.autograd.graph.Node._sequence_nr")
+
 _forward_ad: Any = private("torch.autograd.forward_ad")
 private("torch.autograd.forward_ad._current_level")
 
@@ -81,6 +83,11 @@ tree_leaves: Callable[[Any], list[Any]] = private("torch.utils._pytree.tree_leav
 def transforms(kind: str) -> int:
     """Counts the transforms of ``torch.func`` of a kind ("Grad", "Jvp", "Vmap") that are running."""
     return sum(interpreter.key().name == kind for interpreter in _interpreters() or ())
+
+
+def node_number(node: Any) -> int:
+    """Returns the number of a node of autograd's graph: larger for nodes that a thread makes later."""
+    return node._sequence_nr()
 
 
 def in_forward_ad() -> bool:

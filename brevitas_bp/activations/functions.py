@@ -224,7 +224,7 @@ ACTIVATIONS: dict[str, Activation] = {activation.name: activation for activation
         kernel=lambda x, dim: _aten.glu_backward(
             _ones(x.narrow(dim, 0, x.shape[dim] // 2)), x, dim)),
     Activation("erfc"), Activation("tanhshrink"), Activation("sin"), Activation("cos"),
-    Activation("atan", aliases=("arctan",)),
+    Activation("atan", aliases=("arctan",)), Activation("asinh", aliases=("arcsinh",)),
     Activation("relu", lambda x: (x > 0).to(x.dtype), breaks=_at_zero, stepwise=True),
     Activation(
         "leaky_relu",

@@ -27,11 +27,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.classes import classes_dim, codec_of_targets, softmax_dim
+from brevitas_bp.backward.elementary import form_of
 from brevitas_bp.backward.hints import Hints
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, place_of, storage_id
 from brevitas_bp.backward.units import NormUnits, channel_units
 from brevitas_bp.codec.base import Codec, Packed, is_plain, is_smaller
+from brevitas_bp.codec.formed import FormCodec
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
@@ -160,6 +162,9 @@ class Encodings:
             return LogCodec
         if decision.units == "class error" and decision.codec.keeps_sign:
             return self._class_errors(saved)
+        if decision.units == "derivative" and decision.codec.keeps_sign and (
+                form := form_of(saved.call)) is not None:
+            return lambda inner: FormCodec(inner, form)
         return None
 
     def _given(

@@ -58,6 +58,8 @@ class Location:
         self.forward_pass: Any = None
         self.next_seed: Callable[[], int] | None = None
         self.graphs: set[int] = set()
+        # Storage -> how it was filled, see ``backward/logits.py``.
+        self.made: dict[int, Any] = {}
         # Whether the pass stores nothing and rewrites nothing. Its mode then leaves the stack while
         # another pass runs, whose hooks call thousands of functions; ``paused`` is the mode that left.
         self.counts_only = False
@@ -365,7 +367,7 @@ def leave(location: Location) -> None:
     # These attributes hold the pass, which would otherwise wait for the garbage collector.
     location.rewrites = location.observer = location.forward_pass = location.next_seed = None
     location.ending = location.rounding = location.following = None
-    location.tree = []
+    location.tree, location.made = [], {}
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]
     _remove_mode(location)

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from brevitas_bp.backward.elementary import divides_by, relative_to_itself
 from brevitas_bp.backward.location import current_location
-from brevitas_bp.backward.origins import goes_through_rounding_of
+from brevitas_bp.backward.origins import first_rounding_of, goes_through_rounding_of
 from brevitas_bp.backward.parameters import is_function_of_parameter, is_view_or_cast_of
 from brevitas_bp.backward.registry import Decide, OpRule
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
@@ -112,7 +113,8 @@ def _is_weight(saved: SavedTensor, weight: int) -> bool:
     return is_view_or_cast_of(x, tensors[weight])
 
 
-def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
+def product(
+        summands: int = 0, rows: RowsOf = of_matrix, of_itself: bool = False) -> OpRule:
     """Makes a rule for a product of two tensors, elementwise or of matrices.
 
     The gradient of each factor is linear in the other factor. A factor shares its rounding unless the
@@ -121,6 +123,7 @@ def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
     Args:
         summands: number of arguments before the factors, to which the product is added.
         rows: finds the elements of a factor that backward multiplies by the same gradients.
+        of_itself: whether both factors are one tensor.
     """
     def decide(saved: SavedTensor) -> Decision:
         tensors = list(tensors_in(saved.arguments[summands:]))
@@ -130,9 +133,12 @@ def product(summands: int = 0, rows: RowsOf = of_matrix) -> OpRule:
         if len(tensors) == 2 and any(is_statistic_of(saved.tensor, t) for t in tensors):
             return _WRITTEN_NORM._replace(codec=saved.codec, rows=rows)
         reach = _reach(tensors, size)
+        alone = reach == "weight" or stands_alone(saved, of_itself)
+        if not alone and any(divides_by(saved.tensor, t) for t in _others(saved)):
+            return relative_to_itself(saved, "factor of a gradient that is divided by it")
         return Decision(
-            saved.codec, "factor: the other's gradient is linear in it",
-            shared=reach == "weight" or stands_alone(saved), reach=reach, rows=rows)
+            saved.codec, "factor: the other's gradient is linear in it", shared=alone, reach=reach,
+            rows=rows)
 
     return OpRule(_floats(decide))
 
@@ -142,7 +148,7 @@ def square() -> OpRule:
 
     See NOTE [ Norms that are written out ] in :mod:`brevitas_bp.backward.written_norms`.
     """
-    of_product = product(rows=of_elements).decide
+    of_product = product(rows=of_elements, of_itself=True).decide
 
     def decide(saved: SavedTensor) -> Decision:
         if saved.following is None:
@@ -190,14 +196,23 @@ def _others(saved: SavedTensor) -> list[Tensor]:
         for t in tensors_in((a,)) if t.is_floating_point()]
 
 
-def stands_alone(saved: SavedTensor) -> bool:
+def stands_alone(saved: SavedTensor, of_itself: bool = False) -> bool:
     """Whether gradients of the other arguments meet no other rounding of the saved tensor.
 
     See NOTE [ No two roundings of one tensor are multiplied ] in :mod:`brevitas_bp.backward.origins`.
+
+    Args:
+        saved: the tensor.
+        of_itself: whether the gradient of the first argument has the saved tensor as a factor, as in a
+            square. The operation that computed this argument may have rounded it, as ``exp`` does.
     """
-    others = [t for t in _others(saved) if t.grad_fn is not None]
+    first = saved.call.argument(0, "input") if of_itself else None
+    others = [t for t in (*_others(saved), *tensors_in((first,))) if t.grad_fn is not None]
     location = current_location()
-    if location is None or not (others or saved.call is NO_CALL):
+    if location is None:
+        # The pass has ended, and does not tell any more what is rounded.
+        return not of_itself
+    if not (others or saved.call is NO_CALL):
         return True
     storage = storage_id(saved.tensor)
     if storage not in location.ever_rounded:
@@ -206,7 +221,9 @@ def stands_alone(saved: SavedTensor) -> bool:
         # We do not know the arguments of a custom Function.
         return False
     custom = storage in location.rounded_unseen
-    return not any(goes_through_rounding_of(storage, t, custom) for t in others)
+    arguments = list(tensors_in(saved.call.arguments[saved.position or 0:]))
+    first = 0 if custom or not arguments else first_rounding_of(storage, arguments[0])
+    return not any(goes_through_rounding_of(storage, t, custom, first) for t in others)
 
 
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:

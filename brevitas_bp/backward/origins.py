@@ -19,10 +19,14 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from brevitas_bp.backward.saved import tensors_in
+from brevitas_bp.backward.views import PIECES, WHOLE, kind_of, node_name
+from brevitas_bp.private import node_number
 
 _MARK = "brevitas_bp: storages of what is saved rounded"
 # After this many nodes the search stops, and the tensor counts as computed from any other tensor.
 _MOST = 4096
+_VIEWS = frozenset(node_name(operation) for operation in WHOLE | PIECES)
+_MOST_VIEWS = 8
 
 
 def note_rounded(output: Any, rounded: set[Hashable]) -> None:
@@ -40,17 +44,41 @@ def rounded_by(node: Any, tensor: Hashable) -> bool:
     return tensor in node.metadata.get(_MARK, ())
 
 
-def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False) -> bool:
+def first_rounding_of(storage: int, made: Tensor) -> int:
+    """Returns the number of the first node that can have saved a tensor rounded.
+
+    It is 0, unless the operation that computed the tensor saved it rounded itself, as ``exp`` does. All
+    operations that take the tensor are later then. So few nodes have to be searched, even if a network
+    runs step by step and its graph is long.
+
+    Args:
+        storage: storage of the tensor.
+        made: the tensor, or a view of it.
+    """
+    node: Any = made.grad_fn
+    for _ in range(_MOST_VIEWS):
+        if node is None:
+            return 0
+        if rounded_by(node, storage):
+            return node_number(node)
+        if kind_of(node) not in _VIEWS:
+            return 0
+        node = node.next_functions[0][0]
+    return 0
+
+
+def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False, first: int = 0) -> bool:
     """Whether a gradient of ``x`` goes through an operation that saved a tensor rounded.
 
     Args:
         storage: storage of that tensor.
         x: an argument of an operation.
+        first: number of the first node that can have done so (:func:`first_rounding_of`).
         custom: whether a custom autograd Function has saved that tensor. We cannot see when such a
             Function ends, so its nodes have no mark.
     """
     node: Any = x.grad_fn
-    if node is None:
+    if node is None or node_number(node) < first:
         return False
     seen, waiting = {node}, [node]
     while waiting:
@@ -58,7 +86,7 @@ def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False) -> b
         if rounded_by(node, storage) or (custom and isinstance(node, BackwardCFunction)):
             return True
         for source, _ in node.next_functions:
-            if source is not None and source not in seen:
+            if source is not None and source not in seen and node_number(source) >= first:
                 seen.add(source)
                 waiting.append(source)
         if len(seen) > _MOST:

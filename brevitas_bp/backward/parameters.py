@@ -59,6 +59,11 @@ class ParameterSet:
             if tensor.is_floating_point() and not (tensor.requires_grad or statistic):
                 self._frozen.add(storage)
 
+    @property
+    def gathered(self) -> bool:
+        """Whether parameters are DTensors, which FSDP2 may gather and free during a pass."""
+        return self._gathered is not None
+
     def contains(self, x: Tensor, arguments: tuple[Any, ...] = ()) -> bool:
         """Whether ``x`` is a parameter or buffer, or a view or cast of one.
 

@@ -10,20 +10,22 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from brevitas_bp.backward import torch_rules  # noqa: F401  (fills the registry)
-from brevitas_bp.backward.attention import ReplayAttention
+from brevitas_bp.backward import logits, torch_rules  # noqa: F401  (fills the registry)
+from brevitas_bp.backward.attention import FLOAT_MASK, QUERY, VALUE, ReplayAttention
 from brevitas_bp.backward.fixed_policies import keep_all, quantize_all, quantize_all_but_relu
 from brevitas_bp.backward.operations import FEW_IN_STATISTIC, norm_bits
 from brevitas_bp.backward.registry import rule_of
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative
-from brevitas_bp.backward.rows import RowsOf, last_dimension, of_elements
+from brevitas_bp.backward.rows import RowsOf, of_elements
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
+    ATTENTION_MASK,
     ATTENTION_VALUE,
     CHECKPOINT_INPUT,
     DERIVATIVE,
     FEW_BIT_INPUT,
     NO_CALL,
+    RECOMPUTED,
     SIGN,
     Call,
     Decision,
@@ -158,6 +160,10 @@ class OpAware:
         recomputed_bits: least width of tensors from which a compiled graph computes nonlinear functions
             in backward, such as the input of an activation. The gradient is then biased by the variance
             of the rounding, which is small at 8 bits. None keeps such tensors exact.
+        recompute_logits: whether ``cross_entropy`` and ``log_softmax`` compute their logits again in
+            backward if these come from a linear layer, perhaps as views, casts or copies, and if the
+            input of the layer takes fewer bytes than probabilities would. The input is then kept exact,
+            and the gradient of the logits is exact. It costs one more run of the layer.
         hints: store the output of ReLU, SiLU and GELU given what is stored for that function anyway: its
             mask or derivative. The same bytes then have a fraction of the error, see docs/given.md.
             Compiled graphs do not do so.
@@ -176,6 +182,7 @@ class OpAware:
     attention_quant: Any = None
     checkpoint_quant: Any = None
     recomputed_bits: int | None = 8
+    recompute_logits: bool = False
     hints: bool = True
     _multiplier: Codec | None = field(init=False, repr=False, compare=False, default=None)
     _attention: Codec | None = field(init=False, repr=False, compare=False, default=None)
@@ -245,6 +252,11 @@ class OpAware:
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """Returns how to run a function so that it saves something else, or None."""
+        if self.recompute_logits:
+            # One bit fewer, as for errors of classes.
+            rewrite = logits.rewrite_of(function, max(self.multiplier_bits - 1, 1))
+            if rewrite is not None:
+                return rewrite
         rule = rule_of(function)
         if rule is None or rule.rewrite is None:
             return None
@@ -319,16 +331,18 @@ class OpAware:
                 few_bit_codec(rule, saved.call, self.few_bit),
                 "interval of the input: the derivative, piecewise constant and biased")
         if role == ATTENTION_VALUE:
-            return self._widened(_VALUE.with_codec(codec), codec)
+            return self._widened(VALUE.with_codec(codec), codec)
         if role == ATTENTION_INPUT:
             quantizer = self._attention or self._wide(codec, self.attention_bits)
             if quantizer is not None:
-                return _QUERY.with_codec(quantizer)
+                return QUERY.with_codec(quantizer)
             whole = saved.tensor.untyped_storage().nbytes()
             apart = whole > saved.tensor.numel() * saved.tensor.element_size()
             # Copy a view. A kept view would keep the value alive, which is in the same memory.
             return Decision(_COPY if apart else None, "query and key: weights must be exact")
-        return _MASK if saved.tensor.dtype == torch.bool else _REPLAYED
+        if role == ATTENTION_MASK:
+            return _MASK if saved.tensor.dtype == torch.bool else FLOAT_MASK
+        return logits.KEPT if role == RECOMPUTED else _REPLAYED
 
     def _wide(self, codec: Codec, bits: int | None) -> Codec | None:
         """Returns a codec with at least so many bits for each element; None if there is none."""
@@ -357,13 +371,6 @@ _RUN_AGAIN = Decision(None, "a checkpointed part is run again from it")
 _REPLAYED = Decision(None, "needed to run again")
 _SIGN = Decision(sign(), "sign: gradient exact")
 _DERIVATIVE = Decision(None, "derivative: backward is linear in it", reach="all")
-# The value has the configured width: by measurement, four bits do not lower the noise of whole
-# transformers.
-_VALUE = Decision(
-    None, "value: backward is linear in it", shared=False, reach="sum", rows=last_dimension)
-_QUERY = Decision(
-    None, "query and key: attention runs again from them, slightly biased", shared=False, reach="all",
-    rows=last_dimension)
 _CONFIGURED_EXACT = Decision(None, "configured exact")
 _MASK = Decision(_BIT_MASK, "mask, 1 bit")
 _UNKNOWN = Decision(None, "unknown operation", known=False)

@@ -27,6 +27,7 @@ from torch.compiler import is_compiling
 from brevitas_bp.activations import derivatives
 from brevitas_bp.backward.hints import Place
 from brevitas_bp.backward.location import Location, seen_through
+from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.rows import RowsOf, of_elements
 from brevitas_bp.backward.saved import (
     DERIVATIVE,
@@ -51,6 +52,7 @@ class RunningPass(Protocol):
     """The part of the forward pass that a rewrite may use."""
 
     location: Location
+    parameters: ParameterSet
 
     def saving(self, *roles: str) -> AbstractContextManager["Substitution"]:
         """Gives these roles, in order, to the tensors that are saved within the block."""

@@ -23,7 +23,9 @@ FEW_BIT_INPUT = "input of a few-bit table"
 SIGN = "sign"
 ATTENTION_INPUT = "attention input"
 ATTENTION_VALUE = "attention value"
+ATTENTION_MASK = "attention mask"
 REPLAYED = "replayed"
+RECOMPUTED = "recomputed"
 #: Role of tensors that checkpointing keeps to run a part again.
 CHECKPOINT_INPUT = "input of a checkpointed part"
 
@@ -207,7 +209,8 @@ class Decision(NamedTuple):
     reach: Literal["weight", "sum", "norm", "all"] = "weight"
     rows: "Callable[[Tensor, Call], Rows | None] | None" = None
     units: Literal[
-        "statistic", "channel", "quotient", "sum of one", "logarithm", "class error"] | None = None
+        "statistic", "channel", "quotient", "sum of one", "logarithm", "class error",
+        "derivative"] | None = None
     least_bits: int = 1
     waits: bool = False
     probabilities: bool = False

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from brevitas_bp.activations.functions import ACTIVATIONS, Activation
 from brevitas_bp.backward import classes
-from brevitas_bp.backward.attention import ReplayAttention
+from brevitas_bp.backward.attention import ReplayAttention, attention_as_it_is
+from brevitas_bp.backward.elementary import elementary, power_of_a_number
 from brevitas_bp.backward.losses import SaveLossDerivative
 from brevitas_bp.backward.operations import (
     composite,
@@ -23,6 +24,7 @@ from brevitas_bp.backward.operations import (
     stands_alone,
     weighted,
 )
+from brevitas_bp.backward.recurrent import recurrent
 from brevitas_bp.backward.registry import OpRule, register_op
 from brevitas_bp.backward.rewrites import RunningPass, SaveDerivative, look_through
 from brevitas_bp.backward.rows import LEAST_ROW, convolved, of_elements, of_halves, trailing
@@ -96,11 +98,19 @@ def _multiplied(saved: SavedTensor) -> Decision:
 
 
 def _power(saved: SavedTensor) -> Decision:
-    """Decides for a power: ``x ** 2`` is a product; for other exponents, backward is not linear."""
-    exponent = saved.call.argument(1, "exponent")
-    if saved.position == 0 and isinstance(exponent, (int, float)) and exponent == 2:
+    """Decides for a power: ``x ** 2`` is a product; for other exponents, the derivative is stored."""
+    base, exponent = saved.call.argument(0, "input"), saved.call.argument(1, "exponent")
+    if isinstance(exponent, Tensor):
+        return power_of_a_number(saved, base, exponent)
+    if saved.position == 0 and exponent == 2:
         return _square.decide(saved)
-    return Decision(None, "not linear in what is saved")
+    return elementary(saved)
+
+
+def _reverse_power(saved: SavedTensor) -> Decision:
+    """Decides for ``base ** x``, called as a method of ``x``."""
+    return power_of_a_number(
+        saved, saved.call.argument(1, "other"), saved.call.argument(0, "input"))
 
 
 def _power_derivative(x: Tensor, y: Tensor, call: Call) -> Tensor:
@@ -145,8 +155,8 @@ def _deviation(saved: SavedTensor) -> Decision:
     if reduced is None:
         return Decision(None, "its statistics run across rows")
     return Decision(
-        saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
-        rows=lambda x, call: trailing(x, reduced))
+        saved.codec, "backward is linear in it", shared=stands_alone(saved, of_itself=True),
+        reach="all", rows=lambda x, call: trailing(x, reduced))
 
 
 def _threshold(saved: SavedTensor) -> Codec | None:
@@ -231,8 +241,8 @@ def _vector_norm(saved: SavedTensor) -> Decision:
     if reduced is None or prod(x.shape[x.dim() - reduced:]) < LEAST_ROW:
         return Decision(None, "its norms run across rows, or have few elements")
     return Decision(
-        saved.codec, "backward is linear in it", shared=stands_alone(saved), reach="all",
-        rows=lambda x, call: trailing(x, reduced))
+        saved.codec, "backward is linear in it", shared=stands_alone(saved, of_itself=True),
+        reach="all", rows=lambda x, call: trailing(x, reduced))
 
 
 def _trailing(x: Tensor, dims: Any) -> int | None:
@@ -312,22 +322,25 @@ for _entry in ACTIVATIONS.values():
         _register(activation(_entry), " ".join((_entry.name, *_entry.aliases)))
 
 register_op("scaled_dot_product_attention", OpRule(
-    exact("attention: the weights follow from what is saved").decide, ReplayAttention()))
+    attention_as_it_is, ReplayAttention()))
 _register(composite(), "multi_head_attention_forward")
 
 _register(composite(), "normalize")
 register_op("norm", OpRule(exact().decide, _look_through_python))
 _register(OpRule(_vector_norm), "linalg_vector_norm vector_norm")
-_register(OpRule(classes.softmax), "softmax")
+_register(OpRule(classes.softmax), "softmax softmin")
 _register(OpRule(classes.log_softmax), "log_softmax")
 _register(OpRule(classes.cross_entropy), "cross_entropy cross_entropy_loss")
 _register(OpRule(classes.nll_loss), "nll_loss nll_loss2d nll_loss_nd")
+_register(OpRule(elementary), """
+    exp exp2 expm1 special_exp2 special_expm1 log log2 log10 log1p special_log1p sqrt rsqrt reciprocal
+    rdiv rtruediv sinh cosh tan asin arcsin acos arccos acosh arccosh atanh arctanh""")
+_register(OpRule(_reverse_power), "rpow")
 _register(exact(), """
-    softmin gumbel_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal
-    rdiv rtruediv rpow prod cumprod cumsum logsumexp logcumsumexp matrix_norm
+    gumbel_softmax prod cumprod cumsum logsumexp logcumsumexp matrix_norm
     linalg_norm linalg_matrix_norm cosine_similarity pairwise_distance
     cdist pdist maximum minimum fmax fmin hypot atan2 lerp addcdiv bilinear local_response_norm
-    renorm sinh cosh tan asin acos lgamma digamma erfinv logit logaddexp xlogy sinc remainder fmod""")
+    renorm lgamma digamma erfinv logit logaddexp xlogy sinc remainder fmod""")
 _register(OpRule(exact("a loss").decide, SaveLossDerivative()), """
     binary_cross_entropy binary_cross_entropy_with_logits smooth_l1_loss soft_margin_loss""")
 _register(OpRule(exact("a loss").decide, SaveLossDerivative("weight")), "mse_loss huber_loss")
@@ -342,8 +355,9 @@ _register(exact("no floating-point tensor is expected"), """
     where masked_fill masked_scatter masked_select max min amax amin topk sort msort argsort
     kthvalue median nanmedian mode unique cat stack sum mean add sub rsub neg
     contiguous to float half bfloat16 double clone roll flip permute transpose reshape view""")
+_register(OpRule(recurrent), "lstm gru rnn_tanh rnn_relu")
 _register(exact("a recurrent layer: gates and states"), """
-    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell quantized_lstm""")
+    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell quantized_lstm""")
 _register(exact("grid positions"), "grid_sample grid_sampler affine_grid affine_grid_generator")
 
 _register(lossless(lambda saved: relu_region(), _MASK, zeros_outside=True), "relu")

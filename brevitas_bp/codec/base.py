@@ -306,6 +306,11 @@ class Codec(ABC):
         return None
 
     @property
+    def for_magnitudes(self) -> "Codec | None":
+        """The codec for numbers that each need an error relative to themselves; None if it has none."""
+        return None
+
+    @property
     def precise(self) -> "Codec":
         """This codec, with metadata that are not rounded."""
         return self

@@ -59,6 +59,10 @@ class FallbackCodec(Codec):
     def for_probabilities(self) -> Codec | None:
         return self.fallback.for_probabilities
 
+    @property
+    def for_magnitudes(self) -> Codec | None:
+        return self.fallback.for_magnitudes
+
     def at_least(self, bits: int) -> Codec:
         return super().at_least(bits) if self.bit_widths else self.fallback.at_least(bits)
 

@@ -15,6 +15,7 @@ from brevitas_bp.codec.general import float_dtype
 from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, bucket_form
 from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.codec.relative import relative
 from brevitas_bp.core.bit_width import TwoBitWidthSelector
 from brevitas_bp.core.levels import BucketLevelQuant
 from brevitas_bp.format.arithmetic import compute_dtype, stored_metadata_dtype
@@ -243,8 +244,16 @@ class LoweredCodec(BucketCodec):
     @property
     def for_probabilities(self) -> Codec | None:
         """With levels close together near zero; None if rounding to nearest was asked for."""
-        unbiased = self.spec.code_range.nearest is not None or self.spec.rounding.encoding_draws
-        return self.of_kind("companded") if unbiased else None
+        return self.of_kind("companded") if self._unbiased else None
+
+    @property
+    def for_magnitudes(self) -> Codec | None:
+        """Always with 8 bits; None if rounding to nearest was asked for."""
+        return relative() if self._unbiased else None
+
+    @property
+    def _unbiased(self) -> bool:
+        return self.spec.code_range.nearest is not None or self.spec.rounding.encoding_draws
 
     @property
     def precise(self) -> Codec:

@@ -122,6 +122,18 @@ CASES = {
             x.contiguous(memory_format=torch.channels_last), None, None, w, training=True),
         (16, 8, 7, 7), ((8,),), dims=-1, names="batch_norm"),
     "prelu": Case(F.prelu, weights=((12,),), names="prelu", sign=-1),
+    "log": Case(
+        lambda x: (x.abs() + 1e-9).log(), straddles=False,
+        names="log log2 log10 log1p sqrt rsqrt reciprocal"),
+    "negative power": Case(lambda x: (x.abs() + 1e-9) ** -0.5, names="pow", straddles=False),
+    "exp": Case(
+        lambda x: (x.clamp(-40, 40)).exp(), straddles=False, names="exp exp2 expm1 rpow"),
+    "sinh": Case(
+        lambda x: x.clamp(-40, 40).sinh(), straddles=False, names="sinh cosh tan asin acos acosh atanh"),
+    "gru": Case(
+        lambda x, w, v: torch.gru(
+            x, torch.zeros(1, 12, 8), [w, v], False, 1, 0.0, False, False, False)[0],
+        weights=((24, WIDTH), (24, 8)), straddles=False, names="lstm gru rnn_tanh rnn_relu"),
     "cube": Case(lambda x: x ** 3, names="pow"),
     "glu": Case(
         lambda x: F.glu(torch.cat((x, x.sign() / 2), -1)), names="glu"),
@@ -134,7 +146,9 @@ CASES = {
 
 # Names of rules that are the same object as a rule above, or that round nothing with several rows.
 _LIKE = {
-    "linear": "conv_tbc grouped_mm", "cross_entropy": "cross_entropy_loss",
+    "linear": "conv_tbc grouped_mm", "softmax": "softmin", "log": "special_log1p rdiv rtruediv",
+    "exp": "special_exp2 special_expm1", "sinh": "arcsin arccos arccosh arctanh",
+    "cross_entropy": "cross_entropy_loss",
     "linalg_vector_norm": "vector_norm", "log_softmax": "nll_loss nll_loss2d nll_loss_nd",
     "conv1d": "conv2d conv3d convolution",
     "conv_transpose1d": "conv_transpose2d conv_transpose3d",

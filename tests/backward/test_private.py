@@ -129,6 +129,15 @@ def test_leaves_of_containers() -> None:
     assert private.tree_leaves([1, {"a": (2, 3)}]) == [1, 2, 3]
 
 
+def test_nodes_are_numbered_in_order() -> None:
+    x = torch.ones(2, requires_grad=True)
+    first = x.exp()
+    second = first * 2
+    (below, _), *_ = second.grad_fn.next_functions  # pyright: ignore[reportOptionalMemberAccess]
+    assert private.node_number(below) == private.node_number(first.grad_fn)
+    assert private.node_number(first.grad_fn) < private.node_number(second.grad_fn)
+
+
 def test_what_is_known_while_graphs_are_made() -> None:
     assert private.saved_tensor_hook_context() is None and private.TracingContext.try_get() is None
     assert "static_input_indices" in private.inlining_code().co_varnames

@@ -389,10 +389,11 @@ def test_norms_across_rows_and_of_short_rows_stay_exact() -> None:
         assert torch.equal(torch.autograd.grad(model(x), x, cotangent)[0], exact)
 
 
-def test_exponentials_stay_exact() -> None:
-    # Small gradients of a quotient meet exponentials of any size.
+def test_exponentials_have_errors_relative_to_themselves() -> None:
+    # Small gradients of a quotient meet exponentials of any size: here, of up to 2**90. The quotient's
+    # own derivative is their square. See tests/backward/test_elementary.py for the bounds.
     x = (8 * torch.randn(8, 512)).requires_grad_()
     sigmoid = Apply(lambda x: 1 / (1 + torch.exp(-x)))
     exact = torch.autograd.grad(sigmoid(x).sum(), x)[0]
     rounded = torch.autograd.grad(QuantBackwardWrapper(sigmoid, seed=0)(x).sum(), x)[0]
-    assert float((rounded - exact).norm() / exact.norm()) < 1e-6
+    assert 1e-6 < float((rounded - exact).norm() / exact.norm()) < 0.4

@@ -22,6 +22,7 @@ from brevitas_bp.codec.pooling import WindowIndex
 from brevitas_bp.codec.regions import Region, ScaledMask, Sign
 from brevitas_bp.codec.shape_only import ShapeOnly
 from brevitas_bp.codec.signed import SignExact
+from brevitas_bp.codec.two_valued import TwoValuedCodec
 
 
 @contextmanager
@@ -83,7 +84,7 @@ class Recorder:
         return self.inner.rewrite(function)
 
 
-_LOSSLESS = (BitMask, Copy, NarrowInt, Region, ScaledMask, ShapeOnly, Sign, WindowIndex)
+_LOSSLESS = (BitMask, Copy, NarrowInt, Region, ScaledMask, ShapeOnly, Sign, TwoValuedCodec, WindowIndex)
 
 
 class Nudge(Codec):
@@ -101,15 +102,44 @@ class Nudge(Codec):
         self.step = step
         self.encoded = 0
 
+    @property
+    def for_magnitudes(self) -> Codec:
+        return _NudgeMagnitudes(self)
+
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         layout = TensorLayout.of(x)
         flat = layout.flatten(x.detach()).clone()
-        if self.encoded == self.which:
-            angle = torch.arange(flat.numel(), dtype=flat.dtype)
-            # Do not add a constant: some backwards subtract the mean, which would hide it.
-            flat += self.step * flat.abs().nan_to_num().max() * (1.7 * angle + 0.4).sin()
-        self.encoded += 1
+        move = self.next_move(flat)
+        if move is not None:
+            flat += move * flat.abs().nan_to_num().max()
         return Packed(self, (flat,), layout, None, where)
+
+    def next_move(self, flat: Tensor) -> Tensor | None:
+        """Returns the move of the next encoding, in units of its values; None: it is not moved."""
+        self.encoded += 1
+        if self.encoded - 1 != self.which:
+            return None
+        # Do not add a constant: some backwards subtract the mean, which would hide it.
+        return self.step * (1.7 * torch.arange(flat.numel(), dtype=flat.dtype) + 0.4).sin()
+
+    def decode(self, packed: Packed) -> Tensor:
+        return packed.layout.restore_flat(packed.tensors[0])
+
+
+class _NudgeMagnitudes(Codec):
+    """Moves each element by a part of itself, so that no sign changes."""
+
+    name = "nudge of magnitudes"
+    keeps_sign = True
+
+    def __init__(self, nudge: Nudge) -> None:
+        self.nudge = nudge
+
+    def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
+        layout = TensorLayout.of(x)
+        flat = layout.flatten(x.detach()).clone()
+        move = self.nudge.next_move(flat)
+        return Packed(self, (flat if move is None else flat * (1 + move),), layout, None, where)
 
     def decode(self, packed: Packed) -> Tensor:
         return packed.layout.restore_flat(packed.tensors[0])
