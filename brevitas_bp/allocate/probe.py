@@ -34,6 +34,7 @@ class Probed:
             None if the call has another trained tensor, or if no call is visible.
         reach: as the policy reports it; see :class:`~brevitas_bp.backward.saved.Decision`.
         rows: elements of a row and of the last dimension, if buckets are to end with rows.
+        counted: which elements of ``flat`` get the rounding error; None: all.
         spared: further bytes that are kept if the tensor is exact: the mean of a norm.
     """
 
@@ -41,6 +42,7 @@ class Probed:
     layout: TensorLayout
     configured: Codec
     rows: Rows | None = None
+    counted: Tensor | None = None
     spared: int = 0
     sites: set[str] = field(default_factory=set)
     calls: dict[int, set[int] | None] = field(default_factory=dict)
@@ -223,14 +225,15 @@ class Probing:
             originals: Sequence[Tensor]) -> None:
         """Adds a site to a tensor. Registered as a listener."""
         # The innermost payload has the order and the units in which the tensor is stored.
-        spared, packed = spared_nbytes(packed), packed.innermost
+        outer, packed = packed, packed.innermost
         place = packed.facts
         if not isinstance(place, _Place):
             return
         if place.probed is None:
             place.probed = Probed(
                 packed.tensors[0], packed.layout,
-                base_of(saved, decision._replace(codec=place.codec)), place.rows, spared)
+                base_of(saved, decision._replace(codec=place.codec)), place.rows,
+                outer.codec.counted(outer), spared_nbytes(outer))
             self._packed.append(weakref.ref(packed))
         tensor = place.probed
         tensor.sites.add(site_of(saved))

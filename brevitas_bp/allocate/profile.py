@@ -128,7 +128,10 @@ class Profile:
         if candidate.bits is None:
             return 0.0
         decoded = self._decoded(tensor, candidate, draw)
-        return float((decoded.double() - tensor.exact.double()).square().sum())
+        error = tensor.layout.flatten(decoded).double() - tensor.flat.double()
+        if tensor.counted is not None:
+            error = error[tensor.counted]
+        return float(error.square().sum())
 
     def decode(self, tensor: Probed) -> Tensor:
         """Returns the tensor that backward gets."""

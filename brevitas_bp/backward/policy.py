@@ -140,12 +140,10 @@ class OpAware:
         norm_bits: least width of the inputs of norms; None: the configured width. A rounding of these
             reaches all layers further up, with a weight of order 1 / sqrt(M) for M elements to a
             statistic. Small batches can give batch and instance norms few elements to a statistic. With
-            M < 256 their inputs get at least 3 bits, and with M < 64 at least 4 bits. With M < 16 they
-            stay exact.
+            M < 256 their inputs get at least 3 bits, with M < 64 at least 4. With M < 16 they are exact.
         multiplier_quant: quantizer that replaces the configured quantizer with ``multiplier_bits``.
-        few_bit: bits of the optimal piecewise-constant derivative (Novikov et al., "Few-bit backward",
-            2023), stored instead of a rounded derivative. It is smaller and has no noise, but is biased.
-            None: off.
+        few_bit: bits of the piecewise-constant derivative (Novikov et al., "Few-bit backward", 2023),
+            stored instead of a rounded derivative: smaller, without noise, biased. None: off.
         attention: "replay" stores query, key and value, and runs attention again in backward; "exact"
             keeps what autograd keeps.
         attention_bits: least width of query and key; None keeps them exact. Attention runs again from
@@ -160,13 +158,11 @@ class OpAware:
         recomputed_bits: least width of tensors from which a compiled graph computes nonlinear functions
             in backward, such as the input of an activation. The gradient is then biased by the variance
             of the rounding, which is small at 8 bits. None keeps such tensors exact.
-        recompute_logits: whether ``cross_entropy`` and ``log_softmax`` compute their logits again in
-            backward if these come from a linear layer, perhaps as views, casts or copies, and if the
-            input of the layer takes fewer bytes than probabilities would. The input is then kept exact,
-            and the gradient of the logits is exact. It costs one more run of the layer.
-        hints: store the output of ReLU, SiLU and GELU given what is stored for that function anyway: its
-            mask or derivative. The same bytes then have a fraction of the error, see docs/given.md.
-            Compiled graphs do not do so.
+        recompute_logits: whether ``cross_entropy`` and ``log_softmax`` compute logits of a linear layer
+            again in backward, if the layer's input takes fewer bytes than probabilities would. The input
+            is kept, and the gradient of the logits is exact. It costs one more run of the layer.
+        hints: store outputs of ReLU, SiLU and GELU given the mask or derivative that is stored anyway:
+            the same bytes have a fraction of the error, see docs/given.md. Compiled graphs do not.
 
     Raises:
         ValueError: an argument is out of range.

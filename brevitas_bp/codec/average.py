@@ -39,6 +39,7 @@ class AverageCodec(Codec):
         self.inner = inner
         self.average_size = check_average_size("brevitas_bp.codec.AverageCodec", average_size)
         self.bit_widths = inner.bit_widths
+        self.stores_differences = inner.stores_differences
         self.in_graphs = inner.in_graphs
         self.name = f"{inner.name}, means of {average_size}"
 

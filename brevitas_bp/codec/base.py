@@ -270,8 +270,12 @@ class Codec(ABC):
         return False
 
     def as_given(self, packed: "Packed") -> "Packed":
-        """Returns what another codec may take for given if it knows ``packed``: the same at each decode."""
+        """Returns what another codec may take for given; it must decode to the same at all times."""
         return packed
+
+    def counted(self, packed: "Packed") -> Tensor | None:
+        """Returns which elements, in the order of memory, get the rounding error; None: all."""
+        return None
 
     def without_units(self, packed: "Packed") -> "Packed":
         """Returns a ``Packed`` of this codec as its innermost codec decodes it."""

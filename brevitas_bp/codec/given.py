@@ -91,6 +91,10 @@ class MaskedCodec(_Given):
             stored = self._encode(filled, layout, x, seed, where)
         return Packed(self, stored.tensors, layout, stored, where)
 
+    def counted(self, packed: Packed) -> Tensor:
+        return dispatch.unpack_select(
+            self.mask.tensors[0], packed.layout.numel, 0, 1, torch.uint8).bool()
+
     def decode(self, packed: Packed) -> Tensor:
         """Returns the tensor, with exact zeros."""
         layout = packed.layout
