@@ -147,6 +147,8 @@ class ProbeCodec(Codec):
         self.probed = probed
         self.rows = rows
         self.stores_differences = probed.stores_differences
+        self.bucket_elements = (
+            probed if rows is None else in_rows(probed, rows)).bucket_elements
 
     def as_given(self, packed: Packed) -> Packed:
         """Returns the tensor as the policy would store it, because no plan is known yet."""

@@ -117,7 +117,7 @@ class Encodings:
         return packed
 
     def _note_mask(self, saved: SavedTensor, codec: Codec, packed: Packed) -> None:
-        if type(saved.tensor) is not Tensor:
+        if type(saved.tensor) is not Tensor or not codec.masks:
             return
         if packed.codec is codec:
             self.hints.note_mask(saved.tensor, weakref.ref(packed))

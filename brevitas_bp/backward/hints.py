@@ -5,9 +5,10 @@ See NOTE [ Given what is stored already ] in :mod:`brevitas_bp.codec.given`.
 
 import math
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -17,8 +18,8 @@ from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
 from brevitas_bp.codec.keep import version_of
-from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import Rows
+from brevitas_bp.format.differences import CHUNK
 
 
 class Place(NamedTuple):
@@ -27,17 +28,20 @@ class Place(NamedTuple):
     Attributes:
         storage: the storage, which this does not keep alive.
         key: equal for views of the same elements, as long as the storage lives.
-        layout: layout of the tensor.
+        shape: shape of the tensor.
+        stride: strides of the tensor; None: it has gaps, or elements that share memory.
     """
 
     storage: StorageWeakRef
     key: Hashable
-    layout: TensorLayout
+    shape: torch.Size
+    stride: tuple[int, ...] | None
 
     @classmethod
     def of(cls, x: Tensor) -> "Place":
         """Returns the place of an ordinary tensor."""
-        return cls(StorageWeakRef(x.untyped_storage()), _key(x), TensorLayout.of(x))
+        stride = x.stride() if is_dense(x) else None
+        return cls(StorageWeakRef(x.untyped_storage()), _key(x), x.shape, stride)
 
 
 class _Hint(NamedTuple):
@@ -65,8 +69,9 @@ class Hints:
         Derivatives of other functions tell too little.
         """
         prediction = PREDICTIONS.get(name or "")
-        if prediction is not None and output is not None and (
-                derivative.layout.stride in ((), output.layout.stride)):
+        if prediction is None or output is None or derivative.codec.keeps:
+            return
+        if derivative.layout.stride in ((), output.stride):
             told = derivative.codec.as_given(derivative)
             found = weakref.ref(derivative) if told is derivative else lambda: told
             self._hints[output.key] = _Hint(output, found, prediction, None)
@@ -87,25 +92,48 @@ class Hints:
             return codec
         hint = self._hints.get(_key(x))
         packed = None if hint is None else hint.packed()
-        if hint is None or packed is None or not _same_order(hint.place.layout, TensorLayout.of(x)):
+        if hint is None or packed is None or not _same_order(hint.place, x):
             return codec
         row = _row(saved, decision, rows)
         if hint.prediction is None:
             return MaskedCodec(codec, packed, row) if version_of(x) == hint.version else codec
         # A change of ``x`` since then makes the prediction worse, but not wrong.
-        return codec if row is None else DifferenceCodec(codec, packed, hint.prediction, row)
+        if row is None or not _ends_with_buckets(codec.bucket_elements, row):
+            return codec
+        return DifferenceCodec(codec, packed, hint.prediction, row)
 
 
 def _key(x: Tensor) -> Hashable:
     return storage_id(x), x.storage_offset(), x.numel(), x.dtype
 
 
-def _same_order(stored: TensorLayout, its: TensorLayout) -> bool:
+def _same_order(place: Place, x: Tensor) -> bool:
     """Whether elements at equal places in memory are the same elements."""
-    if its.numel != math.prod(its.shape) or its.numel != stored.numel:
+    if place.stride is None or not is_dense(x):
         return False
-    return (its.contiguous and stored.contiguous) or (its.shape, its.stride) == (
-        stored.shape, stored.stride)
+    return (place.shape, place.stride) == (x.shape, x.stride()) or (
+        x.is_contiguous() and is_contiguous(place.shape, place.stride))
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of ``x`` fill a stretch of memory, each in a place of its own."""
+    return x.is_contiguous() or is_contiguous(*zip(*sorted(
+        ((n, s) for n, s in zip(x.shape, x.stride()) if n != 1), key=lambda d: -d[1])))
+
+
+def is_contiguous(shape: Sequence[int] = (), stride: Sequence[int] = ()) -> bool:
+    """Whether strides are those of a contiguous tensor."""
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride)):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _ends_with_buckets(bucket: int | None, row: int) -> bool:
+    """Whether no bucket lies in two chunks. Their differences might have other means."""
+    return bucket is not None and (CHUNK % bucket == 0 or row <= CHUNK)
 
 
 def _row(saved: SavedTensor, decision: Decision, rows: Rows | None) -> int | None:

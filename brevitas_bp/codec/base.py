@@ -87,9 +87,14 @@ class Packed(_Referable):
             CorruptPayloadError: the stored tensors have changed since they were stored; see
                 NOTE [ A corrupted payload is refused ].
         """
+        self.checked()
+        return self.codec.decode(self)
+
+    def checked(self) -> tuple[Tensor, ...]:
+        """Returns the stored tensors, after the checks of :meth:`decode`."""
         if self.codec.owns:
             self._check()
-        return self.codec.decode(self)
+        return self.tensors
 
     @property
     def is_smaller(self) -> bool:
@@ -180,6 +185,10 @@ class Codec(ABC):
     keeps_sign: bool = False
     #: Whether it stores any numbers in the range that they have, differences as well as the tensor.
     stores_differences: bool = False
+    #: Elements of a bucket; None: a bucket may have any.
+    bucket_elements: int | None = None
+    #: Whether its first stored tensor is a packed mask of the elements inside a region.
+    masks: bool = False
     #: Widths of its codes, if it has variants with other widths; otherwise empty.
     bit_widths: tuple[int, ...] = ()
     #: Whether compiled graphs can store with it; see :meth:`in_graph`.

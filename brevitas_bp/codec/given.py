@@ -31,6 +31,9 @@ from brevitas_bp.format.differences import chunk_count
 from brevitas_bp.format.masks import mask_nbytes
 from brevitas_bp.kernels import dispatch
 
+# Elements converted at once, a multiple of a chunk.
+_PIECE = 1 << 18
+
 
 class _Given(WrappingCodec):
     """What codecs share that take something else for given."""
@@ -67,7 +70,6 @@ class MaskedCodec(_Given):
     """Stores the output of a ReLU, given the mask of its positive elements.
 
     Args:
-        row: elements of a row, as in :mod:`~brevitas_bp.format.differences`; None: no zeros are filled.
         mask: the stored mask.
         row: elements of a row (:mod:`~brevitas_bp.format.differences`); None: no filling.
     """
@@ -81,24 +83,27 @@ class MaskedCodec(_Given):
         return MaskedCodec(inner, self.mask, self.row)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Fills the zeros, and stores the rest."""
+        """Fills the zeros, and stores the rest; stores all if elements outside of the mask are not 0."""
         layout = TensorLayout.of(x)
+        flat = layout.flatten(x.detach())
+        if not dispatch.is_inside(flat, self.mask.tensors[0]):
+            # The tensor has changed since the mask was made, in a way that its version does not tell.
+            return self.inner.encode(x, seed=seed, where=where)
         if self.row is None:
             stored = self.inner.encode(x, seed=seed, where=where)
         else:
-            flat = layout.flatten(x.detach())
-            filled = dispatch.fill_zeros(flat.to(compute_dtype(x.dtype)), self.row).to(x.dtype)
-            stored = self._encode(filled, layout, x, seed, where)
+            stored = self._encode(_filled(flat, self.row), layout, x, seed, where)
         return Packed(self, stored.tensors, layout, stored, where)
 
-    def counted(self, packed: Packed) -> Tensor:
-        return dispatch.unpack_select(
-            self.mask.tensors[0], packed.layout.numel, 0, 1, torch.uint8).bool()
+    def counted(self, packed: Packed) -> Tensor | None:
+        # Without rows, ``inner`` may have another order.
+        return None if self.row is None else dispatch.unpack_select(
+            self.mask.checked()[0], packed.layout.numel, 0, 1, torch.uint8).bool()
 
     def decode(self, packed: Packed) -> Tensor:
         """Returns the tensor, with exact zeros."""
         layout = packed.layout
-        mask = self.mask.tensors[0]
+        mask = self.mask.checked()[0]
         if mask.numel() != mask_nbytes(layout.numel):
             refuse(packed, f"a mask of {mask_nbytes(layout.numel)} bytes", f"{mask.numel()} bytes")
         values = dispatch.mask_(self._decode(packed), mask)
@@ -144,6 +149,10 @@ class DifferenceCodec(_Given):
         used = dispatch.unpack_select(
             packed.tensors[-1], self._chunks(layout), 0, 1, packed.tensors[-1].dtype).bool()
         dispatch.add_prediction_(values, derivatives, self.prediction, self.row, used)
+        if layout.dtype.itemsize == 2:
+            # The noise of a value near the largest number may lie beyond it.
+            limit = torch.finfo(layout.dtype).max
+            values.clamp_(-limit, limit)
         return layout.restore_flat(values.to(layout.dtype))
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
@@ -163,3 +172,18 @@ class DifferenceCodec(_Given):
         decoded = self.derivative.decode()
         flat = TensorLayout.of(decoded).flatten(decoded).to(dtype)
         return flat if self.derivative.codec.decodes_anew else flat.clone()
+
+
+def _filled(flat: Tensor, row: int) -> Tensor:
+    """Fills zeros; converts halves in pieces, so that temporaries stay small."""
+    dtype = compute_dtype(flat.dtype)
+    if flat.dtype == dtype:
+        return dispatch.fill_zeros(flat, row)
+    out, piece = torch.empty_like(flat), min(row, _PIECE)
+    # A long row is cut between two chunks.
+    step = piece * max(1, _PIECE // piece) if row <= _PIECE or row == flat.numel() else row
+    for start in range(0, flat.numel(), step):
+        part = flat[start:start + step]
+        out[start:start + step] = dispatch.fill_zeros(
+            part.to(dtype), row if part.numel() % row == 0 else part.numel())
+    return out

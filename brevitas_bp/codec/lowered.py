@@ -138,6 +138,7 @@ class LoweredCodec(BucketCodec):
         self.spec = spec
         self.bit_widths = spec.bit_widths
         self.in_graphs = True
+        self.bucket_elements = spec.bucket_size
         self.stores_differences = spec.affine or spec.code_range.signed
         self.keeps_sign = spec.rounding is COMPANDED and spec.transform is NO_TRANSFORM
         self.name = _name_of(spec)

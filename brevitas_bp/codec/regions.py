@@ -59,6 +59,7 @@ class Region(Codec):
 
     restores = FLOATS
     lossy = False
+    masks = True
     name: str
     lo: float | None = None
     hi: float | None = None

@@ -44,6 +44,11 @@ def mask_(x: Tensor, mask: Tensor) -> Tensor:
     return x.mul_(unpack_select(mask, x.numel(), 0.0, 1.0, x.dtype))
 
 
+def is_inside(x: Tensor, mask: Tensor) -> bool:
+    """Whether all elements of ``x`` [numel] outside of a packed mask are zero."""
+    return not bool(x[unpack_select(mask, x.numel(), 0, 1, torch.uint8) == 0].any())
+
+
 def predict(derivative: Tensor, prediction: Prediction) -> Tensor:
     """Evaluates a prediction at decoded derivatives, by Horner's rule; NaN counts as the least."""
     cut = torch.where(derivative > LEAST, derivative, LEAST)
@@ -77,7 +82,8 @@ def subtract_prediction(
 def add_prediction_(
         x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor) -> Tensor:
     """Undoes :func:`subtract_prediction` in place."""
-    return x.add_(torch.where(_for_elements(used, row), predict(derivative, prediction), 0))
+    sums = x + predict(derivative, prediction)
+    return x.copy_(torch.where(_for_elements(used, row), sums, x))
 
 
 def chunk_count(numel: int, row: int) -> int:

@@ -310,6 +310,11 @@ def fill_zeros(x: Tensor, row: int) -> Tensor:
     return differences_backend(x.device).fill_zeros(x, row)
 
 
+def is_inside(x: Tensor, mask: Tensor) -> bool:
+    """See :func:`brevitas_bp.format.differences.is_inside`."""
+    return differences_backend(x.device).is_inside(x, mask)
+
+
 def mask_(x: Tensor, mask: Tensor) -> Tensor:
     """See :func:`brevitas_bp.format.differences.mask_`."""
     return differences_backend(x.device).mask_(x, mask)

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -10,9 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brevitas_bp import OpAware, QuantBackwardWrapper, check_gradients
+from brevitas_bp import (
+    OpAware,
+    QuantBackwardWrapper,
+    SavedTensor,
+    check_gradients,
+    track_saved_memory,
+)
 from brevitas_bp.backward.seam import listening
-from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
+from brevitas_bp.codec import Copy
+from brevitas_bp.quant import (
+    RotatedNormal2DynamicActPerBucketFloat,
+    ShiftedUint2DynamicActPerBucketFloatStochastic,
+)
 from tests.backward.support import Apply
 from tests.stats import normal
 
@@ -172,3 +183,99 @@ def test_small_and_odd_networks_still_check() -> None:
         check = check_gradients(
             QuantBackwardWrapper(module), torch.randn(64, 8), lambda m, x: m(x).square().mean())
         assert "nan" not in str(check)
+
+
+def mean_gradient(module: nn.Module, forward: Callable[[nn.Module], Tensor]) -> float:
+    """Returns how far the mean of 40 gradients of the last layer's weight is from the exact gradient."""
+    weight = list(module.parameters())[-2]
+
+    def gradient(model: nn.Module) -> Tensor:
+        return torch.autograd.grad(forward(model), weight)[0]
+
+    exact = gradient(module)
+    model = QuantBackwardWrapper(module)
+    mean = sum(gradient(model) for _ in range(40)) / 40
+    return float((mean - exact).norm() / exact.norm())
+
+
+class Halves(nn.Module):
+    """A ReLU in place on every second row; the next layer reads other elements of the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(64, WIDTH), nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x) + 0
+        F.relu_(h[::2])
+        return self.last(h[:len(h) // 2])
+
+
+def test_a_view_with_gaps_is_another_tensor() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert mean_gradient(Halves(), lambda m: m(x).square().sum()) < 0.15
+
+
+class Shifted(nn.Module):
+    """Changes the output of a ReLU without autograd's knowledge, before the next layer reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(64, WIDTH), nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        y.data.add_(1)
+        return self.last(y)
+
+
+def test_a_change_that_raises_no_version_is_seen() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert mean_gradient(Shifted(), lambda m: m(x).square().sum()) < 0.05
+
+
+class Replacing(OpAware):
+    """Stores what activation functions save in another way than the default policy."""
+
+    def __init__(self, codec: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "codec", codec)
+
+    def decide(self, saved: SavedTensor) -> Any:
+        decision = super().decide(saved)
+        replaced = saved.op == "relu" or saved.role == "derivative"
+        return decision._replace(codec=self.codec) if replaced else decision  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("codec", [Copy(), None])
+@pytest.mark.parametrize("size", [4, 64])
+@pytest.mark.parametrize("function", [F.relu, F.silu])
+def test_other_codecs_of_a_mask_give_no_hints(function: Function, size: int, codec: Any) -> None:
+    module, x = between(function), torch.randn(size, WIDTH)
+    grads = []
+    for listener in (False, True):
+        model = QuantBackwardWrapper(module, policy=Replacing(codec), seed=2)
+        with ExitStack() as stack:
+            if listener:
+                stack.enter_context(track_saved_memory(model))
+            grads.append(torch.autograd.grad(model(x).square().sum(), list(module.parameters())))
+    assert all(map(torch.equal, *grads))
+    # A copy of a derivative tells as much as its codes.
+    copied = function is F.silu and codec is not None
+    assert any(given_names(module, x, policy=Replacing(codec))) == copied
+
+
+@pytest.mark.parametrize("options", [{"bucket_size": 1024}, {"bucket_size": None}])
+def test_buckets_that_are_larger_than_chunks_store_no_differences(options: dict[str, Any]) -> None:
+    module = nn.Sequential(nn.Linear(64, 1024), nn.SiLU(), nn.Linear(1024, 8))
+    names = given_names(
+        module, torch.randn(8, 64), act_quant=ShiftedUint2DynamicActPerBucketFloatStochastic, **options)
+    assert names == ["", ""]
+
+
+def test_small_planes_store_no_differences() -> None:
+    x = torch.randn(16, 3, 8, 8)
+    assert given_names(convolutions(F.silu), x) == ["", "", "given the derivative"]
+    assert given_names(convolutions(F.relu), x) == ["", "given the mask", "given the mask"]

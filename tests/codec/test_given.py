@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from brevitas_bp import CorruptPayloadError, codec_from
 from brevitas_bp.activations.predictions import PREDICTIONS
 from brevitas_bp.codec import Codec, Packed
-from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
+from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec, _filled
 from brevitas_bp.codec.regions import relu_region
+from brevitas_bp.format import differences as reference
 from brevitas_bp.quant import (
     RotatedNormal1DynamicActPerBucketFloat,
     RotatedNormal2DynamicActPerBucketFloat,
@@ -147,6 +148,40 @@ def test_payloads_are_copied_pickled_and_checked(make: Callable[[Tensor, Codec],
     packed.tensors[0].add_(1)
     with pytest.raises(CorruptPayloadError):
         packed.decode()
+
+
+def test_a_changed_mask_is_noticed() -> None:
+    x, given = masked(normals(4, 256), ROTATED)
+    assert isinstance(given, MaskedCodec)
+    packed = given.encode(x, seed=0)
+    given.mask.tensors[0].zero_()
+    with pytest.raises(CorruptPayloadError):
+        packed.decode()
+
+
+def test_elements_outside_of_the_mask_are_stored_without_it() -> None:
+    y = normals(4, 256)
+    for dtype in FLOATS:
+        x, given = masked(y.to(dtype), ROTATED)
+        assert given.encode(x, seed=0).codec is given
+        assert given.encode(x + 1, seed=0).codec is ROTATED
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_halves_stay_finite(dtype: torch.dtype) -> None:
+    y = 0.9 * torch.finfo(dtype).max * torch.rand(16, 256, dtype=torch.float64).to(dtype)
+    x, given = difference(y, ROTATED)
+    decoded = given.encode(x, seed=0).decode()
+    assert bool(decoded.isfinite().all())
+
+
+@pytest.mark.parametrize("row", [64, 1000, 256 * 3, 1 << 19])
+def test_halves_are_filled_in_pieces(row: int) -> None:
+    x = normals(1 << 20 if row == 1 << 19 else 500 * row).relu().bfloat16()
+    whole = reference.fill_zeros(x.float(), row).bfloat16()
+    assert torch.equal(_filled(x, row), whole)
+    flat = reference.fill_zeros(x.float(), x.numel()).bfloat16()
+    assert torch.equal(_filled(x, x.numel()), flat)
 
 
 @each_maker

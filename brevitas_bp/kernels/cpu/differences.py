@@ -99,6 +99,26 @@ def _mask(begin: Any, end: Any, mask: Any, x: Any) -> None:
             _mask_bits(mask[begin:last], np.uint8(bit), x[bit * n + begin:bit * n + last])
 
 
+@jit
+def _strays(begin: Any, end: Any, mask: Any, x: Any, found: Any) -> None:
+    """Notes in ``found`` whether elements of bytes ``begin .. end - 1`` lie outside of a mask."""
+    n = mask.size
+    for bit in range(8):
+        last = min(end, x.size - bit * n)
+        if last > begin and _has_strays(
+                mask[begin:last], np.uint8(bit), x[bit * n + begin:bit * n + last]):
+            found[0] = True
+
+
+@jit
+def _has_strays(mask: Any, bit: Any, x: Any) -> Any:
+    wide_vectors()
+    seen = np.uint8(0)
+    for j in range(_N(x.size)):
+        seen |= np.uint8(x[j] != 0) & np.uint8(~(mask[j] >> bit) & np.uint8(1))
+    return seen != 0
+
+
 @inline
 def _predicted(derivative: Any, c: Any) -> Any:
     # NaN is not above the least derivative. Missing coefficients are zero, and change nothing.
@@ -159,6 +179,18 @@ def fill_zeros(x: Tensor, row: int) -> Tensor:
         _fill, (), 0, chunk_count(x.numel(), row), CHUNK, (
             x.numpy(), _words(x), row, out.numpy()))
     return out
+
+
+def is_inside(x: Tensor, mask: Tensor) -> bool:
+    """See :func:`brevitas_bp.format.differences.is_inside`."""
+    if x.element_size() == 2:
+        # Without the sign bit: -0 is zero.
+        bits: Any = (x.view(INTEGERS[2]) & 0x7FFF).numpy()
+    else:
+        bits = x.numpy()
+    found = np.zeros(1, np.bool_)
+    run_in_pool(_strays, (), 0, mask.numel(), 8, (mask.numpy(), bits, found))
+    return not found[0]
 
 
 def mask_(x: Tensor, mask: Tensor) -> Tensor:
