@@ -97,7 +97,10 @@ class Hints:
         row = _row(saved, decision, rows)
         if hint.prediction is None:
             return MaskedCodec(codec, packed, row) if version_of(x) == hint.version else codec
-        # A change of ``x`` since then makes the prediction worse, but not wrong.
+        # A change of ``x`` since then makes the prediction worse, but not wrong. Ranges are compared in
+        # the units of ``codec``, so chunks may hold several channels.
+        if decision.units == "channel":
+            row = x.numel() if rows is None else rows.length if rows.order is None else None
         if row is None or not _ends_with_buckets(codec.bucket_elements, row):
             return codec
         return DifferenceCodec(codec, packed, hint.prediction, row)

@@ -136,7 +136,8 @@ class DifferenceCodec(_Given):
         layout = TensorLayout.of(x)
         flat = layout.flatten(x.detach()).to(compute_dtype(x.dtype))
         difference, used = dispatch.subtract_prediction(
-            flat, self._derivatives(flat.dtype), self.prediction, self.row)
+            flat, self._derivatives(flat.dtype), self.prediction, self.row,
+            self.inner.factors(flat.numel()))
         stored = self._encode(difference, layout, x, seed, where)
         return Packed(self, (*stored.tensors, dispatch.pack_bits(used)), layout, stored, where)
 

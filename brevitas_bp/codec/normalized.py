@@ -72,6 +72,12 @@ class NormalizedCodec(WrappingCodec):
         self.affine = affine
         self.undo = undo
         self.decodes_anew = inner.decodes_anew
+        self.bucket_elements = inner.bucket_elements
+
+    def factors(self, numel: int) -> Tensor:
+        rstd = self.undo.rstd
+        each = torch.where(rstd < self.undo.largest, rstd, 0).repeat_interleave(self.undo.inner)
+        return each.repeat(numel // each.numel())
 
     def around(self, inner: Codec) -> Codec:
         return NormalizedCodec(inner, self.affine, self.undo)

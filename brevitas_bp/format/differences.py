@@ -61,7 +61,8 @@ def predict(derivative: Tensor, prediction: Prediction) -> Tensor:
 
 
 def subtract_prediction(
-        x: Tensor, derivative: Tensor, prediction: Prediction, row: int) -> tuple[Tensor, Tensor]:
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int,
+        factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Subtracts the prediction from ``x`` in the chunks whose range that reduces.
 
     Args:
@@ -69,13 +70,15 @@ def subtract_prediction(
         derivative: its decoded derivatives [numel], whose memory may be used for the result.
         prediction: predicts ``x`` from the derivative.
         row: elements of a row.
+        factors: by what the elements are multiplied before their range is taken, [numel]; None: by 1.
 
     Returns:
         The difference, or ``x`` itself in other chunks, [numel]; and which chunks have a difference,
         bool [chunks]. A chunk with NaN or infinity has none.
     """
     difference = x - predict(derivative, prediction)
-    used = _range(difference, row) < _range(x, row)
+    compared = (difference, x) if factors is None else (difference * factors, x * factors)
+    used = _range(compared[0], row) < _range(compared[1], row)
     return torch.where(_for_elements(used, row), difference, x), used
 
 

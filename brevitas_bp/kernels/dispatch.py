@@ -321,8 +321,11 @@ def mask_(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def subtract_prediction(
-        x: Tensor, derivative: Tensor, prediction: Prediction, row: int) -> tuple[Tensor, Tensor]:
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int,
+        factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`brevitas_bp.format.differences.subtract_prediction`."""
+    if factors is not None:
+        return differences.subtract_prediction(x, derivative, prediction, row, factors)
     return differences_backend(x.device).subtract_prediction(x, derivative, prediction, row)
 
 
