@@ -282,8 +282,8 @@ class Codec(ABC):
         """Returns what another codec may take for given; it must decode to the same at all times."""
         return packed
 
-    def factors(self, numel: int) -> Tensor | None:
-        """Returns by what it multiplies each of ``numel`` elements before it stores them; None: by 1."""
+    def factors(self, row: int) -> Tensor | None:
+        """Returns by what it multiplies each element of a row [row] before it stores it; None: by 1."""
         return None
 
     def counted(self, packed: "Packed") -> Tensor | None:

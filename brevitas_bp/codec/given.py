@@ -137,7 +137,7 @@ class DifferenceCodec(_Given):
         flat = layout.flatten(x.detach()).to(compute_dtype(x.dtype))
         difference, used = dispatch.subtract_prediction(
             flat, self._derivatives(flat.dtype), self.prediction, self.row,
-            self.inner.factors(flat.numel()))
+            self.inner.factors(self.row))
         stored = self._encode(difference, layout, x, seed, where)
         return Packed(self, (*stored.tensors, dispatch.pack_bits(used)), layout, stored, where)
 

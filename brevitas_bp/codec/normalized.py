@@ -74,10 +74,10 @@ class NormalizedCodec(WrappingCodec):
         self.decodes_anew = inner.decodes_anew
         self.bucket_elements = inner.bucket_elements
 
-    def factors(self, numel: int) -> Tensor:
+    def factors(self, row: int) -> Tensor:
         rstd = self.undo.rstd
         each = torch.where(rstd < self.undo.largest, rstd, 0).repeat_interleave(self.undo.inner)
-        return each.repeat(numel // each.numel())
+        return each.repeat(row // each.numel())
 
     def around(self, inner: Codec) -> Codec:
         return NormalizedCodec(inner, self.affine, self.undo)

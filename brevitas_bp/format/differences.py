@@ -70,15 +70,18 @@ def subtract_prediction(
         derivative: its decoded derivatives [numel], whose memory may be used for the result.
         prediction: predicts ``x`` from the derivative.
         row: elements of a row.
-        factors: by what the elements are multiplied before their range is taken, [numel]; None: by 1.
+        factors: by what the elements of a row are multiplied before their range is taken; None: by 1.
 
     Returns:
         The difference, or ``x`` itself in other chunks, [numel]; and which chunks have a difference,
         bool [chunks]. A chunk with NaN or infinity has none.
     """
     difference = x - predict(derivative, prediction)
-    compared = (difference, x) if factors is None else (difference * factors, x * factors)
-    used = _range(compared[0], row) < _range(compared[1], row)
+    if factors is None:
+        used = _range(difference, row) < _range(x, row)
+    else:
+        scaled = [(values.view(-1, row) * factors).view(-1) for values in (difference, x)]
+        used = _range(scaled[0], row) < _range(scaled[1], row)
     return torch.where(_for_elements(used, row), difference, x), used
 
 

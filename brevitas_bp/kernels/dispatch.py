@@ -324,9 +324,7 @@ def subtract_prediction(
         x: Tensor, derivative: Tensor, prediction: Prediction, row: int,
         factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`brevitas_bp.format.differences.subtract_prediction`."""
-    if factors is not None:
-        return differences.subtract_prediction(x, derivative, prediction, row, factors)
-    return differences_backend(x.device).subtract_prediction(x, derivative, prediction, row)
+    return differences_backend(x.device).subtract_prediction(x, derivative, prediction, row, factors)
 
 
 def add_prediction_(

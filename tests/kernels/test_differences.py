@@ -109,6 +109,12 @@ def test_kernels_give_the_bits_of_the_reference(
         for form in (reference, kernels))
     assert torch.equal(used, its_used)
     assert same_bits(rest.nan_to_num(7, 8, 9), its_rest.nan_to_num(7, 8, 9))
+    factors = torch.rand(row, dtype=dtype)
+    (scaled, used_so), (its_scaled, its_so) = (
+        form.subtract_prediction(y, d.clone(), prediction, row, factors)  # type: ignore[attr-defined]
+        for form in (reference, kernels))
+    assert torch.equal(used_so, its_so)
+    assert same_bits(scaled.nan_to_num(7, 8, 9), its_scaled.nan_to_num(7, 8, 9))
     sums = [
         form.add_prediction_(rest.clone(), d, prediction, row, used)  # type: ignore[attr-defined]
         for form in (reference, kernels)]

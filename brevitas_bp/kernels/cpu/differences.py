@@ -157,6 +157,35 @@ def _subtract(
 
 
 @jit
+def _scale(x: Any, factors: Any, out: Any) -> None:
+    wide_vectors()
+    for i in range(_N(x.size)):
+        out[i] = x[i] * factors[i]
+
+
+@jit
+def _subtract_in_units(
+        begin: Any, end: Any, x: Any, out: Any, words: Any, factors: Any, c: Any, row: Any,
+        used: Any) -> None:
+    """Works like :func:`_subtract`, and compares ranges of elements times ``factors`` [row]."""
+    scaled_words = np.empty(CHUNK, words.dtype)
+    scaled, ends = scaled_words.view(x.dtype), np.empty(2, words.dtype)
+    for number in range(begin, end):
+        start, size = _chunk(number, row)
+        part, target = window(x, start, size), window(out, start, size)
+        own = window(factors, start % row, size)
+        scratch, bits = window(scaled, 0, size), window(scaled_words, 0, size)
+        _difference(part, c, target)
+        _scale(part, own, scratch)
+        least, most = _extremes(scratch, bits, ends)
+        _scale(target, own, scratch)
+        lower, upper = _extremes(scratch, bits, ends)
+        used[number] = upper - lower < most - least
+        if not used[number]:
+            target[:] = part
+
+
+@jit
 def _sum(derivative: Any, c: Any, x: Any) -> None:
     wide_vectors()
     for i in range(_N(x.size)):
@@ -200,10 +229,16 @@ def mask_(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def subtract_prediction(
-        x: Tensor, derivative: Tensor, prediction: Prediction, row: int) -> tuple[Tensor, Tensor]:
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int,
+        factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`brevitas_bp.format.differences.subtract_prediction`."""
     count = chunk_count(x.numel(), row)
     used = torch.empty(count, dtype=torch.bool, device="cpu")
+    if factors is not None:
+        run_in_pool(_subtract_in_units, (), 0, count, CHUNK, (
+            x.numpy(), derivative.numpy(), _words(x), factors.to(x.dtype).numpy(),
+            _coefficients(x, prediction), row, used.numpy()))
+        return derivative, used
     run_in_pool(_subtract, (), 0, count, CHUNK, (
         x.numpy(), derivative.numpy(), _words(x), _words(derivative), _coefficients(x, prediction), row,
         used.numpy()))
