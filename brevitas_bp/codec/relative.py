@@ -11,8 +11,9 @@ from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.general import float_dtype
 from brevitas_bp.codec.integrity import TensorType
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.arithmetic import compute_dtype, exponent_of, power_of_two
 from brevitas_bp.format.random import noise_keys, row_indices, uniform_
+from brevitas_bp.format.reference import to_buckets
 
 #: Elements whose levels have one range.
 BUCKET = 256
@@ -111,8 +112,8 @@ def _range_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _encoded(x: Tensor, seed: int, first: int) -> tuple[Tensor, Tensor]:
     """Returns codes and ranges [2, n] of flat elements, of which ``first`` is the place of the first."""
-    magnitudes = _in_buckets(x.abs().to(compute_dtype(x.dtype)))
-    exponents = magnitudes.log2()
+    magnitudes = to_buckets(x.abs().to(compute_dtype(x.dtype)), BUCKET)
+    exponents = exponent_of(magnitudes)
     low, high = exponents.aminmax(dim=1, keepdim=True)
     ordinary = _known(low, -torch.inf, high, torch.inf)
     if not ordinary:
@@ -145,7 +146,7 @@ def _encoded(x: Tensor, seed: int, first: int) -> tuple[Tensor, Tensor]:
 def _decoded(codes: Tensor, ranges: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the values of codes [n], whose buckets have these ranges [2, buckets]."""
     low, range_ = ranges.unsqueeze(-1)
-    padded = _in_buckets(codes)
+    padded = to_buckets(codes, BUCKET)
     places = padded.bitwise_and(_NEGATIVE - 1)
     x = _level(places.to(low.dtype).sub_(_FIRST), low, range_ / (_LEVELS - 1), dtype)
     if not _known(places, _ZERO, places, _INFINITE):
@@ -155,14 +156,6 @@ def _decoded(codes: Tensor, ranges: Tensor, dtype: torch.dtype) -> Tensor:
     if not _known(padded, -1, padded, _NEGATIVE):
         x = torch.where(padded >= _NEGATIVE, -x, x)
     return x.view(-1)[:len(codes)]
-
-
-def _in_buckets(flat: Tensor) -> Tensor:
-    """Returns buckets [n, BUCKET]; the last one repeats the last element."""
-    missing = -len(flat) % BUCKET
-    if missing:
-        flat = torch.cat((flat, flat[-1:].expand(missing)))
-    return flat.view(-1, BUCKET)
 
 
 def _known(low: Tensor, least: float, high: Tensor, largest: float) -> bool:
@@ -175,4 +168,4 @@ def _known(low: Tensor, least: float, high: Tensor, largest: float) -> bool:
 
 def _level(place: Tensor, low: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns levels; the last one may be above the largest number of ``dtype``, and is then that."""
-    return torch.exp2(place * step + low).clamp_(max=torch.finfo(dtype).max)
+    return power_of_two(place * step + low).clamp_(max=torch.finfo(dtype).max)

@@ -10,11 +10,8 @@ from torch import Tensor
 from brevitas_bp.codec.base import FLOATS, Codec, Packed
 from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.format.masks import mask_nbytes
+from brevitas_bp.format.masks import INTEGERS, mask_nbytes
 from brevitas_bp.kernels import dispatch
-
-#: Bytes of an element -> the integers that have its bits.
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @final
@@ -45,8 +42,8 @@ class TwoValuedCodec(Codec):
             values = _two_values(flat)
             if values is None:
                 return Packed(self, (flat.clone(),), layout, None, where)
-            second = flat.view(_BITS[flat.element_size()]) == values[1]
-        numbers = torch.tensor(values, dtype=_BITS[flat.element_size()], device="cpu").view(x.dtype)
+            second = flat.view(INTEGERS[flat.element_size()]) == values[1]
+        numbers = torch.tensor(values, dtype=INTEGERS[flat.element_size()], device="cpu").view(x.dtype)
         return Packed(self, (dispatch.pack_bits(second),), layout, tuple(numbers.tolist()), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -82,7 +79,7 @@ def _two_values(flat: Tensor) -> tuple[int, int] | None:
     """Returns the bits of the two values, as integers; None if there are more, or NaN, or none."""
     if flat.numel() == 0 or (flat.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    bits = flat.view(_BITS[flat.element_size()])
+    bits = flat.view(INTEGERS[flat.element_size()])
     first, second = bits.aminmax()
     known = ((bits == first) | (bits == second)).all() & ~flat.isnan().any()
     # One transfer from the device.

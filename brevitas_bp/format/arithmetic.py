@@ -1,5 +1,7 @@
 """Arithmetic of one bucket in torch operations: the building blocks of the stage formulas."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -278,3 +280,50 @@ def to_metadata(values: Tensor, dtype: torch.dtype) -> Tensor:
     # bits.
     stored = values.to(dtype)
     return torch.where(stored.isnan(), torch.nan, stored)
+
+
+def exponent_of(x: Tensor) -> Tensor:
+    """Returns the binary logarithm of magnitudes, up to 1e-7 and rounding; equal on every processor.
+
+    Zero gives -inf. Infinity and NaN stay as they are. torch's own logarithm differs between processors
+    in its last bits.
+    """
+    mantissa, exponent = torch.frexp(x)
+    r = (mantissa - _ROOT).div_(mantissa.add_(_ROOT))
+    square = r * r
+    total = (square * _LOG2[-1]).add_(_LOG2[-2])
+    for coefficient in _LOG2[-3::-1]:
+        total.mul_(square).add_(coefficient)
+    total.mul_(r).add_(exponent.to(x.dtype).sub_(0.5))
+    if x.device.type == "cpu" and bool(x.min() > 0) and bool(x.max() < torch.inf):
+        return total
+    return torch.where(x.isfinite() & (x > 0), total, torch.where(x == 0, -torch.inf, x))
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """Returns ``2 ** x``, up to 2e-7 and rounding; equal on every processor, and exact for integers.
+
+    ``x`` may give subnormal numbers and infinity, but lies within twice the exponents of its dtype.
+    """
+    whole = x.round()
+    f = x - whole
+    total = (f * _EXP2[-1]).add_(_EXP2[-2])
+    for coefficient in _EXP2[-3::-1]:
+        total.mul_(f).add_(coefficient)
+    # Two factors, because one might overflow where the result does not.
+    half = (whole * 0.5).floor_()
+    return total.mul_(_whole_power(half)).mul_(_whole_power(whole.sub_(half)))
+
+
+# log2(m) = -1/2 + 2 / ln 2 (r + r**3 / 3 + ...), r = (m - sqrt(1/2)) / (m + sqrt(1/2)).
+_ROOT = math.sqrt(0.5)
+_LOG2 = [2 / math.log(2) / k for k in (1, 3, 5, 7)]
+# 2**f = 1 + f ln 2 + (f ln 2)**2 / 2 + ...
+_EXP2 = [math.log(2) ** k / math.factorial(k) for k in range(7)]
+
+
+def _whole_power(whole: Tensor) -> Tensor:
+    """Returns powers of two that are normal numbers, from their bits."""
+    if whole.dtype == torch.float64:
+        return whole.to(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64)
+    return whole.to(torch.int32).add_(127).bitwise_left_shift_(23).view(torch.float32)

@@ -19,14 +19,18 @@ from torch import Tensor
 from brevitas_bp import Codec, Packed, codec_from, quant
 from brevitas_bp.activations import derivatives
 from brevitas_bp.activations.few_bit import FewBitTable
+from brevitas_bp.activations.predictions import PREDICTIONS
 from brevitas_bp.codec import PerSampleCodec
 from brevitas_bp.codec.few_bit import FewBitCodec
+from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
 from brevitas_bp.codec.lossless import BitMask
 from brevitas_bp.codec.normalized import NormalizedCodec, Undo
 from brevitas_bp.codec.quantized import LoweredCodec
 from brevitas_bp.codec.regions import hardtanh_region, relu_region, sign
+from brevitas_bp.codec.relative import relative
 from brevitas_bp.codec.rows import Rows, in_rows
 from brevitas_bp.codec.signed import sign_exact
+from brevitas_bp.codec.two_valued import two_valued
 from brevitas_bp.kernels import dispatch
 
 FILE = Path(__file__).with_name("golden.json")
@@ -102,6 +106,8 @@ def _others() -> Iterator[tuple[str, Codec]]:
     yield "hardtanh", hardtanh_region()
     yield "sign", sign()
     yield "sign exact", sign_exact(codec)
+    yield "relative", relative()
+    yield "two values", two_valued()
 
 
 def digests() -> dict[str, str]:
@@ -120,6 +126,15 @@ def digests() -> dict[str, str]:
         affine = undo.forward(values(5, salt=3).to(computed))
         codec = NormalizedCodec(_bfloat16(), affine, undo)
         found[f"normalized, {str(dtype)[6:]}"] = digest(codec.encode(x.to(dtype), seed=7))
+        positive = x.to(dtype).relu()
+        mask = MaskedCodec(_bfloat16(), relu_region().encode(positive), 331)
+        found[f"given the mask, {str(dtype)[6:]}"] = digest(mask.encode(positive, seed=7))
+        # Any numbers may stand for outputs and derivatives.
+        derivative = _bfloat16().for_factors.encode(values(*SHAPE, salt=5).to(computed) / 64, seed=3)
+        for name, inner in (("", _bfloat16()), (", in channels", codec)):
+            given = DifferenceCodec(inner, derivative, PREDICTIONS["silu"], 5 * 331)
+            found[f"given the derivative{name}, {str(dtype)[6:]}"] = digest(
+                given.encode((x / 64).to(dtype), seed=7))
     found["bit mask"] = digest(BitMask().encode(x > 0))
     for function in derivatives.COMPILED:
         codec = _bfloat16()
