@@ -147,13 +147,17 @@ class ProbeCodec(Codec):
         self.probed = probed
         self.rows = rows
         self.stores_differences = probed.stores_differences
-        self.bucket_elements = (
-            probed if rows is None else in_rows(probed, rows)).bucket_elements
+        self.bucket_elements = self._in_its_rows.bucket_elements
+
+    @property
+    def _in_its_rows(self) -> Codec:
+        """The codec that this codec replaces, with the rows of the tensors."""
+        return self.probed if self.rows is None else in_rows(self.probed, self.rows)
 
     def as_given(self, packed: Packed) -> Packed:
         """Returns the tensor as the policy would store it, because no plan is known yet."""
-        codec = self.probed if self.rows is None else in_rows(self.probed, self.rows)
-        return codec.encode(packed.layout.restore_flat(packed.tensors[0]), seed=0, where=packed.where)
+        return self._in_its_rows.encode(
+            packed.layout.restore_flat(packed.tensors[0]), seed=0, where=packed.where)
 
     def in_rows(self, length: int, last: int) -> Codec:
         return ProbeCodec(self._decode, self.probed, Rows(length, last))

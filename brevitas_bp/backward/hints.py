@@ -5,10 +5,9 @@ See NOTE [ Given what is stored already ] in :mod:`brevitas_bp.codec.given`.
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -18,6 +17,7 @@ from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
 from brevitas_bp.codec.keep import version_of
+from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.format.differences import CHUNK
 
@@ -28,20 +28,17 @@ class Place(NamedTuple):
     Attributes:
         storage: the storage, which this does not keep alive.
         key: equal for views of the same elements, as long as the storage lives.
-        shape: shape of the tensor.
-        stride: strides of the tensor; None: it has gaps, or elements that share memory.
+        layout: layout of the tensor; None: it has gaps, or elements that share memory.
     """
 
     storage: StorageWeakRef
     key: Hashable
-    shape: torch.Size
-    stride: tuple[int, ...] | None
+    layout: TensorLayout | None
 
     @classmethod
     def of(cls, x: Tensor) -> "Place":
         """Returns the place of an ordinary tensor."""
-        stride = x.stride() if is_dense(x) else None
-        return cls(StorageWeakRef(x.untyped_storage()), _key(x), x.shape, stride)
+        return cls(StorageWeakRef(x.untyped_storage()), _key(x), _dense_layout(x))
 
 
 class _Hint(NamedTuple):
@@ -69,9 +66,9 @@ class Hints:
         Derivatives of other functions tell too little.
         """
         prediction = PREDICTIONS.get(name or "")
-        if prediction is None or output is None or derivative.codec.keeps:
+        if prediction is None or output is None or output.layout is None or derivative.codec.keeps:
             return
-        if derivative.layout.stride in ((), output.stride):
+        if derivative.layout.stride in ((), output.layout.stride):
             told = derivative.codec.as_given(derivative)
             found = weakref.ref(derivative) if told is derivative else lambda: told
             self._hints[output.key] = _Hint(output, found, prediction, None)
@@ -92,15 +89,14 @@ class Hints:
             return codec
         hint = self._hints.get(_key(x))
         packed = None if hint is None else hint.packed()
-        if hint is None or packed is None or not _same_order(hint.place, x):
+        if hint is None or packed is None or not _same_order(hint.place.layout, _dense_layout(x)):
             return codec
-        row = _row(saved, decision, rows)
+        row, in_channels = _row(x, rows), decision.units == "channel"
         if hint.prediction is None:
+            row = _plane(x) if in_channels else row
             return MaskedCodec(codec, packed, row) if version_of(x) == hint.version else codec
         # A change of ``x`` since then makes the prediction worse, but not wrong. Ranges are compared in
         # the units of ``codec``, so chunks may hold several channels.
-        if decision.units == "channel":
-            row = x.numel() if rows is None else rows.length if rows.order is None else None
         if row is None or not _ends_with_buckets(codec.bucket_elements, row):
             return codec
         return DifferenceCodec(codec, packed, hint.prediction, row)
@@ -110,28 +106,19 @@ def _key(x: Tensor) -> Hashable:
     return storage_id(x), x.storage_offset(), x.numel(), x.dtype
 
 
-def _same_order(place: Place, x: Tensor) -> bool:
+def _dense_layout(x: Tensor) -> TensorLayout | None:
+    """Returns the layout of a tensor whose elements fill a stretch of memory, each in its own place."""
+    layout = TensorLayout.of(x)
+    # A layout closes gaps.
+    return layout if layout.stride == x.stride() and layout.base_shape == x.shape else None
+
+
+def _same_order(first: TensorLayout | None, second: TensorLayout | None) -> bool:
     """Whether elements at equal places in memory are the same elements."""
-    if place.stride is None or not is_dense(x):
+    if first is None or second is None:
         return False
-    return (place.shape, place.stride) == (x.shape, x.stride()) or (
-        x.is_contiguous() and is_contiguous(place.shape, place.stride))
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements of ``x`` fill a stretch of memory, each in a place of its own."""
-    return x.is_contiguous() or is_contiguous(*zip(*sorted(
-        ((n, s) for n, s in zip(x.shape, x.stride()) if n != 1), key=lambda d: -d[1])))
-
-
-def is_contiguous(shape: Sequence[int] = (), stride: Sequence[int] = ()) -> bool:
-    """Whether strides are those of a contiguous tensor."""
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride)):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
+    return (first.contiguous and second.contiguous) or (
+        (first.shape, first.stride) == (second.shape, second.stride))
 
 
 def _ends_with_buckets(bucket: int | None, row: int) -> bool:
@@ -139,12 +126,14 @@ def _ends_with_buckets(bucket: int | None, row: int) -> bool:
     return bucket is not None and (CHUNK % bucket == 0 or row <= CHUNK)
 
 
-def _row(saved: SavedTensor, decision: Decision, rows: Rows | None) -> int | None:
-    """Returns the number of consecutive elements that backward multiplies by the same gradients."""
-    x = saved.tensor
-    if decision.units == "channel":
-        plane = math.prod(x.shape[2:])
-        return plane if x.is_contiguous() and plane >= LEAST_ROW else None
+def _row(x: Tensor, rows: Rows | None) -> int | None:
+    """Returns the elements of a row; None: rows are not consecutive in memory."""
     if rows is None:
         return x.numel()
     return rows.length if rows.order is None and x.numel() % rows.length == 0 else None
+
+
+def _plane(x: Tensor) -> int | None:
+    """Returns the elements of a channel, if they are consecutive in memory, and enough."""
+    plane = math.prod(x.shape[2:])
+    return plane if x.is_contiguous() and plane >= LEAST_ROW else None

@@ -11,7 +11,7 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import TensorType
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.wrapping import WrappingCodec
-from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.arithmetic import compute_dtype, to_finite
 
 
 @final
@@ -52,11 +52,9 @@ class FormCodec(WrappingCodec):
         """Returns the tensor whose ``d`` is the stored one."""
         layout = packed.layout
         with torch.no_grad():
-            x = self.form.back(self.stored_in(packed).decode())
             # A number that rounds up to infinity would not have the stored d.
-            limit = torch.finfo(layout.dtype).max
-            finite = x.clamp(-limit, limit).to(layout.dtype)
-            return layout.restore(torch.where(x.isinf(), x.to(layout.dtype), finite))
+            return layout.restore(to_finite(
+                self.form.back(self.stored_in(packed).decode()), layout.dtype))
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
         return packed.facts.codec.tensor_types(packed.facts)

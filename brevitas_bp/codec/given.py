@@ -26,12 +26,12 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.wrapping import WrappingCodec
-from brevitas_bp.format.arithmetic import compute_dtype
+from brevitas_bp.format.arithmetic import compute_dtype, to_finite
 from brevitas_bp.format.differences import chunk_count
 from brevitas_bp.format.masks import mask_nbytes
 from brevitas_bp.kernels import dispatch
 
-# Elements converted at once, a multiple of a chunk.
+# Elements converted at once, in whole rows.
 _PIECE = 1 << 18
 
 
@@ -150,11 +150,8 @@ class DifferenceCodec(_Given):
         used = dispatch.unpack_select(
             packed.tensors[-1], self._chunks(layout), 0, 1, packed.tensors[-1].dtype).bool()
         dispatch.add_prediction_(values, derivatives, self.prediction, self.row, used)
-        if layout.dtype.itemsize == 2:
-            # The noise of a value near the largest number may lie beyond it.
-            limit = torch.finfo(layout.dtype).max
-            values.clamp_(-limit, limit)
-        return layout.restore_flat(values.to(layout.dtype))
+        # The noise of a value near the largest number may lie beyond it.
+        return layout.restore_flat(to_finite(values, layout.dtype))
 
     def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
         types = super().tensor_types(packed)
@@ -176,15 +173,12 @@ class DifferenceCodec(_Given):
 
 
 def _filled(flat: Tensor, row: int) -> Tensor:
-    """Fills zeros; converts halves in pieces, so that temporaries stay small."""
+    """Fills zeros; converts halves a few rows at a time, so that temporaries stay small."""
     dtype = compute_dtype(flat.dtype)
     if flat.dtype == dtype:
         return dispatch.fill_zeros(flat, row)
-    out, piece = torch.empty_like(flat), min(row, _PIECE)
-    # A long row is cut between two chunks.
-    step = piece * max(1, _PIECE // piece) if row <= _PIECE or row == flat.numel() else row
+    out, step = torch.empty_like(flat), row * max(1, _PIECE // row)
     for start in range(0, flat.numel(), step):
-        part = flat[start:start + step]
-        out[start:start + step] = dispatch.fill_zeros(
-            part.to(dtype), row if part.numel() % row == 0 else part.numel())
+        place = slice(start, start + step)
+        out[place] = dispatch.fill_zeros(flat[place].to(dtype), row)
     return out

@@ -20,6 +20,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def to_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts ``x`` to a dtype, in which finite numbers stay finite; infinity and NaN stay as they are."""
+    if dtype == x.dtype:
+        return x
+    limit = torch.finfo(dtype).max
+    return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
+
+
 def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds ``x`` towards +inf to a value that the metadata dtype holds; keeps the dtype of ``x``."""
     return -round_down(-x, dtype)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from brevitas_bp.activations.predictions import CENTRE, LEAST, MOST, Prediction
 from brevitas_bp.format.arithmetic import tree_sum
-from brevitas_bp.format.masks import unpack_select
 
 #: Elements of a chunk.
 CHUNK = 256
@@ -37,16 +36,6 @@ def fill_zeros(x: Tensor, row: int) -> Tensor:
     # The sum of large elements may be infinite.
     mean = torch.where(mean > highest, highest, mean)
     return torch.where(given, chunks, mean).view(-1, _padded(row))[:, :row].reshape(-1)
-
-
-def mask_(x: Tensor, mask: Tensor) -> Tensor:
-    """Multiplies ``x`` [numel] by the bits of a packed mask; NaN stays NaN."""
-    return x.mul_(unpack_select(mask, x.numel(), 0.0, 1.0, x.dtype))
-
-
-def is_inside(x: Tensor, mask: Tensor) -> bool:
-    """Whether all elements of ``x`` [numel] outside of a packed mask are zero."""
-    return not bool(x[unpack_select(mask, x.numel(), 0, 1, torch.uint8) == 0].any())
 
 
 def predict(derivative: Tensor, prediction: Prediction) -> Tensor:

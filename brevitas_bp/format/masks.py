@@ -136,8 +136,19 @@ def rectify_(
 
     NaN stays NaN. An infinite value may become anything.
     """
-    mask = select(packed, x.numel(), 0.0, 1.0, x.dtype)
-    return x.clamp_(min=least_positive(x.dtype)).mul_(mask)
+    return mask_(x.clamp_(min=least_positive(x.dtype)), packed, select)
+
+
+def mask_(
+        x: Tensor, packed: Tensor,
+        select: Callable[..., Tensor] = unpack_select) -> Tensor:
+    """Multiplies ``x`` [numel] by the bits of a mask; NaN stays NaN."""
+    return x.mul_(select(packed, x.numel(), 0.0, 1.0, x.dtype))
+
+
+def is_inside(x: Tensor, packed: Tensor) -> bool:
+    """Whether all elements of ``x`` [numel] outside of a mask are zero; a device is synchronised."""
+    return not bool(x[unpack_select(packed, x.numel(), 0, 1, torch.uint8) == 0].any())
 
 
 @dataclass(frozen=True)

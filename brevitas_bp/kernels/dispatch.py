@@ -243,6 +243,16 @@ def rectify_(x: Tensor, packed: Tensor) -> Tensor:
     return mask_backend(x.device).rectify_(x, packed)
 
 
+def mask_(x: Tensor, packed: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.format.masks.mask_`."""
+    return mask_backend(x.device).mask_(x, packed)
+
+
+def is_inside(x: Tensor, packed: Tensor) -> bool:
+    """See :func:`brevitas_bp.format.masks.is_inside`."""
+    return mask_backend(x.device).is_inside(x, packed)
+
+
 def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
     """See :func:`brevitas_bp.format.masks.window_codes`."""
     return mask_backend(index.device).window_codes(index, windows, dtype)
@@ -308,16 +318,6 @@ def differences_backend(device: torch.device) -> ModuleType:
 def fill_zeros(x: Tensor, row: int) -> Tensor:
     """See :func:`brevitas_bp.format.differences.fill_zeros`."""
     return differences_backend(x.device).fill_zeros(x, row)
-
-
-def is_inside(x: Tensor, mask: Tensor) -> bool:
-    """See :func:`brevitas_bp.format.differences.is_inside`."""
-    return differences_backend(x.device).is_inside(x, mask)
-
-
-def mask_(x: Tensor, mask: Tensor) -> Tensor:
-    """See :func:`brevitas_bp.format.differences.mask_`."""
-    return differences_backend(x.device).mask_(x, mask)
 
 
 def subtract_prediction(

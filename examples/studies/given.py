@@ -9,6 +9,7 @@ output about its mean, in buckets of 256 normal inputs. The derivative has four 
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -67,6 +68,14 @@ def table(markdown: bool) -> None:
     show_table(["function", "deviation of its input", "1 bit", "2 bits", "3 bits"], cells, markdown)
 
 
+def labelled(axes: Any, below: str, title: str, **legend: Any) -> None:
+    axes.set_xlabel(below)
+    axes.set_ylabel("value")
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.legend(frameon=False, fontsize=8, **legend)
+    tidy(axes, "y")
+
+
 def figure(path: str) -> None:
     torch.manual_seed(1)
     picture = Figure(figsize=(11, 3.9), layout="constrained")
@@ -79,25 +88,17 @@ def figure(path: str) -> None:
               label="prediction")
     rest = F.silu(y) - predict(decoded, PREDICTIONS["silu"])
     left.scatter(decoded, rest, s=3, color=ORANGE, label="difference: what is stored")
-    left.set_xlabel("derivative of SiLU, as stored in 4 bits")
-    left.set_ylabel("value")
-    left.set_title(
-        f"SiLU: the difference has 1/{float(F.silu(y).var() / rest.var()):.0f} of the energy",
-        loc="left", fontsize=10, color=INK)
-    left.legend(frameon=False, fontsize=8, loc="upper left", markerscale=3)
+    labelled(left, "derivative of SiLU, as stored in 4 bits",
+             f"SiLU: the difference has 1/{float(F.silu(y).var() / rest.var()):.0f} of the energy",
+             loc="upper left", markerscale=3)
     x = torch.randn(64).relu()
     filled = fill_zeros(x, 64)
     places = torch.arange(64)
     right.bar(places, filled, width=0.8, color=ORANGE, label="filled: what is stored")
     right.bar(places, x, width=0.8, color=GREY, label="output")
-    right.set_xlabel("element of a bucket")
-    right.set_ylabel("value")
-    right.set_title(
-        f"ReLU: {float(x.var() / filled.var()):.1f} times less energy about the mean",
-        loc="left", fontsize=10, color=INK)
-    right.legend(frameon=False, fontsize=8, loc="upper right")
-    for axes in (left, right):
-        tidy(axes, "y")
+    labelled(right, "element of a bucket",
+             f"ReLU: {float(x.var() / filled.var()):.1f} times less energy about the mean",
+             loc="upper right")
     picture.savefig(path, dpi=150)
 
 

@@ -82,43 +82,6 @@ def _fill(begin: Any, end: Any, x: Any, words: Any, row: Any, out: Any) -> None:
             target[i] = part[i] if part[i] != 0 else mean
 
 
-@jit
-def _mask_bits(mask: Any, bit: Any, x: Any) -> None:
-    wide_vectors()
-    for j in range(_N(x.size)):
-        x[j] *= x.dtype.type(np.int32(np.uint8(mask[j] >> bit) & np.uint8(1)))
-
-
-@jit
-def _mask(begin: Any, end: Any, mask: Any, x: Any) -> None:
-    """Multiplies the elements of bytes ``begin .. end - 1`` of a mask by their bits."""
-    n = mask.size
-    for bit in range(8):
-        last = min(end, x.size - bit * n)
-        if last > begin:
-            _mask_bits(mask[begin:last], np.uint8(bit), x[bit * n + begin:bit * n + last])
-
-
-@jit
-def _strays(begin: Any, end: Any, mask: Any, x: Any, found: Any) -> None:
-    """Notes in ``found`` whether elements of bytes ``begin .. end - 1`` lie outside of a mask."""
-    n = mask.size
-    for bit in range(8):
-        last = min(end, x.size - bit * n)
-        if last > begin and _has_strays(
-                mask[begin:last], np.uint8(bit), x[bit * n + begin:bit * n + last]):
-            found[0] = True
-
-
-@jit
-def _has_strays(mask: Any, bit: Any, x: Any) -> Any:
-    wide_vectors()
-    seen = np.uint8(0)
-    for j in range(_N(x.size)):
-        seen |= np.uint8(x[j] != 0) & np.uint8(~(mask[j] >> bit) & np.uint8(1))
-    return seen != 0
-
-
 @inline
 def _predicted(derivative: Any, c: Any) -> Any:
     # NaN is not above the least derivative. Missing coefficients are zero, and change nothing.
@@ -136,51 +99,40 @@ def _difference(x: Any, c: Any, out: Any) -> None:
 
 
 @jit
+def _span(x: Any, words: Any, factors: Any, scaled: Any, scaled_words: Any, ends: Any) -> Any:
+    """Returns the range of a chunk times its factors, if there are any; NaN if any element is.
+
+    ``scaled`` and ``scaled_words`` are one buffer, as floats and as integers.
+    """
+    wide_vectors()
+    if factors.size == 0:
+        least, most = _extremes(x, words, ends)
+        return most - least
+    for i in range(_N(x.size)):
+        scaled[i] = x[i] * factors[i]
+    least, most = _extremes(scaled[:x.size], scaled_words[:x.size], ends)
+    return most - least
+
+
+@jit
 def _subtract(
-        begin: Any, end: Any, x: Any, out: Any, words: Any, words_out: Any, c: Any, row: Any,
-        used: Any) -> None:
+        begin: Any, end: Any, x: Any, out: Any, words: Any, words_out: Any, factors: Any, c: Any,
+        row: Any, used: Any) -> None:
     """Subtracts the prediction in chunks ``begin .. end - 1``.
 
     ``out`` holds the derivatives. ``words`` and ``words_out`` are the memory of ``x`` and ``out``, as
-    integers.
+    integers. ``factors`` are those of a row, or none.
     """
-    ends = np.empty(2, words.dtype)
+    scaled_words, ends = np.empty(CHUNK, words.dtype), np.empty(2, words.dtype)
+    scaled = scaled_words.view(x.dtype)
     for number in range(begin, end):
         start, size = _chunk(number, row)
         part, target = window(x, start, size), window(out, start, size)
+        own = window(factors, start % row, size) if factors.size else factors
         _difference(part, c, target)
-        least, most = _extremes(part, window(words, start, size), ends)
-        lower, upper = _extremes(target, window(words_out, start, size), ends)
-        used[number] = upper - lower < most - least
-        if not used[number]:
-            target[:] = part
-
-
-@jit
-def _scale(x: Any, factors: Any, out: Any) -> None:
-    wide_vectors()
-    for i in range(_N(x.size)):
-        out[i] = x[i] * factors[i]
-
-
-@jit
-def _subtract_in_units(
-        begin: Any, end: Any, x: Any, out: Any, words: Any, factors: Any, c: Any, row: Any,
-        used: Any) -> None:
-    """Works like :func:`_subtract`, and compares ranges of elements times ``factors`` [row]."""
-    scaled_words = np.empty(CHUNK, words.dtype)
-    scaled, ends = scaled_words.view(x.dtype), np.empty(2, words.dtype)
-    for number in range(begin, end):
-        start, size = _chunk(number, row)
-        part, target = window(x, start, size), window(out, start, size)
-        own = window(factors, start % row, size)
-        scratch, bits = window(scaled, 0, size), window(scaled_words, 0, size)
-        _difference(part, c, target)
-        _scale(part, own, scratch)
-        least, most = _extremes(scratch, bits, ends)
-        _scale(target, own, scratch)
-        lower, upper = _extremes(scratch, bits, ends)
-        used[number] = upper - lower < most - least
+        before = _span(part, window(words, start, size), own, scaled, scaled_words, ends)
+        after = _span(target, window(words_out, start, size), own, scaled, scaled_words, ends)
+        used[number] = after < before
         if not used[number]:
             target[:] = part
 
@@ -210,38 +162,16 @@ def fill_zeros(x: Tensor, row: int) -> Tensor:
     return out
 
 
-def is_inside(x: Tensor, mask: Tensor) -> bool:
-    """See :func:`brevitas_bp.format.differences.is_inside`."""
-    if x.element_size() == 2:
-        # Without the sign bit: -0 is zero.
-        bits: Any = (x.view(INTEGERS[2]) & 0x7FFF).numpy()
-    else:
-        bits = x.numpy()
-    found = np.zeros(1, np.bool_)
-    run_in_pool(_strays, (), 0, mask.numel(), 8, (mask.numpy(), bits, found))
-    return not found[0]
-
-
-def mask_(x: Tensor, mask: Tensor) -> Tensor:
-    """See :func:`brevitas_bp.format.differences.mask_`."""
-    run_in_pool(_mask, (), 0, mask.numel(), 8, (mask.numpy(), x.numpy()))
-    return x
-
-
 def subtract_prediction(
         x: Tensor, derivative: Tensor, prediction: Prediction, row: int,
         factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`brevitas_bp.format.differences.subtract_prediction`."""
     count = chunk_count(x.numel(), row)
     used = torch.empty(count, dtype=torch.bool, device="cpu")
-    if factors is not None:
-        run_in_pool(_subtract_in_units, (), 0, count, CHUNK, (
-            x.numpy(), derivative.numpy(), _words(x), factors.to(x.dtype).numpy(),
-            _coefficients(x, prediction), row, used.numpy()))
-        return derivative, used
+    given = x.new_empty(0) if factors is None else factors.to(x.dtype)
     run_in_pool(_subtract, (), 0, count, CHUNK, (
-        x.numpy(), derivative.numpy(), _words(x), _words(derivative), _coefficients(x, prediction), row,
-        used.numpy()))
+        x.numpy(), derivative.numpy(), _words(x), _words(derivative), given.numpy(),
+        _coefficients(x, prediction), row, used.numpy()))
     return derivative, used
 
 

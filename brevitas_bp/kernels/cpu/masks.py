@@ -127,15 +127,14 @@ def _unpack_mask(begin: Any, end: Any, packed: Any, values: Any, out: Any) -> No
 def _rectify_block(packed: Any, shift: Any, least: Any, out: Any) -> None:
     wide_vectors()
     for j in range(out.size):
-        # NaN stays NaN in both cases.
-        positive = least if out[j] < least else out[j]
-        zero = out[j] * out.dtype.type(0)
-        out[j] = positive if np.uint8(packed[j] >> shift) & np.uint8(1) else zero
+        # NaN stays NaN.
+        value = least if out[j] < least else out[j]
+        out[j] = value * out.dtype.type(np.int32(np.uint8(packed[j] >> shift) & np.uint8(1)))
 
 
 @jit
 def _rectify(begin: Any, end: Any, packed: Any, least: Any, out: Any) -> None:
-    """Rectifies the elements of blocks ``begin .. end - 1`` of a mask."""
+    """Multiplies the elements of blocks ``begin .. end - 1``, of ``least`` or more, by their bits."""
     for block in range(begin, end):
         part = packed[block * _BLOCK:(block + 1) * _BLOCK]
         for i in range(8):
@@ -144,11 +143,32 @@ def _rectify(begin: Any, end: Any, packed: Any, least: Any, out: Any) -> None:
                 _rectify_block(part, np.uint8(i), least, out[start:start + valid])
 
 
+@jit
+def _strays_in_block(packed: Any, shift: Any, x: Any) -> Any:
+    wide_vectors()
+    seen = np.uint8(0)
+    for j in range(x.size):
+        seen |= np.uint8(x[j] != 0) & np.uint8(~(packed[j] >> shift) & np.uint8(1))
+    return seen != 0
+
+
+@jit
+def _find_strays(begin: Any, end: Any, packed: Any, x: Any, largest: Any, found: Any) -> None:
+    """Notes whether elements of blocks ``begin .. end - 1`` lie outside of a mask and are not zero."""
+    for block in range(begin, end):
+        part = packed[block * _BLOCK:(block + 1) * _BLOCK]
+        for i in range(8):
+            start, valid = _stream(block, i, packed.size, x.size)
+            # Without the sign bit: -0 is zero.
+            if valid and _strays_in_block(part, np.uint8(i), x[start:start + valid] & largest):
+                found[0] = True
+
+
 @cache
-def _rectifier(dtype: torch.dtype) -> Kernel:
-    """Compiles :func:`_rectify` for floats of 32 or 64 bits."""
+def _rectifier(dtype: torch.dtype, smallest: float) -> Kernel:
+    """Compiles :func:`_rectify` for floats of 32 or 64 bits, and a least value."""
     sources, number = SOURCES, np.float32 if dtype == torch.float32 else np.float64
-    least = number(masks.least_positive(dtype))
+    least = number(smallest)
 
     @c_function
     def rectify(data: Any) -> None:
@@ -307,10 +327,32 @@ def rectify_(x: Tensor, packed: Tensor) -> Tensor:
     """See :func:`brevitas_bp.format.masks.rectify_`."""
     if x.dtype not in (torch.float32, torch.float64):
         return masks.rectify_(x, packed, unpack_select)
+    return _multiply(x, packed, masks.least_positive(x.dtype))
+
+
+def mask_(x: Tensor, packed: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.format.masks.mask_`."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return masks.mask_(x, packed, unpack_select)
+    return _multiply(x, packed, -float("inf"))
+
+
+def _multiply(x: Tensor, packed: Tensor, least: float) -> Tensor:
     blocks = -(-packed.numel() // _BLOCK)
-    run(_rectifier(x.dtype), 0, blocks, 8 * _BLOCK, (
+    run(_rectifier(x.dtype, least), 0, blocks, 8 * _BLOCK, (
         packed.data_ptr(), packed.numel(), x.data_ptr(), x.numel()))
     return x
+
+
+def is_inside(x: Tensor, packed: Tensor) -> bool:
+    """See :func:`brevitas_bp.format.masks.is_inside`."""
+    integer, found = INTEGERS[x.element_size()], np.zeros(1, np.bool_)
+    largest = _WORDS[x.element_size()](torch.iinfo(integer).max)
+    blocks = -(-packed.numel() // _BLOCK)
+    run_in_pool(
+        _find_strays, (), 0, blocks, 8 * _BLOCK,
+        (packed.numpy(), x.view(integer).numpy(), largest, found))
+    return not found[0]
 
 
 @lru_cache(maxsize=256)
