@@ -19,6 +19,7 @@ from brevitas_bp.backward.parameters import is_function_of_parameter, is_view_or
 from brevitas_bp.backward.registry import Decide, OpRule
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
 from brevitas_bp.backward.rows import (
+    INPUT_BITS,
     RowsOf,
     convolved,
     is_small_input,
@@ -46,10 +47,6 @@ _BROADCAST = 16
 # Elements to a statistic of a norm. From _ENOUGH on, the input needs no more bits than configured; below
 # _FEW, it stays exact.
 _ENOUGH, _FEW = 256, 16
-
-# Least bits of the input of the network. It has few elements, and its layer has much of the gradient:
-# the input of a ResNet-50 has 1 % of the bytes and would make half of the error.
-_INPUT_BITS = 4
 
 # If one gradient sums at least this many roundings, they need no more bits than configured.
 _AVERAGED = 256
@@ -95,7 +92,7 @@ def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
             saved.codec, "input: the gradient of the weight is linear in it", rows=rows,
             units="channel" if apart else None, shared=alone,
             reach="weight" if alone else _reach(factor, saved.tensor.numel()),
-            least_bits=_INPUT_BITS if is_small_input(saved.tensor, saved.call) else 1)
+            least_bits=INPUT_BITS if is_small_input(saved.tensor, saved.call) else 1)
 
     return OpRule(_floats(decide))
 

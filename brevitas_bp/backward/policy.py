@@ -16,7 +16,7 @@ from brevitas_bp.backward.fixed_policies import keep_all, quantize_all, quantize
 from brevitas_bp.backward.operations import FEW_IN_STATISTIC, norm_bits
 from brevitas_bp.backward.registry import rule_of
 from brevitas_bp.backward.rewrites import Rewrite, SaveDerivative
-from brevitas_bp.backward.rows import RowsOf, of_elements
+from brevitas_bp.backward.rows import INPUT_BITS, RowsOf, of_elements
 from brevitas_bp.backward.saved import (
     ATTENTION_INPUT,
     ATTENTION_MASK,
@@ -236,15 +236,13 @@ class OpAware:
         if x.dtype not in FLOATS and x.dtype != torch.int64:
             return _OTHER_DTYPE
         if saved.compiled:
-            return self._decide_compiled(saved, codec)
-        rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
-        if rule is None:
-            return _UNKNOWN if x.is_floating_point() else _INTEGERS
-        decision = self._widened(rule.decide(saved), codec)
-        if self.hints and decision.reach == "weight" and decision.codec is not None and (
-                decision.codec.stores_differences):
-            return decision._replace(uses_hints=True)
-        return decision
+            decision = self._decide_compiled(saved, codec)
+        else:
+            rule = rule_of(saved.module_type if saved.call is NO_CALL else saved.call.function)
+            if rule is None:
+                return _UNKNOWN if x.is_floating_point() else _INTEGERS
+            decision = self._widened(rule.decide(saved), codec)
+        return decision.with_hints() if self.hints else decision
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """Returns how to run a function so that it saves something else, or None."""
@@ -302,7 +300,8 @@ class OpAware:
         if of_norm or _is_log_sum(saved):
             return _STATISTIC
         if saved.reach != "nonlinear":
-            least = 1 if saved.sharing is None else norm_bits(saved.sharing)
+            least = INPUT_BITS if saved.small_input else (
+                1 if saved.sharing is None else norm_bits(saved.sharing))
             if least is None:
                 return FEW_IN_STATISTIC
             return self._widened(Decision(

@@ -90,6 +90,8 @@ class SavedTensor:
         derivative: name of the function whose derivative is stored, in the tensor's shape and dtype.
             None stores the tensor itself.
         sharing: elements that share one statistic of a norm in a compiled graph, if known.
+        small_input: whether it is a small input of a compiled graph, see
+            :func:`~brevitas_bp.backward.rows.is_small_input`.
         original: the tensor with its Python class, if ``tensor`` is without it.
         following: the call after the one that saves it, if the policy waited for it
             (:attr:`Decision.waits`). It is :data:`NO_CALL` if the pass has ended.
@@ -107,6 +109,7 @@ class SavedTensor:
     reach: Reach | None = None
     derivative: str | None = None
     sharing: int | None = None
+    small_input: bool = False
     original: Tensor | None = None
     following: Call | None = None
 
@@ -220,6 +223,11 @@ class Decision(NamedTuple):
     def with_codec(self, codec: Codec) -> "Decision":
         """Returns this decision with another codec, or this decision itself if it has that codec."""
         return self if codec is self.codec else self._replace(codec=codec)
+
+    def with_hints(self) -> "Decision":
+        """Returns this decision, which uses hints if the tensor reaches one weight only."""
+        useful = self.reach == "weight" and self.codec is not None and self.codec.stores_differences
+        return self._replace(uses_hints=True) if useful else self
 
 
 def storage_id(x: Tensor) -> int:

@@ -31,9 +31,6 @@ from brevitas_bp.format.differences import chunk_count
 from brevitas_bp.format.masks import mask_nbytes
 from brevitas_bp.kernels import dispatch
 
-# Elements converted at once, in whole rows.
-_PIECE = 1 << 18
-
 
 class _Given(WrappingCodec):
     """What codecs share that take something else for given."""
@@ -92,7 +89,7 @@ class MaskedCodec(_Given):
         if self.row is None:
             stored = self.inner.encode(x, seed=seed, where=where)
         else:
-            stored = self._encode(_filled(flat, self.row), layout, x, seed, where)
+            stored = self._encode(dispatch.fill_zeros(flat, self.row), layout, x, seed, where)
         return Packed(self, stored.tensors, layout, stored, where)
 
     def counted(self, packed: Packed) -> Tensor | None:
@@ -170,15 +167,3 @@ class DifferenceCodec(_Given):
         decoded = self.derivative.decode()
         flat = TensorLayout.of(decoded).flatten(decoded).to(dtype)
         return flat if self.derivative.codec.decodes_anew else flat.clone()
-
-
-def _filled(flat: Tensor, row: int) -> Tensor:
-    """Fills zeros; converts halves a few rows at a time, so that temporaries stay small."""
-    dtype = compute_dtype(flat.dtype)
-    if flat.dtype == dtype:
-        return dispatch.fill_zeros(flat, row)
-    out, step = torch.empty_like(flat), row * max(1, _PIECE // row)
-    for start in range(0, flat.numel(), step):
-        place = slice(start, start + step)
-        out[place] = dispatch.fill_zeros(flat[place].to(dtype), row)
-    return out

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ _library.define(
     "decode_channels(Tensor payload, Tensor metadata, Tensor statistics, str spec, SymInt numel, "
     "SymInt inner, ScalarType dtype, Tensor? seed=None) -> Tensor")
 _library.define("pack_bits(Tensor x) -> Tensor", tags=FLEXIBLE)
-_library.define("pack_positive(Tensor x) -> Tensor", tags=FLEXIBLE)
+_library.define("pack_positive(Tensor x, bool nan=False) -> Tensor", tags=FLEXIBLE)
 _library.define("unpack_bits(Tensor packed, SymInt numel) -> Tensor")
 
 
@@ -75,13 +75,14 @@ def _pack_bits(x: Tensor) -> Tensor:
     return dispatch.pack_bits(x.reshape(-1))
 
 
-def _pack_positive(x: Tensor) -> Tensor:
-    return dispatch.pack_interval(x.reshape(-1), _positive(x.dtype))[0]
+def _pack_positive(x: Tensor, nan: bool = False) -> Tensor:
+    """Packs which elements are positive; ``nan``: whether NaN counts as positive."""
+    return dispatch.pack_interval(x.reshape(-1), _positive(x.dtype, nan))[0]
 
 
-@lru_cache(maxsize=8)
-def _positive(dtype: torch.dtype) -> Interval:
-    return Interval(next_value(0.0, dtype, 1), float("inf"))
+@lru_cache(maxsize=16)
+def _positive(dtype: torch.dtype, nan: bool) -> Interval:
+    return Interval(next_value(0.0, dtype, 1), float("inf"), nan=nan)
 
 
 def _unpack_bits(packed: Tensor, numel: int) -> Tensor:
@@ -118,7 +119,7 @@ def _decode_channels_fake(
 
 @torch.library.register_fake("brevitas_bp::pack_positive", lib=_library)
 @torch.library.register_fake("brevitas_bp::pack_bits", lib=_library)
-def _pack_bits_fake(x: Tensor) -> Tensor:
+def _pack_bits_fake(x: Tensor, nan: bool = False) -> Tensor:
     return x.new_empty(mask_nbytes(x.numel()), dtype=torch.uint8)
 
 
@@ -127,9 +128,9 @@ def _unpack_bits_fake(packed: Tensor, numel: int) -> Tensor:
     return packed.new_empty(numel, dtype=torch.bool)
 
 
-#: A tensor, a spec of one width and perhaps the place of its channels -> stored tensors: the payload,
-#: one tensor of scales and offsets; with channels, their means and deviations; and the seed, if
-#: decoding draws.
+#: A tensor, a spec of one width, and perhaps the place of its channels or the elements of a row whose
+#: zeros are filled -> stored tensors: the payload, one tensor of scales and offsets; with channels,
+#: their means and deviations; and the seed, if decoding draws.
 Quantize = Callable[..., tuple[Tensor, ...]]
 
 
@@ -248,12 +249,20 @@ class RectifiedForm(BucketForm):
 
     The decoded tensor is zero exactly where the original is, so comparing it with 0 gives the same
     result. Every other element decodes to 2**-64 (2**-24 in float16) or more: smaller values are raised.
+
+    Attributes:
+        filled: whether zeros are filled before, see NOTE [ Given what is stored already ].
+        row: elements of a row; None: all.
     """
 
     own_parts: ClassVar[int] = 3
 
+    filled: bool
+    row: int | None
+
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        payload, metadata, *seed = quantize(x, self.spec)
+        row = (x.numel() if self.row is None else self.row) if self.filled else None
+        payload, metadata, *seed = quantize(x, self.spec, filled_row=row)
         return payload, metadata, torch.ops.brevitas_bp.pack_positive(x), *seed
 
     def decode(
@@ -261,6 +270,21 @@ class RectifiedForm(BucketForm):
         own, seed = self._split(tensors)
         return torch.ops.brevitas_bp.decode_rectified(
             *own, self.spec.to_text(), numel, self.dtype, *seed)
+
+
+@dataclass(frozen=True)
+class SignForm(GraphForm):
+    """Stores which outputs of a ReLU are positive, 1 bit each, if backward asks for nothing else.
+
+    They decode to 1, the others to 0. NaN counts as positive, as in autograd's backward.
+    """
+
+    def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
+        return (torch.ops.brevitas_bp.pack_positive(x, nan=True),)
+
+    def decode(
+            self, tensors: tuple[Tensor, ...], numel: Any, sizes: list[Any]) -> Tensor:
+        return torch.ops.brevitas_bp.unpack_bits(tensors[0], numel).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -275,6 +299,9 @@ class MaskForm(GraphForm):
         return torch.ops.brevitas_bp.unpack_bits(tensors[0], numel)
 
 
+Rectified = Literal["values", "signs"] | None
+
+
 @dataclass(frozen=True)
 class GraphTensor:
     """The facts about a tensor that a codec needs in a graph.
@@ -283,20 +310,23 @@ class GraphTensor:
         order: dimensions from the slowest to the fastest in memory; None: in their own order.
         dtype: dtype of the tensor.
         row: elements of a row, see :mod:`brevitas_bp.codec.rows`; None: no rows.
-        rectified: whether it is the output of a ReLU, whose sign must be exact.
+        rectified: what backward asks for if it is the output of a ReLU, whose sign must be exact: its
+            values too, or signs alone.
+        filled: whether the codes of its zeros may be any.
         channels: place of the channels in ``order``, if values are stored in units of their channel.
     """
 
     order: tuple[int, ...] | None
     dtype: torch.dtype
     row: int | None = None
-    rectified: bool = False
+    rectified: Rectified = None
+    filled: bool = False
     channels: int | None = None
 
     @classmethod
     def of(
-            cls, x: Tensor, *, channels_last: bool = False, rectified: bool = False,
-            row: int | None = None, in_memory: bool = False,
+            cls, x: Tensor, *, channels_last: bool = False, rectified: Rectified = None,
+            filled: bool = False, row: int | None = None, in_memory: bool = False,
             channels: bool = False) -> "GraphTensor | None":
         """Returns the facts about ``x``; None if its elements share memory, so that the graph keeps it.
 
@@ -304,7 +334,8 @@ class GraphTensor:
             x: a fake tensor.
             channels_last: whether images [N, C, H, W] will be channels_last when the graph runs,
                 although they were contiguous when it was traced.
-            rectified: whether it is the output of a ReLU, whose sign must be exact.
+            rectified: what backward asks for if it is the output of a ReLU.
+            filled: whether the codes of its zeros may be any.
             row: elements of a row.
             in_memory: whether rows are whole samples, in any order of their dimensions.
             channels: whether values are stored in units of their channel, dimension 1.
@@ -321,14 +352,18 @@ class GraphTensor:
         if channels and x.dim() > 1:
             found = 1 if order is None else order.index(1)
             place = found if found in (1, x.dim() - 1) else None
-        return cls(None if order is None else tuple(order), x.dtype, row, rectified, place)
+        return cls(None if order is None else tuple(order), x.dtype, row, rectified, filled, place)
 
 
 def bucket_form(name: str, spec: BucketQuantSpec, x: GraphTensor) -> GraphForm:
     """Returns the form of a bucket quantizer of one width, for a tensor of a graph."""
     spec = spec if x.row is None else spec.in_rows(x.row)
-    if x.rectified:
-        return RectifiedForm(f"{name}, sign exact", x.order, x.dtype, spec)
+    if x.rectified == "signs":
+        return SignForm("sign, 1 bit", x.order, x.dtype)
+    if x.rectified == "values":
+        filled = x.filled and (spec.affine or spec.code_range.signed)
+        return RectifiedForm(
+            f"{name}, sign exact", x.order, x.dtype, spec, filled, x.row)
     if x.channels is not None:
         return ChannelForm(name, x.order, x.dtype, spec, x.channels)
     return BucketForm(name, x.order, x.dtype, spec)

@@ -22,10 +22,14 @@ from brevitas_bp.activations import derivatives
 from brevitas_bp.activations.predictions import Prediction
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.format import averages, differences, few_bit, masks, reference
+from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.masks import Interval, Windows
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
+
+# Elements converted at once.
+_PIECE = 1 << 18
 
 Preference = Literal["fastest", "reference"]
 
@@ -316,8 +320,18 @@ def differences_backend(device: torch.device) -> ModuleType:
 
 
 def fill_zeros(x: Tensor, row: int) -> Tensor:
-    """See :func:`brevitas_bp.format.differences.fill_zeros`."""
-    return differences_backend(x.device).fill_zeros(x, row)
+    """See :func:`brevitas_bp.format.differences.fill_zeros`.
+
+    Halves are converted a few rows at a time, so that temporaries stay small.
+    """
+    form, dtype = differences_backend(x.device), compute_dtype(x.dtype)
+    if x.dtype == dtype:
+        return form.fill_zeros(x, row)
+    out, step = torch.empty_like(x), row * max(1, _PIECE // row)
+    for start in range(0, x.numel(), step):
+        place = slice(start, start + step)
+        out[place] = form.fill_zeros(x[place].to(dtype), row)
+    return out
 
 
 def subtract_prediction(

@@ -54,6 +54,13 @@ def attention_backward(gradient: Tensor, **given: Tensor) -> Any:
         gradient.view(1, 1, 64, 64), q, k, v, out, torch.full((1, 1, 64), 12.0), 0.0, False)
 
 
+def pooling_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a maximum over 2x2 elements; ``x`` is read for its shape alone."""
+    pooled, whole = gradient[:32, :32].reshape(1, 32, 32), x.view(1, 64, 64)
+    return torch.ops.aten.max_pool2d_with_indices_backward(
+        pooled, whole, [2, 2], [2, 2], [0, 0], [1, 1], False, INDEX[:32, :32].reshape(1, 32, 32))
+
+
 @pytest.mark.parametrize(("function", "reach"), [
     (lambda s, g: g.t() @ s, "weight"),
     (lambda s, g: (g * s).sum(0), "weight"),
@@ -65,14 +72,17 @@ def attention_backward(gradient: Tensor, **given: Tensor) -> Any:
     (lambda s, g: torch.where(g > 0, s, -s), "weight"),
     (lambda s, g: s / (1 + g * g), "weight"),
     (lambda s, g: F.pad(s, (1, 1)).sum() * g, "weight"),
-    (lambda s, g: torch.zeros_like(s) + g, "weight"),
+    (lambda s, g: torch.zeros_like(s) + g, None),
     (lambda s, g: torch.zeros(64, 64).scatter_add(1, INDEX, s * g) @ WEIGHT, "all"),
     (lambda s, g: s.index_add(0, INDEX[0], g), "weight"),
     (lambda s, g: masked_put(g, INDEX[0] > 3, s * g) @ WEIGHT, "all"),
     (lambda s, g: attention_backward(g, value=s), "weight"),
     (lambda s, g: attention_backward(g, out=s)[0] @ WEIGHT, "all"),
     (lambda s, g: attention_backward(s), "weight"),
-    (lambda s, g: g, "weight"),
+    (lambda s, g: g, None),
+    (lambda s, g: pooling_backward(g, s), None),
+    (lambda s, g: pooling_backward(s, s), "weight"),
+    (lambda s, g: pooling_backward(s, g), "weight"),
     (lambda s, g: torch.ops.aten.silu_backward(s * g, g), "weight"),
     (lambda s, g: torch.ops.aten.gelu_backward(s * g, g) @ WEIGHT, "all"),
     # Not linear.
@@ -93,14 +103,15 @@ def attention_backward(gradient: Tensor, **given: Tensor) -> Any:
     (lambda s, g: torch.ops.aten.silu_backward(g, s), "nonlinear"),
     (lambda s, g: (g @ s).relu(), "nonlinear"),
 ])
-def test_rules(function: Callable[[Tensor, Tensor], Any], reach: str) -> None:
+def test_rules(function: Callable[[Tensor, Tensor], Any], reach: str | None) -> None:
     assert reach_of(backward_graph(function), "saved") == reach
 
 
 @pytest.mark.parametrize(("function", "reach"), [
     (lambda s, g: torch.where(s <= 0, 0.0, g).t() @ s, "weight"),
-    (lambda s, g: torch.where(s.view(4096).detach() > 0, g.view(4096), 0.0), "weight"),
-    (lambda s, g: torch.ops.aten.threshold_backward(g, s, 0), "weight"),
+    (lambda s, g: torch.where(s.view(4096).detach() > 0, g.view(4096), 0.0), None),
+    (lambda s, g: torch.ops.aten.threshold_backward(g, s, 0), None),
+    (lambda s, g: pooling_backward(torch.where(s <= 0, 0.0, g), s), None),
     (lambda s, g: torch.ops.aten.threshold_backward(s * g, s, 0) @ WEIGHT, "all"),
     # The comparison is with another border, or of another tensor, or uses more than the sign.
     (lambda s, g: torch.where(s <= 1, 0.0, g), "nonlinear"),
@@ -111,7 +122,7 @@ def test_rules(function: Callable[[Tensor, Tensor], Any], reach: str) -> None:
     (lambda s, g: torch.where(s <= 0, 0.0, g * s) * s, "nonlinear"),
 ])
 def test_comparisons_with_zero_are_constants_of_what_is_rectified(
-        function: Callable[[Tensor, Tensor], Any], reach: str) -> None:
+        function: Callable[[Tensor, Tensor], Any], reach: str | None) -> None:
     graph = backward_graph(function)
     assert reach_of(graph, "saved") == "nonlinear"
     assert reach_of(graph, "saved", rectified=True) == reach
@@ -166,7 +177,7 @@ def test_the_gradient_of_an_attention_mask_depends_on_value_and_output(name: str
     outputs = [graph.call_function(operator_getitem, (backward, i)) for i in range(4)]
     square = graph.call_function(torch.ops.aten.mul.Tensor, (outputs[3], outputs[3]))
     graph.output(([outputs[2]],))
-    assert reach_of(graph, "saved") == "weight"
+    assert reach_of(graph, "saved") is None
     for returned, reach in ((outputs[3], "all"), (square, "nonlinear")):
         graph.output_node().args = ([returned],)
         assert reach_of(graph, "saved", last=[]) == reach

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from brevitas_bp import CorruptPayloadError, codec_from
 from brevitas_bp.activations.predictions import PREDICTIONS
 from brevitas_bp.codec import Codec, Packed
-from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec, _filled
+from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
 from brevitas_bp.codec.regions import relu_region
 from brevitas_bp.format import differences as reference
+from brevitas_bp.kernels import dispatch
 from brevitas_bp.quant import (
     RotatedNormal1DynamicActPerBucketFloat,
     RotatedNormal2DynamicActPerBucketFloat,
@@ -179,9 +180,9 @@ def test_large_halves_stay_finite(dtype: torch.dtype) -> None:
 def test_halves_are_filled_in_pieces(row: int) -> None:
     x = normals(1 << 20 if row == 1 << 19 else 500 * row).relu().bfloat16()
     whole = reference.fill_zeros(x.float(), row).bfloat16()
-    assert torch.equal(_filled(x, row), whole)
+    assert torch.equal(dispatch.fill_zeros(x, row), whole)
     flat = reference.fill_zeros(x.float(), x.numel()).bfloat16()
-    assert torch.equal(_filled(x, x.numel()), flat)
+    assert torch.equal(dispatch.fill_zeros(x, x.numel()), flat)
 
 
 @each_maker

@@ -29,14 +29,14 @@ from brevitas_bp.backward.compiled.dynamo import in_python, no_graph_of_its_own
 from brevitas_bp.backward.compiled.linearity import reach_of
 from brevitas_bp.backward.compiled.nodes import inputs_of, is_rectified, is_tangent
 from brevitas_bp.backward.compiled.placement import raise_encoders, sink_decoders
-from brevitas_bp.backward.compiled.rows import Grouping, grouping_of
+from brevitas_bp.backward.compiled.rows import Grouping, grouping_of, is_small_input
 from brevitas_bp.backward.explain import Explanation
 from brevitas_bp.backward.location import Location, current_location
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy
 from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
 from brevitas_bp.codec.base import Codec, is_smaller
-from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor
+from brevitas_bp.codec.graph_forms import GraphForm, GraphTensor, Rectified
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.private import (
     TracingContext,
@@ -176,12 +176,13 @@ def _as_graph(function: Callable[[Any], Any]) -> GraphModule:
 
 def _packed(form: GraphForm, x: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
     def quantize(
-            x: Tensor, spec: BucketQuantSpec, channels: int | None = None) -> tuple[Tensor, ...]:
+            x: Tensor, spec: BucketQuantSpec, channels: int | None = None,
+            filled_row: int | None = None) -> tuple[Tensor, ...]:
         where = spec.to_text(), _graph_number(), next(_calls)
         ours = torch.ops.brevitas_bp
         if channels is None:
             encode = ours.encode_seeded if spec.decoding_draws else ours.encode
-            return encode(x, *where)
+            return encode(x, *where, filled_row)
         encode = ours.encode_channels_seeded if spec.decoding_draws else ours.encode_channels
         return encode(x, *where, channels)
 
@@ -205,20 +206,26 @@ def _decide(
         decision = _PARAMETER
     elif x.numel() > 0:
         backward: Graph = context["_bw_graph"]
-        saved.reach = reach_of(backward, node.name, parameters)
-        rectified = False
-        if saved.reach == "nonlinear" and is_rectified(node):
+        saved.reach = reach_of(backward, node.name, parameters) or "weight"
+        rectified: Rectified = None
+        # Policies that ignore the reach treat all tensors alike.
+        if saved.reach == "nonlinear" and is_rectified(node) and not isinstance(
+                running.policy, PlainPolicy):
             reach = reach_of(backward, node.name, parameters, rectified=True)
-            # Policies that ignore the reach treat all tensors alike.
-            rectified = reach != "nonlinear" and not isinstance(running.policy, PlainPolicy)
-            saved.reach = reach if rectified else saved.reach
+            if reach != "nonlinear":
+                saved.reach = reach or "weight"
+                rectified = "values" if reach else "signs"
         grouping = Grouping() if isinstance(running.policy, PlainPolicy) else grouping_of(
             node, backward, x)
         if grouping.channels and saved.reach == "norm" and isinstance(x.numel(), int):
             saved.sharing = x.numel() // x.shape[1]
+        saved.small_input = saved.reach == "weight" and is_small_input(node, inputs, backward, x)
         decision = running.policy.decide(saved)
+        if rectified == "signs" and decision.codec is not None:
+            decision = decision._replace(reason=_SIGNS)
         graph_tensor = GraphTensor.of(
-            x, channels_last=_runs_channels_last(context["_fw_graph"], x), rectified=rectified,
+            x, channels_last=_runs_channels_last(context["_fw_graph"], x),
+            rectified=rectified, filled=decision.uses_hints,
             row=grouping.row, in_memory=grouping.in_memory, channels=grouping.channels)
         if decision.codec is not None and graph_tensor is not None:
             form = decision.codec.in_graph(graph_tensor)
@@ -241,6 +248,7 @@ def _runs_channels_last(forward: Graph, x: Tensor) -> bool:
         node.target is torch.ops.aten.convolution.default for node in forward.nodes)
 
 
+_SIGNS = "backward reads its sign alone: gradient exact"
 _KEPT = Decision(None, "not an ordinary tensor")
 _INTEGERS = Decision(None, "integers")
 _NO_FORM = Decision(None, "its codec has no form for compiled graphs, or its elements share memory")

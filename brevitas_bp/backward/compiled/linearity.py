@@ -19,6 +19,7 @@ NOTE [ Reading a backward graph ]
    is linear in the value, in the output, and in both together.
 7. The backward of a ReLU compares the ReLU's output with 0. The output is also the input of a layer.
    If its sign is kept exactly, these comparisons are constants.
+8. The backward of a pooling reads the shape of its input, but none of its values.
 """
 
 import operator
@@ -107,8 +108,8 @@ class _Reader:
         # Node with several outputs -> output -> trace.
         self.outputs: dict[Node, Mapping[int, Trace]] = {}
 
-    def reach(self, saved: Node) -> Reach:
-        """Returns the farthest reach of ``saved`` over all gradients that the graph returns."""
+    def reach(self, saved: Node) -> Reach | None:
+        """Returns the farthest reach of ``saved`` over all gradients of the graph; None: in none."""
         self.traces[saved] = Trace()
         self.same = {saved}
         result: Trace | None = None
@@ -117,7 +118,7 @@ class _Reader:
                 result = self._returned(node.args[0])
             elif any(n in self.traces or n in self.outputs for n in node.all_input_nodes):
                 self._visit(node)
-        return "weight" if result is None else result.reach
+        return None if result is None else result.reach
 
     def _returned(self, gradients: Any) -> Trace | None:
         result: Trace | None = None
@@ -138,6 +139,8 @@ class _Reader:
                 self.traces[node] = trace
             return
         name = name_of(node)
+        if name in _SHAPE_OF_INPUT and self.trace([*node.args[:1], *node.args[2:]]) is None:
+            return
         if name in _CONSTANT or (name in _COMPARISONS and self._compares_with_zero(node, 0, 1)):
             return
         if is_reshape(node) and node.args[0] in self.same:
@@ -238,6 +241,12 @@ def _norm_backward(trace: Trace) -> dict[int, Trace]:
 _CONSTANT = frozenset({
     "sym_size", "sym_numel", "sym_stride", "zeros_like", "ones_like", "full_like", "empty_like",
     "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"})
+#: Operators that read only the shape of their second argument.
+_SHAPE_OF_INPUT = frozenset({
+    "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "avg_pool2d_backward",
+    "avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward",
+    "adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward", "fractional_max_pool2d_backward",
+    "fractional_max_pool3d_backward"})
 _COMPARISONS = frozenset({"le", "gt", "lt", "ge", "eq", "ne"})
 _Rule = Callable[[_Reader, Node], Trace]
 _RULES: dict[str, _Rule] = {}
@@ -286,7 +295,8 @@ def _gradient(reader: _Reader, node: Node) -> Trace:
     """Follows NOTE [ Reading a backward graph ], rule 5."""
     gradients = gradients_of(node)
     trace = reader.trace([node.args[i] for i in gradients])
-    others = [value for i, value in enumerate(node.args) if i not in gradients]
+    unread = [*gradients, 1] if name_of(node) in _SHAPE_OF_INPUT else gradients
+    others = [value for i, value in enumerate(node.args) if i not in unread]
     return _NONLINEAR if trace is None or _depends(reader, [*others, *node.kwargs.values()]) else trace
 
 
@@ -330,8 +340,10 @@ def _added_product(reader: _Reader, node: Node) -> Trace:
 
 def reach_of(
         graph: Graph, name: str, last: Collection[int] | None = None, *,
-        rectified: bool = False) -> Reach:
+        rectified: bool = False) -> Reach | None:
     """Returns how far a rounding of the saved tensor ``name`` travels in a compiled backward graph.
+
+    None: no gradient depends on its values, but on its shape, or its sign if that is exact.
 
     Args:
         graph: the backward graph of ``torch.compile``, in operators of aten.

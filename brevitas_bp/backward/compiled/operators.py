@@ -21,7 +21,7 @@ _DRAWS = FLEXIBLE + tuple(
 # See NOTE [ Graphs call the kernels ]. ``site`` numbers the calls, so that calls with otherwise equal
 # arguments are not merged.
 _library.define(
-    "encode(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor)",
+    "encode(Tensor x, str spec, int graph, int site, SymInt? filled_row=None) -> (Tensor, Tensor)",
     tags=_DRAWS)
 _library.define(
     "encode_channels(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
@@ -29,7 +29,8 @@ _library.define(
     tags=_DRAWS)
 # The same, if decoding needs the seed. The seed is an int64 tensor [1] on the host.
 _library.define(
-    "encode_seeded(Tensor x, str spec, int graph, int site) -> (Tensor, Tensor, Tensor)",
+    "encode_seeded(Tensor x, str spec, int graph, int site, SymInt? filled_row=None) -> "
+    "(Tensor, Tensor, Tensor)",
     tags=_DRAWS)
 _library.define(
     "encode_channels_seeded(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
@@ -71,11 +72,20 @@ def _encode_channels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _encode_channels_seeded(*arguments)[:3]
 
 
-def _encode_seeded(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns payload, metadata and seed of a tensor that a graph saves in this forward pass."""
+def _encode_seeded(
+        x: Tensor, spec: str, graph: int, site: int,
+        filled_row: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns payload, metadata and seed of a tensor that a graph saves in this forward pass.
+
+    ``filled_row``: elements of the rows whose zeros are filled, because their place is stored; None: no
+    zeros are filled.
+    """
     seed = _seed_in(graph)
     launcher = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
-    return *launcher.encode(x.reshape(-1).resolve_neg().contiguous(), seed), _stored(seed)
+    flat = x.reshape(-1).resolve_neg().contiguous()
+    if filled_row is not None:
+        flat = dispatch.fill_zeros(flat, filled_row)
+    return *launcher.encode(flat, seed), _stored(seed)
 
 
 def _encode(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -105,7 +115,8 @@ def _encode_channels_seeded_fake(
 
 @torch.library.register_fake("brevitas_bp::encode_seeded", lib=_library)
 def _encode_seeded_fake(
-        x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor, Tensor]:
+        x: Tensor, spec: str, graph: int, site: int,
+        filled_row: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     return *_encode_fake(x, spec, graph, site), _fake_seed()
 
 
@@ -118,7 +129,9 @@ def _encode_channels_fake(
 
 
 @torch.library.register_fake("brevitas_bp::encode", lib=_library)
-def _encode_fake(x: Tensor, spec: str, graph: int, site: int) -> tuple[Tensor, Tensor]:
+def _encode_fake(
+        x: Tensor, spec: str, graph: int, site: int,
+        filled_row: int | None = None) -> tuple[Tensor, Tensor]:
     own = BucketQuantSpec.from_text(spec)
     n, size = bucket_shape(x.numel(), own.bucket_size, own.row_size)
     stored = stored_metadata_dtype(own.metadata_dtype, compute_dtype(x.dtype))
