@@ -17,9 +17,10 @@ Table = Sequence[Sequence[float]]
 def greedy(costs: Table, sizes: Table, budget: float) -> list[int]:
     """Starts from the largest options and repeatedly takes the step down that does least harm.
 
-    A step goes to the next smaller option of an item. Its harm is the growth of cost for each unit of
-    size that it frees. If several steps do equal harm, the last item's step is taken. Source: Chen et
-    al., "ActNN", 2021; Liu et al., "GACT", 2022.
+    A step goes to a smaller option of an item. Its harm is the growth of cost for each unit of size
+    that it frees. If several steps do equal harm, the last item's step is taken, to the largest of its
+    options. Source: Chen et al., "ActNN", 2021; Liu et al., "GACT", 2022. In their formulas costs are
+    convex in sizes, so each step goes to the next smaller option.
 
     Returns:
         An option for each item.
@@ -38,16 +39,23 @@ def greedy(costs: Table, sizes: Table, budget: float) -> list[int]:
     order = [sorted(range(len(s)), key=lambda j: (s[j], -j), reverse=True) for s in sizes]
     at = [0] * len(costs)
     total = sum(s[o[0]] for s, o in zip(sizes, order))
+    steps = [_least_step(*row, 0) for row in zip(costs, sizes, order)]
     while total > budget:
-        harm = [
-            _harm(costs[i], sizes[i], order[i][at[i]], order[i][at[i] + 1])
-            if at[i] + 1 < len(order[i]) else float("inf") for i in range(len(costs))]
-        least = min(harm)
-        chosen = max(i for i, h in enumerate(harm) if h == least)
-        total -= sizes[chosen][order[chosen][at[chosen]]]
-        at[chosen] += 1
-        total += sizes[chosen][order[chosen][at[chosen]]]
+        least = min(harm for harm, _ in steps)
+        i = max(i for i, (harm, _) in enumerate(steps) if harm == least)
+        total -= sizes[i][order[i][at[i]]]
+        at[i] = steps[i][1]
+        total += sizes[i][order[i][at[i]]]
+        steps[i] = _least_step(costs[i], sizes[i], order[i], at[i])
     return [o[a] for o, a in zip(order, at)]
+
+
+def thrifty(costs: Table, sizes: Table, budget: float) -> list[int]:
+    """Chooses like :func:`greedy`, and spends what is left on the steps up that gain most for it."""
+    taken = greedy(costs, sizes, budget)
+    while (better := _best_gain(costs, sizes, taken, budget - total(sizes, taken))) is not None:
+        taken[better[0]] = better[1]
+    return taken
 
 
 def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
@@ -67,7 +75,7 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     from scipy.sparse import csr_array
 
     # No better choice has an option that alone costs more than the whole greedy choice.
-    rival = greedy(costs, sizes, budget)
+    rival = thrifty(costs, sizes, budget)
     most = total(costs, rival)
     pairs = [(i, j) for i, row in enumerate(costs) for j, c in enumerate(row) if c <= most]
     cost = np.array([costs[i][j] for i, j in pairs])
@@ -141,6 +149,29 @@ def check_feasible(sizes: Table, budget: float) -> None:
         raise InfeasibleBudgetError(
             f"brevitas_bp.allocate: the budget is {budget:,.0f} but the smallest options take "
             f"{least:,.0f}, {least - budget:,.0f} more")
+
+
+def _best_gain(
+        costs: Table, sizes: Table, taken: Sequence[int], spare: float) -> tuple[int, int] | None:
+    """Returns the item and the option that lower the cost most for each unit of size, or None."""
+    best, most = None, 0.0
+    for i, j in enumerate(taken):
+        for other, size in enumerate(sizes[i]):
+            gain, growth = costs[i][j] - costs[i][other], size - sizes[i][j]
+            if gain > 0 and growth <= spare:
+                rate = gain / growth if growth > 0 else float("inf")
+                if rate > most:
+                    best, most = (i, other), rate
+    return best
+
+
+def _least_step(
+        costs: Sequence[float], sizes: Sequence[float], order: Sequence[int],
+        at: int) -> tuple[float, int]:
+    """Returns the least harm of a step from place ``at`` of ``order``, and the place it leads to."""
+    return min(
+        ((_harm(costs, sizes, order[at], order[to]), to) for to in range(at + 1, len(order))),
+        default=(float("inf"), at))
 
 
 def _harm(costs: Sequence[float], sizes: Sequence[float], high: int, low: int) -> float:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from brevitas_bp.allocate.budget import greedy, lower_bound, optimal, require_scipy, total
+from brevitas_bp.allocate.budget import lower_bound, optimal, require_scipy, thrifty
+from brevitas_bp.allocate.bundles import Option, PlannedTensor, bundled
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.errors import InfeasibleBudgetError, UnknownNameError, nearest
 from brevitas_bp.text import mib, table
@@ -19,39 +20,8 @@ Method = Literal["optimal", "greedy"]
 _WHERE = "brevitas_bp.plan_bit_widths"
 # Measured: the errors of tensors add up while their sum is below this share of the gradient's energy.
 _COMPOUNDS = 0.5
-_METHODS = {"optimal": optimal, "greedy": greedy}
+_METHODS = {"optimal": optimal, "greedy": thrifty}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """Saved tensors that share one candidate (a group).
-
-    Attributes:
-        sites: names of the tensors: "module:operation:role of the tensor in the operation".
-        elements: number of stored elements.
-        exact_bytes: bytes of the tensors uncompressed.
-        reach: how far a rounding error travels: "weight", "sum", "norm" or "all".
-        options: candidate -> (bytes, expected squared error of the gradient).
-        chosen: the chosen candidate.
-    """
-
-    sites: tuple[str, ...]
-    elements: int
-    exact_bytes: int
-    reach: str
-    options: dict[str, tuple[float, float]]
-    chosen: str
-
-    @property
-    def stored_bytes(self) -> float:
-        """Bytes with the chosen candidate."""
-        return self.options[self.chosen][0]
-
-    @property
-    def error(self) -> float:
-        """Expected squared error of the gradient with the chosen candidate."""
-        return self.options[self.chosen][1]
 
 
 @dataclass(frozen=True)
@@ -98,7 +68,12 @@ class BitPlan:
     @property
     def error(self) -> float:
         """Expected squared error ``|g~ - g|^2 / |g|^2`` of the whole gradient."""
-        return sum(t.error for t in self.tensors) / (self.gradient_energy or 1.0)
+        return sum(self._errors) / (self.gradient_energy or 1.0)
+
+    @property
+    def _errors(self) -> list[float]:
+        choices = self.choices
+        return [t.error_beside(choices) for t in self.tensors]
 
     def within(
             self, *, budget: int | str | None = None, average_bits: float | None = None,
@@ -112,14 +87,14 @@ class BitPlan:
         check_budget(budget, average_bits)
         check_method(method)
         limit = _limit(self, budget, average_bits)
-        names = [_worth_having(t.options) for t in self.tensors]
-        sizes = [[t.options[n][0] for n in row] for t, row in zip(self.tensors, names)]
-        costs = [[t.options[n][1] for n in row] for t, row in zip(self.tensors, names)]
+        options = bundled(self.tensors)
+        costs, sizes = _tables(options)
         _check_feasible(self, sizes, limit, average_bits is None)
-        chosen = _METHODS[method](costs, sizes, limit)
-        return replace(
-            self, method=method, tensors=tuple(
-                replace(t, chosen=row[j]) for t, row, j in zip(self.tensors, names, chosen)))
+        chosen: dict[int, str] = {}
+        for row, j in zip(options, _METHODS[method](costs, sizes, limit)):
+            chosen |= row[j].chosen
+        return replace(self, method=method, tensors=tuple(
+            replace(t, chosen=chosen[i]) for i, t in enumerate(self.tensors)))
 
     def gap(self) -> float:
         """Returns an upper bound on how much lower the error could be within the same bytes.
@@ -127,11 +102,9 @@ class BitPlan:
         The bound is a share of the error. It comes from a relaxation that allows fractions of options. A
         bound of 0 proves that the plan is the best.
         """
-        sizes = [[o[0] for o in t.options.values()] for t in self.tensors]
-        costs = [[o[1] for o in t.options.values()] for t in self.tensors]
-        chosen = [list(t.options).index(t.chosen) for t in self.tensors]
-        cost = total(costs, chosen)
-        bound = lower_bound(costs, sizes, total(sizes, chosen))
+        cost = sum(self._errors)
+        bound = lower_bound(
+            *_tables(bundled(self.tensors)), sum(t.stored_bytes for t in self.tensors))
         return max(0.0, cost - bound) / cost if cost > 0 else 0.0
 
     def with_bits(self, pattern: str, candidate: Candidate | float | str) -> "BitPlan":
@@ -249,11 +222,11 @@ class BitPlan:
     def __str__(self) -> str:
         unit = self.gradient_energy or 1.0
         lines = [("tensor", "reach", "bits", "exact MiB", "stored MiB", "error")]
-        for t in self.tensors:
+        for t, error in zip(self.tensors, self._errors):
             more = f" (+{len(t.sites) - 1})" if len(t.sites) > 1 else ""
             lines.append((
                 next(iter(t.sites)).removesuffix(":argument 0") + more, t.reach, t.chosen,
-                mib(t.exact_bytes), mib(round(t.stored_bytes)), f"{t.error / unit:.2e}"))
+                mib(t.exact_bytes), mib(round(t.stored_bytes)), f"{error / unit:.2e}"))
         lines.append(("exact, masks, indices", "", "", "", mib(self.fixed_bytes), "0"))
         lines.append((
             "total", "", f"{self.average_bits:.2f}", mib(self.exact_bytes),
@@ -296,13 +269,9 @@ def check_method(method: str) -> None:
         require_scipy()
 
 
-def _worth_having(options: dict[str, tuple[float, float]]) -> list[str]:
-    """Returns the candidates that no other candidate beats in both bytes and error."""
-    kept: list[str] = []
-    for name in sorted(options, key=lambda name: options[name]):
-        if not kept or options[name][1] < options[kept[-1]][1]:
-            kept.append(name)
-    return kept
+def _tables(options: list[list[Option]]) -> tuple[list[list[float]], list[list[float]]]:
+    """Returns errors and sizes of options."""
+    return [[o.error for o in row] for row in options], [[o.size for o in row] for row in options]
 
 
 def _limit(plan: BitPlan, budget: int | str | None, average_bits: float | None) -> float:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from brevitas_bp.allocate.plan import BitPlan, Method, PlannedTensor, check_budget, check_method
+from brevitas_bp.allocate.bundles import PlannedTensor
+from brevitas_bp.allocate.plan import BitPlan, Method, check_budget, check_method
+from brevitas_bp.allocate.probe import Group
 from brevitas_bp.allocate.profile import LossFn, Profile
 from brevitas_bp.allocate.sensitivity import Sensitivity, estimator
 from brevitas_bp.backward.seam import wrappers_in
@@ -157,9 +159,31 @@ def _planned(
     options = {
         str(c): (float(profile.stored_bytes(group, c)), error) for c, error in zip(candidates, errors)
         if c.average_size == 1 or group.parameters is not None}
+    given, growth = _growth(profile, group, candidates)
     return PlannedTensor(
         tuple(group.sites), group.numel, group.exact_bytes, group.reach, options,
-        min(options, key=lambda name: options[name]))
+        min(options, key=lambda name: options[name]), given, growth)
+
+
+def _growth(
+        profile: Profile, group: Group,
+        candidates: list[Candidate]) -> tuple[str | None, dict[str, float]]:
+    """Returns the derivative that a group is stored given, and how much its candidates change errors.
+
+    See NOTE [ Errors that depend on two widths ].
+    """
+    owners = {
+        profile.group_of(t.difference.derivative) for t in group.tensors if t.difference is not None}
+    owner = owners.pop() if len(owners) == 1 else None
+    if owner is None:
+        return None, {}
+
+    def distance(candidate: Candidate | None) -> float:
+        return sum(profile.distance_given(t, candidate) for t in group.tensors)
+
+    usual = distance(None)
+    return owner.sites[0], {
+        str(c): distance(c) / usual for c in candidates if c.average_size == 1} if usual > 0 else {}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from brevitas_bp.backward.policy import ExplainedPolicy, ObservingPolicy
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, tensors_in
 from brevitas_bp.codec import Codec, Packed
+from brevitas_bp.codec.given import DifferenceCodec
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import spared_nbytes
 from brevitas_bp.codec.rows import Rows, in_rows
@@ -35,6 +36,7 @@ class Probed:
         reach: as the policy reports it; see :class:`~brevitas_bp.backward.saved.Decision`.
         rows: elements of a row and of the last dimension, if buckets are to end with rows.
         counted: which elements of ``flat`` get the rounding error; None: all.
+        difference: ``flat`` is the difference from what this derivative predicts; None: no difference.
         spared: further bytes that are kept if the tensor is exact: the mean of a norm.
     """
 
@@ -43,6 +45,7 @@ class Probed:
     configured: Codec
     rows: Rows | None = None
     counted: Tensor | None = None
+    difference: "Difference | None" = None
     spared: int = 0
     sites: set[str] = field(default_factory=set)
     calls: dict[int, set[int] | None] = field(default_factory=dict)
@@ -57,6 +60,21 @@ class Probed:
     def exact(self) -> Tensor:
         """The exact tensor."""
         return self.layout.restore_flat(self.flat)
+
+
+@dataclass(eq=False)
+class Difference:
+    """What a tensor is stored given.
+
+    Attributes:
+        codec: the codec that subtracts the prediction, and holds the derivative that the policy stores.
+        packed: the stored difference, as long as the graph holds it.
+        derivative: the exact derivative.
+    """
+
+    codec: DifferenceCodec
+    packed: "weakref.ref[Packed]"
+    derivative: Probed
 
 
 @dataclass(eq=False)
@@ -121,11 +139,13 @@ class _Place:
         codec: the codec that the probe replaces.
         rows: of the tensor.
         probed: the tensor, once the operation that saves it is known.
+        told: the tensor as the policy would store it, which other tensors are stored given.
     """
 
     codec: Codec
     rows: Rows | None
     probed: Probed | None = None
+    told: Packed | None = None
 
 
 class ProbeCodec(Codec):
@@ -156,8 +176,10 @@ class ProbeCodec(Codec):
 
     def as_given(self, packed: Packed) -> Packed:
         """Returns the tensor as the policy would store it, because no plan is known yet."""
-        return self._in_its_rows.encode(
+        place: _Place = packed.facts
+        place.told = self._in_its_rows.encode(
             packed.layout.restore_flat(packed.tensors[0]), seed=0, where=packed.where)
+        return place.told
 
     def in_rows(self, length: int, last: int) -> Codec:
         return ProbeCodec(self._decode, self.probed, Rows(length, last))
@@ -239,12 +261,22 @@ class Probing:
             place.probed = Probed(
                 packed.tensors[0], packed.layout,
                 base_of(saved, decision._replace(codec=place.codec)), place.rows,
-                outer.codec.counted(outer), spared_nbytes(outer))
+                outer.codec.counted(outer), self._difference_of(outer), spared_nbytes(outer))
             self._packed.append(weakref.ref(packed))
         tensor = place.probed
         tensor.sites.add(site_of(saved))
         tensor.calls[saved.call.number] = self._own_parameters(saved)
         tensor.reach.add(decision.reach)
+
+    def _difference_of(self, packed: Packed) -> Difference | None:
+        """Returns what a tensor is stored given, if it is stored given a probed derivative."""
+        codec = packed.codec
+        if not isinstance(codec, DifferenceCodec):
+            return None
+        found = (p.facts.probed for ref in self._packed
+                 if (p := ref()) is not None and p.facts.told is codec.derivative)
+        derivative = next(found, None)
+        return None if derivative is None else Difference(codec, weakref.ref(packed), derivative)
 
     def _own_parameters(self, saved: SavedTensor) -> set[int] | None:
         """Returns the other parameters in the call; None if the call has another trained tensor."""

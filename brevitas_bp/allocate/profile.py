@@ -22,6 +22,8 @@ from brevitas_bp.backward.seam import (
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
 from brevitas_bp.codec import Packed
 from brevitas_bp.codec.candidate import Candidate
+from brevitas_bp.codec.given import DifferenceCodec
+from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import in_rows
 from brevitas_bp.codec.shard import is_dtensor
 from brevitas_bp.format.random import derive
@@ -30,6 +32,7 @@ from brevitas_bp.memory import track_saved_memory
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 _WHERE = "brevitas_bp.plan_bit_widths"
+_REFERENCE = Candidate(2)
 
 
 class Profile:
@@ -107,6 +110,11 @@ class Profile:
         finally:
             self.rounded = {}
 
+    def group_of(self, tensor: Probed) -> Group | None:
+        """Returns the group of a tensor; None if the graph no longer holds the tensor."""
+        index = self._group_of.get(id(tensor))
+        return None if index is None else self.groups[index]
+
     def stored(self, tensor: Probed, candidate: Candidate, draw: int = 0) -> Packed | None:
         """Returns a tensor as a candidate stores it; None if the candidate keeps it exact."""
         codec = candidate.codec(tensor.configured)
@@ -132,6 +140,33 @@ class Profile:
         if tensor.counted is not None:
             error = error[tensor.counted]
         return float(error.square().sum())
+
+    def distance_given(self, tensor: Probed, candidate: Candidate | None) -> float:
+        """Returns the squared distance by which two bits move a tensor, stored given its derivative.
+
+        Args:
+            tensor: the tensor. If it is no :class:`~brevitas_bp.allocate.probe.Difference`, the
+                derivative does not matter.
+            candidate: how the derivative is stored; None: as the policy stores it.
+        """
+        given = tensor.difference
+        packed = None if given is None else given.packed()
+        if given is None or packed is None:
+            return self.distance(tensor, _REFERENCE)
+        x, inner = packed.decode(), _REFERENCE.codec(tensor.configured)
+        assert inner is not None
+        inner = inner if tensor.rows is None else in_rows(inner, tensor.rows)
+        codec = given.codec.around_innermost(inner)
+        assert isinstance(codec, DifferenceCodec)
+        if candidate is not None:
+            derivative = self.stored(given.derivative, candidate)
+            # An exact derivative tells nothing, because no codes are stored.
+            codec = codec.inner if derivative is None else codec.beside(derivative)
+        decoded, layout = codec.encode(x, seed=self.seed).decode(), TensorLayout.of(x)
+        error, row = layout.flatten(decoded).double() - layout.flatten(x).double(), given.codec.row
+        # Backward multiplies what is stored in the units of the codec.
+        factors = given.codec.inner.factors(row)
+        return float((error.view(-1, row) * (1.0 if factors is None else factors)).square().sum())
 
     def decode(self, tensor: Probed) -> Tensor:
         """Returns the tensor that backward gets."""

@@ -97,9 +97,10 @@ class Hints:
             return MaskedCodec(codec, packed, row) if version_of(x) == hint.version else codec
         # A change of ``x`` since then makes the prediction worse, but not wrong. Ranges are compared in
         # the units of ``codec``, so chunks may hold several channels.
-        if row is None or not _ends_with_buckets(codec.bucket_elements, row):
+        if row is None or codec.bucket_elements is None:
             return codec
-        return DifferenceCodec(codec, packed, hint.prediction, row)
+        return DifferenceCodec(
+            codec, packed, hint.prediction, row, _chunk_of(codec.bucket_elements, row))
 
 
 def _key(x: Tensor) -> Hashable:
@@ -121,9 +122,11 @@ def _same_order(first: TensorLayout | None, second: TensorLayout | None) -> bool
         (first.shape, first.stride) == (second.shape, second.stride))
 
 
-def _ends_with_buckets(bucket: int | None, row: int) -> bool:
-    """Whether no bucket lies in two chunks. Their differences might have other means."""
-    return bucket is not None and (CHUNK % bucket == 0 or row <= CHUNK)
+def _chunk_of(bucket: int, row: int) -> int:
+    """Returns the elements of a chunk, so that no bucket lies in two: their means may differ."""
+    if bucket and (CHUNK % bucket == 0 or row <= CHUNK):
+        return CHUNK
+    return bucket if bucket and bucket % CHUNK == 0 else row
 
 
 def _row(x: Tensor, rows: Rows | None) -> int | None:

@@ -34,6 +34,8 @@ class AverageCodec(Codec):
     """
 
     restores = FLOATS
+    #: Means of a row have buckets of their own.
+    bucket_elements = 0
 
     def __init__(self, inner: Codec, average_size: int) -> None:
         self.inner = inner

@@ -185,7 +185,7 @@ class Codec(ABC):
     keeps_sign: bool = False
     #: Whether it stores any numbers in the range that they have, differences as well as the tensor.
     stores_differences: bool = False
-    #: Elements of a bucket; None: a bucket may have any.
+    #: Elements of a bucket; 0: buckets end with rows, but have any number of elements; None: unknown.
     bucket_elements: int | None = None
     #: Whether its first stored tensor is a packed mask of the elements inside a region.
     masks: bool = False

@@ -27,7 +27,7 @@ from brevitas_bp.codec.integrity import TensorType, refuse
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.wrapping import WrappingCodec
 from brevitas_bp.format.arithmetic import compute_dtype, to_finite
-from brevitas_bp.format.differences import chunk_count
+from brevitas_bp.format.differences import CHUNK, chunk_count
 from brevitas_bp.format.masks import mask_nbytes
 from brevitas_bp.kernels import dispatch
 
@@ -118,15 +118,23 @@ class DifferenceCodec(_Given):
         derivative: the stored derivative.
         prediction: predicts the output from the derivative.
         row: elements of a row (:mod:`~brevitas_bp.format.differences`).
+        chunk: elements of a chunk. No bucket of ``inner`` lies in two chunks.
     """
 
-    def __init__(self, inner: Codec, derivative: Packed, prediction: Prediction, row: int) -> None:
+    def __init__(
+            self, inner: Codec, derivative: Packed, prediction: Prediction, row: int,
+            chunk: int = CHUNK) -> None:
         super().__init__(inner)
-        self.derivative, self.prediction, self.row = derivative, prediction, row
+        self.derivative, self.prediction = derivative, prediction
+        self.row, self.chunk = row, chunk
         self.name = f"{inner.name}, given the derivative"
 
     def around(self, inner: Codec) -> Codec:
-        return DifferenceCodec(inner, self.derivative, self.prediction, self.row)
+        return DifferenceCodec(inner, self.derivative, self.prediction, self.row, self.chunk)
+
+    def beside(self, derivative: Packed) -> "DifferenceCodec":
+        """Returns this codec for a derivative that is stored with another codec."""
+        return DifferenceCodec(self.inner, derivative, self.prediction, self.row, self.chunk)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
         """Subtracts the prediction, and stores the rest."""
@@ -134,7 +142,7 @@ class DifferenceCodec(_Given):
         flat = layout.flatten(x.detach()).to(compute_dtype(x.dtype))
         difference, used = dispatch.subtract_prediction(
             flat, self._derivatives(flat.dtype), self.prediction, self.row,
-            self.inner.factors(self.row))
+            self.inner.factors(self.row), self.chunk)
         stored = self._encode(difference, layout, x, seed, where)
         return Packed(self, (*stored.tensors, dispatch.pack_bits(used)), layout, stored, where)
 
@@ -146,7 +154,8 @@ class DifferenceCodec(_Given):
             refuse(packed, f"{layout.numel} derivatives", derivatives.numel())
         used = dispatch.unpack_select(
             packed.tensors[-1], self._chunks(layout), 0, 1, packed.tensors[-1].dtype).bool()
-        dispatch.add_prediction_(values, derivatives, self.prediction, self.row, used)
+        dispatch.add_prediction_(
+            values, derivatives, self.prediction, self.row, used, self.chunk)
         # The noise of a value near the largest number may lie beyond it.
         return layout.restore_flat(to_finite(values, layout.dtype))
 
@@ -160,7 +169,7 @@ class DifferenceCodec(_Given):
         return None if least is None else least + mask_nbytes(self._chunks(layout))
 
     def _chunks(self, layout: TensorLayout) -> int:
-        return chunk_count(layout.numel, self.row)
+        return chunk_count(layout.numel, self.row, self.chunk)
 
     def _derivatives(self, dtype: torch.dtype) -> Tensor:
         """Returns the decoded derivatives in the order of memory, in memory that may be written to."""

@@ -47,6 +47,12 @@ class WrappingCodec(Codec):
         return packed if told is stored else Packed(
             self.around(told.codec), told.tensors, packed.layout, told, packed.where)
 
+    def around_innermost(self, codec: Codec) -> Codec:
+        """Returns this codec, and all codecs inside of it, around another innermost codec."""
+        inner = self.inner
+        return self.around(
+            inner.around_innermost(codec) if isinstance(inner, WrappingCodec) else codec)
+
     @staticmethod
     def stored_in(packed: Packed) -> Packed:
         """Returns the ``Packed`` of ``inner``, with the tensors of ``packed``, which are checked."""

@@ -4,8 +4,8 @@ This is the reference, in torch operations. :mod:`brevitas_bp.kernels.cpu.differ
 bits and reads memory once.
 
 All tensors are flat, contiguous, and in the dtype of the computation (float32 or float64). They consist
-of rows of equal length. A row is divided into chunks of :data:`CHUNK` consecutive elements. The last
-chunk of a row may be shorter.
+of rows of equal length. A row is divided into chunks of consecutive elements, :data:`CHUNK` unless said
+otherwise. The last chunk of a row may be shorter.
 """
 
 import torch
@@ -51,7 +51,7 @@ def predict(derivative: Tensor, prediction: Prediction) -> Tensor:
 
 def subtract_prediction(
         x: Tensor, derivative: Tensor, prediction: Prediction, row: int,
-        factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        factors: Tensor | None = None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """Subtracts the prediction from ``x`` in the chunks whose range that reduces.
 
     Args:
@@ -60,6 +60,7 @@ def subtract_prediction(
         prediction: predicts ``x`` from the derivative.
         row: elements of a row.
         factors: by what the elements of a row are multiplied before their range is taken; None: by 1.
+        chunk: elements of a chunk.
 
     Returns:
         The difference, or ``x`` itself in other chunks, [numel]; and which chunks have a difference,
@@ -67,40 +68,41 @@ def subtract_prediction(
     """
     difference = x - predict(derivative, prediction)
     if factors is None:
-        used = _range(difference, row) < _range(x, row)
+        used = _range(difference, row, chunk) < _range(x, row, chunk)
     else:
         scaled = [(values.view(-1, row) * factors).view(-1) for values in (difference, x)]
-        used = _range(scaled[0], row) < _range(scaled[1], row)
-    return torch.where(_for_elements(used, row), difference, x), used
+        used = _range(scaled[0], row, chunk) < _range(scaled[1], row, chunk)
+    return torch.where(_for_elements(used, row, chunk), difference, x), used
 
 
 def add_prediction_(
-        x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor) -> Tensor:
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor,
+        chunk: int = CHUNK) -> Tensor:
     """Undoes :func:`subtract_prediction` in place."""
     sums = x + predict(derivative, prediction)
-    return x.copy_(torch.where(_for_elements(used, row), sums, x))
+    return x.copy_(torch.where(_for_elements(used, row, chunk), sums, x))
 
 
-def chunk_count(numel: int, row: int) -> int:
+def chunk_count(numel: int, row: int, chunk: int = CHUNK) -> int:
     """Returns the number of chunks of a tensor."""
-    return numel // row * -(-row // CHUNK) if row else 0
+    return numel // row * -(-row // chunk) if row else 0
 
 
-def _padded(row: int) -> int:
-    return -(-row // CHUNK) * CHUNK
+def _padded(row: int, chunk: int = CHUNK) -> int:
+    return -(-row // chunk) * chunk
 
 
-def _for_elements(used: Tensor, row: int) -> Tensor:
-    return used.repeat_interleave(CHUNK).view(-1, _padded(row))[:, :row].reshape(-1)
+def _for_elements(used: Tensor, row: int, chunk: int) -> Tensor:
+    return used.repeat_interleave(chunk).view(-1, _padded(row, chunk))[:, :row].reshape(-1)
 
 
-def _range(x: Tensor, row: int) -> Tensor:
+def _range(x: Tensor, row: int, chunk: int) -> Tensor:
     # Copies of the last element of a row change no range.
     rows = x.view(-1, row)
-    missing = _padded(row) - row
+    missing = _padded(row, chunk) - row
     if missing:
         rows = torch.cat((rows, rows[:, -1:].expand(-1, missing)), 1)
-    chunks = rows.reshape(-1, CHUNK)
+    chunks = rows.reshape(-1, chunk)
     return chunks.amax(1) - chunks.amin(1)
 
 

@@ -336,12 +336,14 @@ def fill_zeros(x: Tensor, row: int) -> Tensor:
 
 def subtract_prediction(
         x: Tensor, derivative: Tensor, prediction: Prediction, row: int,
-        factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        factors: Tensor | None = None, chunk: int = differences.CHUNK) -> tuple[Tensor, Tensor]:
     """See :func:`brevitas_bp.format.differences.subtract_prediction`."""
-    return differences_backend(x.device).subtract_prediction(x, derivative, prediction, row, factors)
+    return differences_backend(x.device).subtract_prediction(
+        x, derivative, prediction, row, factors, chunk)
 
 
 def add_prediction_(
-        x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor) -> Tensor:
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor,
+        chunk: int = differences.CHUNK) -> Tensor:
     """See :func:`brevitas_bp.format.differences.add_prediction_`."""
-    return differences_backend(x.device).add_prediction_(x, derivative, prediction, row, used)
+    return differences_backend(x.device).add_prediction_(x, derivative, prediction, row, used, chunk)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brevitas_bp.allocate.budget import greedy, lower_bound, optimal, total
+from brevitas_bp.allocate.budget import greedy, lower_bound, optimal, thrifty, total
 from brevitas_bp.errors import InfeasibleBudgetError
 
 SENSITIVITY = [1000, 100, 10, 1, 0.1, 0.01]
@@ -115,3 +115,11 @@ def test_infeasible_budgets_say_by_how_much(solve: object) -> None:
     assert callable(solve)
     with pytest.raises(InfeasibleBudgetError, match=r"budget is 2,000 but .* take 3,000, 1,000 more"):
         solve([[1.0, 0.5]] * 3, [[1000.0, 2000.0]] * 3, 2000)
+
+
+def test_spare_size_is_spent_on_the_best_steps() -> None:
+    # From 3 to 1 the first item frees more than it has to. The second can have what is left.
+    costs, sizes = [[0.0, 9.0], [0.0, 1.0, 2.0]], [[10.0, 1.0], [9.0, 5.0, 1.0]]
+    assert greedy(costs, sizes, 10) == [1, 2]
+    assert thrifty(costs, sizes, 10) == [1, 0]
+    assert thrifty(costs, sizes, 2) == [1, 2]

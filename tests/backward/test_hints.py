@@ -22,6 +22,7 @@ from brevitas_bp.backward.seam import listening
 from brevitas_bp.codec import Copy
 from brevitas_bp.quant import (
     RotatedNormal2DynamicActPerBucketFloat,
+    ShiftedUint2Avg4DynamicActPerBucketFloatStochastic,
     ShiftedUint2DynamicActPerBucketFloatStochastic,
 )
 from tests.backward.support import Apply
@@ -267,12 +268,31 @@ def test_other_codecs_of_a_mask_give_no_hints(function: Function, size: int, cod
     assert any(given_names(module, x, policy=Replacing(codec))) == copied
 
 
-@pytest.mark.parametrize("options", [{"bucket_size": 1024}, {"bucket_size": None}])
-def test_buckets_that_are_larger_than_chunks_store_no_differences(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("options", "name"), [
+    ({"bucket_size": 512}, "given the derivative"),
+    ({"bucket_size": 1024}, "given the derivative"),
+    ({"act_quant": ShiftedUint2Avg4DynamicActPerBucketFloatStochastic},
+     "means of 4, given the derivative"),
+    ({"bucket_size": None}, "")])
+def test_one_bucket_for_the_whole_tensor_stores_no_differences(
+        options: dict[str, Any], name: str) -> None:
     module = nn.Sequential(nn.Linear(64, 1024), nn.SiLU(), nn.Linear(1024, 8))
-    names = given_names(
-        module, torch.randn(8, 64), act_quant=ShiftedUint2DynamicActPerBucketFloatStochastic, **options)
-    assert names == ["", ""]
+    options = {"act_quant": ShiftedUint2DynamicActPerBucketFloatStochastic, **options}
+    assert given_names(module, torch.randn(8, 64), **options)[1] == name
+
+
+def test_averages_of_differences_tell_more_than_averages() -> None:
+    x, errors = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), []
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 1024), nn.SiLU(), nn.Linear(1024, 8))
+    exact = torch.autograd.grad(module(x).square().sum(), module[2].weight)[0]
+    for hints in (True, False):
+        model = QuantBackwardWrapper(
+            module, ShiftedUint2Avg4DynamicActPerBucketFloatStochastic, policy=OpAware(hints=hints),
+            seed=1)
+        found = torch.autograd.grad(model(x).square().sum(), module[2].weight)[0]
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors[0] < errors[1] / 2
 
 
 def test_small_planes_store_differences_in_units_of_channels() -> None:

@@ -15,6 +15,7 @@ from brevitas_bp.testing.subject import same_bits
 
 ROWS = (1, 5, 16, 49, 64, 192, 196, 256, 1000)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+each_chunk = pytest.mark.parametrize("chunk", [256, 512, 1000])
 
 
 def compiled() -> object:
@@ -41,10 +42,10 @@ def derivative_of_silu(x: Tensor) -> Tensor:
     return s * (1 + x * (1 - s))
 
 
-def in_chunks(row: int, numel: int) -> list[range]:
+def in_chunks(row: int, numel: int, chunk: int = 256) -> list[range]:
     return [
-        range(first, min(first + 256, start + row))
-        for start in range(0, numel, row) for first in range(start, start + row, 256)]
+        range(first, min(first + chunk, start + row))
+        for start in range(0, numel, row) for first in range(start, start + row, chunk)]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -79,19 +80,20 @@ def test_a_prediction_is_its_polynomial(name: str) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("row", ROWS)
-def test_no_chunk_gets_a_larger_range(row: int, dtype: torch.dtype) -> None:
+@each_chunk
+def test_no_chunk_gets_a_larger_range(chunk: int, row: int, dtype: torch.dtype) -> None:
     x = drawn(row, 8, dtype)
     y, d = F.silu(x), derivative_of_silu(x)
-    rest, used = reference.subtract_prediction(y, d.clone(), PREDICTIONS["silu"], row)
-    chunks = in_chunks(row, x.numel())
-    assert len(chunks) == len(used) == reference.chunk_count(x.numel(), row)
-    for chunk, subtracted in zip(chunks, used.tolist()):
-        part, found = y[chunk.start:chunk.stop], rest[chunk.start:chunk.stop]
+    rest, used = reference.subtract_prediction(y, d.clone(), PREDICTIONS["silu"], row, None, chunk)
+    chunks = in_chunks(row, x.numel(), chunk)
+    assert len(chunks) == len(used) == reference.chunk_count(x.numel(), row, chunk)
+    for place, subtracted in zip(chunks, used.tolist()):
+        part, found = y[place.start:place.stop], rest[place.start:place.stop]
         if subtracted:
             assert found.max() - found.min() < part.max() - part.min()
         else:
             assert same_bits(found, part)
-    again = reference.add_prediction_(rest.clone(), d, PREDICTIONS["silu"], row, used)
+    again = reference.add_prediction_(rest.clone(), d, PREDICTIONS["silu"], row, used, chunk)
     finite = y.isfinite()
     assert torch.allclose(again[finite], y[finite], rtol=1e-6, atol=1e-6)
 
@@ -99,25 +101,29 @@ def test_no_chunk_gets_a_larger_range(row: int, dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("prediction", [*PREDICTIONS.values(), Prediction((1.0,))])
+@each_chunk
 def test_kernels_give_the_bits_of_the_reference(
-        row: int, dtype: torch.dtype, prediction: Prediction) -> None:
+        chunk: int, row: int, dtype: torch.dtype, prediction: Prediction) -> None:
     kernels: object = compiled()
     x = drawn(row, 7, dtype)
     y, d = F.silu(x), derivative_of_silu(x) + 0.03 * torch.randn(x.shape, dtype=dtype)
     d[3] = float("nan")
     (rest, used), (its_rest, its_used) = (
-        form.subtract_prediction(y, d.clone(), prediction, row)  # type: ignore[attr-defined]
+        form.subtract_prediction(  # type: ignore[attr-defined]
+            y, d.clone(), prediction, row, None, chunk)
         for form in (reference, kernels))
     assert torch.equal(used, its_used)
     assert same_bits(rest.nan_to_num(7, 8, 9), its_rest.nan_to_num(7, 8, 9))
     factors = torch.rand(row, dtype=dtype)
     (scaled, used_so), (its_scaled, its_so) = (
-        form.subtract_prediction(y, d.clone(), prediction, row, factors)  # type: ignore[attr-defined]
+        form.subtract_prediction(  # type: ignore[attr-defined]
+            y, d.clone(), prediction, row, factors, chunk)
         for form in (reference, kernels))
     assert torch.equal(used_so, its_so)
     assert same_bits(scaled.nan_to_num(7, 8, 9), its_scaled.nan_to_num(7, 8, 9))
     sums = [
-        form.add_prediction_(rest.clone(), d, prediction, row, used)  # type: ignore[attr-defined]
+        form.add_prediction_(  # type: ignore[attr-defined]
+            rest.clone(), d, prediction, row, used, chunk)
         for form in (reference, kernels)]
     assert same_bits(*[s.nan_to_num(7, 8, 9) for s in sums])
 

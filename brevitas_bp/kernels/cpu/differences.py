@@ -20,12 +20,12 @@ _N = np.uint64
 
 
 @jit
-def _chunk(number: Any, row: Any) -> Any:
+def _place(number: Any, row: Any, chunk: Any) -> Any:
     """Returns the first element of a chunk, and its size."""
-    per_row = (row + CHUNK - 1) // CHUNK
+    per_row = (row + chunk - 1) // chunk
     first = number // per_row * row
-    start = first + number % per_row * CHUNK
-    return start, min(CHUNK, first + row - start)
+    start = first + number % per_row * chunk
+    return start, min(chunk, first + row - start)
 
 
 @jit
@@ -66,7 +66,7 @@ def _fill(begin: Any, end: Any, x: Any, words: Any, row: Any, out: Any) -> None:
     terms, given = np.empty(CHUNK, x.dtype), np.empty(CHUNK, np.int32)
     ends = np.empty(2, words.dtype)
     for number in range(begin, end):
-        start, size = _chunk(number, row)
+        start, size = _place(number, row, CHUNK)
         part, target = window(x, start, size), window(out, start, size)
         # More zeros would not change the sum.
         wide = CHUNK
@@ -117,16 +117,17 @@ def _span(x: Any, words: Any, factors: Any, scaled: Any, scaled_words: Any, ends
 @jit
 def _subtract(
         begin: Any, end: Any, x: Any, out: Any, words: Any, words_out: Any, factors: Any, c: Any,
-        row: Any, used: Any) -> None:
+        row: Any, chunk: Any, used: Any) -> None:
     """Subtracts the prediction in chunks ``begin .. end - 1``.
 
     ``out`` holds the derivatives. ``words`` and ``words_out`` are the memory of ``x`` and ``out``, as
     integers. ``factors`` are those of a row, or none.
     """
-    scaled_words, ends = np.empty(CHUNK, words.dtype), np.empty(2, words.dtype)
+    scaled_words = np.empty(min(row, chunk) if factors.size else 0, words.dtype)
+    ends = np.empty(2, words.dtype)
     scaled = scaled_words.view(x.dtype)
     for number in range(begin, end):
-        start, size = _chunk(number, row)
+        start, size = _place(number, row, chunk)
         part, target = window(x, start, size), window(out, start, size)
         own = window(factors, start % row, size) if factors.size else factors
         _difference(part, c, target)
@@ -145,11 +146,13 @@ def _sum(derivative: Any, c: Any, x: Any) -> None:
 
 
 @jit
-def _add(begin: Any, end: Any, derivative: Any, c: Any, row: Any, used: Any, x: Any) -> None:
+def _add(
+        begin: Any, end: Any, derivative: Any, c: Any, row: Any, chunk: Any, used: Any,
+        x: Any) -> None:
     """Adds the prediction in chunks ``begin .. end - 1``."""
     for number in range(begin, end):
         if used[number]:
-            start, size = _chunk(number, row)
+            start, size = _place(number, row, chunk)
             _sum(window(derivative, start, size), c, window(x, start, size))
 
 
@@ -164,22 +167,23 @@ def fill_zeros(x: Tensor, row: int) -> Tensor:
 
 def subtract_prediction(
         x: Tensor, derivative: Tensor, prediction: Prediction, row: int,
-        factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        factors: Tensor | None = None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """See :func:`brevitas_bp.format.differences.subtract_prediction`."""
-    count = chunk_count(x.numel(), row)
+    count = chunk_count(x.numel(), row, chunk)
     used = torch.empty(count, dtype=torch.bool, device="cpu")
     given = x.new_empty(0) if factors is None else factors.to(x.dtype)
-    run_in_pool(_subtract, (), 0, count, CHUNK, (
+    run_in_pool(_subtract, (), 0, count, min(row, chunk), (
         x.numpy(), derivative.numpy(), _words(x), _words(derivative), given.numpy(),
-        _coefficients(x, prediction), row, used.numpy()))
+        _coefficients(x, prediction), row, chunk, used.numpy()))
     return derivative, used
 
 
 def add_prediction_(
-        x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor) -> Tensor:
+        x: Tensor, derivative: Tensor, prediction: Prediction, row: int, used: Tensor,
+        chunk: int = CHUNK) -> Tensor:
     """See :func:`brevitas_bp.format.differences.add_prediction_`."""
-    run_in_pool(_add, (), 0, chunk_count(x.numel(), row), CHUNK, (
-        derivative.numpy(), _coefficients(x, prediction), row, used.numpy(), x.numpy()))
+    run_in_pool(_add, (), 0, chunk_count(x.numel(), row, chunk), min(row, chunk), (
+        derivative.numpy(), _coefficients(x, prediction), row, chunk, used.numpy(), x.numpy()))
     return x
 
 

@@ -1,0 +1,116 @@
+"""Saved tensors of a plan, and those of them whose candidates must be chosen together.
+
+NOTE [ Errors that depend on two widths ]
+1. The output of SiLU or GELU is stored given the derivative of the function, see
+   NOTE [ Given what is stored already ]. With fewer bits, the derivative tells less about the output,
+   and the rounding error of the output grows.
+2. Each candidate of the derivative multiplies the error of the output by a factor, whatever the output's
+   own candidate is: with one kind of code, the error is proportional to the energy of what is stored.
+3. So a derivative and the outputs that are stored given it form a bundle. Its options are the
+   combinations of their candidates that no other combination beats in both bytes and error.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """Saved tensors that share one candidate (a group).
+
+    Attributes:
+        sites: names of the tensors: "module:operation:role of the tensor in the operation".
+        elements: number of stored elements.
+        exact_bytes: bytes of the tensors uncompressed.
+        reach: how far a rounding error travels: "weight", "sum", "norm" or "all".
+        options: candidate -> (bytes, expected squared error of the gradient).
+        chosen: the chosen candidate.
+        given: a name of the derivative that the tensors are stored given; None: no derivative.
+        growth: candidate of that derivative -> the factor by which the errors in ``options`` grow.
+    """
+
+    sites: tuple[str, ...]
+    elements: int
+    exact_bytes: int
+    reach: str
+    options: dict[str, tuple[float, float]]
+    chosen: str
+    given: str | None = None
+    growth: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def stored_bytes(self) -> float:
+        """Bytes with the chosen candidate."""
+        return self.options[self.chosen][0]
+
+    def error_beside(self, choices: Mapping[str, str]) -> float:
+        """Returns the expected squared error of the gradient with the chosen candidate.
+
+        Args:
+            choices: name of a tensor -> its chosen candidate.
+        """
+        error = self.options[self.chosen][1]
+        # No factor times an error of zero: the factor may be infinite.
+        return error * self.growth_with(choices.get(self.given or "")) if error else 0.0
+
+    def growth_with(self, candidate: str | None) -> float:
+        """Returns the factor by which errors grow if the derivative has this candidate."""
+        return 1.0 if candidate is None else self.growth.get(candidate, 1.0)
+
+
+class Option(NamedTuple):
+    """A combination of the candidates of a bundle.
+
+    Attributes:
+        size: bytes.
+        error: expected squared error of the gradient.
+        chosen: index of a tensor -> its candidate.
+    """
+
+    size: float
+    error: float
+    chosen: dict[int, str]
+
+
+def bundled(tensors: Sequence[PlannedTensor]) -> list[list[Option]]:
+    """Returns the options of each bundle that are worth having, by size.
+
+    Most tensors are bundles of their own.
+    """
+    place = {site: i for i, t in enumerate(tensors) for site in t.sites}
+    members: defaultdict[int, list[int]] = defaultdict(list)
+    for i, t in enumerate(tensors):
+        first = place.get(t.given or "", i)
+        # A derivative is stored given nothing.
+        members[i if tensors[first].given is not None else first].append(i)
+    return [_options_of(tensors, first, members[first]) for first in sorted(members)]
+
+
+def _options_of(
+        tensors: Sequence[PlannedTensor], first: int, members: Sequence[int]) -> list[Option]:
+    options: list[Option] = []
+    for name, (size, error) in tensors[first].options.items():
+        combined = [Option(size, error, {first: name})]
+        for i in members:
+            if i != first:
+                factor = tensors[i].growth_with(name)
+                own = _worth_having(
+                    Option(s, e * factor if e else 0.0, {i: n})
+                    for n, (s, e) in tensors[i].options.items())
+                combined = _worth_having(
+                    Option(a.size + b.size, a.error + b.error, a.chosen | b.chosen)
+                    for a, b in itertools.product(combined, own))
+        options += combined
+    return _worth_having(options)
+
+
+def _worth_having(options: Iterable[Option]) -> list[Option]:
+    """Returns the options that no other option beats in both bytes and error, by size."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.size, o.error)):
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    return kept
