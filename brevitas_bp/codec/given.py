@@ -80,22 +80,25 @@ class MaskedCodec(_Given):
         return MaskedCodec(inner, self.mask, self.row)
 
     def encode(self, x: Tensor, *, seed: int, where: str = "") -> Packed:
-        """Fills the zeros, and stores the rest; stores all if elements outside of the mask are not 0."""
+        """Fills the zeros, and stores the rest; stores all if elements outside of the mask are not 0.
+
+        The last stored tensor tells which, uint8 [1].
+        """
         layout = TensorLayout.of(x)
         flat = layout.flatten(x.detach())
-        if not dispatch.is_inside(flat, self.mask.tensors[0]):
-            # The tensor has changed since the mask was made, in a way that its version does not tell.
-            return self.inner.encode(x, seed=seed, where=where)
+        # The tensor may have changed since the mask was made, in a way that its version does not tell.
+        strays = dispatch.find_strays(flat, self.mask.tensors[0])
         if self.row is None:
             stored = self.inner.encode(x, seed=seed, where=where)
         else:
-            stored = self._encode(dispatch.fill_zeros(flat, self.row), layout, x, seed, where)
-        return Packed(self, stored.tensors, layout, stored, where)
+            stored = self._encode(
+                dispatch.fill_zeros(flat, self.row, strays), layout, x, seed, where)
+        return Packed(self, (*stored.tensors, strays), layout, stored, where)
 
     def counted(self, packed: Packed) -> Tensor | None:
         # Without rows, ``inner`` may have another order.
-        return None if self.row is None else dispatch.unpack_select(
-            self.mask.checked()[0], packed.layout.numel, 0, 1, torch.uint8).bool()
+        return None if self.row is None else packed.tensors[-1].bool() | dispatch.unpack_select(
+            self.mask.checked()[0], packed.layout.numel, 0, 1, torch.bool)
 
     def decode(self, packed: Packed) -> Tensor:
         """Returns the tensor, with exact zeros."""
@@ -103,8 +106,16 @@ class MaskedCodec(_Given):
         mask = self.mask.checked()[0]
         if mask.numel() != mask_nbytes(layout.numel):
             refuse(packed, f"a mask of {mask_nbytes(layout.numel)} bytes", f"{mask.numel()} bytes")
-        values = dispatch.mask_(self._decode(packed), mask)
+        values = dispatch.mask_(self._decode(packed), mask, packed.tensors[-1])
         return layout.restore_flat(values.to(layout.dtype))
+
+    def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
+        types = super().tensor_types(packed)
+        return None if types is None else [*types, TensorType.flat(1)]
+
+    def stored_nbytes(self, layout: TensorLayout) -> int | None:
+        least = self.inner.stored_nbytes(layout)
+        return None if least is None else least + 1
 
 
 @final

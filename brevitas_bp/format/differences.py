@@ -3,39 +3,63 @@
 This is the reference, in torch operations. :mod:`brevitas_bp.kernels.cpu.differences` gives the same
 bits and reads memory once.
 
-All tensors are flat, contiguous, and in the dtype of the computation (float32 or float64). They consist
+All tensors are flat, contiguous, and (but for those that are filled) float32 or float64. They consist
 of rows of equal length. A row is divided into chunks of consecutive elements, :data:`CHUNK` unless said
 otherwise. The last chunk of a row may be shorter.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from brevitas_bp.activations.predictions import CENTRE, LEAST, MOST, Prediction
-from brevitas_bp.format.arithmetic import tree_sum
+from brevitas_bp.format.arithmetic import compute_dtype, tree_sum
 
 #: Elements of a chunk.
 CHUNK = 256
+# Elements converted at once.
+_PIECE = 1 << 18
 
 
-def fill_zeros(x: Tensor, row: int) -> Tensor:
+def fill_zeros(x: Tensor, row: int, strays: Tensor | None = None) -> Tensor:
     """Replaces the zeros of each chunk by the mean of its other elements.
 
     ``x`` has no negative elements. Where zeros are known, their code does not matter. The mean adds
     nothing to the range, and nothing to the energy about the mean. A chunk of zeros stays as it is.
 
     Args:
-        x: floats [numel].
+        x: floats [numel] of any dtype.
         row: elements of a row.
+        strays: what :func:`~brevitas_bp.format.masks.find_strays` returned; if it is not zero, ``x``
+            stays as it is. None: there are none.
     """
+    filled = in_pieces(_filled, x, row)
+    return filled if strays is None else torch.where(strays != 0, x, filled)
+
+
+def in_pieces(fill: Callable[[Tensor, int], Tensor], x: Tensor, row: int) -> Tensor:
+    """Converts halves a few rows at a time, so that temporaries stay small."""
+    dtype = compute_dtype(x.dtype)
+    if x.dtype == dtype:
+        return fill(x, row)
+    out, step = torch.empty_like(x), row * max(1, _PIECE // row)
+    for start in range(0, x.numel(), step):
+        place = slice(start, start + step)
+        out[place] = fill(x[place].to(dtype), row)
+    return out
+
+
+def _filled(x: Tensor, row: int) -> Tensor:
     chunks = _in_chunks(x, row, 0.0)
     given = chunks != 0
     count = given.sum(1, keepdim=True).clamp(min=1).to(x.dtype)
     mean, highest = tree_sum(chunks) / count, chunks.amax(1, keepdim=True)
     # The sum of large elements may be infinite.
     mean = torch.where(mean > highest, highest, mean)
-    return torch.where(given, chunks, mean).view(-1, _padded(row))[:, :row].reshape(-1)
+    # Rows of one element would be a view of all chunks.
+    return torch.where(given, chunks, mean).view(-1, _padded(row))[:, :row].reshape(-1).contiguous()
 
 
 def predict(derivative: Tensor, prediction: Prediction) -> Tensor:

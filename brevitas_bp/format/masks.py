@@ -140,15 +140,23 @@ def rectify_(
 
 
 def mask_(
-        x: Tensor, packed: Tensor,
-        select: Callable[..., Tensor] = unpack_select) -> Tensor:
-    """Multiplies ``x`` [numel] by the bits of a mask; NaN stays NaN."""
-    return x.mul_(select(packed, x.numel(), 0.0, 1.0, x.dtype))
+        x: Tensor, packed: Tensor, select: Callable[..., Tensor] = unpack_select,
+        strays: Tensor | None = None) -> Tensor:
+    """Multiplies ``x`` [numel] by the bits of a mask; NaN stays NaN.
+
+    ``strays``: what :func:`find_strays` returned; if it is not zero, ``x`` stays as it is.
+    """
+    factors = select(packed, x.numel(), 0.0, 1.0, x.dtype)
+    return x.mul_(factors if strays is None else torch.where(strays != 0, 1, factors))
 
 
-def is_inside(x: Tensor, packed: Tensor) -> bool:
-    """Whether all elements of ``x`` [numel] outside of a mask are zero; a device is synchronised."""
-    return not bool(x[unpack_select(packed, x.numel(), 0, 1, torch.uint8) == 0].any())
+def find_strays(x: Tensor, packed: Tensor) -> Tensor:
+    """Returns whether elements of ``x`` [numel] outside of a mask are not zero, uint8 [1]: 0 or 1.
+
+    Nothing synchronises.
+    """
+    outside = unpack_select(packed, x.numel(), 1, 0, torch.bool)
+    return ((x != 0) & outside).any().to(torch.uint8).view(1)
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,10 @@ from brevitas_bp.activations import derivatives
 from brevitas_bp.activations.predictions import Prediction
 from brevitas_bp.errors import UnknownNameError, nearest
 from brevitas_bp.format import averages, differences, few_bit, masks, reference
-from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.masks import Interval, Windows
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
 from brevitas_bp.kernels.launchers import Launcher, StepwiseLauncher
-
-# Elements converted at once.
-_PIECE = 1 << 18
 
 Preference = Literal["fastest", "reference"]
 
@@ -140,13 +136,18 @@ def _is_compiled_for(device: torch.device, preference: Preference | None = None)
     return device.type == "cpu" and (preference or CHOICE.preference) == "fastest" and _numba_works()
 
 
+def _has_triton_for(device: torch.device, preference: Preference | None = None) -> bool:
+    """Returns whether Triton kernels serve tensors of a device."""
+    return device.type == "cuda" and (preference or CHOICE.preference) == "fastest" and _triton_works()
+
+
 def _backends(device: torch.device, preference: Preference) -> list[ModuleType]:
     """Returns the compiled backends of a device, in the order of preference."""
     if _is_compiled_for(device, preference):
         from brevitas_bp.kernels.cpu import large, launch
 
         return [launch, large]
-    if device.type == "cuda" and preference == "fastest" and _triton_works():
+    if _has_triton_for(device, preference):
         from brevitas_bp.kernels.gpu import launch as gpu
 
         return [gpu]
@@ -222,6 +223,10 @@ def mask_backend(device: torch.device) -> ModuleType:
         from brevitas_bp.kernels.cpu import masks as compiled
 
         return compiled
+    if _has_triton_for(device):
+        from brevitas_bp.kernels.gpu import masks as gpu
+
+        return gpu
     return masks
 
 
@@ -247,14 +252,14 @@ def rectify_(x: Tensor, packed: Tensor) -> Tensor:
     return mask_backend(x.device).rectify_(x, packed)
 
 
-def mask_(x: Tensor, packed: Tensor) -> Tensor:
+def mask_(x: Tensor, packed: Tensor, strays: Tensor) -> Tensor:
     """See :func:`brevitas_bp.format.masks.mask_`."""
-    return mask_backend(x.device).mask_(x, packed)
+    return mask_backend(x.device).mask_(x, packed, strays=strays)
 
 
-def is_inside(x: Tensor, packed: Tensor) -> bool:
-    """See :func:`brevitas_bp.format.masks.is_inside`."""
-    return mask_backend(x.device).is_inside(x, packed)
+def find_strays(x: Tensor, packed: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.format.masks.find_strays`."""
+    return mask_backend(x.device).find_strays(x, packed)
 
 
 def window_codes(index: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
@@ -316,22 +321,16 @@ def differences_backend(device: torch.device) -> ModuleType:
         from brevitas_bp.kernels.cpu import differences as compiled
 
         return compiled
+    if _has_triton_for(device):
+        from brevitas_bp.kernels.gpu import differences as gpu
+
+        return gpu
     return differences
 
 
-def fill_zeros(x: Tensor, row: int) -> Tensor:
-    """See :func:`brevitas_bp.format.differences.fill_zeros`.
-
-    Halves are converted a few rows at a time, so that temporaries stay small.
-    """
-    form, dtype = differences_backend(x.device), compute_dtype(x.dtype)
-    if x.dtype == dtype:
-        return form.fill_zeros(x, row)
-    out, step = torch.empty_like(x), row * max(1, _PIECE // row)
-    for start in range(0, x.numel(), step):
-        place = slice(start, start + step)
-        out[place] = form.fill_zeros(x[place].to(dtype), row)
-    return out
+def fill_zeros(x: Tensor, row: int, strays: Tensor | None = None) -> Tensor:
+    """See :func:`brevitas_bp.format.differences.fill_zeros`."""
+    return differences_backend(x.device).fill_zeros(x, row, strays)
 
 
 def subtract_prediction(

@@ -4,12 +4,13 @@ Triton reads TRITON_INTERPRET when it is first imported, and Brevitas imports Tr
 cannot switch the interpreter on later.
 """
 
+import importlib
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
@@ -93,6 +94,15 @@ class Interpreted:
         return from_array(self._worker.run(
             _decode, arrays, spec, seed, numel, dtype, to_statistics(affine)))
 
+    def call(self, module: str, function: str, *arguments: Any) -> Any:
+        """Calls a function of a module of ``kernels.gpu``.
+
+        Returns its result, and those flat tensors among the arguments that it has changed.
+        """
+        arrays = [to_array(a) if isinstance(a, Tensor) else a for a in arguments]
+        result, changed = self._worker.run(_call, module, function, arrays)
+        return _tensors_of(result), [from_array(a) for a in changed]
+
     @contextmanager
     def constant(self, name: str, value: int) -> Iterator[None]:
         """Sets one of the kernels' constants to another value within the block."""
@@ -117,6 +127,33 @@ def _interpreted_kernels() -> Any:
     builder: Any = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
     return gpu
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
+
+
+def _tensors_of(value: Any) -> Any:
+    if _is_array(value):
+        return from_array(value)
+    return tuple(map(_tensors_of, value)) if isinstance(value, tuple) else value
+
+
+def _arrays_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return to_array(value)
+    return tuple(map(_arrays_of, value)) if isinstance(value, tuple) else value
+
+
+def _call(module: str, function: str, arguments: list[Any]) -> tuple[Any, list[Array]]:
+    _interpreted_kernels()
+    given = [from_array(a).clone() if _is_array(a) else a for a in arguments]
+    before = [a.clone() for a in given if isinstance(a, Tensor)]
+    found = getattr(importlib.import_module(f"brevitas_bp.kernels.gpu.{module}"), function)(*given)
+    after = [a for a in given if isinstance(a, Tensor)]
+    changed = [to_array(b) for a, b in zip(before, after) if not torch.equal(
+        a.view(torch.uint8), b.view(torch.uint8))]
+    return _arrays_of(found), changed
 
 
 def _encode(
@@ -163,6 +200,12 @@ class Compiled:
         """Returns mnemonics of the assembly that match a regular expression."""
         return set(re.findall(rf"^\s*(?:@!?%p\d+ )?({pattern}\S*)\s", self.ptx, re.MULTILINE))
 
+    @property
+    def inexact(self) -> set[str]:
+        """Operations that do not give the reference's bits."""
+        return self.operations(r"fma\.") | self.operations(r"(?:div|rcp|sqrt)\.(?!rn|[us]\d)") | (
+            self.operations(r"\w+\.(?:\w+\.)*ftz"))
+
 
 class _NoDevice:
     """Replaces Triton's driver: compiles for a device that is not present."""
@@ -195,6 +238,36 @@ class _CompileOnly:
             self._found.append(Compiled(self._kernel.__name__, compiled.asm["ptx"], compiled.hash))
 
         return launch
+
+
+def compile_functions(capability: int, dtype: torch.dtype, **options: Any) -> list[Compiled]:
+    """Compiles the kernels of masks and differences."""
+    from triton.runtime import driver
+
+    from brevitas_bp.activations.predictions import PREDICTIONS
+    from brevitas_bp.format.masks import Interval
+    from brevitas_bp.kernels.gpu import differences, masks
+
+    driver.set_active(_NoDevice(capability))  # pyright: ignore[reportArgumentType]
+    found: list[Compiled] = []
+    x, row, prediction = torch.empty(5000, dtype=dtype), 1000, PREDICTIONS["gelu"]
+    with ExitStack() as stack:
+        for module in (masks, differences):
+            stack.enter_context(patch.dict(module.KERNELS, {
+                name: _CompileOnly(kernel, found, **options)
+                for name, kernel in module.KERNELS.items()}))
+        mask = masks.pack_interval(x, Interval(-1.0, 1.0, nan=True))[0]
+        masks.pack_bits(x > 0)
+        masks.unpack_select(mask, 5000, 0, 1, torch.bool)
+        masks.unpack_select(mask, 5000, 0, 1, dtype)
+        strays = masks.find_strays(x, mask)
+        masks.mask_(x, mask, strays)
+        masks.rectify_(x, mask)
+        differences.fill_zeros(x, row, strays)
+        wide, factors = x.float(), torch.empty(row)
+        _, used = differences.subtract_prediction(wide, wide.clone(), prediction, row, factors)
+        differences.add_prediction_(wide, wide.clone(), prediction, row, used)
+    return found
 
 
 def compile_kernels(

@@ -139,7 +139,36 @@ def test_kernels_fill_and_mask_alike(dtype: torch.dtype, row: int, count: int, s
     mask = relu_region().encode(x.relu()).tensors[0]
     from brevitas_bp.kernels.cpu import masks as compiled_masks
 
-    masked = [form.mask_(x.clone(), mask) for form in (masks, compiled_masks)]
+    rectified = x.relu()
+    strays = [form.find_strays(rectified, mask) for form in (masks, compiled_masks)]
+    assert torch.equal(*strays) and not strays[0].any()
+    masked = [
+        form.mask_(x.clone(), mask, strays=strays[0]) for form in (masks, compiled_masks)]
     assert same_bits(*[m.nan_to_num(7, 8, 9) for m in masked])
     finite = x.isfinite()
     assert torch.equal(masked[0][finite], x[finite].relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("numel", [1, 7, 300, 5000])
+@pytest.mark.parametrize("place", [0, 0.4, 1])
+def test_strays_are_found_and_nothing_is_filled_or_masked(
+        numel: int, place: float, dtype: torch.dtype) -> None:
+    from brevitas_bp.kernels.cpu import differences
+    from brevitas_bp.kernels.cpu import masks as compiled_masks
+
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
+    index = int(place * (numel - 1))
+    x[index] = 0
+    mask = relu_region().encode(x).tensors[0]
+    changed = x.clone()
+    changed[index] = torch.finfo(dtype).smallest_normal
+    for form, fill in ((masks, reference), (compiled_masks, differences)):
+        for other in (x, -x.abs() * 0 + x):
+            assert form.find_strays(other, mask).tolist() == [0]
+        strays = form.find_strays(changed, mask)
+        assert (strays.dtype, strays.tolist()) == (torch.uint8, [1])
+        assert torch.equal(fill.fill_zeros(changed, numel, strays), changed)
+        assert torch.equal(form.mask_(changed.clone(), mask, strays=strays), changed)
+        assert torch.equal(
+            fill.fill_zeros(x, numel, torch.zeros_like(strays)), fill.fill_zeros(x, numel))

@@ -376,17 +376,11 @@ def compiled(
     return compiler.run(compile_kernels, capability, *COMPILED[name], calls or [(5000, 1)], affine)
 
 
-def inexact(kernel: Compiled) -> set[str]:
-    """Returns operations that do not give the reference's bits."""
-    return kernel.operations(r"fma\.") | kernel.operations(r"(?:div|rcp|sqrt)\.(?!rn|[us]\d)") | (
-        kernel.operations(r"\w+\.(?:\w+\.)*ftz"))
-
-
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_arithmetic_is_exact(compiler: Worker, name: str) -> None:
     kernels, units = compiled(compiler, name), "_in_units" * COMPILED[name][1].works_in_units
     assert [kernel.name for kernel in kernels] == [f"encode{units}_kernel", f"decode{units}_kernel"]
-    assert [inexact(kernel) for kernel in kernels] == [set(), set()]
+    assert [kernel.inexact for kernel in kernels] == [set(), set()]
     assert kernels[0].operations(r"div\.rn\.f32")
     # A plain max would leave a NaN out of a range. numpy's maximum cannot show this.
     assert kernels[0].operations(r"max\.NaN\.f32")
@@ -399,13 +393,13 @@ def test_compiled_arithmetic_is_exact(compiler: Worker, name: str) -> None:
 def test_kernels_compile_for_other_devices(
         compiler: Worker, capability: int, name: str) -> None:
     kernels = compiled(compiler, name, capability)
-    assert [inexact(kernel) for kernel in kernels] == [set(), set()]
+    assert [kernel.inexact for kernel in kernels] == [set(), set()]
 
 
 def test_fused_arithmetic_would_be_seen(compiler: Worker) -> None:
     # Positive control.
     kernels = compiler.run(fused)
-    assert any(inexact(kernel) for kernel in kernels)
+    assert any(kernel.inexact for kernel in kernels)
 
 
 def fused() -> list[Compiled]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.activations.predictions import CENTRE, LEAST, MOST, Prediction
-from brevitas_bp.format.differences import CHUNK, chunk_count
+from brevitas_bp.format.differences import CHUNK, chunk_count, in_pieces
 from brevitas_bp.format.masks import INTEGERS
 from brevitas_bp.kernels.cpu.compiling import inline, jit, wide_vectors, window
 from brevitas_bp.kernels.cpu.metadata import extremes, tree_sum
@@ -156,8 +156,12 @@ def _add(
             _sum(window(derivative, start, size), c, window(x, start, size))
 
 
-def fill_zeros(x: Tensor, row: int) -> Tensor:
+def fill_zeros(x: Tensor, row: int, strays: Tensor | None = None) -> Tensor:
     """See :func:`brevitas_bp.format.differences.fill_zeros`."""
+    return in_pieces(_filled, x, row) if strays is None or not strays.item() else x
+
+
+def _filled(x: Tensor, row: int) -> Tensor:
     out = torch.empty_like(x)
     run_in_pool(
         _fill, (), 0, chunk_count(x.numel(), row), CHUNK, (

@@ -161,7 +161,7 @@ def _find_strays(begin: Any, end: Any, packed: Any, x: Any, largest: Any, found:
             start, valid = _stream(block, i, packed.size, x.size)
             # Without the sign bit: -0 is zero.
             if valid and _strays_in_block(part, np.uint8(i), x[start:start + valid] & largest):
-                found[0] = True
+                found[0] = 1
 
 
 @cache
@@ -330,8 +330,10 @@ def rectify_(x: Tensor, packed: Tensor) -> Tensor:
     return _multiply(x, packed, masks.least_positive(x.dtype))
 
 
-def mask_(x: Tensor, packed: Tensor) -> Tensor:
+def mask_(x: Tensor, packed: Tensor, strays: Tensor) -> Tensor:
     """See :func:`brevitas_bp.format.masks.mask_`."""
+    if strays.item():
+        return x
     if x.dtype not in (torch.float32, torch.float64):
         return masks.mask_(x, packed, unpack_select)
     return _multiply(x, packed, -float("inf"))
@@ -344,15 +346,15 @@ def _multiply(x: Tensor, packed: Tensor, least: float) -> Tensor:
     return x
 
 
-def is_inside(x: Tensor, packed: Tensor) -> bool:
-    """See :func:`brevitas_bp.format.masks.is_inside`."""
-    integer, found = INTEGERS[x.element_size()], np.zeros(1, np.bool_)
+def find_strays(x: Tensor, packed: Tensor) -> Tensor:
+    """See :func:`brevitas_bp.format.masks.find_strays`."""
+    integer, found = INTEGERS[x.element_size()], torch.zeros(1, dtype=torch.uint8, device="cpu")
     largest = _WORDS[x.element_size()](torch.iinfo(integer).max)
     blocks = -(-packed.numel() // _BLOCK)
     run_in_pool(
         _find_strays, (), 0, blocks, 8 * _BLOCK,
-        (packed.numpy(), x.view(integer).numpy(), largest, found))
-    return not found[0]
+        (packed.numpy(), x.view(integer).numpy(), largest, found.numpy()))
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,6 @@ The reference serves these cases:
 * buckets that are too large for registers and shared memory, see :func:`covers`
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +42,7 @@ from brevitas_bp.kernels.gpu.options import (
     FORMATS,
     decode_options,
     encode_options,
+    on,
     shape_of,
     widths_of,
 )
@@ -105,7 +105,7 @@ class Launcher:
                     *_keys(seed, ROTATION, spec.transform.draws),
                     *_keys(seed, METADATA, spec.metadata_dtype == torch.bfloat16),
                     *_tables(spec, widths, x.device))
-            with _on(x.device):
+            with on(x.device):
                 kernel[self._grid](
                     x, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
                     layout.shift, *keys, self._row, *_statistics(affine), *further,
@@ -133,7 +133,7 @@ class Launcher:
             if spec.works_in_units:
                 kernel, further = _decode_in_units_kernel, (
                     *_keys(seed, ROTATION, spec.transform.draws), *_tables(spec, widths, out.device))
-            with _on(out.device):
+            with on(out.device):
                 kernel[self._grid](
                     out, payload, metadata, self._numel, n, layout.mixed, layout.multiplier,
                     layout.shift, *keys, self._row, *_statistics(affine), *further,
@@ -175,11 +175,6 @@ def _statistics(affine: Affine | None) -> tuple[Tensor | None, Tensor | None, in
     if affine is None:
         return None, None, 1, 1
     return affine.multipliers(), affine.shift, affine.inner, len(affine.scale)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes ``device`` current, as Triton launches on the current device; the interpreter has none."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _keys(seed: int, stream: int, draws: bool) -> tuple[int, int]:

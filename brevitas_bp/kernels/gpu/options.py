@@ -1,5 +1,6 @@
 """The constants with which Triton kernels are compiled: they follow from quantizer, dtype and sizes."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -12,8 +13,14 @@ from brevitas_bp.kernels.gpu.constants import BF16, F16, F32
 _PER_THREAD = 4
 #: The dtypes that kernels load and store.
 FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
-# The hash of the noise wraps around. This is no error, even when kernels are debugged.
-_LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
+#: Options of every launch. The hash of the noise wraps around. This is no error, even when kernels are
+#: debugged.
+LAUNCH = {"enable_fp_fusion": False, "sanitize_overflow": False}
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` current, as Triton launches on the current device; the interpreter has none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def widths_of(spec: BucketQuantSpec, any_mixed: bool) -> tuple[int, int]:
@@ -50,7 +57,7 @@ def encode_options(
         "top": codes.top(width), "mix_top": codes.top(mix_width or width), "signed": codes.signed,
         "affine": spec.affine, "pads_with_zero": spec.pads_with_zero, "rule": spec.range_rule,
         "form": spec.offset_form, "rounding": spec.rounding.number,
-        "float_format": FORMATS[dtype], "metadata_format": FORMATS[spec.metadata_dtype], **_LAUNCH}
+        "float_format": FORMATS[dtype], "metadata_format": FORMATS[spec.metadata_dtype], **LAUNCH}
     if spec.works_in_units:
         options |= {**_unit_options(spec), "centres": spec.scale_rule.centres}
     return options
@@ -66,7 +73,7 @@ def decode_options(
         **shape_of(size), "width": width, "mix_width": mix_width, "lowest": codes.lowest(width),
         "mix_lowest": codes.lowest(mix_width or width), "affine": spec.affine,
         "rounding": spec.rounding.number, "largest": torch.finfo(dtype).max,
-        "float_format": FORMATS[dtype], "metadata_format": FORMATS[spec.metadata_dtype], **_LAUNCH}
+        "float_format": FORMATS[dtype], "metadata_format": FORMATS[spec.metadata_dtype], **LAUNCH}
     if spec.works_in_units:
         options |= {**_unit_options(spec), "levels": _levels(size)}
     return options
