@@ -297,10 +297,10 @@ def exponent_of(x: Tensor) -> Tensor:
     in its last bits.
     """
     mantissa, exponent = torch.frexp(x)
-    r = (mantissa - _ROOT).div_(mantissa.add_(_ROOT))
+    r = (mantissa - ROOT).div_(mantissa.add_(ROOT))
     square = r * r
-    total = (square * _LOG2[-1]).add_(_LOG2[-2])
-    for coefficient in _LOG2[-3::-1]:
+    total = (square * LOG2[-1]).add_(LOG2[-2])
+    for coefficient in LOG2[-3::-1]:
         total.mul_(square).add_(coefficient)
     total.mul_(r).add_(exponent.to(x.dtype).sub_(0.5))
     if x.device.type == "cpu" and bool(x.min() > 0) and bool(x.max() < torch.inf):
@@ -315,8 +315,8 @@ def power_of_two(x: Tensor) -> Tensor:
     """
     whole = x.round()
     f = x - whole
-    total = (f * _EXP2[-1]).add_(_EXP2[-2])
-    for coefficient in _EXP2[-3::-1]:
+    total = (f * EXP2[-1]).add_(EXP2[-2])
+    for coefficient in EXP2[-3::-1]:
         total.mul_(f).add_(coefficient)
     # Two factors, because one might overflow where the result does not.
     half = (whole * 0.5).floor_()
@@ -324,10 +324,10 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 # log2(m) = -1/2 + 2 / ln 2 (r + r**3 / 3 + ...), r = (m - sqrt(1/2)) / (m + sqrt(1/2)).
-_ROOT = math.sqrt(0.5)
-_LOG2 = [2 / math.log(2) / k for k in (1, 3, 5, 7)]
+ROOT = math.sqrt(0.5)
+LOG2 = [2 / math.log(2) / k for k in (1, 3, 5, 7)]
 # 2**f = 1 + f ln 2 + (f ln 2)**2 / 2 + ...
-_EXP2 = [math.log(2) ** k / math.factorial(k) for k in range(7)]
+EXP2 = [math.log(2) ** k / math.factorial(k) for k in range(7)]
 
 
 def _whole_power(whole: Tensor) -> Tensor:

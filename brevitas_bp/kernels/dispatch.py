@@ -21,7 +21,7 @@ from torch import Tensor
 from brevitas_bp.activations import derivatives
 from brevitas_bp.activations.predictions import Prediction
 from brevitas_bp.errors import UnknownNameError, nearest
-from brevitas_bp.format import averages, differences, few_bit, masks, reference
+from brevitas_bp.format import averages, differences, few_bit, masks, reference, relative
 from brevitas_bp.format.masks import Interval, Windows
 from brevitas_bp.format.reference import Encoded
 from brevitas_bp.format.spec import BucketQuantSpec
@@ -294,6 +294,25 @@ def decode_few_bit(
     """See :func:`brevitas_bp.format.few_bit.decode`."""
     form = few_bit_backend(payload.device)
     return form.decode(payload, flags, levels, bit_width, numel, dtype)
+
+
+def relative_backend(device: torch.device) -> ModuleType:
+    """Returns the module whose ``encode`` and ``decode`` serve relative codes on a device."""
+    if _is_compiled_for(device):
+        from brevitas_bp.kernels.cpu import relative as compiled
+
+        return compiled
+    return relative
+
+
+def encode_relative(flat: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """See :func:`brevitas_bp.format.relative.encode`."""
+    return relative_backend(flat.device).encode(flat, seed)
+
+
+def decode_relative(codes: Tensor, ranges: Tensor, dtype: torch.dtype) -> Tensor:
+    """See :func:`brevitas_bp.format.relative.decode`."""
+    return relative_backend(codes.device).decode(codes, ranges, dtype)
 
 
 def averages_backend(device: torch.device) -> ModuleType:

@@ -9,7 +9,8 @@ from torch import Tensor
 from brevitas_bp.activations.forms import OF_INPUT, OF_OUTPUT, Form, of_power
 from brevitas_bp.codec import Copy
 from brevitas_bp.codec.formed import FormCodec
-from brevitas_bp.codec.relative import BUCKET, RelativeCodec
+from brevitas_bp.codec.relative import RelativeCodec
+from brevitas_bp.format.relative import BUCKET
 from brevitas_bp.testing import check_codec
 from tests.stats import bernstein
 
