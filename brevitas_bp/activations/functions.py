@@ -89,6 +89,7 @@ class Activation:
         compiled: whether the CPU kernels compute the derivative of float32 while they encode.
         prediction: coefficients with which the derivative predicts the output, see
             :mod:`~brevitas_bp.activations.predictions`; empty: the derivative tells too little.
+        spared: bits that the output may have fewer if it is a factor of a product, given the derivative.
         variant: an argument that selects the entry of another function.
         aliases: other names of the function in torch.
 
@@ -110,6 +111,7 @@ class Activation:
     inplace: int | None = None
     compiled: bool = False
     prediction: tuple[float, ...] = ()
+    spared: int = 0
     variant: Variant | None = None
     aliases: tuple[str, ...] = ()
 
@@ -177,7 +179,7 @@ _OF_GELU = (0.515, 0.597, 1.71, 2.648)
 ACTIVATIONS: dict[str, Activation] = {activation.name: activation for activation in (
     Activation(
         "silu", _derivative_of_silu, inplace=1, compiled=True,
-        prediction=(1.014, 0.27, -0.296, 5.979, 7.162),
+        prediction=(1.014, 0.27, -0.296, 5.979, 7.162), spared=1,
         kernel=lambda x: _aten.silu_backward(_ones(x), x)),
     Activation(
         "gelu", _derivative_of_gelu, compiled=True, prediction=_OF_GELU,

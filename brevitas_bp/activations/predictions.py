@@ -26,11 +26,15 @@ class Prediction:
 
     Attributes:
         coefficients: coefficients of the powers 1, 2, ...
+        spared: bits by which the difference of a factor may be narrower than the factor. For normal
+            inputs of SiLU with a deviation up to 2, its error is then smaller all the same.
     """
 
     coefficients: tuple[float, ...]
+    spared: int = 0
 
 
 #: Name of a derivative in :mod:`~brevitas_bp.activations.derivatives` -> prediction of the output.
 PREDICTIONS: dict[str, Prediction] = {
-    name: Prediction(entry.prediction) for name, entry in ACTIVATIONS.items() if entry.prediction}
+    name: Prediction(entry.prediction, entry.spared)
+    for name, entry in ACTIVATIONS.items() if entry.prediction}

@@ -20,7 +20,7 @@ from brevitas_bp.backward.seam import (
     wrappers_in,
 )
 from brevitas_bp.backward.wrapper import QuantBackwardWrapper
-from brevitas_bp.codec import Packed
+from brevitas_bp.codec import Codec, Packed
 from brevitas_bp.codec.candidate import Candidate
 from brevitas_bp.codec.given import DifferenceCodec
 from brevitas_bp.codec.layout import TensorLayout
@@ -117,11 +117,9 @@ class Profile:
 
     def stored(self, tensor: Probed, candidate: Candidate, draw: int = 0) -> Packed | None:
         """Returns a tensor as a candidate stores it; None if the candidate keeps it exact."""
-        codec = candidate.codec(tensor.configured)
+        codec = _codec_of(tensor, candidate)
         if codec is None:
             return None
-        if tensor.rows is not None:
-            codec = in_rows(codec, tensor.rows)
         seed = derive(self.seed, self.tensors.index(tensor), draw)
         packed = codec.encode(tensor.exact, seed=seed)
         return packed if packed.is_smaller else None
@@ -153,9 +151,8 @@ class Profile:
         packed = None if given is None else given.packed()
         if given is None or packed is None:
             return self.distance(tensor, _REFERENCE)
-        x, inner = packed.decode(), _REFERENCE.codec(tensor.configured)
+        x, inner = packed.decode(), _codec_of(tensor, _REFERENCE)
         assert inner is not None
-        inner = inner if tensor.rows is None else in_rows(inner, tensor.rows)
         codec = given.codec.around_innermost(inner)
         assert isinstance(codec, DifferenceCodec)
         if candidate is not None:
@@ -176,6 +173,14 @@ class Profile:
     def _decoded(self, tensor: Probed, candidate: Candidate, draw: int) -> Tensor:
         packed = self.stored(tensor, candidate, draw)
         return tensor.exact if packed is None else packed.decode()
+
+
+def _codec_of(tensor: Probed, candidate: Candidate) -> Codec | None:
+    """Returns the codec of a candidate, with the rows of a tensor; None: exact."""
+    codec = candidate.codec(tensor.configured)
+    if codec is not None and tensor.difference is not None and "all" in tensor.reach:
+        codec = codec.for_rest(tensor.difference.codec.prediction.spared)
+    return codec if codec is None or tensor.rows is None else in_rows(codec, tensor.rows)
 
 
 @contextmanager

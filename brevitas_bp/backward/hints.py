@@ -18,7 +18,7 @@ from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
-from brevitas_bp.codec.rows import Rows
+from brevitas_bp.codec.rows import Rows, in_rows
 from brevitas_bp.format.differences import CHUNK
 
 
@@ -94,7 +94,11 @@ class Hints:
         row, in_channels = _row(x, rows), decision.units == "channel"
         if hint.prediction is None:
             row = _plane(x) if in_channels else row
-            return MaskedCodec(codec, packed, row) if version_of(x) == hint.version else codec
+            useful = decision.reach == "weight" and version_of(x) == hint.version
+            return MaskedCodec(codec, packed, row) if useful else codec
+        if decision.reach == "all" and decision.codec is not None:
+            rest = decision.codec.for_rest(hint.prediction.spared)
+            codec = rest if rows is None else in_rows(rest, rows)
         # A change of ``x`` since then makes the prediction worse, but not wrong. Ranges are compared in
         # the units of ``codec``, so chunks may hold several channels.
         if row is None or codec.bucket_elements is None:

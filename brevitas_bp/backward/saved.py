@@ -225,8 +225,10 @@ class Decision(NamedTuple):
         return self if codec is self.codec else self._replace(codec=codec)
 
     def with_hints(self) -> "Decision":
-        """Returns this decision, which uses hints if the tensor reaches one weight only."""
-        useful = self.reach == "weight" and self.codec is not None and self.codec.stores_differences
+        """Returns this decision, which uses hints if the tensor is a layer's input or a factor."""
+        useful = self.reach == "weight" or (
+            self.reach == "all" and self.units is None and not self.probabilities)
+        useful = useful and self.codec is not None and self.codec.stores_differences
         return self._replace(uses_hints=True) if useful else self
 
 

@@ -312,6 +312,14 @@ class Codec(ABC):
         """The codec for factors of passing gradients, such as derivatives."""
         return self
 
+    def for_rest(self, spared: int) -> "Codec":
+        """Returns the codec for what a derivative does not tell of a factor; itself, if it is fixed.
+
+        Args:
+            spared: bits by which its codes may be narrower.
+        """
+        return self
+
     @property
     def for_values(self) -> "Codec":
         """The codec for tensors whose zeros and signs matter."""

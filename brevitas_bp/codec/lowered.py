@@ -237,6 +237,14 @@ class LoweredCodec(BucketCodec):
         """Without rotation: bounded factors gain nothing from it, and dither halves their variance."""
         return self if self.spec.code_range.nearest is None else self.of_kind("dithered")
 
+    def for_rest(self, spared: int) -> Codec:
+        """With rotation: differences are not bounded as factors are. Chosen codes are kept."""
+        if not (self._changed and self.spec.rounding is DITHERED):
+            return self
+        bits = max(min(self.bit_widths) - spared, 1)
+        rest = self.of_kind("rotated")
+        return rest.variant(bits) or self
+
     @property
     def for_values(self) -> Codec:
         """With stochastic rounding in the range of each bucket: the least value decodes exactly."""

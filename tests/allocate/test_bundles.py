@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brevitas_bp import QuantBackwardWrapper, plan_bit_widths
+from brevitas_bp import QuantBackwardWrapper, plan_bit_widths, track_saved_memory
 from brevitas_bp.allocate import BitPlan, Empirical, measure_gradient_error
 from brevitas_bp.allocate.bundles import PlannedTensor, bundled
 
@@ -100,6 +100,41 @@ def network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1),
         nn.BatchNorm2d(16), nn.GELU(), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(4096, 10))
+
+
+class Gated(nn.Module):
+    """A product whose factor is stored given its derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.gate, self.up, self.head = (
+            nn.Linear(64, 96), nn.Linear(96, 256), nn.Linear(96, 256), nn.Linear(256, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.head(F.silu(self.gate(y)) * self.up(y))
+
+
+def test_plans_know_factors_that_are_stored_given_their_derivative() -> None:
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(128, 64, generator=generator), torch.randint(
+        10, (128,), generator=generator)
+    plan = plan_bit_widths(Gated(), given, loss, average_bits=3, sensitivity=Empirical(draws=4))
+    assert [t.sites[0] for t in plan.tensors if t.given == "gate:silu:derivative" or (
+        t.given or "").endswith("silu:derivative")] == [":mul:argument 0"]
+    for bits in (2.0, 3.0, 4.0):
+        chosen = plan.within(average_bits=bits)
+        model = QuantBackwardWrapper(Gated(), plan=chosen)
+        with track_saved_memory(model) as report:
+            kept = loss(model, given)
+        del kept
+        # Whether the derivative is exact changes a byte for each bucket at most.
+        assert report.stored_bytes == pytest.approx(chosen.stored_bytes, rel=0.01)
+        torch.manual_seed(3)
+        error = measure_gradient_error(model, lambda m: loss(m, given), draws=24).total
+        found = error.variance + max(error.offset, 0)
+        assert chosen.error * chosen.gradient_energy == pytest.approx(found, rel=0.3)
 
 
 def batch() -> Batch:

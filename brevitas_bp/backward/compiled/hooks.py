@@ -225,7 +225,7 @@ def _decide(
             decision = decision._replace(reason=_SIGNS)
         graph_tensor = GraphTensor.of(
             x, channels_last=_runs_channels_last(context["_fw_graph"], x),
-            rectified=rectified, filled=decision.uses_hints,
+            rectified=rectified, filled=decision.uses_hints and decision.reach == "weight",
             row=grouping.row, in_memory=grouping.in_memory, channels=grouping.channels)
         if decision.codec is not None and graph_tensor is not None:
             form = decision.codec.in_graph(graph_tensor)
