@@ -38,14 +38,16 @@ def greedy(costs: Table, sizes: Table, budget: float) -> list[int]:
     check_feasible(sizes, budget)
     order = [sorted(range(len(s)), key=lambda j: (s[j], -j), reverse=True) for s in sizes]
     at = [0] * len(costs)
-    total = sum(s[o[0]] for s, o in zip(sizes, order))
+    size = sum(s[o[0]] for s, o in zip(sizes, order))
     steps = [_least_step(*row, 0) for row in zip(costs, sizes, order)]
-    while total > budget:
-        least = min(harm for harm, _ in steps)
-        i = max(i for i, (harm, _) in enumerate(steps) if harm == least)
-        total -= sizes[i][order[i][at[i]]]
+    while size > budget:
+        # An item at its smallest option has no step. The others may all do infinite harm.
+        left = [i for i, (_, to) in enumerate(steps) if to != at[i]]
+        least = min(steps[i][0] for i in left)
+        i = max(i for i in left if steps[i][0] == least)
+        size -= sizes[i][order[i][at[i]]]
         at[i] = steps[i][1]
-        total += sizes[i][order[i][at[i]]]
+        size += sizes[i][order[i][at[i]]]
         steps[i] = _least_step(costs[i], sizes[i], order[i], at[i])
     return [o[a] for o, a in zip(order, at)]
 
@@ -77,6 +79,9 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     # No better choice has an option that alone costs more than the whole greedy choice.
     rival = thrifty(costs, sizes, budget)
     most = total(costs, rival)
+    if most == float("inf"):
+        costs = _finite(costs)
+        most = total(costs, rival)
     pairs = [(i, j) for i, row in enumerate(costs) for j, c in enumerate(row) if c <= most]
     cost = np.array([costs[i][j] for i, j in pairs])
     size = np.array([sizes[i][j] for i, j in pairs], dtype=float)
@@ -99,6 +104,12 @@ def optimal(costs: Table, sizes: Table, budget: float) -> list[int]:
     # The solver has tolerances. Make sure that the result is not worse than greedy or above the budget.
     fits = total(sizes, taken) <= budget
     return taken if fits and total(costs, taken) <= total(costs, rival) else rival
+
+
+def _finite(costs: Table) -> list[list[float]]:
+    """Replaces infinite costs by one that is larger than all others together."""
+    limit = 1 + sum(max((c for c in row if c < float("inf")), default=0.0) for row in costs)
+    return [[min(c, 10 * limit) for c in row] for row in costs]
 
 
 def require_scipy() -> None:
@@ -180,7 +191,7 @@ def _harm(costs: Sequence[float], sizes: Sequence[float], high: int, low: int) -
     If a step frees nothing, it counts as free if it adds no cost, and as infinitely harmful otherwise.
     """
     freed = sizes[high] - sizes[low]
-    growth = costs[low] - costs[high]
+    growth = costs[low] - costs[high] if costs[low] != costs[high] else 0.0
     return growth / freed if freed > 0 else (float("-inf") if growth <= 0 else float("inf"))
 
 

@@ -4,10 +4,12 @@ NOTE [ Errors that depend on two widths ]
 1. The output of SiLU or GELU is stored given the derivative of the function, see
    NOTE [ Given what is stored already ]. With fewer bits, the derivative tells less about the output,
    and the rounding error of the output grows.
-2. Each candidate of the derivative multiplies the error of the output by a factor, whatever the output's
-   own candidate is: with one kind of code, the error is proportional to the energy of what is stored.
+2. Each candidate of the derivative multiplies the error of the output by a factor. For codes of each
+   element, this factor is the same whatever their width: the error is proportional to the energy of
+   what is stored. Averages have factors of their own.
 3. So a derivative and the outputs that are stored given it form a bundle. Its options are the
-   combinations of their candidates that no other combination beats in both bytes and error.
+   combinations of their candidates that no other combination beats in both bytes and error. If there
+   are too many, only those on the lower convex hull are kept.
 """
 
 import itertools
@@ -15,6 +17,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+# Combinations of two lists of options that are all tried.
+_MOST = 2048
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class PlannedTensor:
         options: candidate -> (bytes, expected squared error of the gradient).
         chosen: the chosen candidate.
         given: a name of the derivative that the tensors are stored given; None: no derivative.
-        growth: candidate of that derivative -> the factor by which the errors in ``options`` grow.
+        growth: own candidate if it averages, else "" -> candidate of that derivative -> the factor by
+            which the error in ``options`` grows.
     """
 
     sites: tuple[str, ...]
@@ -39,7 +45,7 @@ class PlannedTensor:
     options: dict[str, tuple[float, float]]
     chosen: str
     given: str | None = None
-    growth: dict[str, float] = field(default_factory=dict)
+    growth: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def stored_bytes(self) -> float:
@@ -54,11 +60,12 @@ class PlannedTensor:
         """
         error = self.options[self.chosen][1]
         # No factor times an error of zero: the factor may be infinite.
-        return error * self.growth_with(choices.get(self.given or "")) if error else 0.0
+        return error * self.growth_of(self.chosen, choices.get(self.given or "")) if error else 0.0
 
-    def growth_with(self, candidate: str | None) -> float:
-        """Returns the factor by which errors grow if the derivative has this candidate."""
-        return 1.0 if candidate is None else self.growth.get(candidate, 1.0)
+    def growth_of(self, own: str, candidate: str | None) -> float:
+        """Returns the factor by which the error of ``own`` grows if the derivative has a candidate."""
+        factors = self.growth.get(own, self.growth.get("", {}))
+        return 1.0 if candidate is None else factors.get(candidate, 1.0)
 
 
 class Option(NamedTuple):
@@ -96,15 +103,50 @@ def _options_of(
         combined = [Option(size, error, {first: name})]
         for i in members:
             if i != first:
-                factor = tensors[i].growth_with(name)
                 own = _worth_having(
-                    Option(s, e * factor if e else 0.0, {i: n})
+                    Option(s, e * tensors[i].growth_of(n, name) if e else 0.0, {i: n})
                     for n, (s, e) in tensors[i].options.items())
-                combined = _worth_having(
-                    Option(a.size + b.size, a.error + b.error, a.chosen | b.chosen)
-                    for a, b in itertools.product(combined, own))
+                combined = _combined(combined, own)
         options += combined
     return _worth_having(options)
+
+
+def _combined(first: list[Option], second: list[Option]) -> list[Option]:
+    """Returns the combinations of options that are worth having; of many, those on the convex hull."""
+    if len(first) * len(second) <= _MOST:
+        return _worth_having(_sum(a, b) for a, b in itertools.product(first, second))
+    first, second = _convex(first), _convex(second)
+    i = j = 0
+    found = [_sum(first[0], second[0])]
+    # The hull of sums follows both hulls, the steeper step first.
+    while i + 1 < len(first) or j + 1 < len(second):
+        if j + 1 == len(second) or (
+                i + 1 < len(first) and _slope(first, i) <= _slope(second, j)):
+            i += 1
+        else:
+            j += 1
+        found.append(_sum(first[i], second[j]))
+    return found
+
+
+def _sum(a: Option, b: Option) -> Option:
+    return Option(a.size + b.size, a.error + b.error, a.chosen | b.chosen)
+
+
+def _slope(options: Sequence[Option], i: int) -> float:
+    """Returns the error that the step from option ``i`` to the next adds for each byte."""
+    low, high = options[i], options[i + 1]
+    return (high.error - low.error) / (high.size - low.size)
+
+
+def _convex(options: Sequence[Option]) -> list[Option]:
+    """Returns those of the options worth having, by size, that lie on their lower convex hull."""
+    hull: list[Option] = []
+    for option in options:
+        hull.append(option)
+        while len(hull) > 2 and _slope(hull, -3) >= _slope(hull[-2:], 0):
+            del hull[-2]
+    return hull
 
 
 def _worth_having(options: Iterable[Option]) -> list[Option]:

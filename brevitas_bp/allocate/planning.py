@@ -21,6 +21,7 @@ from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
 CANDIDATES = (0.25, 0.5, 1, "2avg2", 2, 3, 4, 5, 6, 8, "exact")
 
 _WHERE = "brevitas_bp.plan_bit_widths"
+_REFERENCE = Candidate(2)
 # Share of the gradient's energy per unit of squared distance, below any error that is measured.
 _UNSEEN = 1e-12
 
@@ -159,16 +160,16 @@ def _planned(
     options = {
         str(c): (float(profile.stored_bytes(group, c)), error) for c, error in zip(candidates, errors)
         if c.average_size == 1 or group.parameters is not None}
-    given, growth = _growth(profile, group, candidates)
+    given, growth = _growth(profile, group, candidates, [Candidate.parse(name) for name in options])
     return PlannedTensor(
         tuple(group.sites), group.numel, group.exact_bytes, group.reach, options,
         min(options, key=lambda name: options[name]), given, growth)
 
 
 def _growth(
-        profile: Profile, group: Group,
-        candidates: list[Candidate]) -> tuple[str | None, dict[str, float]]:
-    """Returns the derivative that a group is stored given, and how much its candidates change errors.
+        profile: Profile, group: Group, candidates: list[Candidate],
+        options: list[Candidate]) -> tuple[str | None, dict[str, dict[str, float]]]:
+    """Returns the derivative that a group is stored given, and how its candidates change errors.
 
     See NOTE [ Errors that depend on two widths ].
     """
@@ -178,12 +179,16 @@ def _growth(
     if owner is None:
         return None, {}
 
-    def distance(candidate: Candidate | None) -> float:
-        return sum(profile.distance_given(t, candidate) for t in group.tensors)
+    def distance(own: Candidate, derivative: Candidate | None) -> float:
+        return sum(profile.distance_given(t, own, derivative) for t in group.tensors)
 
-    usual = distance(None)
-    return owner.sites[0], {
-        str(c): distance(c) / usual for c in candidates if c.average_size == 1} if usual > 0 else {}
+    growth: dict[str, dict[str, float]] = {}
+    for name, own in (("", _REFERENCE), *((str(o), o) for o in options if o.average_size > 1)):
+        usual = distance(own, None)
+        growth[name] = {
+            str(c): distance(own, c) / usual for c in candidates if c.average_size == 1
+        } if usual > 0 else {}
+    return owner.sites[0], growth
 
 
 @contextmanager

@@ -32,7 +32,6 @@ from brevitas_bp.memory import track_saved_memory
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 _WHERE = "brevitas_bp.plan_bit_widths"
-_REFERENCE = Candidate(2)
 
 
 class Profile:
@@ -139,26 +138,28 @@ class Profile:
             error = error[tensor.counted]
         return float(error.square().sum())
 
-    def distance_given(self, tensor: Probed, candidate: Candidate | None) -> float:
-        """Returns the squared distance by which two bits move a tensor, stored given its derivative.
+    def distance_given(
+            self, tensor: Probed, own: Candidate, derivative: Candidate | None) -> float:
+        """Returns the squared distance by which rounding moves a tensor that is stored given another.
 
         Args:
             tensor: the tensor. If it is no :class:`~brevitas_bp.allocate.probe.Difference`, the
                 derivative does not matter.
-            candidate: how the derivative is stored; None: as the policy stores it.
+            own: how the tensor is stored.
+            derivative: how its derivative is stored; None: as the policy stores it.
         """
         given = tensor.difference
         packed = None if given is None else given.packed()
         if given is None or packed is None:
-            return self.distance(tensor, _REFERENCE)
-        x, inner = packed.decode(), _codec_of(tensor, _REFERENCE)
+            return self.distance(tensor, own)
+        x, inner = packed.decode(), _codec_of(tensor, own)
         assert inner is not None
         codec = given.codec.around_innermost(inner)
         assert isinstance(codec, DifferenceCodec)
-        if candidate is not None:
-            derivative = self.stored(given.derivative, candidate)
+        if derivative is not None:
+            stored = self.stored(given.derivative, derivative)
             # An exact derivative tells nothing, because no codes are stored.
-            codec = codec.inner if derivative is None else codec.beside(derivative)
+            codec = codec.inner if stored is None else codec.beside(stored)
         decoded, layout = codec.encode(x, seed=self.seed).decode(), TensorLayout.of(x)
         error, row = layout.flatten(decoded).double() - layout.flatten(x).double(), given.codec.row
         # Backward multiplies what is stored in the units of the codec.

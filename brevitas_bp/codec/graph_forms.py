@@ -261,7 +261,8 @@ class RectifiedForm(BucketForm):
     row: int | None
 
     def encode(self, x: Tensor, quantize: Quantize) -> tuple[Tensor, ...]:
-        row = (x.numel() if self.row is None else self.row) if self.filled else None
+        # No symbol: encoders move to where the size of ``x`` may not be computed yet.
+        row = (self.row or 0) if self.filled else None
         payload, metadata, *seed = quantize(x, self.spec, filled_row=row)
         return payload, metadata, torch.ops.brevitas_bp.pack_positive(x), *seed
 
@@ -327,7 +328,7 @@ class GraphTensor:
     def of(
             cls, x: Tensor, *, channels_last: bool = False, rectified: Rectified = None,
             filled: bool = False, row: int | None = None, in_memory: bool = False,
-            channels: bool = False) -> "GraphTensor | None":
+            channels: bool = False, strict: bool = False) -> "GraphTensor | None":
         """Returns the facts about ``x``; None if its elements share memory, so that the graph keeps it.
 
         Args:
@@ -339,10 +340,13 @@ class GraphTensor:
             row: elements of a row.
             in_memory: whether rows are whole samples, in any order of their dimensions.
             channels: whether values are stored in units of their channel, dimension 1.
+            strict: whether the graph needs the memory order with which it was traced.
         """
         if not _is_apart(x):
             return None
         order = memory_order(x)
+        if rectified == "signs" or (strict and order is not None and not in_memory):
+            row = None
         if order is None and channels_last and x.dim() == 4:
             order = [0, 2, 3, 1]
         if row is not None and not in_memory:

@@ -8,7 +8,7 @@ of rows of equal length. A row is divided into chunks of consecutive elements, :
 otherwise. The last chunk of a row may be shorter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ def fill_zeros(x: Tensor, row: int, strays: Tensor | None = None) -> Tensor:
     """Replaces the zeros of each chunk by the mean of its other elements.
 
     ``x`` has no negative elements. Where zeros are known, their code does not matter. The mean adds
-    nothing to the range, and nothing to the energy about the mean. A chunk of zeros stays as it is.
+    nothing to the range, and nothing to the energy about the mean. Zeros stay where all of a chunk are
+    zero, or one is NaN or infinite.
 
     Args:
         x: floats [numel] of any dtype.
@@ -40,15 +41,24 @@ def fill_zeros(x: Tensor, row: int, strays: Tensor | None = None) -> Tensor:
 
 
 def in_pieces(fill: Callable[[Tensor, int], Tensor], x: Tensor, row: int) -> Tensor:
-    """Converts halves a few rows at a time, so that temporaries stay small."""
+    """Converts halves a few rows at a time, or parts of a row, so that temporaries stay small."""
     dtype = compute_dtype(x.dtype)
-    if x.dtype == dtype:
+    if x.dtype == dtype and x.numel():
         return fill(x, row)
-    out, step = torch.empty_like(x), row * max(1, _PIECE // row)
-    for start in range(0, x.numel(), step):
-        place = slice(start, start + step)
-        out[place] = fill(x[place].to(dtype), row)
+    out = torch.empty_like(x)
+    for place, length in _pieces(x.numel(), row):
+        out[place] = fill(x[place].to(dtype), length)
     return out
+
+
+def _pieces(numel: int, row: int) -> Iterator[tuple[slice, int]]:
+    """Yields places, and the elements of a row there: whole rows, or parts of a row between chunks."""
+    step = min(row, _PIECE) * max(1, _PIECE // max(row, 1))
+    for first in range(0, numel, max(row, step) or 1):
+        last = min(first + max(row, step), numel)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            yield slice(start, stop), min(row, stop - start)
 
 
 def _filled(x: Tensor, row: int) -> Tensor:
@@ -58,6 +68,7 @@ def _filled(x: Tensor, row: int) -> Tensor:
     mean, highest = tree_sum(chunks) / count, chunks.amax(1, keepdim=True)
     # The sum of large elements may be infinite.
     mean = torch.where(mean > highest, highest, mean)
+    mean = torch.where(mean <= torch.finfo(x.dtype).max, mean, 0)
     # Rows of one element would be a view of all chunks.
     return torch.where(given, chunks, mean).view(-1, _padded(row))[:, :row].reshape(-1).contiguous()
 

@@ -136,12 +136,12 @@ def rectify_(
 
     NaN stays NaN. An infinite value may become anything.
     """
-    return mask_(x.clamp_(min=least_positive(x.dtype)), packed, select)
+    return mask_(x.clamp_(min=least_positive(x.dtype)), packed, None, select)
 
 
 def mask_(
-        x: Tensor, packed: Tensor, select: Callable[..., Tensor] = unpack_select,
-        strays: Tensor | None = None) -> Tensor:
+        x: Tensor, packed: Tensor, strays: Tensor | None = None,
+        select: Callable[..., Tensor] = unpack_select) -> Tensor:
     """Multiplies ``x`` [numel] by the bits of a mask; NaN stays NaN.
 
     ``strays``: what :func:`find_strays` returned; if it is not zero, ``x`` stays as it is.

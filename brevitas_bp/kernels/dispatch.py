@@ -254,7 +254,7 @@ def rectify_(x: Tensor, packed: Tensor) -> Tensor:
 
 def mask_(x: Tensor, packed: Tensor, strays: Tensor) -> Tensor:
     """See :func:`brevitas_bp.format.masks.mask_`."""
-    return mask_backend(x.device).mask_(x, packed, strays=strays)
+    return mask_backend(x.device).mask_(x, packed, strays)
 
 
 def find_strays(x: Tensor, packed: Tensor) -> Tensor:

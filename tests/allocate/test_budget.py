@@ -123,3 +123,12 @@ def test_spare_size_is_spent_on_the_best_steps() -> None:
     assert greedy(costs, sizes, 10) == [1, 2]
     assert thrifty(costs, sizes, 10) == [1, 0]
     assert thrifty(costs, sizes, 2) == [1, 2]
+
+
+def test_infinite_errors_end() -> None:
+    inf = float("inf")
+    costs, sizes = [[inf, 0.0], [0.1, 0.0]], [[1.0, 32.0], [1.0, 32.0]]
+    for choose in (greedy, thrifty, optimal):
+        assert choose(costs, sizes, 40) == [1, 0]
+        assert choose(costs, sizes, 20) == [0, 0]
+    assert greedy([[inf, inf]], [[1.0, 2.0]], 1) == [0]

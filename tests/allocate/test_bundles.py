@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def tensor(name: str, draw: random.Random, given: str | None = None) -> PlannedT
     options = {
         n: (float(size * bits), draw.random() / bits**2 * (n != "exact"))
         for n, bits in zip(NAMES, (1, 2, 4, 32))}
-    growth = {n: 10 ** draw.uniform(-1, 1) for n in NAMES} if given else {}
+    growth = {own: {n: 10 ** draw.uniform(-1, 1) for n in NAMES} for own in ("", "2")} if given else {}
     return PlannedTensor((name,), size, 4 * size, "weight", options, "1", given, growth)
 
 
@@ -46,7 +47,8 @@ def best(tensors: list[PlannedTensor], budget: float) -> float:
         size = sum(t.options[n][0] for t, n in zip(tensors, names))
         if size <= budget:
             found.append(sum(
-                t.options[n][1] * (t.growth.get(choices.get(t.given or "", ""), 1.0))
+                t.options[n][1] * (t.growth.get(n, t.growth.get("", {})).get(
+                    choices.get(t.given or "", ""), 1.0))
                 for t, n in zip(tensors, names)))
     return min(found)
 
@@ -75,7 +77,7 @@ def test_the_error_follows_an_edited_derivative() -> None:
     for name in NAMES:
         edited = plan.with_bits("derivative", name)
         expected = sum(
-            t.options["1"][1] * t.growth.get(name, 1.0) if t.given == "derivative" else
+            t.options["1"][1] * t.growth[""][name] if t.given == "derivative" else
             t.options[name if t.sites == ("derivative",) else "1"][1] for t in tensors)
         assert edited.error == pytest.approx(expected)
     again = BitPlan.from_dict(json.loads(json.dumps(edited.to_dict())))
@@ -93,6 +95,25 @@ def test_no_candidate_of_a_derivative_is_lost_for_an_infinite_error() -> None:
     outputs.options["1"] = (1.0, float("inf"))
     plan = plan_of([tensor("derivative", draw), outputs])
     assert plan.within(budget=10**6).error == 0
+
+
+def test_many_outputs_of_one_derivative_are_chosen_in_time() -> None:
+    draw = random.Random(3)
+    tensors = [tensor("derivative", draw), *(tensor(f"out {i}", draw, "derivative") for i in range(60))]
+    plan = plan_of(tensors)
+    least = sum(min(size for size, _ in t.options.values()) for t in tensors)
+    for share in (1.0, 1.3, 2, 8):
+        best_plan, greedy = (
+            plan.within(budget=int(share * least), method=m) for m in ("optimal", "greedy"))
+        assert best_plan.error <= greedy.error * (1 + 1e-6)
+        assert best_plan.stored_bytes <= share * least
+        # No other derivative is better, with the best outputs for it.
+        for name in NAMES:
+            fixed = [replace(t, options={name: t.options[name]}) if t.sites == ("derivative",) else t
+                     for t in tensors]
+            if sum(min(size for size, _ in t.options.values()) for t in fixed) <= share * least:
+                assert best_plan.error <= plan_of(fixed).within(
+                    budget=int(share * least)).error * (1 + 1e-6)
 
 
 def network() -> nn.Module:
@@ -160,10 +181,14 @@ def test_outputs_know_their_derivative(measured: BitPlan) -> None:
     for t in measured.tensors:
         if t.given is not None:
             # The derivative has four bits under the default policy.
-            assert t.growth["4"] == pytest.approx(1, rel=0.1)
-            assert t.growth["1"] > t.growth["2"] > t.growth["3"] > t.growth["4"] > t.growth["8"]
+            codes = t.growth[""]
+            assert codes["4"] == pytest.approx(1, rel=0.1)
+            assert codes["1"] > codes["2"] > codes["3"] > codes["4"] > codes["8"]
             # Nothing is stored of an exact derivative, so the output is stored as it is.
-            assert t.growth["exact"] > 2
+            assert codes["exact"] > 2
+            # Averages lose something else.
+            assert set(t.growth) == {"", "2avg2", "2avg4", "2avg8"}
+            assert t.growth["2avg8"]["2"] != codes["2"]
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.0, 3.0])

@@ -275,7 +275,7 @@ def test_other_codecs_of_a_mask_give_no_hints(function: Function, size: int, cod
     ({"act_quant": ShiftedUint2Avg4DynamicActPerBucketFloatStochastic},
      "means of 4, given the derivative"),
     ({"bucket_size": None}, "")])
-def test_one_bucket_for_the_whole_tensor_stores_no_differences(
+def test_which_buckets_store_differences(
         options: dict[str, Any], name: str) -> None:
     module = nn.Sequential(nn.Linear(64, 1024), nn.SiLU(), nn.Linear(1024, 8))
     options = {"act_quant": ShiftedUint2DynamicActPerBucketFloatStochastic, **options}

@@ -241,10 +241,10 @@ def test_rectified_values_are_zero_exactly_where_the_tensor_is(
         dtype: torch.dtype, filled: bool) -> None:
     def quantize(
             x: Tensor, spec: BucketQuantSpec, filled_row: int | None) -> tuple[Tensor, ...]:
-        assert filled_row == (x.numel() if filled else None)
+        assert filled_row == (0 if filled else None)
         flat = x.reshape(-1)
         return dispatch.encode(
-            flat if filled_row is None else dispatch.fill_zeros(flat, filled_row), spec, 1).tensors
+            flat if filled_row is None else dispatch.fill_zeros(flat, len(flat)), spec, 1).tensors
 
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(3, 8, 9, 5, generator=generator).relu().to(dtype)
@@ -319,6 +319,43 @@ def test_small_inputs_of_a_graph_have_more_bits() -> None:
     for batch in (128, 96, 100):
         kinds = stored_by(wide, images(batch))
         assert sorted(kinds.values())[:2] == ["2-bit rotated", "4-bit rotated"]
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences", "rows"])
+def test_zeros_are_filled_in_tensors_of_symbolic_sizes(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "rows":
+        module = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 64))
+        inputs = [torch.randn(n, 64) for n in (128, 96, 100)]
+    else:
+        layer: Any = nn.Conv2d if kind == "images" else nn.Conv1d
+        dims = 2 if kind == "images" else 1
+        module = nn.Sequential(layer(3, 8, 3), nn.ReLU(), layer(8, 8, 3), nn.ReLU(), layer(8, 4, 3))
+        inputs = [torch.randn(8, 3, *[n] * dims) for n in (32, 24, 27)]
+    model = QuantBackwardWrapper(compiled(module), seed=1)
+    for x in inputs:
+        assert_alike(gradients(model, x), gradients(copy.deepcopy(module), x))
+    assert "2-bit rotated, sign exact" in stored(model).values()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_norms_get_tensors_in_the_order_of_their_gradient(channels_last: bool) -> None:
+    """torch's backward of a group norm is wrong if both have different orders."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU(), nn.Conv2d(32, 8, 3))
+    x = torch.randn(8, 3, 16, 16)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    model = QuantBackwardWrapper(compiled(module), bit_width=8, seed=1)
+    for found, exact in zip(gradients(model, x), gradients(copy.deepcopy(module), x)):
+        # 8 bits: errors of 1 %.
+        assert float((found - exact).norm()) < 0.05 * float(exact.norm())
+
+
+def test_signs_need_no_rows() -> None:
+    x = torch.randn(4, 8, 4, 4).relu().contiguous(memory_format=torch.channels_last)
+    graph_tensor = GraphTensor.of(x, rectified="signs", row=128)
+    assert graph_tensor is not None and graph_tensor.order == (0, 2, 3, 1)
 
 
 def test_rounding_to_nearest_is_seen_to_be_biased() -> None:

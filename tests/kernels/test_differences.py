@@ -69,6 +69,26 @@ def test_the_mean_of_huge_elements_stays_finite() -> None:
     assert torch.equal(reference.fill_zeros(x, 256), torch.full((256,), 3e38))
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_broken_elements_spread_to_no_zero(broken: float) -> None:
+    from brevitas_bp.kernels.cpu import differences
+
+    x = torch.randn(512, generator=torch.Generator().manual_seed(0)).relu()
+    x[3] = broken
+    for form in (reference, differences):
+        filled = form.fill_zeros(x, 512)
+        assert same_bits(filled[:256].nan_to_num(7), x[:256].nan_to_num(7))
+        assert bool((filled[256:] > 0).all())
+
+
+def test_empty_tensors() -> None:
+    from brevitas_bp.kernels.cpu import differences
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for form in (reference, differences):
+            assert form.fill_zeros(torch.empty(0, dtype=dtype), 0).shape == (0,)
+
+
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_a_prediction_is_its_polynomial(name: str) -> None:
     d = torch.linspace(-1, 2, 1001, dtype=torch.float64)

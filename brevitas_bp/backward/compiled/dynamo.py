@@ -8,6 +8,7 @@ NOTE [ A compiled wrapper ]
 3. Without gradients nothing is stored. The wrapper is then traced like its module, without a break.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -82,3 +83,15 @@ def frames_of(kind: type) -> Iterator[CodeType]:
     compiled: Any = wrap_inline(kind) if own else getattr(kind, "forward", None)
     if hasattr(compiled, "__code__"):
         yield compiled.__code__
+
+
+def inductor_compiles() -> bool:
+    """Whether Inductor compiles the graph that is being traced. It chooses memory orders of its own.
+
+    Other backends run the graph's operations as they were traced, and some of them need the order with
+    which they were traced.
+    """
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    # Inductor has a mode of fake tensors while it compiles; else a placeholder stands there.
+    mode = getattr(getattr(virtualized, "V", None), "fake_mode", None)
+    return virtualized is not None and type(mode).__name__ != "NullHandler"

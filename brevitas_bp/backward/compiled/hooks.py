@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from brevitas_bp.backward.compiled import operators  # noqa: F401  (registers the operators)
-from brevitas_bp.backward.compiled.dynamo import in_python, no_graph_of_its_own
+from brevitas_bp.backward.compiled.dynamo import in_python, inductor_compiles, no_graph_of_its_own
 from brevitas_bp.backward.compiled.linearity import reach_of
 from brevitas_bp.backward.compiled.nodes import inputs_of, is_rectified, is_tangent
 from brevitas_bp.backward.compiled.placement import raise_encoders, sink_decoders
@@ -219,12 +219,14 @@ def _decide(
             node, backward, x)
         if grouping.channels and saved.reach == "norm" and isinstance(x.numel(), int):
             saved.sharing = x.numel() // x.shape[1]
-        saved.small_input = saved.reach == "weight" and is_small_input(node, inputs, backward, x)
+        saved.small_input = saved.reach == "weight" and is_small_input(node, inputs, backward)
         decision = running.policy.decide(saved)
         if rectified == "signs" and decision.codec is not None:
             decision = decision._replace(reason=_SIGNS)
+        inductor = inductor_compiles()
         graph_tensor = GraphTensor.of(
-            x, channels_last=_runs_channels_last(context["_fw_graph"], x),
+            x, channels_last=inductor and _runs_channels_last(context["_fw_graph"], x),
+            strict=not inductor,
             rectified=rectified, filled=decision.uses_hints and decision.reach == "weight",
             row=grouping.row, in_memory=grouping.in_memory, channels=grouping.channels)
         if decision.codec is not None and graph_tensor is not None:

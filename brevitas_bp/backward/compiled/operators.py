@@ -21,7 +21,7 @@ _DRAWS = FLEXIBLE + tuple(
 # See NOTE [ Graphs call the kernels ]. ``site`` numbers the calls, so that calls with otherwise equal
 # arguments are not merged.
 _library.define(
-    "encode(Tensor x, str spec, int graph, int site, SymInt? filled_row=None) -> (Tensor, Tensor)",
+    "encode(Tensor x, str spec, int graph, int site, int? filled_row=None) -> (Tensor, Tensor)",
     tags=_DRAWS)
 _library.define(
     "encode_channels(Tensor x, str spec, int graph, int site, int dim, Tensor? variance=None, "
@@ -29,7 +29,7 @@ _library.define(
     tags=_DRAWS)
 # The same, if decoding needs the seed. The seed is an int64 tensor [1] on the host.
 _library.define(
-    "encode_seeded(Tensor x, str spec, int graph, int site, SymInt? filled_row=None) -> "
+    "encode_seeded(Tensor x, str spec, int graph, int site, int? filled_row=None) -> "
     "(Tensor, Tensor, Tensor)",
     tags=_DRAWS)
 _library.define(
@@ -77,14 +77,14 @@ def _encode_seeded(
         filled_row: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns payload, metadata and seed of a tensor that a graph saves in this forward pass.
 
-    ``filled_row``: elements of the rows whose zeros are filled, because their place is stored; None: no
-    zeros are filled.
+    ``filled_row``: elements of the rows whose zeros are filled, because their place is stored; 0: the
+    tensor is one row; None: no zeros are filled.
     """
     seed = _seed_in(graph)
     launcher = dispatch.launcher_from_text(spec, x.numel(), x.dtype, x.device)
     flat = x.reshape(-1).resolve_neg().contiguous()
     if filled_row is not None:
-        flat = dispatch.fill_zeros(flat, filled_row)
+        flat = dispatch.fill_zeros(flat, filled_row or flat.numel())
     return *launcher.encode(flat, seed), _stored(seed)
 
 

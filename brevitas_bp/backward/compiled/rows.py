@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from brevitas_bp.backward.compiled.nodes import is_reshape, name_of
+from brevitas_bp.backward.compiled.nodes import elements_of, is_reshape, name_of
 from brevitas_bp.backward.rows import LEAST_PLANE, LEAST_ROW
 from brevitas_bp.backward.views import CASTS
 
@@ -60,14 +60,13 @@ def grouping_of(node: Node, backward: Graph, x: Tensor) -> Grouping:
     return Grouping(None if row is None or row < LEAST_ROW else row)
 
 
-def is_small_input(node: Node, inputs: list[Node], backward: Graph, x: Tensor) -> bool:
+def is_small_input(node: Node, inputs: list[Node], backward: Graph) -> bool:
     """Whether a layer's input needs no gradient, and has half the elements of the output at most.
 
     Args:
         node: the node of the forward graph that the layer reads.
         inputs: inputs of the forward graph. The backward graph returns their gradients.
         backward: the backward graph.
-        x: a fake tensor like the saved one.
     """
     source: Any = node
     while is_reshape(source) or name_of(source) in CASTS:
@@ -76,8 +75,7 @@ def is_small_input(node: Node, inputs: list[Node], backward: Graph, x: Tensor) -
     if source not in inputs or gradients[inputs.index(source)] is not None:
         return False
     return any(
-        name_of(user) in ("convolution_backward", "mm") and
-        _known_size(other.meta["val"]) >= 2 * _known_size(x)
+        name_of(user) in ("convolution_backward", "mm") and elements_of(other) >= 2 * elements_of(start)
         for start in _named(backward, node.name) for seen, user in _users(start)
         for other in user.all_input_nodes[:2] if other is not seen)
 
@@ -140,11 +138,6 @@ def _named(graph: Graph, name: str) -> list[Node]:
 def _static(sizes: Any) -> int | None:
     """Returns the product of sizes that are numbers; None if one is symbolic or zero."""
     return prod(sizes) if all(isinstance(size, int) for size in sizes) and 0 not in sizes else None
-
-
-def _known_size(x: Tensor) -> int:
-    """Returns the product of those sizes that are numbers. The size of a batch may be a symbol."""
-    return prod(size for size in x.shape if isinstance(size, int))
 
 
 def _size(sizes: Any) -> float:

@@ -78,6 +78,7 @@ def _fill(begin: Any, end: Any, x: Any, words: Any, row: Any, out: Any) -> None:
         _, highest = _extremes(part, window(words, start, size), ends)
         # The sum of large elements may be infinite.
         mean = highest if mean > highest else mean
+        mean = mean if mean < np.inf else x.dtype.type(0)
         for i in range(_N(size)):
             target[i] = part[i] if part[i] != 0 else mean
 

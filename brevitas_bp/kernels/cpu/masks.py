@@ -330,12 +330,12 @@ def rectify_(x: Tensor, packed: Tensor) -> Tensor:
     return _multiply(x, packed, masks.least_positive(x.dtype))
 
 
-def mask_(x: Tensor, packed: Tensor, strays: Tensor) -> Tensor:
+def mask_(x: Tensor, packed: Tensor, strays: Tensor | None = None) -> Tensor:
     """See :func:`brevitas_bp.format.masks.mask_`."""
-    if strays.item():
+    if strays is not None and strays.item():
         return x
     if x.dtype not in (torch.float32, torch.float64):
-        return masks.mask_(x, packed, unpack_select)
+        return masks.mask_(x, packed, None, unpack_select)
     return _multiply(x, packed, -float("inf"))
 
 

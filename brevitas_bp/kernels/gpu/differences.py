@@ -27,6 +27,7 @@ LARGEST_CHUNK = 1 << 12
 _ELEMENTS = 1 << 11
 _F32 = tl.constexpr(0)
 _LEAST, _MOST, _CENTRE = tl.constexpr(LEAST), tl.constexpr(MOST), tl.constexpr(CENTRE)
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _LOWEST_KEY, _HIGHEST_KEY = tl.constexpr(-(1 << 31)), tl.constexpr(0x7FFFFFFF)
 _SIZES = ["total", "row"]
 
@@ -64,6 +65,7 @@ def _fill_kernel(
     highest = from_key(tl.max(tl.where(exists, key_of(values), _LOWEST_KEY), axis=1))
     # The sum of large elements may be infinite.
     mean = tl.where(mean > highest, highest, mean)
+    mean = tl.where(mean <= _LARGEST, mean, 0.0)
     filled = tl.where(given, values, mean[:, None])
     if strays is not None:
         filled = tl.where(tl.load(strays) != 0, values, filled)

@@ -1,7 +1,8 @@
 """Fast forms of :mod:`brevitas_bp.format.masks` for CUDA tensors, compiled by Triton: one pass each.
 
 A program handles a few bytes of a mask, and the eight elements of each byte. The reference serves
-float64, other dtypes, and windows of a pooling. Nothing synchronises.
+float64, other dtypes, windows of a pooling, and the search for NaN, which synchronises. Nothing else
+does.
 """
 
 # Triton's own types differ from the types that a checker infers from Python.
@@ -163,7 +164,7 @@ def rectify_(x: Tensor, packed: Tensor) -> Tensor:
 def mask_(x: Tensor, packed: Tensor, strays: Tensor | None = None) -> Tensor:
     """See :func:`brevitas_bp.format.masks.mask_`."""
     if x.dtype not in FORMATS:
-        return masks.mask_(x, packed, strays=strays)
+        return masks.mask_(x, packed, strays)
     return _multiplied(x, packed, strays, None)
 
 
