@@ -43,7 +43,8 @@ from vision import import_torchvision
 Ways = dict[str, dict[str, Any]]
 Models = dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor | None]]]
 
-#: Way of storing -> options of the wrapper. Codes are rotated unless the way says otherwise.
+#: Way of storing -> options of the wrapper. Codes are rotated unless the way says otherwise. The policy
+#: "all" never rotates.
 WAYS: Ways = {
     "op-aware, 2 bits": {},
     "op-aware, 1 bit, norms 2": {"bit_width": 1, "policy": OpAware(norm_bits=2)},
@@ -54,8 +55,6 @@ WAYS: Ways = {
     "op-aware, 2 bits, stochastic": {"act_quant": Uint2},
     "all, 2 bits, stochastic": {"policy": "all", "act_quant": Uint2},
     "all, 4 bits, stochastic": {"policy": "all", "act_quant": Uint2, "bit_width": 4},
-    "all, 2 bits": {"policy": "all"},
-    "all, 4 bits": {"policy": "all", "bit_width": 4},
 }
 
 
