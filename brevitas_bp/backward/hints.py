@@ -94,7 +94,7 @@ class Hints:
         row, in_channels = _row(x, rows), decision.units == "channel"
         if hint.prediction is None:
             row = _plane(x) if in_channels else row
-            useful = decision.reach == "weight" and version_of(x) == hint.version
+            useful = decision.reach != "all" and version_of(x) == hint.version
             return MaskedCodec(codec, packed, row) if useful else codec
         if decision.reach == "all" and decision.codec is not None:
             rest = decision.codec.for_rest(hint.prediction.spared)

@@ -227,7 +227,7 @@ class Decision(NamedTuple):
     def with_hints(self) -> "Decision":
         """Returns this decision, which uses hints if the tensor is a layer's input or a factor."""
         useful = self.reach == "weight" or (
-            self.reach == "all" and self.units is None and not self.probabilities)
+            self.reach in ("sum", "all") and self.units is None and not self.probabilities)
         useful = useful and self.codec is not None and self.codec.stores_differences
         return self._replace(uses_hints=True) if useful else self
 

@@ -378,6 +378,37 @@ def test_factors(function: Function, options: dict[str, Any], name: str) -> None
     assert len(names) == 2 and sum(n.startswith(name) for n in names) == (1 if "given" in name else 2)
 
 
+class Excited(nn.Module):
+    """Squeeze-and-excitation: each number multiplies 256 elements of a channel."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.squeeze = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function(self.first(x))
+        return y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid()
+
+
+@pytest.mark.parametrize(("function", "given"), [
+    (F.silu, "given the derivative"), (F.gelu, "given the derivative"), (F.relu, "given the mask")])
+def test_factors_whose_roundings_are_summed(function: Function, given: str) -> None:
+    module, x = Excited(function), torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert f"2-bit rotated, {given}" in factors(module, x)
+    parameter = module.squeeze.bias
+    assert parameter is not None
+    exact = torch.autograd.grad(module(x).square().sum(), parameter)[0]
+    errors = []
+    for hints in (True, False):
+        model = QuantBackwardWrapper(module, policy=OpAware(hints=hints), seed=1)
+        found = [torch.autograd.grad(model(x).square().sum(), parameter)[0] for _ in range(64)]
+        errors.append(sum(float((f - exact).square().sum()) for f in found))
+    # The rest of the error is that of the scale and of derivatives. With ReLU, most of it.
+    assert errors[0] < (0.9 if function is F.relu else 0.6) * errors[1]
+
+
 @pytest.mark.parametrize("function", [F.silu, F.gelu])
 def test_factors_have_less_error_in_no_more_bytes(function: Function) -> None:
     module, x = Gated(function), torch.randn(64, 32, generator=torch.Generator().manual_seed(0))

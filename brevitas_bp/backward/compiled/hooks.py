@@ -227,7 +227,7 @@ def _decide(
         graph_tensor = GraphTensor.of(
             x, channels_last=inductor and _runs_channels_last(context["_fw_graph"], x),
             strict=not inductor,
-            rectified=rectified, filled=decision.uses_hints and decision.reach == "weight",
+            rectified=rectified, filled=decision.uses_hints and decision.reach != "all",
             row=grouping.row, in_memory=grouping.in_memory, channels=grouping.channels)
         if decision.codec is not None and graph_tensor is not None:
             form = decision.codec.in_graph(graph_tensor)
