@@ -33,6 +33,11 @@ class Prediction:
     coefficients: tuple[float, ...]
     spared: int = 0
 
+    @property
+    def five(self) -> tuple[float, ...]:
+        """Five coefficients, for kernels; missing ones are zero, and change nothing."""
+        return (*self.coefficients, *[0.0] * (5 - len(self.coefficients)))
+
 
 #: Name of a derivative in :mod:`~brevitas_bp.activations.derivatives` -> prediction of the output.
 PREDICTIONS: dict[str, Prediction] = {

@@ -131,15 +131,15 @@ def lower_bound(costs: Table, sizes: Table, budget: float) -> float:
     distance from the best choice.
     """
     check_feasible(sizes, budget)
-    hulls = [_lower_hull(c, s) for c, s in zip(costs, sizes)]
-    bound = sum(hull[0][1] for hull in hulls)
-    left = budget - sum(hull[0][0] for hull in hulls)
+    rows = [(c, s, lower_hull(c, s)) for c, s in zip(costs, sizes)]
+    bound = sum(c[hull[0]] for c, _, hull in rows)
+    left = budget - sum(s[hull[0]] for _, s, hull in rows)
     steps = [
-        ((high[1] - low[1]) / (high[0] - low[0]), high[0] - low[0])
-        for hull in hulls for low, high in itertools.pairwise(hull)]
-    for slope, width in sorted(steps):
+        (slope(c, s, low, high), s[high] - s[low])
+        for c, s, hull in rows for low, high in itertools.pairwise(hull)]
+    for rate, width in sorted(steps):
         used = min(width, left)
-        bound += slope * used
+        bound += rate * used
         left -= used
     return bound
 
@@ -195,18 +195,25 @@ def _harm(costs: Sequence[float], sizes: Sequence[float], high: int, low: int) -
     return growth / freed if freed > 0 else (float("-inf") if growth <= 0 else float("inf"))
 
 
-def _lower_hull(costs: Sequence[float], sizes: Sequence[float]) -> list[tuple[float, float]]:
-    """Returns (size, cost) of the options that are best at some price of size, smallest size first."""
-    hull: list[tuple[float, float]] = []
-    for size, cost in sorted(zip(sizes, costs)):
-        if hull and cost >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _above(hull[-2], hull[-1], (size, cost)):
-            hull.pop()
-        hull.append((size, cost))
+def worth_having(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
+    """Returns the options that no other option beats in both size and cost, smallest size first."""
+    kept: list[int] = []
+    for j in sorted(range(len(costs)), key=lambda j: (sizes[j], costs[j])):
+        if not kept or costs[j] < costs[kept[-1]]:
+            kept.append(j)
+    return kept
+
+
+def lower_hull(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
+    """Returns the options that are best at some price of size, smallest size first."""
+    hull: list[int] = []
+    for j in worth_having(costs, sizes):
+        hull.append(j)
+        while len(hull) > 2 and slope(costs, sizes, *hull[-3:-1]) >= slope(costs, sizes, *hull[-2:]):
+            del hull[-2]
     return hull
 
 
-def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether ``b`` lies on or above the line from ``a`` to ``c``."""
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+def slope(costs: Sequence[float], sizes: Sequence[float], low: int, high: int) -> float:
+    """Returns the cost that the step from an option to a larger one adds for each unit of size."""
+    return (costs[high] - costs[low]) / (sizes[high] - sizes[low])

@@ -14,9 +14,11 @@ NOTE [ Errors that depend on two widths ]
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from brevitas_bp.allocate.budget import lower_hull, slope, worth_having
 
 # Combinations of two lists of options that are all tried.
 _MOST = 2048
@@ -103,9 +105,9 @@ def _options_of(
         combined = [Option(size, error, {first: name})]
         for i in members:
             if i != first:
-                own = _worth_having(
+                own = _worth_having([
                     Option(s, e * tensors[i].growth_of(n, name) if e else 0.0, {i: n})
-                    for n, (s, e) in tensors[i].options.items())
+                    for n, (s, e) in tensors[i].options.items()])
                 combined = _combined(combined, own)
         options += combined
     return _worth_having(options)
@@ -114,18 +116,14 @@ def _options_of(
 def _combined(first: list[Option], second: list[Option]) -> list[Option]:
     """Returns the combinations of options that are worth having; of many, those on the convex hull."""
     if len(first) * len(second) <= _MOST:
-        return _worth_having(_sum(a, b) for a, b in itertools.product(first, second))
-    first, second = _convex(first), _convex(second)
-    i = j = 0
-    found = [_sum(first[0], second[0])]
+        return _worth_having([_sum(a, b) for a, b in itertools.product(first, second)])
+    a, b = _convex(first), _convex(second)
+    steps = sorted([(rate, 0) for rate in _slopes(a)] + [(rate, 1) for rate in _slopes(b)])
     # The hull of sums follows both hulls, the steeper step first.
-    while i + 1 < len(first) or j + 1 < len(second):
-        if j + 1 == len(second) or (
-                i + 1 < len(first) and _slope(first, i) <= _slope(second, j)):
-            i += 1
-        else:
-            j += 1
-        found.append(_sum(first[i], second[j]))
+    places, found = [0, 0], [_sum(a[0], b[0])]
+    for _, which in steps:
+        places[which] += 1
+        found.append(_sum(a[places[0]], b[places[1]]))
     return found
 
 
@@ -133,26 +131,15 @@ def _sum(a: Option, b: Option) -> Option:
     return Option(a.size + b.size, a.error + b.error, a.chosen | b.chosen)
 
 
-def _slope(options: Sequence[Option], i: int) -> float:
-    """Returns the error that the step from option ``i`` to the next adds for each byte."""
-    low, high = options[i], options[i + 1]
-    return (high.error - low.error) / (high.size - low.size)
+def _slopes(options: Sequence[Option]) -> list[float]:
+    """Returns the error that the step from each option to the next adds for each byte."""
+    errors, sizes = [o.error for o in options], [o.size for o in options]
+    return [slope(errors, sizes, i, i + 1) for i in range(len(options) - 1)]
 
 
 def _convex(options: Sequence[Option]) -> list[Option]:
-    """Returns those of the options worth having, by size, that lie on their lower convex hull."""
-    hull: list[Option] = []
-    for option in options:
-        hull.append(option)
-        while len(hull) > 2 and _slope(hull, -3) >= _slope(hull[-2:], 0):
-            del hull[-2]
-    return hull
+    return [options[i] for i in lower_hull([o.error for o in options], [o.size for o in options])]
 
 
-def _worth_having(options: Iterable[Option]) -> list[Option]:
-    """Returns the options that no other option beats in both bytes and error, by size."""
-    kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.size, o.error)):
-        if not kept or option.error < kept[-1].error:
-            kept.append(option)
-    return kept
+def _worth_having(options: Sequence[Option]) -> list[Option]:
+    return [options[i] for i in worth_having([o.error for o in options], [o.size for o in options])]

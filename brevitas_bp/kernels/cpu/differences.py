@@ -199,5 +199,4 @@ def _words(x: Tensor) -> Any:
 def _coefficients(x: Tensor, prediction: Prediction) -> tuple[Any, ...]:
     """Returns five coefficients."""
     number = np.float64 if x.dtype == torch.float64 else np.float32
-    given = prediction.coefficients
-    return tuple(number(c) for c in (*given, *[0.0] * (5 - len(given))))
+    return tuple(number(c) for c in prediction.five)

@@ -144,7 +144,7 @@ def subtract_prediction(
         return differences.subtract_prediction(x, derivative, prediction, row, factors, chunk)
     used = x.new_empty(chunk_count(x.numel(), row, chunk), dtype=torch.uint8)
     given = None if factors is None else factors.to(x.dtype)
-    _launch("subtract", x, row, chunk, (x, derivative, given, used), _coefficients(prediction))
+    _launch("subtract", x, row, chunk, (x, derivative, given, used), prediction.five)
     return derivative, used.view(torch.bool)
 
 
@@ -154,7 +154,7 @@ def add_prediction_(
     """See :func:`brevitas_bp.format.differences.add_prediction_`."""
     if not _covers(x, chunk):
         return differences.add_prediction_(x, derivative, prediction, row, used, chunk)
-    _launch("add", x, row, chunk, (x, derivative, used.view(torch.uint8)), _coefficients(prediction))
+    _launch("add", x, row, chunk, (x, derivative, used.view(torch.uint8)), prediction.five)
     return x
 
 
@@ -165,12 +165,6 @@ def _covers(x: Tensor, chunk: int) -> bool:
 def _lanes(row: int, chunk: int) -> int:
     """Returns the elements of a chunk, padded to a power of two."""
     return 1 << (min(row, chunk) - 1).bit_length()
-
-
-def _coefficients(prediction: Prediction) -> tuple[float, ...]:
-    """Returns five coefficients; missing ones are zero, and change nothing."""
-    given = prediction.coefficients
-    return (*given, *[0.0] * (5 - len(given)))
 
 
 def _launch(
