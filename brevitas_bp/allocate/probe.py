@@ -233,7 +233,8 @@ class Probing:
         if id(codec) not in self._probes:
             self._probes[id(codec)] = ProbeCodec(self._decode, codec)
         self._saving.add(saved.call.number)
-        return decision._replace(codec=self._probes[id(codec)])
+        # A product gets a width, although it could be computed from its factors.
+        return decision._replace(codec=self._probes[id(codec)], computed=False)
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """Returns the other policy's rewrite."""

@@ -28,11 +28,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.classes import classes_dim, codec_of_targets, softmax_dim
 from brevitas_bp.backward.elementary import form_of
-from brevitas_bp.backward.hints import Hints
+from brevitas_bp.backward.hints import Hints, dense_layout
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
+from brevitas_bp.backward.outputs import OutputForm
+from brevitas_bp.backward.rows import last_dimension
 from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, place_of, storage_id
 from brevitas_bp.backward.units import NormUnits, channel_units
 from brevitas_bp.codec.base import Codec, Packed, is_plain, is_smaller
+from brevitas_bp.codec.computed import ComputedCodec
 from brevitas_bp.codec.formed import FormCodec
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
@@ -80,19 +83,21 @@ class Encodings:
         self._apart = itertools.count(-2, -1)
 
     def encode_once(
-            self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
+            self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None,
+            anew: bool = False) -> Packed:
         """Returns the ``Packed`` of a saved tensor, which other saved tensors may share.
 
         Args:
             saved: the tensor.
             decision: how the tensor is stored.
             units: units of the norm whose input the tensor is; None for other tensors.
+            anew: the tensor may be modified after this call, even if it is encoded only in backward.
         """
         rows = _rows_of(saved, decision, units)
         codec = KEEP if decision.codec is None else (
             decision.codec if rows is None else in_rows(decision.codec, rows))
         number = self._number(saved, decision)
-        key = (*_identity(saved.tensor), id(codec), decision.units, number,
+        key = (*_identity_of(saved), id(codec), decision.units, number,
                # Norms of one kind with equal settings compute equal statistics of one tensor.
                None if units is None else _settings(saved.call))
         before = self._encoded.get(key)
@@ -102,18 +107,75 @@ class Encodings:
         may_share = number == _SHARED and saved.tensor.is_contiguous() and (
             type(saved.tensor) is Tensor and decision.units in (None, "sum of one"))
         if may_share and decision.units is None and (
-                packed := self._finer(saved.tensor, codec)) is not None:
+                packed := self._finer(saved.tensor, codec) or self._copied(saved, codec)) is not None:
+            of = saved.tensor if saved.copied is None else saved.copied
+            self._encoded[key] = _storage_of(of), weakref.ref(packed)
             return packed
         in_units = self._units_of(saved, decision, units)
         if units is None and decision.units in (None, "channel"):
             in_units = partial(self._given, in_units, saved, decision, rows)
-        packed = self._encode(saved, codec, in_units)
+        packed = self._encode(saved, codec, in_units, anew)
         if decision.zeros_outside:
             self._note_mask(saved, codec, packed)
-        storage = StorageWeakRef(shard_of(saved.tensor).untyped_storage())
-        self._encoded[key] = storage, weakref.ref(packed)
+        storage = _storage_of(saved.tensor)
+        self._encoded[key] = (
+            storage if saved.copied is None else _storage_of(saved.copied), weakref.ref(packed))
         if may_share:
             self._offer(saved.tensor, storage, packed, codec)
+        return packed
+
+    def input_of_norm(self, saved: SavedTensor, decision: Decision) -> Packed | None:
+        """Returns the input of a norm, if another norm with equal settings has stored it."""
+        found = self._encoded.get(_key_of_input(saved, decision))
+        return None if found is None else found[1]()
+
+    def encode_output(
+            self, saved: SavedTensor, decision: Decision, form: OutputForm,
+            output: Tensor) -> Packed | None:
+        """Stores the output of a norm, which other operations may share, or the input in other units.
+
+        Args:
+            saved: the input.
+            decision: how the input is to be stored.
+            form: what is stored.
+            output: the output.
+
+        Returns:
+            The ``Packed`` of ``form.tensor``; None if it would not be smaller.
+        """
+        stored = self.encode_once(
+            replace(saved, tensor=form.tensor, original=None),
+            decision._replace(units=None, rows=last_dimension), anew=True)
+        if stored.codec.keeps:
+            return None
+        if form.factor is not None:
+            # What the table holds must not keep the encoding alive.
+            found, compute, owned = weakref.ref(stored), form.output(), form.owned_by_output
+            layout = TensorLayout.of(output)
+
+            def offered() -> Packed | None:
+                source = found()
+                return None if source is None else self._sealed(
+                    ComputedCodec(source.codec.name, compute, source, owned).noted(layout, source.where))
+
+            self._finest[place_of(output)] = _storage_of(output), offered
+        return stored
+
+    def computed_from(
+            self, stored: Packed, compute: Callable[[Tensor], Tensor], saved: SavedTensor,
+            decision: Decision, owned: tuple[Tensor, ...] = ()) -> Packed:
+        """Returns the ``Packed`` of a tensor of a norm that is computed from the stored output.
+
+        Args:
+            stored: the output.
+            compute: what ``stored`` decodes to -> the tensor.
+            saved: the tensor.
+            decision: how it would be stored alone.
+            owned: what is kept for it alone.
+        """
+        codec = ComputedCodec(f"{stored.codec.name}, as output", compute, stored, owned)
+        packed = self._sealed(codec.encode(saved.tensor, where=stored.where))
+        self._encoded[_key_of_input(saved, decision)] = _storage_of(saved.tensor), weakref.ref(packed)
         return packed
 
     def _note_mask(self, saved: SavedTensor, codec: Codec, packed: Packed) -> None:
@@ -142,6 +204,18 @@ class Encodings:
         if packed.layout.shape == x.shape:
             return packed
         return self._sealed(replace(packed, layout=TensorLayout.of(x), seal=None))
+
+    def _copied(self, saved: SavedTensor, codec: Codec) -> Packed | None:
+        """Returns a copy's encoding that follows from an encoding of what was copied."""
+        x = saved.copied
+        if x is None or type(x) is not Tensor or (dense := dense_layout(x)) is None:
+            return None
+        found = self._finest.get(place_of(x))
+        packed = None if found is None else found[1]()
+        if packed is None or not packed.codec.is_finer_than(codec):
+            return None
+        copy = ComputedCodec(packed.codec.name, partial(_arranged, dense), packed)
+        return self._sealed(copy.encode(saved.tensor, where=packed.where))
 
     def _units_of(
             self, saved: SavedTensor, decision: Decision, units: NormUnits | None) -> InUnits | None:
@@ -186,7 +260,8 @@ class Encodings:
             return _SHARED
         return saved.call.number if saved.call is not NO_CALL else next(self._apart)
 
-    def _encode(self, saved: SavedTensor, codec: Codec, in_units: InUnits | None) -> Packed:
+    def _encode(
+            self, saved: SavedTensor, codec: Codec, in_units: InUnits | None, anew: bool) -> Packed:
         where = described(saved.op, saved.module)
         if codec.per_site:
             codec = codec.at_site((where, next(self._order_at[codec, where])))
@@ -203,6 +278,8 @@ class Encodings:
             return kept(saved)
         if self._on_backward:
             # We know whether the encoding is smaller only after backward has asked for it.
+            if anew:
+                saved = replace(saved, tensor=saved.tensor.detach().clone())
             return self._stored(saved, QuantizeOnBackward(codec), where)
         packed = self._sealed(self._stored(saved, codec, where))
         if not packed.is_smaller:
@@ -276,6 +353,30 @@ def _divisor_of(saved: SavedTensor) -> Callable[[], Tensor] | None:
             torch.broadcast_shapes(divisor.shape, x.shape) != x.shape):
         return None
     return Kept(divisor, saved.call.function, saved.module).decode
+
+
+def _arranged(layout: TensorLayout, x: Tensor) -> Tensor:
+    """Returns a contiguous tensor's elements as a view of another layout shows them."""
+    return torch.as_strided(x, layout.shape, layout.stride, x.storage_offset())
+
+
+def _key_of_input(saved: SavedTensor, decision: Decision) -> Hashable:
+    return "norm", *_identity(saved.tensor), id(decision.codec), _settings(saved.call)
+
+
+def _storage_of(x: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(shard_of(x).untyped_storage())
+
+
+def _identity_of(saved: SavedTensor) -> tuple[Hashable, ...]:
+    """Returns a key that is equal for saved tensors with equal values: see :func:`_identity`.
+
+    Copies are equal if they are copies of one tensor.
+    """
+    if saved.copied is None:
+        return _identity(saved.tensor)
+    x = saved.tensor
+    return "copy", *_identity(saved.copied), x.shape, x.stride(), x.dtype
 
 
 def _identity(x: Tensor) -> tuple[Hashable, ...]:

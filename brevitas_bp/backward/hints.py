@@ -6,20 +6,35 @@ See NOTE [ Given what is stored already ] in :mod:`brevitas_bp.codec.given`.
 import math
 import weakref
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.activations.predictions import PREDICTIONS, Prediction
+from brevitas_bp.backward.parameters import is_function_of_parameter
 from brevitas_bp.backward.rows import LEAST_ROW
-from brevitas_bp.backward.saved import Decision, SavedTensor, storage_id
-from brevitas_bp.codec.base import Codec, Packed
+from brevitas_bp.backward.saved import (
+    Decision,
+    SavedTensor,
+    storage_id,
+    tensors_in,
+    without_class,
+)
+from brevitas_bp.codec.base import Codec, Packed, is_plain
+from brevitas_bp.codec.computed import ComputedCodec
 from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import Rows, in_rows
+from brevitas_bp.codec.wrapping import WrappingCodec
+from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.differences import CHUNK
+
+#: Names of elementwise products.
+PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__", "rmul", "imul", "__imul__", "mul_"})
 
 
 class Place(NamedTuple):
@@ -38,7 +53,7 @@ class Place(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> "Place":
         """Returns the place of an ordinary tensor."""
-        return cls(StorageWeakRef(x.untyped_storage()), _key(x), _dense_layout(x))
+        return cls(StorageWeakRef(x.untyped_storage()), _key(x), dense_layout(x))
 
 
 class _Hint(NamedTuple):
@@ -46,6 +61,7 @@ class _Hint(NamedTuple):
     packed: Callable[[], Packed | None]
     prediction: Prediction | None
     version: int | None
+    factors: tuple[weakref.ref[Any], ...] = ()
 
 
 class Hints:
@@ -53,6 +69,8 @@ class Hints:
 
     def __init__(self) -> None:
         self._hints: dict[Hashable, _Hint] = {}
+        # Number of the running product, position and stored form of its factors.
+        self._product: tuple[int, list[tuple[int | None, Any]]] | None = None
 
     def note_mask(self, x: Tensor, mask: Callable[[], Packed | None]) -> None:
         """Notes that the elements of ``x`` outside a mask are zero; ``mask`` returns it if it lives."""
@@ -73,6 +91,46 @@ class Hints:
             found = weakref.ref(derivative) if told is derivative else lambda: told
             self._hints[output.key] = _Hint(output, found, prediction, None)
 
+    def note_factor(
+            self, saved: SavedTensor, stored: Any, endings: list[Callable[[Any], None]]) -> None:
+        """Notes a stored factor of a running product, and the product if both factors are stored.
+
+        Args:
+            saved: the factor.
+            stored: what autograd gets in its place.
+            endings: called with the output of the product.
+        """
+        call = saved.call
+        if self._product is None or self._product[0] != call.number:
+            self._product = call.number, []
+            endings.append(partial(self._note_product, call.number, len(list(
+                tensors_in(call.arguments)))))
+        self._product[1].append((saved.position, stored))
+
+    def _note_product(self, number: int, count: int, output: Any) -> None:
+        product, self._product = self._product, None
+        if product is None or product[0] != number or count != 2 or not isinstance(output, Tensor):
+            return
+        factors, output = dict(product[1]), without_class(output)
+        if set(factors) == {0, 1} and is_plain(output):
+            place = Place.of(output)
+            self._hints[place.key] = _Hint(
+                place, lambda: None, None, version_of(output),
+                tuple(weakref.ref(f) for f in factors.values()))
+
+    @staticmethod
+    def _computed(
+            codec: Codec, saved: SavedTensor, decision: Decision, hint: _Hint) -> Codec:
+        """Returns a codec that computes a product from its factors, if these are stored."""
+        x, factors = saved.tensor, [found() for found in hint.factors]
+        useful = decision.computed and version_of(x) == hint.version and (
+            None not in factors and _has_own_weight(saved)
+            and _same_order(hint.place.layout, dense_layout(x)))
+        # Computed from factors with fewer bits, it would have a larger error than is asked for.
+        useful = useful and min(map(_width, factors)) >= max(codec.bit_widths, default=0)
+        return ComputedCodec("computed from its factors", partial(_product, *factors)) if useful else (
+            codec)
+
     def apply(
             self, codec: Codec, saved: SavedTensor, decision: Decision, rows: Rows | None) -> Codec:
         """Returns a codec that takes for given what is known about a tensor; else ``codec`` itself.
@@ -88,8 +146,10 @@ class Hints:
         if not useful or type(x) is not Tensor:
             return codec
         hint = self._hints.get(_key(x))
+        if hint is not None and hint.factors:
+            return self._computed(codec, saved, decision, hint)
         packed = None if hint is None else hint.packed()
-        if hint is None or packed is None or not _same_order(hint.place.layout, _dense_layout(x)):
+        if hint is None or packed is None or not _same_order(hint.place.layout, dense_layout(x)):
             return codec
         row, in_channels = _row(x, rows), decision.units == "channel"
         if hint.prediction is None:
@@ -107,11 +167,35 @@ class Hints:
             codec, packed, hint.prediction, row, _chunk_of(codec.bucket_elements, row))
 
 
+def _product(first: Any, second: Any) -> Tensor:
+    """Returns the product of two stored factors."""
+    a, b = first.decode(), second.decode()
+    dtype = compute_dtype(torch.promote_types(a.dtype, b.dtype))
+    return a.to(dtype) * b.to(dtype)
+
+
+def _width(factor: Any) -> float:
+    """Returns the bits of a factor's codes; a derivative that it is stored given counts as one more."""
+    if not isinstance(factor, Packed) or factor.codec.keeps:
+        return math.inf
+    innermost: Any = factor.codec
+    while isinstance(innermost, WrappingCodec):
+        innermost = innermost.inner
+    return min(innermost.bit_widths, default=0) + isinstance(factor.codec, DifferenceCodec)
+
+
+def _has_own_weight(saved: SavedTensor) -> bool:
+    """Whether the other arguments of a layer are parameters, or functions of one."""
+    return all(
+        not t.requires_grad or is_function_of_parameter(t)
+        for t in tensors_in(saved.arguments[1:]))
+
+
 def _key(x: Tensor) -> Hashable:
     return storage_id(x), x.storage_offset(), x.numel(), x.dtype
 
 
-def _dense_layout(x: Tensor) -> TensorLayout | None:
+def dense_layout(x: Tensor) -> TensorLayout | None:
     """Returns the layout of a tensor whose elements fill a stretch of memory, each in its own place."""
     layout = TensorLayout.of(x)
     # A layout closes gaps.

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
@@ -13,8 +12,10 @@ from brevitas_bp.backward.compiled.dynamo import in_python
 from brevitas_bp.backward.compiled.hooks import CompiledSite, GraphHooks, hooks_for_inputs
 from brevitas_bp.backward.encoding import Encodings, can_encode
 from brevitas_bp.backward.explain import Explanation
+from brevitas_bp.backward.hints import PRODUCTS
 from brevitas_bp.backward.kept import ExactStorages, Kept, as_it_is, kept, unpack
 from brevitas_bp.backward.location import Location, Rewrites, current_location, enter, leave
+from brevitas_bp.backward.norms import Norms
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.policy import PlainPolicy, Policy, explained
 from brevitas_bp.backward.rewrites import Substitution
@@ -27,10 +28,9 @@ from brevitas_bp.backward.saved import (
     SavedTensor,
     without_class,
 )
-from brevitas_bp.backward.units import Deferred, NormUnits, PendingNorm, tells_statistics, units_of
+from brevitas_bp.backward.units import Deferred, NormUnits
 from brevitas_bp.backward.waiting import Waiting
-from brevitas_bp.codec.base import PLAIN, Codec, Packed, is_plain
-from brevitas_bp.codec.shape_only import zeros
+from brevitas_bp.codec.base import PLAIN, Codec, Packed
 from brevitas_bp.private import push_hooks, remove_hooks, top_hooks
 
 _NOT_PLAIN = Decision(None, "not an ordinary tensor")
@@ -39,7 +39,6 @@ _TRANSFORM = (
     "which PyTorch refuses while saved tensors have hooks; leave this module and every module that "
     "contains it unwrapped, and wrap the modules beside it one by one")
 _KEPT_ALREADY = "another operation keeps it exact"
-_CENTRED = Decision(None, "the input is stored as its deviation from the mean")
 
 
 class Listener(Protocol):
@@ -131,8 +130,8 @@ class ForwardPass:
         self._resources = ExitStack()
         self._substitution: Substitution | None = None
         self._exact = ExactStorages()
-        self._norm: PendingNorm | None = None
         self._waiting = Waiting(self.location)
+        self._norms = Norms()
 
     @property
     def given_bytes(self) -> int:
@@ -163,11 +162,10 @@ class ForwardPass:
         decision = self._decide(saved)
         if decision.waits:
             return self._wait(saved, decision)
-        if self._begins_norm(saved, decision):
-            return self._begin_norm(saved, decision)
-        if self._norm is not None and self._norm.has_computed(saved, decision):
-            return self._norm.hold(saved, decision)
-        return self._finish(saved, decision, self._originals(x) if self.listeners else ())
+        held = self._norms.hold(self, saved, decision, partial(self.originals, x))
+        if held is not None:
+            return held
+        return self.finish(saved, decision, self.originals(x))
 
     def _decide(self, saved: SavedTensor) -> Decision:
         """Returns the policy's decision, but keeps a tensor if encoding is impossible or useless."""
@@ -178,7 +176,7 @@ class ForwardPass:
             return decision._replace(codec=None, reason=_KEPT_ALREADY)
         return decision
 
-    def _store(
+    def store(
             self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
         """Returns the ``Packed`` of a tensor that is encoded, or that is kept while listeners exist."""
         if decision is _NOT_PLAIN:
@@ -187,12 +185,14 @@ class ForwardPass:
             # Each derivative has a rounding of its own.
             if decision.codec is not None and decision.codec.lossy and saved.derivative is None:
                 self.location.note_rounded(saved.call, saved.tensor)
+                if saved.copied is not None:
+                    self.location.note_rounded(saved.call, saved.copied)
             packed = self.encodings.encode_once(saved, decision, units)
         if decision.codec is None:
             self._exact.note(saved, packed)
         return packed
 
-    def _keep(self, saved: SavedTensor, decision: Decision) -> Kept:
+    def keep(self, saved: SavedTensor, decision: Decision) -> Kept:
         """Keeps a tensor when there are no listeners."""
         if self.explanation is not None:
             self.explanation.add_kept(saved, decision)
@@ -200,9 +200,10 @@ class ForwardPass:
         self._exact.note(saved, found)
         return found
 
-    def _tell(
+    def tell(
             self, saved: SavedTensor, packed: Packed, decision: Decision,
             originals: Sequence[Tensor]) -> None:
+        """Tells the listeners, and the explanation, how a tensor was stored."""
         if self.explanation is not None:
             self.explanation.add(saved, packed, decision)
         for listener in self.listeners:
@@ -212,70 +213,32 @@ class ForwardPass:
         """Defers the decision about a tensor until the next call is known."""
         if decision.codec is not None and decision.codec.lossy:
             self.location.note_rounded(saved.call, saved.tensor)
-        originals = self._originals(saved.tensor) if self.listeners else ()
+        originals = self.originals(saved.tensor)
         return self._waiting.add(saved, partial(self._decide_again, saved, originals))
 
-    def _decide_again(self, saved: SavedTensor, originals: Sequence[Tensor]) -> Packed | Kept:
-        """Stores a tensor whose following call is known."""
-        return self._finish(saved, self._decide(saved), originals)
+    def _decide_again(
+            self, saved: SavedTensor, originals: Sequence[Tensor]) -> Packed | Kept | Deferred:
+        """Stores a tensor whose following call is known, unless it belongs to a norm."""
+        decision = self._decide(saved)
+        return self._norms.hold(self, saved, decision, lambda: originals) or (
+            self.finish(saved, decision, originals))
 
-    def _finish(
+    def finish(
             self, saved: SavedTensor, decision: Decision,
             originals: Sequence[Tensor]) -> Packed | Kept:
         """Keeps or encodes a tensor as decided, and tells the listeners."""
         if decision.codec is None and not self.listeners:
-            return self._keep(saved, decision)
-        packed = self._store(saved, decision)
+            found = self.keep(saved, decision)
+            if saved.call.name in PRODUCTS:
+                self.encodings.hints.note_factor(saved, found, self.location.endings)
+            return found
+        packed = self.store(saved, decision)
         if (substitution := self._substitution) is not None:
             substitution.stored_as(packed)
             self.encodings.hints.note_derivative(substitution.output, substitution.name, packed)
-        self._tell(saved, packed, decision, originals)
-        return packed
-
-    def _begins_norm(self, saved: SavedTensor, decision: Decision) -> bool:
-        """Whether a tensor is the input of a norm and is to be stored normalized."""
-        if decision.units != "statistic" or decision.codec is None or not is_plain(saved.tensor):
-            return False
-        begun = self._norm is not None and self._norm.saved.call is saved.call
-        return not begun and tells_statistics(saved.call)
-
-    def _begin_norm(self, saved: SavedTensor, decision: Decision) -> Deferred:
-        """Defers the encoding of a norm's input until the norm has ended.
-
-        See NOTE [ Inputs of norms are stored normalized ].
-        """
-        deferred = Deferred()
-        originals = self._originals(saved.tensor) if self.listeners else ()
-        self._norm = PendingNorm(saved, decision, deferred, originals)
-        if saved.call is NO_CALL:
-            # We cannot see when a custom Function ends.
-            self._end_norm()
-        else:
-            self.location.ending = self._end_norm
-        return deferred
-
-    @torch.no_grad()
-    def _end_norm(self) -> None:
-        """Stores the input of the norm that has ended, and the statistics that it has saved."""
-        norm, self._norm = self._norm, None
-        assert norm is not None
-        units = units_of(norm)
-        packed = self._store(norm.saved, norm.decision, units)
-        norm.deferred.fill(packed)
-        self._tell(norm.saved, packed, norm.decision, norm.originals)
-        drops_mean = units is not None and units.drops_mean and not packed.codec.keeps
-        mean = norm.statistics[-2][0] if drops_mean else None
-        for statistic, decision, deferred in norm.statistics:
-            deferred.fill(self._store_statistic(statistic, decision, statistic is mean))
-
-    def _store_statistic(
-            self, statistic: SavedTensor, decision: Decision, dropped: bool) -> Packed | Kept:
-        if not (dropped or self.listeners):
-            return self._keep(statistic, decision)
-        packed = zeros().encode(statistic.tensor) if dropped else kept(statistic)
-        self._tell(
-            statistic, packed, _CENTRED if dropped else decision,
-            (statistic.tensor,) if self.listeners else ())
+        elif saved.call.name in PRODUCTS:
+            self.encodings.hints.note_factor(saved, packed, self.location.endings)
+        self.tell(saved, packed, decision, originals)
         return packed
 
     def graphs(
@@ -341,6 +304,10 @@ class ForwardPass:
             x, op, location.qualified_module, codec, location.call, location.module_type,
             role, location.module, location.compiled and location.call is NO_CALL)
 
+    def originals(self, x: Tensor) -> Sequence[Tensor]:
+        """Returns the tensors that plain autograd would have saved, if a listener wants them."""
+        return self._originals(x) if self.listeners else ()
+
     def _originals(self, x: Tensor) -> Sequence[Tensor]:
         """Returns the tensors that plain autograd would have saved.
 
@@ -369,11 +336,14 @@ class ForwardPass:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         waiting, self._waiting = self._waiting, Waiting(self.location)
+        norms, self._norms = self._norms, Norms()
         self.close()
         if error is not None:
             waiting.drop()
+            norms.drop()
         else:
             waiting.end(NO_CALL)
+            norms.end(self)
             # Storing has noted a call again. Its arguments hold the graph.
             self.location.rounding = None
         # PyTorch's own message contains these words.
@@ -396,5 +366,6 @@ class ForwardPass:
             self.hooks = unpack, unpack
             # An exception in the middle of a norm leaves it pending. The norm's output may be held here,
             # and its graph holds the pack hook, which holds this pass: no collector finds that cycle.
-            self._norm = self._substitution = None
+            self._substitution = None
             self._waiting.drop()
+            self._norms.drop()

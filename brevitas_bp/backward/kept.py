@@ -108,7 +108,10 @@ def unpack(given: Packed | Kept | Deferred) -> Tensor:
         CorruptPayloadError: the codec decoded a tensor of another shape, dtype or device. Autograd would
             not complain: it broadcasts a wrong shape.
     """
-    packed: Packed | Kept = given.found() if isinstance(given, Deferred) else given
+    # A tensor that waited for the next call may wait for the end of a norm, too.
+    while isinstance(given, Deferred):
+        given = given.found()
+    packed: Packed | Kept = given
     x = packed.decode()
     if isinstance(packed, Kept):
         return x

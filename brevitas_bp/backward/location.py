@@ -42,10 +42,10 @@ class Location:
         self.call = NO_CALL
         self.rewrites: Rewrites | None = None
         self.observer: Callable[[Call, Any], None] | None = None
-        # Called when the running operation has ended.
-        self.ending: Callable[[], None] | None = None
+        # Called with the output of the running operation when it has ended.
+        self.endings: list[Callable[[Any], None]] = []
         # Called with the next call, before it runs.
-        self.following: Callable[[Call], None] | None = None
+        self.following: list[Callable[[Call], None]] = []
         # The last call that saved a rounded tensor; storages and places of what this call saved rounded.
         self.rounding: Call | None = None
         self.rounded: set[Hashable] = set()
@@ -90,9 +90,9 @@ class Location:
 
     def follow(self, call: Call) -> None:
         """Tells who waits for the call after another one which call it is: NO_CALL at the pass's end."""
-        following, self.following = self.following, None
-        if following is not None:
-            following(call)
+        following, self.following = self.following, []
+        for tell in following:
+            tell(call)
 
     def module_in(self, traceback: Any) -> str:
         """Names the innermost module of the pass in a traceback, for messages."""
@@ -202,7 +202,7 @@ class _OpMode(TorchFunctionMode):
         location = self.location
         before = location.call
         call = Call(func, args, kwargs, next(_numbers))
-        if location.following is not None:
+        if location.following:
             location.follow(call)
         location.call = call
         try:
@@ -210,16 +210,18 @@ class _OpMode(TorchFunctionMode):
             output = NotImplemented if rewrite is None else rewrite(call)
             if output is NotImplemented:
                 output = func(*args, **kwargs)
-            if location.ending is not None:
-                location.ending, ending = None, location.ending
-                ending()
+            if location.endings:
+                location.endings, endings = [], location.endings
+                for ending in endings:
+                    ending(output)
             if location.rounding is call:
                 note_rounded(output, location.rounded)
             if location.observer is not None:
                 location.observer(call, output)
             return output
         finally:
-            location.call, location.ending = before, None
+            location.call = before
+            location.endings.clear()
 
 
 def _traceable(func: Any) -> Any:
@@ -366,7 +368,7 @@ def leave(location: Location) -> None:
     location.ended = True
     # These attributes hold the pass, which would otherwise wait for the garbage collector.
     location.rewrites = location.observer = location.forward_pass = location.next_seed = None
-    location.ending = location.rounding = location.following = None
+    location.endings, location.following, location.rounding = [], [], None
     location.tree, location.made = [], {}
     if location in _running.locations:
         del _running.locations[_running.locations.index(location):]

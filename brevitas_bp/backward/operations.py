@@ -33,6 +33,7 @@ from brevitas_bp.backward.saved import (
     Call,
     Decision,
     SavedTensor,
+    is_ordinary,
     own_shape,
     storage_id,
     tensors_in,
@@ -85,6 +86,7 @@ def weighted(weight: int = 1, rows: RowsOf = last_dimension) -> OpRule:
     def decide(saved: SavedTensor) -> Decision:
         if _is_weight(saved, weight):
             return Decision(None, "weight: keeps the gradient of the input exact")
+        saved.copied = _copied_input(saved)
         apart = shares_planes(saved.tensor, saved.call) if rows is convolved else False
         alone = stands_alone(saved)
         factor = list(tensors_in(saved.arguments[weight:weight + 1]))
@@ -108,6 +110,16 @@ def _is_weight(saved: SavedTensor, weight: int) -> bool:
     if x.numel() != tensors[0].numel() or x.requires_grad != tensors[0].requires_grad:
         return True
     return is_view_or_cast_of(x, tensors[weight])
+
+
+def _copied_input(saved: SavedTensor) -> Tensor | None:
+    """Returns the input of a layer, if the saved tensor is a copy of it: cast, or made contiguous."""
+    x, given = saved.tensor, saved.call.argument(0, "input")
+    if saved.position is not None or not isinstance(given, Tensor) or given.numel() != x.numel():
+        return None
+    alike = given.shape == x.shape or (
+        saved.call.name == "linear" and given.shape[-1:] == x.shape[-1:])
+    return given if alike and is_ordinary(given) and given.is_floating_point() else None
 
 
 def product(
@@ -211,7 +223,7 @@ def stands_alone(saved: SavedTensor, of_itself: bool = False) -> bool:
         return not of_itself
     if not (others or saved.call is NO_CALL):
         return True
-    storage = storage_id(saved.tensor)
+    storage = storage_id(saved.tensor if saved.copied is None else saved.copied)
     if storage not in location.ever_rounded:
         return True
     if saved.call is NO_CALL:

@@ -71,7 +71,8 @@ class PlannedPolicy:
         if candidate.average_size > 1 and decision.reach != "weight":
             # Averages are biased. The bias may reach the gradient of the tensor's own weight only.
             candidate = replace(candidate, average_size=1)
-        return decision._replace(codec=candidate.codec(base_of(saved, decision)))
+        # A plan has its own width for a product that could be computed from its factors.
+        return decision._replace(codec=candidate.codec(base_of(saved, decision)), computed=False)
 
     def unused(self) -> list[str]:
         """Returns names and globs of the plan that no tensor had in the first pass; later, none."""

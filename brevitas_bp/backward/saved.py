@@ -95,6 +95,8 @@ class SavedTensor:
         original: the tensor with its Python class, if ``tensor`` is without it.
         following: the call after the one that saves it, if the policy waited for it
             (:attr:`Decision.waits`). It is :data:`NO_CALL` if the pass has ended.
+        copied: the argument of which the tensor is a copy, in another dtype or order of memory; None: it
+            is no copy.
     """
 
     tensor: Tensor
@@ -112,6 +114,7 @@ class SavedTensor:
     small_input: bool = False
     original: Tensor | None = None
     following: Call | None = None
+    copied: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -203,6 +206,10 @@ class Decision(NamedTuple):
         uses_hints: only what other stored tensors do not tell is stored, see
             :mod:`brevitas_bp.codec.given`.
         zeros_outside: the codec stores a mask, outside of which the tensor is zero.
+        uses_outputs: the input of a norm may be stored as the norm's output, see
+            :mod:`~brevitas_bp.backward.outputs`.
+        computed: if the tensor is a product of stored factors, backward may compute it from these, see
+            :mod:`brevitas_bp.codec.computed`.
     """
 
     codec: Codec | None
@@ -219,17 +226,24 @@ class Decision(NamedTuple):
     probabilities: bool = False
     uses_hints: bool = False
     zeros_outside: bool = False
+    uses_outputs: bool = False
+    computed: bool = False
 
     def with_codec(self, codec: Codec) -> "Decision":
         """Returns this decision with another codec, or this decision itself if it has that codec."""
         return self if codec is self.codec else self._replace(codec=codec)
 
     def with_hints(self) -> "Decision":
-        """Returns this decision, which uses hints if the tensor is a layer's input or a factor."""
+        """Returns this decision, which uses hints if the tensor is a layer's input or a factor.
+
+        The input of a norm may be stored as its output.
+        """
+        if self.reach == "norm" and self.codec is not None and self.codec.stores_differences:
+            return self._replace(uses_outputs=True)
         useful = self.reach == "weight" or (
             self.reach in ("sum", "all") and self.units is None and not self.probabilities)
         useful = useful and self.codec is not None and self.codec.stores_differences
-        return self._replace(uses_hints=True) if useful else self
+        return self._replace(uses_hints=True, computed=self.reach == "weight") if useful else self
 
 
 def storage_id(x: Tensor) -> int:

@@ -36,7 +36,8 @@ class Waiting:
         deferred = Deferred(self._location.follow)
         self._tensors.append((
             saved, deferred, Kept(saved.tensor, saved.call.function, saved.module), store))
-        self._location.following = self.end
+        if len(self._tensors) == 1:
+            self._location.following.append(self.end)
         return deferred
 
     def end(self, following: Call) -> None:

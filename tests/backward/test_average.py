@@ -135,7 +135,7 @@ PLACES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], set[str]]]
     "gate": (torch.mul, [(8, 16, 32, 32), (8, 16, 1, 1)], {"2-bit stochastic"}),
     "batch norm": (
         lambda x: F.batch_norm(x, None, None, training=True), [X], {"2-bit stochastic"}),
-    "layer norm": (lambda x: F.layer_norm(x, (64,)), [(64, 64)], {"2-bit stochastic"}),
+    "layer norm": (lambda x: F.layer_norm(x, (64,)), [(64, 64)], {"2-bit stochastic, as output"}),
     "prelu": (F.prelu, [X, (16,)], {"sign and negative part"}),
     "attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v), [(2, 4, 32, 16)] * 3,
@@ -187,7 +187,9 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.norm(self.first(x)))
-        return self.last(x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid())
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        # The sum hides that it is a product, which could be computed from its factors.
+        return self.last(x + 0)
 
 
 def gradients(config: Any, policy: str | Policy = "op_aware") -> dict[str, Tensor]:

@@ -318,7 +318,8 @@ def test_norms_may_have_bits_of_their_own() -> None:
     module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
     model = QuantBackwardWrapper(module, policy=OpAware(norm_bits=4))
     model(torch.randn(64, 64))
-    assert sites(model)[:2] == [("linear", "2-bit rotated"), ("layer_norm", "4-bit rotated")]
+    assert sites(model)[:2] == [
+        ("linear", "2-bit rotated"), ("layer_norm", "4-bit rotated, as output")]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

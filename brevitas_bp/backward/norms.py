@@ -1,0 +1,353 @@
+"""Stores the inputs of norms, after the norm has ended.
+
+NOTE [ RMS norms are stored as outputs ]
+1. ``y = weight * (x * rstd)`` saves ``x`` twice, and ``x * rstd``. The layer after it saves ``y``. All
+   four follow from ``y`` and from numbers that are kept anyway.
+2. So tensors of such a norm wait. When the product with the weight has ended, its output is stored, as
+   in NOTE [ Inputs of norms are stored as outputs ].
+3. If this product does not come within a few operations, the tensors are stored one by one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from brevitas_bp.backward.encoding import Encodings
+from brevitas_bp.backward.hints import PRODUCTS
+from brevitas_bp.backward.kept import Kept, kept
+from brevitas_bp.backward.location import Location
+from brevitas_bp.backward.outputs import OutputForm, output_form, output_form_of_product
+from brevitas_bp.backward.parameters import is_function_of_parameter
+from brevitas_bp.backward.saved import (
+    NO_CALL,
+    Call,
+    Decision,
+    SavedTensor,
+    place_of,
+    tensors_in,
+    without_class,
+)
+from brevitas_bp.backward.units import Deferred, NormUnits, PendingNorm, tells_statistics, units_of
+from brevitas_bp.backward.views import CASTS, kind_of, node_name
+from brevitas_bp.codec.base import Packed, is_plain
+from brevitas_bp.codec.keep import version_of
+from brevitas_bp.codec.shape_only import zeros
+from brevitas_bp.private import node_number
+
+_CENTRED = Decision(None, "the input is stored as its deviation from the mean")
+_CASTS = frozenset(node_name(name) for name in CASTS)
+# Operations between the square and the product with the weight: mean, epsilon, root, product, casts.
+_MOST_CALLS = 12
+
+#: Returns the tensors that plain autograd would have saved.
+Originals = Callable[[], Sequence[Tensor]]
+
+
+class StoringPass(Protocol):
+    """The part of a forward pass that stores tensors."""
+
+    location: Location
+    encodings: Encodings
+    listeners: Any
+
+    def store(
+            self, saved: SavedTensor, decision: Decision, units: NormUnits | None = None) -> Packed:
+        """Encodes or keeps a tensor."""
+        ...
+
+    def keep(self, saved: SavedTensor, decision: Decision) -> Kept:
+        """Keeps a tensor."""
+        ...
+
+    def finish(
+            self, saved: SavedTensor, decision: Decision,
+            originals: Sequence[Tensor]) -> Packed | Kept:
+        """Stores a tensor by itself."""
+        ...
+
+    def tell(
+            self, saved: SavedTensor, packed: Packed, decision: Decision,
+            originals: Sequence[Tensor]) -> None:
+        """Tells how a tensor was stored."""
+        ...
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A saved tensor that waits.
+
+    Attributes:
+        saved: the tensor.
+        decision: how it is to be stored if it is stored by itself.
+        originals: the tensors that plain autograd would have saved, for listeners.
+        deferred: the object that autograd holds.
+        kept: the tensor as it was when it was saved.
+        normalized: whether it is the normalized input, not the input.
+    """
+
+    saved: SavedTensor
+    decision: Decision
+    originals: Sequence[Tensor]
+    deferred: Deferred
+    kept: Kept
+    normalized: bool
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody has modified the tensor while it waited."""
+        return version_of(self.saved.tensor) == self.kept.version
+
+
+class Norms:
+    """The norms of one forward pass whose saved tensors wait. The pass must end it."""
+
+    def __init__(self) -> None:
+        self._norm: PendingNorm | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        # Of a norm in several operations. At most one waits at a time.
+        self._entries: list[_Entry] = []
+        self._rstd: Kept | None = None
+        # Number of the node that made the normalized input.
+        self._node: int | None = None
+        # The last operation of the norm, once it is known.
+        self._last: Call | None = None
+        self._calls = 0
+
+    def hold(
+            self, running: StoringPass, saved: SavedTensor, decision: Decision,
+            originals: Originals) -> Deferred | None:
+        """Lets a saved tensor wait if it belongs to a norm; else returns None.
+
+        Args:
+            running: the forward pass.
+            saved: the tensor.
+            decision: how the policy stores it.
+            originals: returns the tensors that plain autograd would have saved.
+        """
+        if decision.units == "statistic" and self._begins(saved, decision):
+            return self._begin(running, saved, decision, originals)
+        if self._norm is not None and self._norm.has_computed(saved, decision):
+            return self._norm.hold(saved, decision)
+        if saved.call is NO_CALL:
+            return None
+        held = self._hold_written(running, saved, decision, originals)
+        if held is not None:
+            running.location.note_rounded(saved.call, saved.tensor)
+        return held
+
+    def end(self, running: StoringPass) -> None:
+        """Stores the tensors that still wait, one by one."""
+        entries = self._entries
+        self._forget()
+        self._store_each(running, entries)
+
+    def drop(self) -> None:
+        """Keeps the tensors that wait as they are, after an exception."""
+        entries, self._norm = self._entries, None
+        self._forget()
+        for entry in entries:
+            entry.deferred.fill(entry.kept)
+
+    # Norms in one operation.
+
+    def _begins(self, saved: SavedTensor, decision: Decision) -> bool:
+        """Whether a tensor is the input of a norm that is to be stored normalized."""
+        if decision.codec is None or not is_plain(saved.tensor):
+            return False
+        begun = self._norm is not None and self._norm.saved.call is saved.call
+        return not begun and tells_statistics(saved.call)
+
+    def _begin(
+            self, running: StoringPass, saved: SavedTensor, decision: Decision,
+            originals: Originals) -> Deferred:
+        """Defers the encoding of a norm's input until the norm has ended.
+
+        See NOTE [ Inputs of norms are stored normalized ].
+        """
+        deferred = Deferred()
+        self._norm = PendingNorm(saved, decision, deferred, originals())
+        if saved.call is NO_CALL:
+            # We cannot see when a custom Function ends.
+            self._ended(running)
+        else:
+            running.location.endings.append(partial(self._ended, running))
+        return deferred
+
+    @torch.no_grad()
+    def _ended(self, running: StoringPass, output: Any = None) -> None:
+        """Stores the input of the norm that has ended, and the statistics that it has saved."""
+        norm, self._norm = self._norm, None
+        assert norm is not None
+        packed, drops_mean = self._as_output(running, norm, output), True
+        if packed is None:
+            units = units_of(norm)
+            packed = running.store(norm.saved, norm.decision, units)
+            drops_mean = units is not None and units.drops_mean and not packed.codec.keeps
+        norm.deferred.fill(packed)
+        running.tell(norm.saved, packed, norm.decision, norm.originals)
+        mean = norm.statistics[-2][0] if drops_mean else None
+        for statistic, decision, deferred in norm.statistics:
+            deferred.fill(_store_statistic(running, statistic, decision, statistic is mean))
+
+    def _as_output(self, running: StoringPass, norm: PendingNorm, output: Any) -> Packed | None:
+        """Stores the input of a norm as its output; None: it must be stored otherwise."""
+        saved, decision = norm.saved, norm.decision
+        if len(norm.statistics) < 2 or not decision.uses_outputs or not decision.shared or not (
+                isinstance(output, Tensor)):
+            return None
+        encodings, output = running.encodings, without_class(output)
+        if (packed := encodings.input_of_norm(saved, decision)) is not None:
+            return packed
+        form = output_form(saved.call, saved.tensor, output)
+        stored = None if form is None else encodings.encode_output(saved, decision, form, output)
+        if form is None or stored is None:
+            return None
+        for rounded in (saved.tensor, output):
+            running.location.note_rounded(saved.call, rounded)
+        rstd = Kept(norm.statistics[-1][0].tensor, saved.call.function, saved.module).decode
+        return encodings.computed_from(stored, form.deviation(rstd), saved, decision, form.owned)
+
+    # Norms in several operations.
+
+    def _hold_written(
+            self, running: StoringPass, saved: SavedTensor, decision: Decision,
+            originals: Originals) -> Deferred | None:
+        if decision.codec is None:
+            if saved.call is self._last and saved.is_norm_statistic:
+                self._rstd = self._rstd or Kept(saved.tensor, saved.call.function, saved.module)
+            return None
+        x = self._entries[0].saved.tensor if self._entries else None
+        if saved.call is self._last and x is not None:
+            if saved.tensor.numel() != x.numel():
+                return None
+            is_input = place_of(saved.tensor) == place_of(x)
+            return self._add(running, saved, decision, originals, not is_input)
+        if not decision.uses_outputs or decision.units is not None or not decision.shared:
+            return None
+        location = running.location
+        if saved.call.name == "rms_norm":
+            self.end(running)
+            self._last = saved.call
+            location.endings.append(partial(self._written, running))
+        elif x is not None and place_of(saved.tensor) == place_of(x):
+            self._note_factor(running, saved)
+        else:
+            self.end(running)
+            location.following.append(partial(self._see, running))
+        return self._add(running, saved, decision, originals, False)
+
+    def _add(
+            self, running: StoringPass, saved: SavedTensor, decision: Decision,
+            originals: Originals, normalized: bool) -> Deferred:
+        deferred = Deferred(running.location.follow)
+        as_it_was = Kept(saved.tensor, saved.call.function, saved.module)
+        self._entries.append(
+            _Entry(saved, decision, originals(), deferred, as_it_was, normalized))
+        return deferred
+
+    def _note_factor(self, running: StoringPass, saved: SavedTensor) -> None:
+        """Notes the inverse deviation, by which a call multiplies the input, and the call's output."""
+        factors = [t for t in tensors_in(saved.arguments) if not saved.aliases(t)]
+        if saved.call.name in PRODUCTS and len(factors) == 1:
+            self._rstd = Kept(factors[0], saved.call.function, saved.module)
+            running.location.endings.append(self._note_normalized)
+
+    def _note_normalized(self, output: Any) -> None:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            self._node = node_number(output.grad_fn)
+
+    def _see(self, running: StoringPass, call: Call) -> None:
+        """Called with each call while tensors wait, and with NO_CALL if they must be stored at once."""
+        if not self._entries or self._last is not None:
+            return
+        self._calls += 1
+        if call is NO_CALL or self._calls > _MOST_CALLS:
+            self.end(running)
+        elif self._node is not None and _is_scaling(call, self._node):
+            self._last = call
+            running.location.endings.append(partial(self._written, running))
+        else:
+            running.location.following.append(partial(self._see, running))
+
+    @torch.no_grad()
+    def _written(self, running: StoringPass, output: Any) -> None:
+        """Stores the tensors of a norm whose last operation has ended."""
+        entries, call, rstd = self._entries, self._last, self._rstd
+        self._forget()
+        if not entries or call is None:
+            return
+        form = None
+        if rstd is not None and isinstance(output, Tensor) and all(e.is_unchanged for e in entries):
+            output, x = without_class(output), entries[0].saved.tensor
+            form = output_form(call, x, output) if call.name == "rms_norm" else (
+                output_form_of_product(call, x, output))
+        if form is None or rstd is None or not _stored_as_output(
+                running, entries, form, output, rstd):
+            self._store_each(running, entries)
+        else:
+            running.location.note_rounded(call, output)
+
+    @staticmethod
+    @torch.no_grad()
+    def _store_each(running: StoringPass, entries: list[_Entry]) -> None:
+        for entry in entries:
+            entry.deferred.fill(
+                running.finish(entry.saved, entry.decision, entry.originals)
+                if entry.is_unchanged else entry.kept)
+
+
+def _stored_as_output(
+        running: StoringPass, entries: list[_Entry], form: OutputForm, output: Tensor,
+        rstd: Kept) -> bool:
+    """Stores the tensors of a norm as its output, unless that would not be smaller."""
+    encodings, first = running.encodings, entries[0]
+    stored = encodings.encode_output(first.saved, first.decision, form, output)
+    if stored is None:
+        return False
+    undo = form.deviation(rstd.decode), form.normalized()
+    found: dict[bool, Packed] = {}
+    for entry in entries:
+        if entry.normalized not in found:
+            found[entry.normalized] = encodings.computed_from(
+                stored, undo[entry.normalized], entry.saved, entry.decision, form.owned)
+        packed = found[entry.normalized]
+        entry.deferred.fill(packed)
+        running.tell(entry.saved, packed, entry.decision, entry.originals)
+    return True
+
+
+def _store_statistic(
+        running: StoringPass, statistic: SavedTensor, decision: Decision,
+        dropped: bool) -> Packed | Kept:
+    if not (dropped or running.listeners):
+        return running.keep(statistic, decision)
+    packed = zeros().encode(statistic.tensor) if dropped else kept(statistic)
+    running.tell(
+        statistic, packed, _CENTRED if dropped else decision,
+        (statistic.tensor,) if running.listeners else ())
+    return packed
+
+
+def _is_scaling(call: Call, node: int) -> bool:
+    """Whether a call multiplies what a node has made, perhaps cast, by a parameter of one dimension."""
+    tensors = list(tensors_in(call.arguments))
+    if call.name not in PRODUCTS or len(tensors) != 2:
+        return False
+    first, second = tensors
+    return any(
+        weight.dim() == 1 and x.dim() > 1 and weight.shape[0] == x.shape[-1] and _made_by(x, node)
+        and is_function_of_parameter(weight) for x, weight in ((first, second), (second, first)))
+
+
+def _made_by(x: Tensor, node: int) -> bool:
+    """Whether a node, followed by nothing but casts, has made a tensor."""
+    made: Any = x.grad_fn
+    while made is not None and kind_of(made) in _CASTS:
+        made = made.next_functions[0][0]
+    return made is not None and node_number(made) == node
