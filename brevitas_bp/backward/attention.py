@@ -3,9 +3,12 @@
 See NOTE [ Rewritten operations ] in :mod:`brevitas_bp.backward.rewrites`.
 """
 
+import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from brevitas_bp.backward.hints import Computed
 from brevitas_bp.backward.rewrites import RunningPass, Substitution, refuse_second_derivative
 from brevitas_bp.backward.rows import last_dimension
 from brevitas_bp.backward.saved import (
@@ -31,6 +35,8 @@ from brevitas_bp.private import in_forward_ad
 
 _ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 _MASK = 3
+# With so many bits for query and key, attention that runs again gives an output that is biased little.
+_WIDE = 8
 
 #: The decision for the value. It has the configured width: by measurement, four bits do not lower the
 #: noise of whole transformers.
@@ -79,7 +85,13 @@ class ReplayAttention:
             for i, t in enumerate(given)]
         roles = [ATTENTION_INPUT, ATTENTION_INPUT, ATTENTION_VALUE, ATTENTION_MASK][:len(tensors)]
         with running.saving(*roles, REPLAYED) as substitution:
-            return _ReplayAttention.apply(_Replay(call), substitution, *given)
+            output = _ReplayAttention.apply(_Replay(call), substitution, *given)
+        widths = substitution.widths
+        if widths.get(ATTENTION_INPUT, math.inf) >= _WIDE and isinstance(output, Tensor):
+            # The node must not live as long as the pass.
+            node, width = weakref.ref(output.grad_fn), widths.get(ATTENTION_VALUE, math.inf)
+            running.note_computed(output, partial(_computed, node, width))
+        return output
 
 
 def cast_by_autocast(x: Tensor) -> Tensor:
@@ -116,13 +128,38 @@ class _Replay:
             return self.run(given)
 
 
+def _computed(found: "weakref.ref[Any]", width: float) -> Computed | None:
+    return None if found() is None else Computed(
+        partial(_output_of, found), width, "attention, run again")
+
+
+def _output_of(found: "weakref.ref[Any]") -> Tensor:
+    """Runs attention again for the layer after it, whose backward comes first."""
+    node = found()
+    if node is None:
+        raise RuntimeError(
+            "brevitas_bp: a layer needs the output of attention, but the graph of the attention was "
+            "freed; call backward once for all losses, or with retain_graph=True")
+    return _ReplayAttention.rerun(node)[1].detach()
+
+
 class _ReplayAttention(torch.autograd.Function):
+
+    @staticmethod
+    def rerun(ctx: Any) -> tuple[list[Tensor | None], Tensor]:
+        """Runs attention again, and keeps the result until its own backward."""
+        if ctx.again is None:
+            *saved, generator_state = ctx.saved_tensors
+            given = _leaves(saved, ctx.needs_input_grad[2:])
+            with torch.enable_grad():
+                ctx.again = given, ctx.replay.again(given, generator_state)
+        return ctx.again
 
     @staticmethod
     def forward(
             ctx: Any, replay: _Replay, substitution: Substitution,
             *given: Tensor | None) -> Tensor:
-        ctx.replay = replay
+        ctx.replay, ctx.again = replay, None
         ctx.save_for_backward(*given, replay.generator_state())
         if not substitution.recorded:
             return replay.run(given)
@@ -132,10 +169,7 @@ class _ReplayAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         refuse_second_derivative("scaled_dot_product_attention")
-        *saved, generator_state = ctx.saved_tensors
-        given = _leaves(saved, ctx.needs_input_grad[2:])
-        with torch.enable_grad():
-            output = ctx.replay.again(given, generator_state)
+        (given, output), ctx.again = _ReplayAttention.rerun(ctx), None
         wanted = [t for t in given if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(output, wanted, grads[0]))
         return None, None, *(

@@ -56,12 +56,26 @@ class Place(NamedTuple):
         return cls(StorageWeakRef(x.untyped_storage()), _key(x), dense_layout(x))
 
 
+class Computed(NamedTuple):
+    """What backward can compute from stored tensors.
+
+    Attributes:
+        values: computes it.
+        width: least bits of the codes of these tensors.
+        name: says in reports from what it is computed.
+    """
+
+    values: Callable[[], Tensor]
+    width: float
+    name: str
+
+
 class _Hint(NamedTuple):
     place: Place
     packed: Callable[[], Packed | None]
     prediction: Prediction | None
     version: int | None
-    factors: tuple[weakref.ref[Any], ...] = ()
+    computed: "Callable[[], Computed | None] | None" = None
 
 
 class Hints:
@@ -103,33 +117,45 @@ class Hints:
         call = saved.call
         if self._product is None or self._product[0] != call.number:
             self._product = call.number, []
-            endings.append(partial(self._note_product, call.number, len(list(
-                tensors_in(call.arguments)))))
+            count = sum(1 for _ in tensors_in(call.arguments))
+            endings.append(partial(self._note_product, call.number, count))
         self._product[1].append((saved.position, stored))
 
     def _note_product(self, number: int, count: int, output: Any) -> None:
         product, self._product = self._product, None
-        if product is None or product[0] != number or count != 2 or not isinstance(output, Tensor):
+        if product is None or product[0] != number or count != 2:
             return
-        factors, output = dict(product[1]), without_class(output)
-        if set(factors) == {0, 1} and is_plain(output):
-            place = Place.of(output)
-            self._hints[place.key] = _Hint(
-                place, lambda: None, None, version_of(output),
-                tuple(weakref.ref(f) for f in factors.values()))
+        factors = dict(product[1])
+        if set(factors) == {0, 1}:
+            found = [weakref.ref(f) for f in factors.values()]
+
+            def computed() -> Computed | None:
+                first, second = (f() for f in found)
+                return None if first is None or second is None else Computed(
+                    partial(_product, first, second), min(width_of(first), width_of(second)),
+                    "computed from its factors")
+
+            self.note_computed(output, computed)
+
+    def note_computed(self, output: Any, computed: Callable[[], "Computed | None"]) -> None:
+        """Notes that backward can compute the output of an operation, as long as something lives."""
+        if isinstance(output, Tensor) and is_plain(x := without_class(output)):
+            place = Place.of(x)
+            if place.layout is not None:
+                self._hints[place.key] = _Hint(place, lambda: None, None, version_of(x), computed)
 
     @staticmethod
     def _computed(
             codec: Codec, saved: SavedTensor, decision: Decision, hint: _Hint) -> Codec:
-        """Returns a codec that computes a product from its factors, if these are stored."""
-        x, factors = saved.tensor, [found() for found in hint.factors]
-        useful = decision.computed and version_of(x) == hint.version and (
-            None not in factors and _has_own_weight(saved)
-            and _same_order(hint.place.layout, dense_layout(x)))
-        # Computed from factors with fewer bits, it would have a larger error than is asked for.
-        useful = useful and min(map(_width, factors)) >= max(codec.bit_widths, default=0)
-        return ComputedCodec("computed from its factors", partial(_product, *factors)) if useful else (
-            codec)
+        """Returns a codec that computes the tensor from others, if these are stored with enough bits."""
+        x, made = saved.tensor, hint.place.layout
+        useful = decision.computed and version_of(x) == hint.version and _has_own_weight(saved)
+        layout = dense_layout(x) if useful else None
+        computed = None if layout is None or hint.computed is None else hint.computed()
+        # Computed from tensors with fewer bits, it would have a larger error than is asked for.
+        if computed is None or computed.width < max(codec.bit_widths, default=0):
+            return codec
+        return ComputedCodec(computed.name, partial(_seen_as, computed.values, made, layout))
 
     def apply(
             self, codec: Codec, saved: SavedTensor, decision: Decision, rows: Rows | None) -> Codec:
@@ -146,7 +172,7 @@ class Hints:
         if not useful or type(x) is not Tensor:
             return codec
         hint = self._hints.get(_key(x))
-        if hint is not None and hint.factors:
+        if hint is not None and hint.computed is not None:
             return self._computed(codec, saved, decision, hint)
         packed = None if hint is None else hint.packed()
         if hint is None or packed is None or not _same_order(hint.place.layout, dense_layout(x)):
@@ -174,14 +200,20 @@ def _product(first: Any, second: Any) -> Tensor:
     return a.to(dtype) * b.to(dtype)
 
 
-def _width(factor: Any) -> float:
-    """Returns the bits of a factor's codes; a derivative that it is stored given counts as one more."""
-    if not isinstance(factor, Packed) or factor.codec.keeps:
+def width_of(stored: Any) -> float:
+    """Returns the bits of a stored tensor's codes; that it is stored given a derivative counts as one."""
+    if not isinstance(stored, Packed) or not stored.codec.lossy:
         return math.inf
-    innermost: Any = factor.codec
+    innermost: Any = stored.codec
     while isinstance(innermost, WrappingCodec):
         innermost = innermost.inner
-    return min(innermost.bit_widths, default=0) + isinstance(factor.codec, DifferenceCodec)
+    return min(innermost.bit_widths, default=0) + isinstance(stored.codec, DifferenceCodec)
+
+
+def _seen_as(values: Callable[[], Tensor], made: TensorLayout, seen: TensorLayout) -> Tensor:
+    """Computes a tensor of one layout, and returns the same memory in another layout."""
+    flat = made.flatten(made.restore(values().to(made.dtype)))
+    return torch.as_strided(flat, seen.shape, seen.stride, flat.storage_offset())
 
 
 def _has_own_weight(saved: SavedTensor) -> bool:

@@ -12,7 +12,7 @@ from brevitas_bp.backward.compiled.dynamo import in_python
 from brevitas_bp.backward.compiled.hooks import CompiledSite, GraphHooks, hooks_for_inputs
 from brevitas_bp.backward.encoding import Encodings, can_encode
 from brevitas_bp.backward.explain import Explanation
-from brevitas_bp.backward.hints import PRODUCTS
+from brevitas_bp.backward.hints import PRODUCTS, Computed
 from brevitas_bp.backward.kept import ExactStorages, Kept, as_it_is, kept, unpack
 from brevitas_bp.backward.location import Location, Rewrites, current_location, enter, leave
 from brevitas_bp.backward.norms import Norms
@@ -234,7 +234,7 @@ class ForwardPass:
             return found
         packed = self.store(saved, decision)
         if (substitution := self._substitution) is not None:
-            substitution.stored_as(packed)
+            substitution.stored_as(packed, saved.role)
             self.encodings.hints.note_derivative(substitution.output, substitution.name, packed)
         elif saved.call.name in PRODUCTS:
             self.encodings.hints.note_factor(saved, packed, self.location.endings)
@@ -274,6 +274,10 @@ class ForwardPass:
             yield self._substitution
         finally:
             self._substitution = before
+
+    def note_computed(self, output: Tensor, computed: Callable[[], Computed | None]) -> None:
+        """Notes that backward can compute the output of a call."""
+        self.encodings.hints.note_computed(output, computed)
 
     def _rewrite_of(self, function: Any) -> Callable[[Call], Any] | None:
         """Returns a rewrite, which runs ``function`` so that it saves something else, or None."""

@@ -13,6 +13,7 @@ NOTE [ Rewritten operations ]
 5. Nothing that outlives the call holds a tensor, except through ``save_for_backward``.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
 from brevitas_bp.activations import derivatives
-from brevitas_bp.backward.hints import Place
+from brevitas_bp.backward.hints import Computed, Place, width_of
 from brevitas_bp.backward.location import Location, seen_through
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.rows import RowsOf, of_elements
@@ -58,6 +59,10 @@ class RunningPass(Protocol):
         """Gives these roles, in order, to the tensors that are saved within the block."""
         ...
 
+    def note_computed(self, output: Tensor, computed: Callable[[], Computed | None]) -> None:
+        """Notes that backward can compute the output of a call."""
+        ...
+
 
 # NOTE [ What a function saves is learnt once ]
 # A report counts what plain autograd would have saved. To find out, the function runs under autograd,
@@ -85,9 +90,11 @@ class Substitution:
         name: name of that derivative, also if it is computed before it is stored; None: it has no name.
         output: place of the function's output, of an ordinary tensor; None: it has none.
         writable: whether backward gets the last saved tensor in new memory, to which it may write.
+        widths: role -> least bits of the tensors that are stored rounded.
     """
 
-    __slots__ = ("derivative", "name", "originals", "output", "recorded", "roles", "writable")
+    __slots__ = (
+        "derivative", "name", "originals", "output", "recorded", "roles", "widths", "writable")
 
     def __init__(self, roles: tuple[str, ...], recorded: bool) -> None:
         self.roles = iter(roles)
@@ -96,10 +103,12 @@ class Substitution:
         self.name: str | None = None
         self.output: Place | None = None
         self.writable = False
+        self.widths: dict[str | None, float] = {}
         self.originals: list[Tensor] = []
 
-    def stored_as(self, packed: Packed) -> None:
+    def stored_as(self, packed: Packed, role: str | None) -> None:
         """Notes how the pass has stored a tensor of the call."""
+        self.widths[role] = min(self.widths.get(role, math.inf), width_of(packed))
         # If elements share memory, writing to one would write to all.
         self.writable = packed.codec.decodes_anew and (
             packed.layout.base_shape == packed.layout.shape)
