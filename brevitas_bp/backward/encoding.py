@@ -17,7 +17,7 @@ NOTE [ One encode per key ]
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,21 +29,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from brevitas_bp.backward.classes import classes_dim, codec_of_targets, softmax_dim
 from brevitas_bp.backward.elementary import form_of
 from brevitas_bp.backward.hints import Hints, dense_layout
+from brevitas_bp.backward.identity import identity_of, key_of_input, settings_of, storage_of
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
 from brevitas_bp.backward.outputs import OutputForm
 from brevitas_bp.backward.rows import last_dimension
-from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, place_of, storage_id
+from brevitas_bp.backward.saved import NO_CALL, Decision, SavedTensor, place_of
 from brevitas_bp.backward.units import NormUnits, channel_units
 from brevitas_bp.codec.base import Codec, Packed, is_plain, is_smaller
 from brevitas_bp.codec.computed import ComputedCodec
 from brevitas_bp.codec.formed import FormCodec
-from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import NormalizedCodec, QuotientCodec
 from brevitas_bp.codec.on_backward import QuantizeOnBackward
 from brevitas_bp.codec.probabilities import ClassErrorCodec, LogCodec, SimplexCodec
 from brevitas_bp.codec.rows import ReorderedCodec, Rows, in_rows
-from brevitas_bp.codec.shard import ShardCodec, is_storable, placements_of, shard_of
+from brevitas_bp.codec.shard import ShardCodec, is_storable, shard_of
 
 # Below this many elements, we ask before encoding whether the result can be smaller.
 _SMALL = 1024
@@ -97,9 +97,9 @@ class Encodings:
         codec = KEEP if decision.codec is None else (
             decision.codec if rows is None else in_rows(decision.codec, rows))
         number = self._number(saved, decision)
-        key = (*_identity_of(saved), id(codec), decision.units, number,
+        key = (*identity_of(saved), id(codec), decision.units, number,
                # Norms of one kind with equal settings compute equal statistics of one tensor.
-               None if units is None else _settings(saved.call))
+               None if units is None else settings_of(saved.call))
         before = self._encoded.get(key)
         packed = None if before is None else before[1]()
         if packed is not None:
@@ -109,7 +109,7 @@ class Encodings:
         if may_share and decision.units is None and (
                 packed := self._finer(saved.tensor, codec) or self._copied(saved, codec)) is not None:
             of = saved.tensor if saved.copied is None else saved.copied
-            self._encoded[key] = _storage_of(of), weakref.ref(packed)
+            self._encoded[key] = storage_of(of), weakref.ref(packed)
             return packed
         in_units = self._units_of(saved, decision, units)
         if units is None and decision.units in (None, "channel"):
@@ -117,16 +117,16 @@ class Encodings:
         packed = self._encode(saved, codec, in_units, anew)
         if decision.zeros_outside:
             self._note_mask(saved, codec, packed)
-        storage = _storage_of(saved.tensor)
+        storage = storage_of(saved.tensor)
         self._encoded[key] = (
-            storage if saved.copied is None else _storage_of(saved.copied), weakref.ref(packed))
+            storage if saved.copied is None else storage_of(saved.copied), weakref.ref(packed))
         if may_share:
             self._offer(saved.tensor, storage, packed, codec)
         return packed
 
     def input_of_norm(self, saved: SavedTensor, decision: Decision) -> Packed | None:
         """Returns the input of a norm, if another norm with equal settings has stored it."""
-        found = self._encoded.get(_key_of_input(saved, decision))
+        found = self._encoded.get(key_of_input(saved, decision))
         return None if found is None else found[1]()
 
     def encode_output(
@@ -150,15 +150,9 @@ class Encodings:
             return None
         if form.factor is not None:
             # What the table holds must not keep the encoding alive.
-            found, compute, owned = weakref.ref(stored), form.output(), form.owned_by_output
-            layout = TensorLayout.of(output)
-
-            def offered() -> Packed | None:
-                source = found()
-                return None if source is None else self._sealed(
-                    ComputedCodec(source.codec.name, compute, source, owned).noted(layout, source.where))
-
-            self._finest[place_of(output)] = _storage_of(output), offered
+            self._finest[place_of(output)] = storage_of(output), partial(
+                _output_of, weakref.ref(stored), form.output(), form.owned_by_output,
+                TensorLayout.of(output), self._verify)
         return stored
 
     def computed_from(
@@ -175,7 +169,7 @@ class Encodings:
         """
         codec = ComputedCodec(f"{stored.codec.name}, as output", compute, stored, owned)
         packed = self._sealed(codec.encode(saved.tensor, where=stored.where))
-        self._encoded[_key_of_input(saved, decision)] = _storage_of(saved.tensor), weakref.ref(packed)
+        self._encoded[key_of_input(saved, decision)] = storage_of(saved.tensor), weakref.ref(packed)
         return packed
 
     def _note_mask(self, saved: SavedTensor, codec: Codec, packed: Packed) -> None:
@@ -360,39 +354,12 @@ def _arranged(layout: TensorLayout, x: Tensor) -> Tensor:
     return torch.as_strided(x, layout.shape, layout.stride, x.storage_offset())
 
 
-def _key_of_input(saved: SavedTensor, decision: Decision) -> Hashable:
-    return "norm", *_identity(saved.tensor), id(decision.codec), _settings(saved.call)
-
-
-def _storage_of(x: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(shard_of(x).untyped_storage())
-
-
-def _identity_of(saved: SavedTensor) -> tuple[Hashable, ...]:
-    """Returns a key that is equal for saved tensors with equal values: see :func:`_identity`.
-
-    Copies are equal if they are copies of one tensor.
-    """
-    if saved.copied is None:
-        return _identity(saved.tensor)
-    x = saved.tensor
-    return "copy", *_identity(saved.copied), x.shape, x.stride(), x.dtype
-
-
-def _identity(x: Tensor) -> tuple[Hashable, ...]:
-    """Returns a key that is equal for tensors with equal values, as long as their storage lives.
-
-    An in-place change of a DTensor raises the version of the DTensor itself, not that of its shard.
-    """
-    shard = x if type(x) is Tensor else shard_of(x)
-    of_shard = (storage_id(shard), shard.storage_offset(), shard.shape, shard.stride(), x.dtype,
-                version_of(shard), shard.is_conj(), shard.is_neg())
-    if shard is x:
-        return of_shard
-    return *of_shard, type(x), version_of(x), x.shape, placements_of(x)
-
-
-def _settings(call: Call) -> Hashable:
-    """Returns the name of a call's function and all arguments except tensors, in their order."""
-    others = [a for a in call.arguments if not (a is None or isinstance(a, Tensor))]
-    return call.name, *(a if isinstance(a, float) else str(a) for a in others)
+def _output_of(
+        found: "weakref.ref[Packed]", compute: Callable[[Tensor], Tensor], owned: tuple[Tensor, ...],
+        layout: TensorLayout, verify: bool) -> Packed | None:
+    """Returns the output of a norm, which follows from what is stored for the input, if that lives."""
+    source = found()
+    if source is None:
+        return None
+    packed = ComputedCodec(source.codec.name, compute, source, owned).noted(layout, source.where)
+    return packed.sealed() if verify else packed

@@ -151,7 +151,9 @@ class Hints:
         x, made = saved.tensor, hint.place.layout
         useful = decision.computed and version_of(x) == hint.version and _has_own_weight(saved)
         layout = dense_layout(x) if useful else None
-        computed = None if layout is None or hint.computed is None else hint.computed()
+        if layout is None or made is None or hint.computed is None:
+            return codec
+        computed = hint.computed()
         # Computed from tensors with fewer bits, it would have a larger error than is asked for.
         if computed is None or computed.width < max(codec.bit_widths, default=0):
             return codec
@@ -201,7 +203,7 @@ def _product(first: Any, second: Any) -> Tensor:
 
 
 def width_of(stored: Any) -> float:
-    """Returns the bits of a stored tensor's codes; that it is stored given a derivative counts as one."""
+    """Returns the bits of a stored tensor's codes, and one more if it is stored given a derivative."""
     if not isinstance(stored, Packed) or not stored.codec.lossy:
         return math.inf
     innermost: Any = stored.codec

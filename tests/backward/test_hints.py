@@ -148,7 +148,7 @@ def assert_unbiased(module: nn.Module, x: Tensor) -> None:
     exact = torch.autograd.grad(module(x).square().sum(), parameters)
     directions = [torch.randn(8, p.numel(), generator=generator) / p.numel()**0.5 for p in parameters]
     draws = torch.stack([torch.cat([
-        d @ (g - e).view(-1) for d, g, e in zip(
+        d @ (g - e).reshape(-1) for d, g, e in zip(
             directions, torch.autograd.grad(model(x).square().sum(), parameters), exact)])
         for _ in range(300)])
     # The tolerance of a z-test of all sums, plus the bias of rotated codes: 2e-3 of the gradient.

@@ -1,0 +1,514 @@
+"""Tensors that follow from what is stored already: outputs of norms, products, attention, copies."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from brevitas_bp import OpAware, QuantBackwardWrapper, track_saved_memory
+from brevitas_bp.backward.outputs import output_form
+from brevitas_bp.backward.saved import Call
+from brevitas_bp.backward.seam import listening
+from brevitas_bp.codec import Packed
+from brevitas_bp.errors import ModifiedInPlaceError
+from brevitas_bp.quant import (
+    RotatedNormal2DynamicActPerBucketFloat,
+    RotatedNormal8DynamicActPerBucketFloat,
+)
+from tests.backward.support import Apply
+from tests.backward.test_hints import assert_unbiased
+
+WIDTH = 256
+
+
+def names(module: nn.Module, *inputs: Tensor, **options: Any) -> list[tuple[str, str]]:
+    """Returns operation and codec of each tensor that is saved rounded."""
+    model, found = QuantBackwardWrapper(module, **options), []
+    with listening(model, lambda saved, packed, *_: found.append((saved.op, packed.codec))):
+        output = model(*inputs)
+    del output
+    return [(op, codec.name) for op, codec in found if codec.lossy]
+
+
+def live_bytes(module: nn.Module, *inputs: Tensor, **options: Any) -> int:
+    """Returns the bytes that the saved tensors occupy, each once."""
+    model = QuantBackwardWrapper(module, **options)
+    with track_saved_memory(model) as report:
+        output = model(*inputs)
+    del output
+    return report.stored_bytes
+
+
+class WrittenNorm(nn.Module):
+    """The RMS norm of language models."""
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH) if weight is None else weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class PlusOne(WrittenNorm):
+    """The same with ``1 + weight``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, True) + 1e-6) * (1.0 + self.weight)
+
+
+def scales(kind: str) -> Tensor:
+    torch.manual_seed(7)
+    return {
+        "ones": lambda: torch.ones(WIDTH), "near": lambda: torch.empty(WIDTH).uniform_(0.6, 1.4),
+        "far": lambda: torch.randn(WIDTH), "zeros": lambda: torch.zeros(WIDTH),
+        "some zero": lambda: (torch.arange(WIDTH) % 3).float() - 1}[kind]()
+
+
+def layer_norm(kind: str, shift: float = 0.0) -> nn.Module:
+    norm = nn.LayerNorm(WIDTH)
+    norm.weight.data, norm.bias.data = scales(kind), torch.full((WIDTH,), shift)
+    return norm
+
+
+def rms_norm(kind: str) -> nn.Module:
+    norm = nn.RMSNorm(WIDTH, eps=1e-6)
+    norm.weight.data = scales(kind)
+    return norm
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    **{f"layer {kind}": lambda kind=kind: layer_norm(kind)
+       for kind in ("ones", "near", "far", "zeros", "some zero")},
+    "layer, shifted": lambda: layer_norm("near", 0.5), "layer, far off": lambda: layer_norm("near", 9.0),
+    "layer, plain": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
+    "layer, no shift": lambda: nn.LayerNorm(WIDTH, bias=False),
+    **{f"rms {kind}": lambda kind=kind: rms_norm(kind) for kind in ("near", "far", "some zero")},
+    "rms, plain": lambda: nn.RMSNorm(WIDTH, eps=1e-6, elementwise_affine=False),
+    **{f"written {kind}": lambda kind=kind: WrittenNorm(scales(kind)) for kind in ("near", "far")},
+    "written, plus one": lambda: PlusOne(scales("near") - 1)}
+each_norm = pytest.mark.parametrize("name", NORMS)
+
+
+def around(norm: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.Linear(WIDTH, 8))
+
+
+@each_norm
+def test_norm_and_layer_store_one_tensor(name: str) -> None:
+    x = torch.randn(128, WIDTH)
+    module = around(NORMS[name]())
+    without = live_bytes(module, x, policy=OpAware(hints=False))
+    # An encoding takes two bits for each element, and two numbers for each row. Units may be kept.
+    encoding, units = 128 * (WIDTH // 4 + 8), 3 * 4 * WIDTH
+    spared = 2 if name.startswith(("rms", "written")) and "plain" not in name else 1
+    assert live_bytes(module, x) <= without - spared * encoding + units
+
+
+@pytest.mark.parametrize("name", [
+    "layer near", "layer some zero", "layer, shifted", "layer, far off", "rms far", "rms some zero",
+    "written near", "written far", "written, plus one"])
+def test_gradients_are_unbiased(name: str) -> None:
+    assert_unbiased(around(NORMS[name]()), torch.randn(64, WIDTH))
+
+
+@each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_codes_give_exact_gradients(name: str, dtype: torch.dtype) -> None:
+    # The way back from the output is right: 8-bit codes hardly move the gradient.
+    module = around(NORMS[name]()).to(dtype)
+    x = torch.randn(128, WIDTH, dtype=dtype)
+    parameters = list(module.parameters())
+    exact = torch.autograd.grad(module(x).square().sum(), parameters)
+    model = QuantBackwardWrapper(module, RotatedNormal8DynamicActPerBucketFloat)
+    rounded = torch.autograd.grad(model(x).square().sum(), parameters)
+    allowed = 0.03 if dtype is torch.float32 else 0.1
+    for a, b in zip(rounded, exact):
+        assert float((a - b).norm()) <= allowed * float(b.norm()) + 1e-5
+
+
+@each_norm
+def test_storages_and_checksums_agree(name: str) -> None:
+    module, x = around(NORMS[name]()), torch.randn(128, WIDTH)
+    found = []
+    for options in ({}, {"storage": "quantize_on_backward"}, {"verify": True}):
+        model = QuantBackwardWrapper(module, seed=3, **options)  # type: ignore[arg-type]
+        found.append(torch.autograd.grad(model(x).square().sum(), list(module.parameters())))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, WIDTH), (1, WIDTH), (3, 5, WIDTH), (WIDTH,), (4, 0, WIDTH)])
+@pytest.mark.parametrize("name", ["layer far", "layer near", "rms far", "rms near", "written far"])
+def test_shapes(name: str, shape: tuple[int, ...]) -> None:
+    module, x = around(NORMS[name]()), torch.randn(*shape)
+    assert torch.equal(QuantBackwardWrapper(module)(x), module(x))
+    QuantBackwardWrapper(module)(x).sum().backward()
+
+
+def test_values_out_of_order_have_the_right_gradient() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(WIDTH, WIDTH), layer_norm("near")
+            self.last = nn.Linear(WIDTH, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(x).transpose(0, 1)).transpose(0, 1))
+
+    torch.manual_seed(0)
+    module, x = Turned(), torch.randn(8, 16, WIDTH)
+    assert_unbiased(module, x)
+
+
+def test_rows_of_any_size_keep_their_error() -> None:
+    # Outliers in one channel, which the norm's scale makes small: the output must not suffer.
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(WIDTH)
+    norm.weight.data[3] = 1e-3
+    module, x = nn.Sequential(norm, nn.Linear(WIDTH, 64)), torch.randn(128, WIDTH)
+    x[:, 3] *= 1000
+    x.requires_grad_()
+
+    def error(policy: Any) -> float:
+        model = QuantBackwardWrapper(module, policy=policy, seed=1)
+        exact, = torch.autograd.grad(module(x).square().sum(), module[1].weight)
+        drawn = [torch.autograd.grad(model(x).square().sum(), module[1].weight)[0] for _ in range(20)]
+        return sum(float((d - exact).square().sum()) for d in drawn)
+
+    assert error(OpAware()) <= 1.2 * error(OpAware(hints=False))
+
+
+def test_two_norms_of_one_tensor_share_it() -> None:
+    first, second = layer_norm("ones"), layer_norm("near")
+    x = torch.randn(64, WIDTH, requires_grad=True)
+    one = live_bytes(Apply(lambda x: first(x)), x)
+    both = live_bytes(Apply(lambda x: first(x) + second(x)), x)
+    assert both - one <= 2 * 64 * 4
+
+
+def test_an_output_that_was_changed_is_stored_apart() -> None:
+    torch.manual_seed(0)
+    norm, last = layer_norm("ones"), nn.Linear(WIDTH, 8)
+    module = nn.ModuleList([norm, last])
+
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return last(norm(x).mul_(3))
+
+    x = torch.randn(64, WIDTH, requires_grad=True)
+    assert live_bytes(Changed(), x) > live_bytes(nn.Sequential(norm, last), x) + 64 * WIDTH // 8
+    assert_unbiased(Changed(), x)
+
+
+def test_a_scale_that_changes_before_backward_is_an_error() -> None:
+    norm = layer_norm("near")
+    output = QuantBackwardWrapper(norm)(torch.randn(64, WIDTH, requires_grad=True))
+    with torch.no_grad():
+        norm.bias.add_(1)
+    with pytest.raises(ModifiedInPlaceError):
+        output.sum().backward()
+
+
+def test_nothing_is_kept_longer() -> None:
+    model, payloads = QuantBackwardWrapper(around(rms_norm("far"))), []
+
+    def note(saved: Any, packed: Packed, *_: Any) -> None:
+        payloads.extend(weakref.ref(t) for t in packed.tensors if packed.codec.lossy)
+
+    with listening(model, note):
+        output = model(torch.randn(128, WIDTH))
+    gc.disable()
+    try:
+        output.sum().backward()
+        del output
+        assert payloads and not any(p() is not None for p in payloads)
+    finally:
+        gc.enable()
+
+
+class Interrupted(nn.Module):
+    """An RMS norm that stops half-way."""
+
+    def __init__(self, stop: bool, backward: bool) -> None:
+        super().__init__()
+        self.stop, self.backward, self.found = stop, backward, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        if self.backward:
+            self.found, = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        if self.stop:
+            raise KeyboardInterrupt
+        return y
+
+
+def test_a_norm_without_its_end_is_stored_all_the_same() -> None:
+    x = torch.randn(64, WIDTH, requires_grad=True)
+    module = Interrupted(False, True)
+    model = QuantBackwardWrapper(module)
+    y = model(x)
+    assert torch.equal(y, Interrupted(False, False)(x))
+    exact, = torch.autograd.grad(Interrupted(False, False)(x).sum(), x)
+    assert float((module.found - exact).norm()) < 0.2 * float(exact.norm())
+    y.sum().backward()
+    assert {name for op, name in names(Interrupted(False, False), x) if op in ("pow", "mul")} == {
+        "2-bit rotated"}
+
+
+def test_an_interrupt_within_a_norm_leaves_nothing() -> None:
+    x = torch.randn(64, WIDTH, requires_grad=True)
+    model = QuantBackwardWrapper(Interrupted(True, False))
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert torch.equal(QuantBackwardWrapper(rms_norm("near"))(x), rms_norm("near")(x))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 200), st.sampled_from([16, 24, 64, 256]), st.floats(0, 3), st.floats(-2, 2),
+       st.integers(0, 2**31))
+def test_forms_lead_back(rows: int, width: int, spread: float, shift: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, width), torch.randn(width) * spread
+    bias = torch.randn(width) * shift
+    y = F.layer_norm(x, (width,), weight, bias)
+    form = output_form(Call(F.layer_norm, (x, (width,), weight, bias), {}, 0), x, y)
+    if form is None:
+        return
+    normalized = F.layer_norm(x, (width,))
+    torch.testing.assert_close(form.normalized()(form.tensor), normalized, rtol=1e-3, atol=2e-4)
+    if form.factor is not None:
+        torch.testing.assert_close(form.output()(form.tensor), y, rtol=1e-4, atol=1e-4)
+
+
+# Products of stored factors.
+
+
+class Gated(nn.Module):
+    """A gated linear unit. ``change`` is applied to the product."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.down = (
+            nn.Linear(32, WIDTH), nn.Linear(32, WIDTH), nn.Linear(WIDTH, 8))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.change(F.silu(self.gate(x)) * self.up(x)))
+
+
+class Squeezed(nn.Module):
+    """Squeeze-and-excitation, and the convolution after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.scale, self.last = (
+            nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.first(x))
+        return self.last(x * self.scale(x.mean((2, 3), keepdim=True)).sigmoid()).flatten(1)
+
+
+FROM_FACTORS = "computed from its factors"
+
+
+def last_name(module: nn.Module, x: Tensor, **options: Any) -> str:
+    return names(module, x, **options)[-1][1]
+
+
+def test_products_of_stored_factors_take_no_bytes() -> None:
+    assert last_name(Gated(), torch.randn(64, 32)) == FROM_FACTORS
+    assert last_name(Squeezed(), torch.randn(4, 3, 18, 18)) == FROM_FACTORS
+    image = torch.randn(4, 3, 18, 18).contiguous(memory_format=torch.channels_last)
+    assert last_name(Squeezed(), image) == FROM_FACTORS
+
+
+@pytest.mark.parametrize(("change", "options"), [
+    (lambda x: x.mul_(2), {}), (lambda x: x * 1.0, {}), (lambda x: x + 0, {}),
+    (lambda x: x, {"policy": OpAware(hints=False)}), (lambda x: x, {"policy": "all"}),
+    (lambda x: x, {"overrides": {"down": RotatedNormal8DynamicActPerBucketFloat}})])
+def test_other_tensors_are_stored(change: Any, options: Any) -> None:
+    assert last_name(Gated(change), torch.randn(64, 32), **options) != FROM_FACTORS
+
+
+@pytest.mark.parametrize("module", [Gated, Squeezed])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_of_products_are_unbiased(module: Any, channels_last: bool) -> None:
+    x = torch.randn(32, 32) if module is Gated else torch.randn(4, 3, 12, 12)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_unbiased(module(), x)
+
+
+class OwnWeight(nn.Module):
+    """A layer whose weight is computed from its input, and so from the same roundings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up = nn.Linear(32, WIDTH), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.gate(x)) * self.up(x)
+        return F.linear(y, y[:8] + y[8:16])
+
+
+def test_a_weight_that_meets_the_same_rounding_gets_another_one() -> None:
+    x = torch.randn(32, 32)
+    assert all(name != FROM_FACTORS for _, name in names(OwnWeight(), x))
+    assert_unbiased(OwnWeight(), x)
+
+
+class NormedWeight(nn.Module):
+    """The same, for the output of a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(32, WIDTH), layer_norm("near")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        return F.linear(y, y[:8] + y[8:16])
+
+
+def test_a_weight_made_of_a_norms_output_gets_a_rounding_of_its_own() -> None:
+    assert_unbiased(NormedWeight(), torch.randn(32, 32))
+
+
+# The output of attention.
+
+
+class Attention(nn.Module):
+    """Self-attention with a projection."""
+
+    def __init__(self, changed: bool = False, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.changed, self.options = changed, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, **self.options)
+        y = y.transpose(1, 2).flatten(2)
+        return self.out(y.mul_(2) if self.changed else y)
+
+
+AGAIN = "attention, run again"
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, True), ({"policy": OpAware(attention_bits=4)}, False), ({"bit_width": 3}, False),
+    ({"policy": OpAware(attention_bits=None)}, True), ({"policy": OpAware(hints=False)}, False),
+    ({"policy": OpAware(attention="exact")}, False)])
+def test_when_the_output_of_attention_is_computed(options: Any, expected: bool) -> None:
+    found = last_name(Attention(), torch.randn(4, 32, 64), **options)
+    # The value has two bits, so a layer that asks for more stores its input.
+    assert (found == AGAIN) == (expected or options == {"bit_width": 3})
+    assert last_name(Attention(changed=True), torch.randn(4, 32, 64), **options) != AGAIN
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"dropout_p": 0.3}])
+def test_the_projection_has_a_small_bias(options: Any) -> None:
+    module, x = Attention(**options), torch.randn(4, 32, 64)
+    model = QuantBackwardWrapper(module, RotatedNormal2DynamicActPerBucketFloat, seed=0)
+
+    def gradient(run: nn.Module) -> Tensor:
+        torch.manual_seed(5)
+        return torch.autograd.grad(run(x).square().sum(), module.out.weight)[0].double()
+
+    exact, drawn = gradient(module), torch.stack([gradient(model) for _ in range(200)])
+    by_chance = drawn.var(0).sum() / 200
+    off = ((drawn.mean(0) - exact).square().sum() - by_chance).clamp(min=0).sqrt()
+    assert float(off / exact.norm()) < 0.01
+    assert float((drawn[0] - exact).norm() / exact.norm()) > 0.01
+
+
+def test_attention_runs_again_once_for_each_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def run(self: Any, inputs: Any) -> Tensor:
+        runs.append(1)
+        return self.function(*inputs, *self.rest, **self.options)
+
+    monkeypatch.setattr("brevitas_bp.backward.attention._Replay.run", run)
+    module, x = Attention(), torch.randn(4, 32, 64)
+    model = QuantBackwardWrapper(module, seed=1)
+    output = model(x)
+    runs.clear()
+    first = torch.autograd.grad(output.sum(), list(module.parameters()), retain_graph=True)
+    assert len(runs) == 1
+    # Only the projection's gradient: attention itself does not follow.
+    torch.autograd.grad(output.sum(), module.out.weight, retain_graph=True)
+    second = torch.autograd.grad(output.sum(), list(module.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and len(runs) == 2
+
+
+# Copies.
+
+
+class Three(nn.Module):
+    """Three layers of one input, as query, key and value are."""
+
+    def __init__(self, turned: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, WIDTH)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, 8) for _ in range(3)])
+        self.turned = turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).float() + 0
+        if self.turned:
+            x = x.transpose(0, 1)
+        return sum(layer(x) for layer in self.layers)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_copies_of_one_tensor_are_stored_once(turned: bool) -> None:
+    x = torch.randn(4, 32, 32)
+
+    def run(module: nn.Module) -> int:
+        model = QuantBackwardWrapper(module)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not turned), track_saved_memory(
+                model) as report:
+            output = model(x)
+        del output
+        return report.stored_bytes
+
+    assert run(Three(turned)) < 128 * WIDTH // 4 * 1.6 + 128 * 32
+
+
+def test_copies_have_unbiased_gradients() -> None:
+    assert_unbiased(Three(turned=True), torch.randn(4, 16, 32))
+
+
+def test_autocast_shares_the_output_of_a_norm() -> None:
+    module, x = nn.Sequential(nn.Linear(32, WIDTH), layer_norm("ones"), nn.Linear(WIDTH, 8)), (
+        torch.randn(128, 32))
+    model = QuantBackwardWrapper(module)
+    with torch.autocast("cpu", torch.bfloat16), track_saved_memory(model) as report:
+        output = model(x)
+    assert report.stored_bytes < 128 * WIDTH // 4 * 1.5 + 128 * 32
+    output.float().sum().backward()
+    exact = torch.autograd.grad(module(x).sum(), module[0].weight)[0]
+    found = module[0].weight.grad
+    assert isinstance(found, Tensor) and float((found - exact).norm()) < 0.5 * float(exact.norm())
