@@ -161,8 +161,8 @@ class OpAware:
         recompute_logits: whether ``cross_entropy`` and ``log_softmax`` compute logits of a linear layer
             again in backward, if the layer's input takes fewer bytes than probabilities would. The input
             is kept, and the gradient of the logits is exact. It costs one more run of the layer.
-        hints: store outputs of ReLU, SiLU and GELU given the mask or derivative that is stored anyway:
-            the same bytes have a fraction of the error, see docs/given.md. Compiled graphs do not.
+        hints: store outputs of ReLU, SiLU and GELU given the mask or derivative that is stored anyway,
+            and nothing of what follows from others: docs/given.md, docs/computed.md. Not in graphs.
 
     Raises:
         ValueError: an argument is out of range.
