@@ -220,9 +220,10 @@ def _seen_as(values: Callable[[], Tensor], made: TensorLayout, seen: TensorLayou
 
 def _has_own_weight(saved: SavedTensor) -> bool:
     """Whether the other arguments of a layer are parameters, or functions of one."""
-    return all(
-        not t.requires_grad or is_function_of_parameter(t)
-        for t in tensors_in(saved.arguments[1:]))
+    own = saved.position
+    others = tensors_in(a for i, a in enumerate(saved.arguments) if i != own)
+    return own is not None and all(
+        not t.requires_grad or is_function_of_parameter(t) for t in others)
 
 
 def _key(x: Tensor) -> Hashable:

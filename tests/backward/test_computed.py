@@ -415,6 +415,24 @@ class Attention(nn.Module):
 AGAIN = "attention, run again"
 
 
+class Multiplied(Attention):
+    """The same with a matrix product in place of the projection, as in GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.ParameterList([torch.zeros(64), torch.randn(64, 64)])  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        bias, weight = self.out
+        return torch.addmm(bias, y.view(-1, 64), weight)
+
+
+def test_matrix_products_with_parameters_are_layers_too() -> None:
+    assert last_name(Multiplied(), torch.randn(4, 32, 64)) == AGAIN
+
+
 @pytest.mark.parametrize(("options", "expected"), [
     ({}, True), ({"policy": OpAware(attention_bits=4)}, False), ({"bit_width": 3}, False),
     ({"policy": OpAware(attention_bits=None)}, True), ({"policy": OpAware(hints=False)}, False),
