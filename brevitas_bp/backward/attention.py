@@ -130,17 +130,35 @@ class _Replay:
 
 def _computed(found: "weakref.ref[Any]", width: float) -> Computed | None:
     return None if found() is None else Computed(
-        partial(_output_of, found), width, "attention, run again")
+        _Output(found), width, "attention, run again")
 
 
-def _output_of(found: "weakref.ref[Any]") -> Tensor:
-    """Runs attention again for the layer after it, whose backward comes first."""
-    node = found()
-    if node is None:
-        raise RuntimeError(
-            "brevitas_bp: a layer needs the output of attention, but the graph of the attention was "
-            "freed; call backward once for all losses, or with retain_graph=True")
-    return _ReplayAttention.rerun(node)[1].detach()
+class _Output:
+    """Runs attention again for the layer after it, whose backward comes first.
+
+    A copy or a pickle holds the output itself, because it cannot hold the graph.
+
+    Args:
+        node: the node of the attention, which the layer's node holds.
+    """
+
+    def __init__(self, node: "weakref.ref[Any]") -> None:
+        self._node = node
+
+    def __call__(self) -> Tensor:
+        node = self._node()
+        if node is None:
+            raise RuntimeError(
+                "brevitas_bp: a layer needs the output of attention, but the graph of the attention was "
+                "freed; call backward once for all losses, or with retain_graph=True")
+        return _ReplayAttention.rerun(node)[1].detach()
+
+    def __reduce__(self) -> Any:
+        return partial, (_same, self().clone())
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class _ReplayAttention(torch.autograd.Function):

@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.classes import classes_dim, codec_of_targets, softmax_dim
 from brevitas_bp.backward.elementary import form_of
-from brevitas_bp.backward.hints import Hints, dense_layout
+from brevitas_bp.backward.hints import Hints, dense_layout, may_be_computed
 from brevitas_bp.backward.identity import identity_of, key_of_input, settings_of, storage_of
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
 from brevitas_bp.backward.outputs import OutputForm
@@ -93,11 +93,13 @@ class Encodings:
             units: units of the norm whose input the tensor is; None for other tensors.
             anew: the tensor may be modified after this call, even if it is encoded only in backward.
         """
+        if decision.computed and not may_be_computed(saved):
+            decision = decision._replace(computed=False)
         rows = _rows_of(saved, decision, units)
         codec = KEEP if decision.codec is None else (
             decision.codec if rows is None else in_rows(decision.codec, rows))
         number = self._number(saved, decision)
-        key = (*identity_of(saved), id(codec), decision.units, number,
+        key = (*identity_of(saved), id(codec), decision.units, decision.computed, number,
                # Norms of one kind with equal settings compute equal statistics of one tensor.
                None if units is None else settings_of(saved.call))
         before = self._encoded.get(key)
@@ -270,7 +272,7 @@ class Encodings:
             return self._sealed(codec.encode(derived_of(saved), seed=0, where=where))
         if self._cannot_pay(codec, shard):
             return kept(saved)
-        if self._on_backward:
+        if self._on_backward and not codec.computes:
             # We know whether the encoding is smaller only after backward has asked for it.
             if anew:
                 saved = replace(saved, tensor=saved.tensor.detach().clone())

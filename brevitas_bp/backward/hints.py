@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.activations.predictions import PREDICTIONS, Prediction
+from brevitas_bp.backward.origins import leads_to
 from brevitas_bp.backward.parameters import is_function_of_parameter
 from brevitas_bp.backward.rows import LEAST_ROW
 from brevitas_bp.backward.saved import (
@@ -29,9 +30,10 @@ from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.rows import Rows, in_rows
-from brevitas_bp.codec.wrapping import WrappingCodec
+from brevitas_bp.codec.wrapping import innermost_of
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.differences import CHUNK
+from brevitas_bp.private import node_number
 
 #: Names of elementwise products.
 PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__", "rmul", "imul", "__imul__", "mul_"})
@@ -76,6 +78,7 @@ class _Hint(NamedTuple):
     prediction: Prediction | None
     version: int | None
     computed: "Callable[[], Computed | None] | None" = None
+    node: int = -1
 
 
 class Hints:
@@ -139,23 +142,26 @@ class Hints:
 
     def note_computed(self, output: Any, computed: Callable[[], "Computed | None"]) -> None:
         """Notes that backward can compute the output of an operation, as long as something lives."""
-        if isinstance(output, Tensor) and is_plain(x := without_class(output)):
+        if isinstance(output, Tensor) and output.grad_fn is not None and (
+                is_plain(x := without_class(output))):
             place = Place.of(x)
             if place.layout is not None:
-                self._hints[place.key] = _Hint(place, lambda: None, None, version_of(x), computed)
+                self._hints[place.key] = _Hint(
+                    place, lambda: None, None, version_of(x), computed, node_number(output.grad_fn))
 
     @staticmethod
     def _computed(
             codec: Codec, saved: SavedTensor, decision: Decision, hint: _Hint) -> Codec:
         """Returns a codec that computes the tensor from others, if these are stored with enough bits."""
         x, made = saved.tensor, hint.place.layout
-        useful = decision.computed and version_of(x) == hint.version and _has_own_weight(saved)
+        useful = decision.computed and decision.units is None and version_of(x) == hint.version
+        useful = useful and leads_to(saved.arguments[saved.position or 0], hint.node)
         layout = dense_layout(x) if useful else None
         if layout is None or made is None or hint.computed is None:
             return codec
-        computed = hint.computed()
+        computed, asked = hint.computed(), innermost_of(codec).bit_widths
         # Computed from tensors with fewer bits, it would have a larger error than is asked for.
-        if computed is None or computed.width < max(codec.bit_widths, default=0):
+        if computed is None or not asked or computed.width < max(asked):
             return codec
         return ComputedCodec(computed.name, partial(_seen_as, computed.values, made, layout))
 
@@ -206,10 +212,8 @@ def width_of(stored: Any) -> float:
     """Returns the bits of a stored tensor's codes, and one more if it is stored given a derivative."""
     if not isinstance(stored, Packed) or not stored.codec.lossy:
         return math.inf
-    innermost: Any = stored.codec
-    while isinstance(innermost, WrappingCodec):
-        innermost = innermost.inner
-    return min(innermost.bit_widths, default=0) + isinstance(stored.codec, DifferenceCodec)
+    codec = stored.codec.postponed
+    return min(innermost_of(codec).bit_widths, default=0) + isinstance(codec, DifferenceCodec)
 
 
 def _seen_as(values: Callable[[], Tensor], made: TensorLayout, seen: TensorLayout) -> Tensor:
@@ -218,12 +222,16 @@ def _seen_as(values: Callable[[], Tensor], made: TensorLayout, seen: TensorLayou
     return torch.as_strided(flat, seen.shape, seen.stride, flat.storage_offset())
 
 
-def _has_own_weight(saved: SavedTensor) -> bool:
-    """Whether the other arguments of a layer are parameters, or functions of one."""
+def may_be_computed(saved: SavedTensor) -> bool:
+    """Whether a layer's input has its history, and the layer's weight is a parameter or function of one.
+
+    Without its history, the input may outlive what it would be computed from.
+    """
     own = saved.position
+    if own is None or all(t.grad_fn is None for t in tensors_in((saved.arguments[own],))):
+        return False
     others = tensors_in(a for i, a in enumerate(saved.arguments) if i != own)
-    return own is not None and all(
-        not t.requires_grad or is_function_of_parameter(t) for t in others)
+    return all(not t.requires_grad or is_function_of_parameter(t) for t in others)
 
 
 def _key(x: Tensor) -> Hashable:

@@ -28,7 +28,7 @@ from brevitas_bp.backward.saved import (
     SavedTensor,
     without_class,
 )
-from brevitas_bp.backward.units import Deferred, NormUnits
+from brevitas_bp.backward.units import Deferred, NormUnits, tells_statistics
 from brevitas_bp.backward.waiting import Waiting
 from brevitas_bp.codec.base import PLAIN, Codec, Packed
 from brevitas_bp.private import push_hooks, remove_hooks, top_hooks
@@ -160,8 +160,11 @@ class ForwardPass:
         if original is not x:
             saved.original = original
         decision = self._decide(saved)
-        if decision.waits:
+        if decision.waits and tells_statistics(saved.call):
             return self._wait(saved, decision)
+        if decision.waits:
+            saved.following = NO_CALL
+            decision = self._decide(saved)
         held = self._norms.hold(self, saved, decision, partial(self.originals, x))
         if held is not None:
             return held
@@ -229,14 +232,14 @@ class ForwardPass:
         """Keeps or encodes a tensor as decided, and tells the listeners."""
         if decision.codec is None and not self.listeners:
             found = self.keep(saved, decision)
-            if saved.call.name in PRODUCTS:
+            if saved.call.name in PRODUCTS and saved.call is self.location.call:
                 self.encodings.hints.note_factor(saved, found, self.location.endings)
             return found
         packed = self.store(saved, decision)
         if (substitution := self._substitution) is not None:
             substitution.stored_as(packed, saved.role)
             self.encodings.hints.note_derivative(substitution.output, substitution.name, packed)
-        elif saved.call.name in PRODUCTS:
+        elif saved.call.name in PRODUCTS and saved.call is self.location.call:
             self.encodings.hints.note_factor(saved, packed, self.location.endings)
         self.tell(saved, packed, decision, originals)
         return packed

@@ -40,6 +40,11 @@ class Kept:
         self.function = function
         self.module = module
 
+    def __reduce__(self) -> Any:
+        # A copy notes the version anew, so it must not hide that somebody has modified the original.
+        function = None if self.function is None else name_of(self.function)
+        return Kept, (self.decode(), function, self.module)
+
     def decode(self) -> Tensor:
         """Returns the tensor itself.
 

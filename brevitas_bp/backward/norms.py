@@ -28,6 +28,7 @@ from brevitas_bp.backward.saved import (
     Decision,
     SavedTensor,
     place_of,
+    storage_id,
     tensors_in,
     without_class,
 )
@@ -113,11 +114,14 @@ class Norms:
         # Of a norm in several operations. At most one waits at a time.
         self._entries: list[_Entry] = []
         self._rstd: Kept | None = None
-        # Number of the node that made the normalized input.
-        self._node: int | None = None
-        # The last operation of the norm, once it is known.
+        # The normalized input as it was when it was made, and the number of the node that made it.
+        self._normalized: tuple[Kept, int] | None = None
+        # The last operation of the norm and its scales, once they are known.
         self._last: Call | None = None
+        self._weight: Any = None
         self._calls = 0
+        # Tells calls of ``_see`` for this norm from late calls for another one.
+        self._token = object()
 
     def hold(
             self, running: StoringPass, saved: SavedTensor, decision: Decision,
@@ -202,14 +206,15 @@ class Norms:
                 isinstance(output, Tensor)):
             return None
         encodings, output = running.encodings, without_class(output)
+        running.location.note_rounded(saved.call, saved.tensor)
         if (packed := encodings.input_of_norm(saved, decision)) is not None:
             return packed
         form = output_form(saved.call, saved.tensor, output)
         stored = None if form is None else encodings.encode_output(saved, decision, form, output)
         if form is None or stored is None:
             return None
-        for rounded in (saved.tensor, output):
-            running.location.note_rounded(saved.call, rounded)
+        running.location.note_rounded(saved.call, output)
+        running.location.share_rounding(saved.tensor, output)
         rstd = Kept(norm.statistics[-1][0].tensor, saved.call.function, saved.module).decode
         return encodings.computed_from(stored, form.deviation(rstd), saved, decision, form.owned)
 
@@ -224,22 +229,24 @@ class Norms:
             return None
         x = self._entries[0].saved.tensor if self._entries else None
         if saved.call is self._last and x is not None:
-            if saved.tensor.numel() != x.numel():
+            # The scales may have as many elements as the input.
+            if saved.tensor.shape != x.shape or saved.aliases(self._weight):
                 return None
-            is_input = place_of(saved.tensor) == place_of(x)
-            return self._add(running, saved, decision, originals, not is_input)
-        if not decision.uses_outputs or decision.units is not None or not decision.shared:
+            return self._add(running, saved, decision, originals, not _are_same(saved.tensor, x))
+        if not decision.uses_outputs or decision.units is not None or not decision.shared or not (
+                tells_statistics(saved.call)):
             return None
         location = running.location
         if saved.call.name == "rms_norm":
             self.end(running)
-            self._last = saved.call
+            self._last, self._weight = saved.call, saved.call.argument(2, "weight")
             location.endings.append(partial(self._written, running))
-        elif x is not None and place_of(saved.tensor) == place_of(x):
+            location.following.append(partial(self._see, running, self._token))
+        elif x is not None and _are_same(saved.tensor, x):
             self._note_factor(running, saved)
         else:
             self.end(running)
-            location.following.append(partial(self._see, running))
+            location.following.append(partial(self._see, running, self._token))
         return self._add(running, saved, decision, originals, False)
 
     def _add(
@@ -260,20 +267,23 @@ class Norms:
 
     def _note_normalized(self, output: Any) -> None:
         if isinstance(output, Tensor) and output.grad_fn is not None:
-            self._node = node_number(output.grad_fn)
+            self._normalized = Kept(output, None, ""), node_number(output.grad_fn)
 
-    def _see(self, running: StoringPass, call: Call) -> None:
+    def _see(self, running: StoringPass, token: object, call: Call) -> None:
         """Called with each call while tensors wait, and with NO_CALL if they must be stored at once."""
-        if not self._entries or self._last is not None:
+        if token is not self._token:
             return
         self._calls += 1
-        if call is NO_CALL or self._calls > _MOST_CALLS:
+        # If a last operation is still waited for, it has failed.
+        if call is NO_CALL or self._calls > _MOST_CALLS or self._last is not None:
             self.end(running)
-        elif self._node is not None and _is_scaling(call, self._node):
+            return
+        if self._normalized is not None:
+            self._weight = _scales_in(call, *self._normalized)
+        if self._weight is not None:
             self._last = call
             running.location.endings.append(partial(self._written, running))
-        else:
-            running.location.following.append(partial(self._see, running))
+        running.location.following.append(partial(self._see, running, token))
 
     @torch.no_grad()
     def _written(self, running: StoringPass, output: Any) -> None:
@@ -292,6 +302,7 @@ class Norms:
             self._store_each(running, entries)
         else:
             running.location.note_rounded(call, output)
+            running.location.share_rounding(output, *(e.saved.tensor for e in entries))
 
     @staticmethod
     @torch.no_grad()
@@ -334,15 +345,31 @@ def _store_statistic(
     return packed
 
 
-def _is_scaling(call: Call, node: int) -> bool:
-    """Whether a call multiplies what a node has made, perhaps cast, by a parameter of one dimension."""
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors show the same elements in the same order."""
+    return place_of(a) == place_of(b) and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _scales_in(call: Call, normalized: Kept, node: int) -> Tensor | None:
+    """Returns the parameter, or function of one, by which a call multiplies a normalized input.
+
+    Args:
+        call: the call.
+        normalized: the normalized input, as it was made; perhaps the call has a cast of it.
+        node: number of the node that made it.
+    """
     tensors = list(tensors_in(call.arguments))
-    if call.name not in PRODUCTS or len(tensors) != 2:
-        return False
+    made = normalized.tensor
+    if call.name not in PRODUCTS or len(tensors) != 2 or version_of(made) != normalized.version:
+        return None
     first, second = tensors
-    return any(
-        weight.dim() == 1 and x.dim() > 1 and weight.shape[0] == x.shape[-1] and _made_by(x, node)
-        and is_function_of_parameter(weight) for x, weight in ((first, second), (second, first)))
+    for weight, x in ((first, second), (second, first)):
+        if weight.dim() == 1 and x.shape == made.shape and x.dim() > 1 and (
+                weight.shape[0] == x.shape[-1] and is_function_of_parameter(weight)):
+            unchanged = version_of(x) == (
+                normalized.version if storage_id(x) == storage_id(made) else 0)
+            return weight if unchanged and _made_by(x, node) else None
+    return None
 
 
 def _made_by(x: Tensor, node: int) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brevitas_bp.backward.elementary import divides_by, relative_to_itself
 from brevitas_bp.backward.location import current_location
-from brevitas_bp.backward.origins import first_rounding_of, goes_through_rounding_of
+from brevitas_bp.backward.origins import first_rounding_of, goes_through_rounding_of, is_copy_of
 from brevitas_bp.backward.parameters import is_function_of_parameter, is_view_or_cast_of
 from brevitas_bp.backward.registry import Decide, OpRule
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
@@ -40,6 +40,7 @@ from brevitas_bp.backward.saved import (
 )
 from brevitas_bp.backward.written_norms import averages_rows, is_statistic_of
 from brevitas_bp.codec.base import FLOATS, Codec
+from brevitas_bp.private import in_forward_ad
 
 # A factor that is broadcast to at least this many times its size is kept. It has few bytes, and each of
 # its roundings would reach many gradients.
@@ -119,7 +120,9 @@ def _copied_input(saved: SavedTensor) -> Tensor | None:
         return None
     alike = given.shape == x.shape or (
         saved.call.name == "linear" and given.shape[-1:] == x.shape[-1:])
-    return given if alike and is_ordinary(given) and given.is_floating_point() else None
+    # A tangent of forward mode, and what a user's function computes, may have the shape of the input.
+    return given if alike and is_ordinary(given) and not in_forward_ad() and (
+        is_copy_of(x, given)) else None
 
 
 def product(
@@ -224,15 +227,18 @@ def stands_alone(saved: SavedTensor, of_itself: bool = False) -> bool:
     if not (others or saved.call is NO_CALL):
         return True
     storage = storage_id(saved.tensor if saved.copied is None else saved.copied)
-    if storage not in location.ever_rounded:
+    storages = location.sharing_with(storage)
+    if location.ever_rounded.isdisjoint(storages):
         return True
     if saved.call is NO_CALL:
         # We do not know the arguments of a custom Function.
         return False
-    custom = storage in location.rounded_unseen
+    custom = not location.rounded_unseen.isdisjoint(storages)
     arguments = list(tensors_in(saved.call.arguments[saved.position or 0:]))
-    first = 0 if custom or not arguments else first_rounding_of(storage, arguments[0])
-    return not any(goes_through_rounding_of(storage, t, custom, first) for t in others)
+    alone = not custom and len(storages) == 1
+    first = first_rounding_of(storage, arguments[0]) if alone and arguments else 0
+    return not any(
+        goes_through_rounding_of(s, t, custom, first) for t in others for s in storages)
 
 
 def _reach(factors: list[Tensor], size: int) -> Literal["weight", "sum", "all"]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from brevitas_bp.backward.kept import Kept
 from brevitas_bp.backward.rows import LEAST_ROW
-from brevitas_bp.backward.saved import Call, tensors_in
+from brevitas_bp.backward.saved import Call, storage_id, tensors_in
 from brevitas_bp.codec.base import FLOATS, is_plain
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.format.arithmetic import compute_dtype
@@ -111,7 +111,9 @@ def output_form_of_product(call: Call, x: Tensor, output: Tensor) -> OutputForm 
     """
     first, second = tensors_in(call.arguments)
     weight, normalized = (first, second) if first.dim() == 1 else (second, first)
-    if not (_alike(x, output) and _are_plain(weight) and normalized.shape == output.shape):
+    # An operation in place has overwritten the normalized input.
+    if storage_id(output) == storage_id(normalized) or normalized.shape != output.shape or not (
+            _alike(x, output) and _are_plain(weight)):
         return None
     rows = x.numel() // weight.numel()
     return _form(
@@ -137,7 +139,7 @@ def _form(
     units = units.masked_fill(units == 0, 1).to(weight.dtype)
     offset = None if bias is None else bias.detach().clone()
     return OutputForm(
-        in_units(units), lambda: units, None, scales / units, offset)
+        in_units(units), partial(_same, units), None, scales / units, offset)
 
 
 def _alike(x: Tensor, output: Tensor) -> bool:
@@ -161,6 +163,10 @@ def _are_close(weight: Tensor | None, bias: Tensor | None) -> bool:
         if not float(least) * _SPREAD >= largest > 0:
             return False
     return bias is None or float(bias.detach().abs().amax()) <= largest
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _normalized(

@@ -191,6 +191,8 @@ class Codec(ABC):
     masks: bool = False
     #: Widths of its codes, if it has variants with other widths; otherwise empty.
     bit_widths: tuple[int, ...] = ()
+    #: Whether it stores nothing of the tensor, but computes it from others.
+    computes: bool = False
     #: Whether compiled graphs can store with it; see :meth:`in_graph`.
     in_graphs: bool = False
 
@@ -306,6 +308,11 @@ class Codec(ABC):
     def of_kind(self, kind: str) -> "Codec | None":
         """Returns this codec with another kind of code, for instance "rotated"; None if it has none."""
         return None
+
+    @property
+    def postponed(self) -> "Codec":
+        """The codec that encodes when backward asks, if this codec waits until then; else this codec."""
+        return self
 
     @property
     def for_factors(self) -> "Codec":

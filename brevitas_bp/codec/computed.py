@@ -41,7 +41,7 @@ class ComputedCodec(Codec):
         owned: further tensors that are kept for this tensor alone.
     """
 
-    decodes_anew = True
+    computes = True
 
     def __init__(
             self, name: str, compute: Callable[..., Tensor], source: Packed | None = None,

@@ -22,6 +22,10 @@ class QuantizeOnBackward(Codec):
         self.keep = Keep()
         self.name = f"{codec.name} on backward"
 
+    @property
+    def postponed(self) -> Codec:
+        return self.codec
+
     def without_units(self, packed: Packed) -> Packed:
         if not self.codec.wraps:
             return packed

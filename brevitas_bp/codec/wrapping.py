@@ -57,3 +57,10 @@ class WrappingCodec(Codec):
     def stored_in(packed: Packed) -> Packed:
         """Returns the ``Packed`` of ``inner``, with the tensors of ``packed``, which are checked."""
         return packed.facts.with_tensors(packed.tensors)
+
+
+def innermost_of(codec: Codec) -> Codec:
+    """Returns the codec that chooses the bytes, inside codecs that change order or units."""
+    while isinstance(codec, WrappingCodec):
+        codec = codec.inner
+    return codec
