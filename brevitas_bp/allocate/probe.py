@@ -234,7 +234,7 @@ class Probing:
             self._probes[id(codec)] = ProbeCodec(self._decode, codec)
         self._saving.add(saved.call.number)
         # A product gets a width, although it could be computed from its factors.
-        return decision._replace(codec=self._probes[id(codec)], computed=False)
+        return decision._replace(codec=self._probes[id(codec)], may_compute=False)
 
     def rewrite(self, function: Any) -> Rewrite | None:
         """Returns the other policy's rewrite."""

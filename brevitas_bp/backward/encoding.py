@@ -93,13 +93,13 @@ class Encodings:
             units: units of the norm whose input the tensor is; None for other tensors.
             anew: the tensor may be modified after this call, even if it is encoded only in backward.
         """
-        if decision.computed and not may_be_computed(saved):
-            decision = decision._replace(computed=False)
+        if decision.may_compute and not may_be_computed(saved):
+            decision = decision._replace(may_compute=False)
         rows = _rows_of(saved, decision, units)
         codec = KEEP if decision.codec is None else (
             decision.codec if rows is None else in_rows(decision.codec, rows))
         number = self._number(saved, decision)
-        key = (*identity_of(saved), id(codec), decision.units, decision.computed, number,
+        key = (*identity_of(saved), id(codec), decision.units, decision.may_compute, number,
                # Norms of one kind with equal settings compute equal statistics of one tensor.
                None if units is None else settings_of(saved.call))
         before = self._encoded.get(key)

@@ -154,7 +154,7 @@ class Hints:
             codec: Codec, saved: SavedTensor, decision: Decision, hint: _Hint) -> Codec:
         """Returns a codec that computes the tensor from others, if these are stored with enough bits."""
         x, made = saved.tensor, hint.place.layout
-        useful = decision.computed and decision.units is None and version_of(x) == hint.version
+        useful = decision.may_compute and decision.units is None and version_of(x) == hint.version
         useful = useful and leads_to(saved.arguments[saved.position or 0], hint.node)
         layout = dense_layout(x) if useful else None
         if layout is None or made is None or hint.computed is None:

@@ -10,6 +10,8 @@ NOTE [ No two roundings of one tensor are multiplied ]
 3. We mark the last node of an operation that saved tensors rounded with the storages of these tensors,
    and with their places (:func:`~brevitas_bp.backward.saved.place_of`).
    The mark is in the node's own metadata, because the Python object of a node comes and goes.
+4. Some tensors are computed from one rounding: input and output of a norm, for instance. Their storages
+   count as one (:meth:`~brevitas_bp.backward.location.Location.sharing_with`).
 """
 
 from collections.abc import Hashable

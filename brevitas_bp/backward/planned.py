@@ -72,7 +72,7 @@ class PlannedPolicy:
             # Averages are biased. The bias may reach the gradient of the tensor's own weight only.
             candidate = replace(candidate, average_size=1)
         # A plan has its own width for a product that could be computed from its factors.
-        return decision._replace(codec=candidate.codec(base_of(saved, decision)), computed=False)
+        return decision._replace(codec=candidate.codec(base_of(saved, decision)), may_compute=False)
 
     def unused(self) -> list[str]:
         """Returns names and globs of the plan that no tensor had in the first pass; later, none."""

@@ -208,7 +208,7 @@ class Decision(NamedTuple):
         zeros_outside: the codec stores a mask, outside of which the tensor is zero.
         uses_outputs: the input of a norm may be stored as the norm's output, see
             :mod:`~brevitas_bp.backward.outputs`.
-        computed: if the tensor is a product of stored factors, backward may compute it from these, see
+        may_compute: if the tensor follows from stored ones, backward may compute it, see
             :mod:`brevitas_bp.codec.computed`.
     """
 
@@ -227,7 +227,7 @@ class Decision(NamedTuple):
     uses_hints: bool = False
     zeros_outside: bool = False
     uses_outputs: bool = False
-    computed: bool = False
+    may_compute: bool = False
 
     def with_codec(self, codec: Codec) -> "Decision":
         """Returns this decision with another codec, or this decision itself if it has that codec."""
@@ -243,7 +243,7 @@ class Decision(NamedTuple):
         useful = self.reach == "weight" or (
             self.reach in ("sum", "all") and self.units is None and not self.probabilities)
         useful = useful and self.codec is not None and self.codec.stores_differences
-        return self._replace(uses_hints=True, computed=self.reach == "weight") if useful else self
+        return self._replace(uses_hints=True, may_compute=self.reach == "weight") if useful else self
 
 
 def storage_id(x: Tensor) -> int:
@@ -259,7 +259,11 @@ def storage_id(x: Tensor) -> int:
 
 
 def place_of(x: Tensor) -> Hashable:
-    """Returns a key that is equal for contiguous views of the same elements, unless they change."""
+    """Returns a key that is equal for views of the same elements, unless these change.
+
+    The views may have different shapes and strides. So equal keys mean equal values in equal order only
+    for contiguous tensors.
+    """
     return (storage_id(x), x.storage_offset(), x.numel(), x.dtype, version_of(x), x.is_conj(),
             x.is_neg())
 

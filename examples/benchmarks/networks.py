@@ -16,6 +16,7 @@ from brevitas_bp.models import efficientnet_v2
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "efficientnet_v2"))
 from small_gpt import SmallGPT
+from small_llama import SmallLlama
 from vision import import_torchvision
 
 
@@ -73,12 +74,18 @@ def gpt(batch: int, size: int) -> Task:
     return Task(model, torch.randint(256, (batch, 8 * size)), list(model.blocks))
 
 
+def llama(batch: int, size: int) -> Task:
+    """A Llama with four blocks and its loss; the sequence is ``size`` times eight tokens."""
+    model = SmallLlama(vocabulary=1000, width=256, heads=8)
+    return Task(model, torch.randint(1000, (batch, 8 * size + 1)), list(model.blocks))
+
+
 #: Name -> task and default batch.
 TASKS: dict[str, tuple[Callable[[int, int], Task], int]] = {
     "efficientnet_v2_s": (efficientnet, 32), "resnet50": (resnet, 32), "vit": (vit, 64),
     "gpt": (gpt, 16)}
 #: The tasks whose memory is measured too.
-MORE_TASKS = {**TASKS, "small_resnet": (small_resnet, 1000)}
+MORE_TASKS = {**TASKS, "small_resnet": (small_resnet, 1000), "llama": (llama, 4)}
 
 
 def step(model: Callable[[Tensor], Tensor], inputs: Tensor) -> None:

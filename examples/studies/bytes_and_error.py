@@ -18,7 +18,7 @@ from brevitas_bp import OpAware, QuantBackwardWrapper
 from brevitas_bp.allocate import measure_gradient_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from networks import TASKS
+from networks import MORE_TASKS, TASKS
 from variants import quantizer, saved_bytes
 
 #: Name -> bits, whether rounding is stochastic, policy.
@@ -43,7 +43,7 @@ def main() -> None:
     cells = []
     for name in options.models.split(","):
         torch.manual_seed(0)
-        make, batch = TASKS[name]
+        make, batch = MORE_TASKS[name]
         task = make(batch, 32)
         if name == "vit":
             torch.nn.init.normal_(task.model.heads.head.weight, std=0.02)  # type: ignore[union-attr]
