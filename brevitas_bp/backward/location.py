@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from brevitas_bp.backward.compiled.dynamo import no_graph_of_its_own, set_callback
-from brevitas_bp.backward.origins import note_rounded
+from brevitas_bp.backward.origins import SharedRoundings, note_rounded
 from brevitas_bp.backward.saved import NO_CALL, Call, place_of, storage_id
 from brevitas_bp.private import function_modes, pop_function_mode
 
@@ -53,8 +53,7 @@ class Location:
         self.rounded_unseen: set[int] = set()
         # All storages that were saved rounded in this pass.
         self.ever_rounded: set[int] = set()
-        # Storage -> storages of tensors that are computed from one rounding, as those of a norm are.
-        self._sharing: dict[int, set[int]] = {}
+        self.shared_roundings = SharedRoundings()
         # The pass itself, and the function that returns its next seed. Hooks that serve several passes
         # need both.
         self.forward_pass: Any = None
@@ -72,7 +71,8 @@ class Location:
     def renew(self, root: nn.Module) -> None:
         """Forgets storages that were noted, and names the modules of ``root`` anew."""
         self.rounding, self.rounded = None, set()
-        self.rounded_unseen, self.ever_rounded, self._sharing = set(), set(), {}
+        self.rounded_unseen, self.ever_rounded = set(), set()
+        self.shared_roundings = SharedRoundings()
         self.names.clear()
         self.tree = list(_modules_of(root, self.names))
 
@@ -89,15 +89,6 @@ class Location:
         if self.rounding is not call:
             self.rounding, self.rounded = call, set()
         self.rounded |= {storage, place_of(x)}
-
-    def share_rounding(self, *tensors: Tensor) -> None:
-        """Notes that tensors are computed from one rounding."""
-        joined = set().union(*(self.sharing_with(storage_id(x)) for x in tensors))
-        self._sharing.update(dict.fromkeys(joined, joined))
-
-    def sharing_with(self, storage: int) -> set[int]:
-        """Returns the storages of tensors that are computed from one rounding with this storage."""
-        return self._sharing.get(storage) or {storage}
 
     def follow(self, call: Call) -> None:
         """Tells who waits for the call after another one which call it is: NO_CALL at the pass's end."""

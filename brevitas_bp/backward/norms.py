@@ -214,7 +214,7 @@ class Norms:
         if form is None or stored is None:
             return None
         running.location.note_rounded(saved.call, output)
-        running.location.share_rounding(saved.tensor, output)
+        running.location.shared_roundings.join(saved.tensor, output)
         rstd = Kept(norm.statistics[-1][0].tensor, saved.call.function, saved.module).decode
         return encodings.computed_from(stored, form.deviation(rstd), saved, decision, form.owned)
 
@@ -302,7 +302,7 @@ class Norms:
             self._store_each(running, entries)
         else:
             running.location.note_rounded(call, output)
-            running.location.share_rounding(output, *(e.saved.tensor for e in entries))
+            running.location.shared_roundings.join(output, *(e.saved.tensor for e in entries))
 
     @staticmethod
     @torch.no_grad()

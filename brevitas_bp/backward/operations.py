@@ -227,7 +227,7 @@ def stands_alone(saved: SavedTensor, of_itself: bool = False) -> bool:
     if not (others or saved.call is NO_CALL):
         return True
     storage = storage_id(saved.tensor if saved.copied is None else saved.copied)
-    storages = location.sharing_with(storage)
+    storages = location.shared_roundings.of(storage)
     if location.ever_rounded.isdisjoint(storages):
         return True
     if saved.call is NO_CALL:

@@ -11,7 +11,7 @@ NOTE [ No two roundings of one tensor are multiplied ]
    and with their places (:func:`~brevitas_bp.backward.saved.place_of`).
    The mark is in the node's own metadata, because the Python object of a node comes and goes.
 4. Some tensors are computed from one rounding: input and output of a norm, for instance. Their storages
-   count as one (:meth:`~brevitas_bp.backward.location.Location.sharing_with`).
+   count as one (:class:`SharedRoundings`).
 """
 
 from collections.abc import Hashable
@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from brevitas_bp.backward.saved import tensors_in
+from brevitas_bp.backward.saved import storage_id, tensors_in
 from brevitas_bp.backward.views import CASTS, PIECES, WHOLE, kind_of, node_name
 from brevitas_bp.private import node_number
 
@@ -33,6 +33,22 @@ _COPIES = frozenset(node_name(operation) for operation in (
     "view", "reshape", "_unsafe_view", "_reshape_alias", "alias", "clone", "contiguous", "squeeze",
     "unsqueeze", "unflatten", *CASTS))
 _MOST_VIEWS = 8
+
+
+class SharedRoundings:
+    """The storages of tensors that are computed from one rounding, in one forward pass."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, set[int]] = {}
+
+    def join(self, *tensors: Tensor) -> None:
+        """Notes that tensors are computed from one rounding."""
+        joined = set().union(*(self.of(storage_id(x)) for x in tensors))
+        self._groups.update(dict.fromkeys(joined, joined))
+
+    def of(self, storage: int) -> set[int]:
+        """Returns the storages that share a rounding with this one, and this one itself."""
+        return self._groups.get(storage) or {storage}
 
 
 def note_rounded(output: Any, rounded: set[Hashable]) -> None:
