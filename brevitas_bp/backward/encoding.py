@@ -93,7 +93,7 @@ class Encodings:
             units: units of the norm whose input the tensor is; None for other tensors.
             anew: the tensor may be modified after this call, even if it is encoded only in backward.
         """
-        if decision.may_compute and not may_be_computed(saved):
+        if decision.may_compute and (decision.codec is None or not may_be_computed(saved)):
             decision = decision._replace(may_compute=False)
         rows = _rows_of(saved, decision, units)
         codec = KEEP if decision.codec is None else (
