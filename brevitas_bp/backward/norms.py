@@ -149,7 +149,9 @@ class Norms:
         """Stores the tensors that still wait, one by one."""
         entries = self._entries
         self._forget()
-        self._store_each(running, entries)
+        # An exported graph would have a trace of the call, even without entries.
+        if entries:
+            self._store_each(running, entries)
 
     def drop(self) -> None:
         """Keeps the tensors that wait as they are, after an exception."""
