@@ -132,12 +132,12 @@ def _form(
             None if bias is None else keep(bias).decode)
     if weight is None or rows < _FEWEST_ROWS:
         return None
-    scales = weight.detach().to(compute_dtype(weight.dtype))
+    scales = weight.detach().to(compute_dtype(weight.dtype)).contiguous()
     units = scales.abs()
     # Where all scales are zero, so is the output.
     units = units.clamp(min=units.amax() / _SPREAD)
     units = units.masked_fill(units == 0, 1).to(weight.dtype)
-    offset = None if bias is None else bias.detach().clone()
+    offset = None if bias is None else bias.detach().clone(memory_format=torch.contiguous_format)
     return OutputForm(
         in_units(units), partial(_same, units), None, scales / units, offset)
 

@@ -73,7 +73,7 @@ class ComputedCodec(Codec):
     def tensor_types(self, packed: Packed) -> Sequence[TensorType] | None:
         of_source = [] if self.source is None else self.source.codec.tensor_types(self.source)
         return None if of_source is None else [
-            *of_source, *(TensorType.flat(t.numel(), t.dtype) for t in self.owned)]
+            *of_source, *(TensorType(tuple(t.shape), t.dtype) for t in self.owned)]
 
     def stored_nbytes(self, layout: TensorLayout) -> int | None:
         """Returns the bytes that are kept for this tensor alone."""

@@ -163,6 +163,27 @@ def test_shapes(name: str, shape: tuple[int, ...]) -> None:
     QuantBackwardWrapper(module)(x).sum().backward()
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (4, 32), (2, 8, 16)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_norms_over_several_dimensions(shape: tuple[int, ...], turned: bool) -> None:
+    # Scales that are far apart are kept as units, in the shape of the norm.
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(shape)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    if turned:
+        norm.weight.data, norm.bias.data = (
+            torch.randn(shape[::-1]).permute(*reversed(range(len(shape)))) for _ in range(2))
+    module = nn.Sequential(nn.Linear(shape[-1], shape[-1]), norm, nn.Linear(shape[-1], 8))
+    assert ("layer_norm", "8-bit rotated, as output") in names(
+        module, x := torch.randn(128, *shape), act_quant=RotatedNormal8DynamicActPerBucketFloat)
+    parameters = list(module.parameters())
+    exact = torch.autograd.grad(module(x).square().sum(), parameters)
+    model = QuantBackwardWrapper(module, RotatedNormal8DynamicActPerBucketFloat)
+    for a, b in zip(torch.autograd.grad(model(x).square().sum(), parameters), exact, strict=True):
+        assert float((a - b).norm()) <= 0.03 * float(b.norm()) + 1e-5
+
+
 def test_values_out_of_order_have_the_right_gradient() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
