@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from brevitas_bp.backward.hints import Computed
+from brevitas_bp.backward.computable import Computed
 from brevitas_bp.backward.rewrites import RunningPass, Substitution, refuse_second_derivative
 from brevitas_bp.backward.rows import last_dimension
 from brevitas_bp.backward.saved import (
@@ -30,6 +30,7 @@ from brevitas_bp.backward.saved import (
     without_class,
 )
 from brevitas_bp.codec.base import FLOATS, is_plain
+from brevitas_bp.codec.computed import constant
 from brevitas_bp.codec.two_valued import two_valued
 from brevitas_bp.private import in_forward_ad
 
@@ -87,7 +88,7 @@ class ReplayAttention:
         with running.saving(*roles, REPLAYED) as substitution:
             output = _ReplayAttention.apply(_Replay(call), substitution, *given)
         widths = substitution.widths
-        if widths.get(ATTENTION_INPUT, math.inf) >= _WIDE and isinstance(output, Tensor):
+        if widths.get(ATTENTION_INPUT, math.inf) >= _WIDE:
             # The node must not live as long as the pass.
             node, width = weakref.ref(output.grad_fn), widths.get(ATTENTION_VALUE, math.inf)
             running.note_computed(output, partial(_computed, node, width))
@@ -154,11 +155,7 @@ class _Output:
         return _ReplayAttention.rerun(node)[1].detach()
 
     def __reduce__(self) -> Any:
-        return partial, (_same, self().clone())
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+        return constant, (self().clone(),)
 
 
 class _ReplayAttention(torch.autograd.Function):

@@ -25,7 +25,6 @@ from brevitas_bp.backward import rewrites
 from brevitas_bp.backward.origins import rounded_by
 from brevitas_bp.backward.registry import rule_of
 from brevitas_bp.backward.saved import (
-    NO_CALL,
     Call,
     Decision,
     SavedTensor,
@@ -38,7 +37,6 @@ from brevitas_bp.codec.shape_only import shape_only
 
 # Functions that save their output, which is their derivative up to a constant.
 _EXPONENTIALS = frozenset({"exp", "exp2"})
-_PRODUCTS = frozenset({"mul", "multiply", "rmul", "imul"})
 _QUOTIENTS = frozenset({"div", "divide", "true_divide", "truediv", "itruediv", "idiv"})
 _LOGARITHMS = frozenset({"Log", "Log2", "Log10"})
 # The search for such a node ends after so many nodes.
@@ -135,13 +133,12 @@ def _relative(saved: SavedTensor, units: Literal["derivative"] | None) -> Decisi
 
 def _keeps_exact(following: Call, saved: SavedTensor) -> bool:
     """Whether the next call saves the tensor as well, and its rule keeps it."""
-    name = following.name.strip("_")
-    if following is NO_CALL or name not in _PRODUCTS | _QUOTIENTS:
+    if not (following.is_product or following.name.strip("_") in _QUOTIENTS):
         return False
     mine = [saved.aliases(t) for t in tensors_in(following.arguments)]
     others = [
         t for t, is_mine in zip(tensors_in(following.arguments), mine, strict=True) if not is_mine]
-    if not any(mine) or (name in _PRODUCTS and not any(t.requires_grad for t in others)):
+    if not any(mine) or (following.is_product and not any(t.requires_grad for t in others)):
         return False
     rule = rule_of(following.function)
     return rule is not None and rule.decide(

@@ -27,9 +27,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.classes import classes_dim, codec_of_targets, softmax_dim
+from brevitas_bp.backward.computable import Computable
 from brevitas_bp.backward.elementary import form_of
-from brevitas_bp.backward.hints import Hints, dense_layout, may_be_computed
-from brevitas_bp.backward.identity import identity_of, key_of_input, settings_of, storage_of
+from brevitas_bp.backward.hints import Hints
+from brevitas_bp.backward.identity import (
+    dense_layout,
+    identity_of,
+    key_of_input,
+    settings_of,
+    storage_of,
+)
 from brevitas_bp.backward.kept import KEEP, Kept, derived_of, described, kept
 from brevitas_bp.backward.outputs import OutputForm
 from brevitas_bp.backward.rows import last_dimension
@@ -66,12 +73,13 @@ class Encodings:
     Attributes:
         given_bytes: size before encoding of the tensors that were encoded on the CPU.
         hints: what the encodings tell about other tensors.
+        computable: outputs that backward can compute.
     """
 
     def __init__(
             self, next_seed: Callable[[], int], on_backward: bool = False, verify: bool = False) -> None:
         self.given_bytes = 0
-        self.hints = Hints()
+        self.hints, self.computable = Hints(), Computable()
         self._next_seed = next_seed
         self._on_backward = on_backward
         self._verify = verify
@@ -93,38 +101,46 @@ class Encodings:
             units: units of the norm whose input the tensor is; None for other tensors.
             anew: the tensor may be modified after this call, even if it is encoded only in backward.
         """
-        if decision.may_compute and (decision.codec is None or not may_be_computed(saved)):
-            decision = decision._replace(may_compute=False)
         rows = _rows_of(saved, decision, units)
         codec = KEEP if decision.codec is None else (
             decision.codec if rows is None else in_rows(decision.codec, rows))
+        computed = self.computable.codec_for(saved, decision, codec)
         number = self._number(saved, decision)
-        key = (*identity_of(saved), id(codec), decision.units, decision.may_compute, number,
+        key = (*identity_of(saved), id(codec), decision.units, computed is None, number,
                # Norms of one kind with equal settings compute equal statistics of one tensor.
                None if units is None else settings_of(saved.call))
         before = self._encoded.get(key)
         packed = None if before is None else before[1]()
         if packed is not None:
             return packed
+        held = storage_of(saved.tensor if saved.copied is None else saved.copied)
         may_share = number == _SHARED and saved.tensor.is_contiguous() and (
             type(saved.tensor) is Tensor and decision.units in (None, "sum of one"))
         if may_share and decision.units is None and (
                 packed := self._finer(saved.tensor, codec) or self._copied(saved, codec)) is not None:
-            of = saved.tensor if saved.copied is None else saved.copied
-            self._encoded[key] = storage_of(of), weakref.ref(packed)
+            self._encoded[key] = held, weakref.ref(packed)
             return packed
         in_units = self._units_of(saved, decision, units)
-        if units is None and decision.units in (None, "channel"):
+        if computed is not None:
+            codec, in_units = computed, None
+        elif units is None and decision.units in (None, "channel"):
             in_units = partial(self._given, in_units, saved, decision, rows)
-        packed = self._encode(saved, codec, in_units, anew)
+        given = saved
+        if anew and self._on_backward:
+            given = replace(saved, tensor=saved.tensor.detach().clone())
+        packed = self._encode(given, codec, in_units)
         if decision.zeros_outside:
             self._note_mask(saved, codec, packed)
-        storage = storage_of(saved.tensor)
-        self._encoded[key] = (
-            storage if saved.copied is None else storage_of(saved.copied), weakref.ref(packed))
+        self._encoded[key] = held, weakref.ref(packed)
         if may_share:
-            self._offer(saved.tensor, storage, packed, codec)
+            self._offer(saved.tensor, packed, codec)
         return packed
+
+    def note_input_of_norm(
+            self, saved: SavedTensor, decision: Decision, packed: Packed) -> None:
+        """Notes how the input of a norm is stored, for other norms of it."""
+        self._encoded[key_of_input(saved, decision)] = (
+            storage_of(saved.tensor), weakref.ref(packed))
 
     def input_of_norm(self, saved: SavedTensor, decision: Decision) -> Packed | None:
         """Returns the input of a norm, if another norm with equal settings has stored it."""
@@ -150,29 +166,26 @@ class Encodings:
             decision._replace(units=None, rows=last_dimension), anew=True)
         if stored.codec.keeps:
             return None
-        if form.factor is not None:
+        if form.to_output is not None:
             # What the table holds must not keep the encoding alive.
             self._finest[place_of(output)] = storage_of(output), partial(
-                _output_of, weakref.ref(stored), form.output(), form.owned_by_output,
+                _output_of, weakref.ref(stored), form.to_output, form.owned_by_output,
                 TensorLayout.of(output), self._verify)
         return stored
 
     def computed_from(
             self, stored: Packed, compute: Callable[[Tensor], Tensor], saved: SavedTensor,
-            decision: Decision, owned: tuple[Tensor, ...] = ()) -> Packed:
+            owned: tuple[Tensor, ...] = ()) -> Packed:
         """Returns the ``Packed`` of a tensor of a norm that is computed from the stored output.
 
         Args:
             stored: the output.
             compute: what ``stored`` decodes to -> the tensor.
             saved: the tensor.
-            decision: how it would be stored alone.
             owned: what is kept for it alone.
         """
         codec = ComputedCodec(f"{stored.codec.name}, as output", compute, stored, owned)
-        packed = self._sealed(codec.encode(saved.tensor, where=stored.where))
-        self._encoded[key_of_input(saved, decision)] = storage_of(saved.tensor), weakref.ref(packed)
-        return packed
+        return self._sealed(codec.encode(saved.tensor, where=stored.where))
 
     def _note_mask(self, saved: SavedTensor, codec: Codec, packed: Packed) -> None:
         if type(saved.tensor) is not Tensor or not codec.masks:
@@ -183,13 +196,14 @@ class Encodings:
             mask = codec.encode(saved.tensor, seed=0)
             self.hints.note_mask(saved.tensor, lambda: mask)
 
-    def _offer(self, x: Tensor, storage: StorageWeakRef, packed: Packed, codec: Codec) -> None:
+    def _offer(self, x: Tensor, packed: Packed, codec: Codec) -> None:
         """Offers the encoding of a tensor to other operations that save it."""
         plain = packed.codec.without_units(packed)
         if plain.codec.is_finer_than(codec):
             # What ``packed`` holds lives as long as ``packed``.
             held = plain is packed or packed.codec.wraps
-            self._finest[place_of(x)] = storage, weakref.ref(plain) if held else lambda: plain
+            self._finest[place_of(x)] = (
+                storage_of(x), weakref.ref(plain) if held else lambda: plain)
 
     def _finer(self, x: Tensor, codec: Codec) -> Packed | None:
         """Returns an encoding of a tensor that has at least as many bits as ``codec``."""
@@ -256,8 +270,7 @@ class Encodings:
             return _SHARED
         return saved.call.number if saved.call is not NO_CALL else next(self._apart)
 
-    def _encode(
-            self, saved: SavedTensor, codec: Codec, in_units: InUnits | None, anew: bool) -> Packed:
+    def _encode(self, saved: SavedTensor, codec: Codec, in_units: InUnits | None) -> Packed:
         where = described(saved.op, saved.module)
         if codec.per_site:
             codec = codec.at_site((where, next(self._order_at[codec, where])))
@@ -274,8 +287,6 @@ class Encodings:
             return kept(saved)
         if self._on_backward and not codec.computes:
             # We know whether the encoding is smaller only after backward has asked for it.
-            if anew:
-                saved = replace(saved, tensor=saved.tensor.detach().clone())
             return self._stored(saved, QuantizeOnBackward(codec), where)
         packed = self._sealed(self._stored(saved, codec, where))
         if not packed.is_smaller:
@@ -353,7 +364,7 @@ def _divisor_of(saved: SavedTensor) -> Callable[[], Tensor] | None:
 
 def _arranged(layout: TensorLayout, x: Tensor) -> Tensor:
     """Returns a contiguous tensor's elements as a view of another layout shows them."""
-    return torch.as_strided(x, layout.shape, layout.stride, x.storage_offset())
+    return layout.restore_flat(x.view(-1))
 
 
 def _output_of(

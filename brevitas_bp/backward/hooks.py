@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from brevitas_bp.backward.checkpointing import is_checkpoint_input
 from brevitas_bp.backward.compiled.dynamo import in_python
 from brevitas_bp.backward.compiled.hooks import CompiledSite, GraphHooks, hooks_for_inputs
+from brevitas_bp.backward.computable import FindComputed
 from brevitas_bp.backward.encoding import Encodings, can_encode
 from brevitas_bp.backward.explain import Explanation
-from brevitas_bp.backward.hints import PRODUCTS, Computed
 from brevitas_bp.backward.kept import ExactStorages, Kept, as_it_is, kept, unpack
 from brevitas_bp.backward.location import Location, Rewrites, current_location, enter, leave
 from brevitas_bp.backward.norms import Norms
@@ -28,8 +28,8 @@ from brevitas_bp.backward.saved import (
     SavedTensor,
     without_class,
 )
-from brevitas_bp.backward.units import Deferred, NormUnits, tells_statistics
-from brevitas_bp.backward.waiting import Waiting
+from brevitas_bp.backward.units import Deferred, NormUnits
+from brevitas_bp.backward.waiting import Waiting, may_wait
 from brevitas_bp.codec.base import PLAIN, Codec, Packed
 from brevitas_bp.private import push_hooks, remove_hooks, top_hooks
 
@@ -160,9 +160,9 @@ class ForwardPass:
         if original is not x:
             saved.original = original
         decision = self._decide(saved)
-        if decision.waits and tells_statistics(saved.call):
-            return self._wait(saved, decision)
         if decision.waits:
+            if may_wait(saved.call):
+                return self._wait(saved, decision)
             saved.following = NO_CALL
             decision = self._decide(saved)
         held = self._norms.hold(self, saved, decision, partial(self.originals, x))
@@ -231,18 +231,18 @@ class ForwardPass:
             originals: Sequence[Tensor]) -> Packed | Kept:
         """Keeps or encodes a tensor as decided, and tells the listeners."""
         if decision.codec is None and not self.listeners:
-            found = self.keep(saved, decision)
-            if saved.call.name in PRODUCTS and saved.call is self.location.call:
-                self.encodings.hints.note_factor(saved, found, self.location.endings)
-            return found
-        packed = self.store(saved, decision)
-        if (substitution := self._substitution) is not None:
-            substitution.stored_as(packed, saved.role)
-            self.encodings.hints.note_derivative(substitution.output, substitution.name, packed)
-        elif saved.call.name in PRODUCTS and saved.call is self.location.call:
-            self.encodings.hints.note_factor(saved, packed, self.location.endings)
-        self.tell(saved, packed, decision, originals)
-        return packed
+            stored = self.keep(saved, decision)
+        else:
+            stored = self.store(saved, decision)
+            if (substitution := self._substitution) is not None:
+                substitution.stored_as(stored, saved.role)
+                self.encodings.hints.note_derivative(substitution.output, substitution.name, stored)
+            self.tell(saved, stored, decision, originals)
+        # A tensor that has waited is stored when its call has ended.
+        if self._substitution is None and saved.call.is_product and (
+                saved.call is self.location.call):
+            self.encodings.computable.note_factor(saved, stored, self.location.endings)
+        return stored
 
     def graphs(
             self, output: Any, inputs: Any) -> Iterator[tuple[CompiledSite | None, list[Tensor]]]:
@@ -278,9 +278,9 @@ class ForwardPass:
         finally:
             self._substitution = before
 
-    def note_computed(self, output: Tensor, computed: Callable[[], Computed | None]) -> None:
+    def note_computed(self, output: Tensor, find: FindComputed) -> None:
         """Notes that backward can compute the output of a call."""
-        self.encodings.hints.note_computed(output, computed)
+        self.encodings.computable.note(output, find)
 
     def _rewrite_of(self, function: Any) -> Callable[[Call], Any] | None:
         """Returns a rewrite, which runs ``function`` so that it saves something else, or None."""

@@ -1,13 +1,54 @@
-"""Keys by which saved tensors with equal values are found. See NOTE [ One encode per key ]."""
+"""Keys by which a saved tensor is found again.
+
+* :func:`identity_of`: equal values in equal shape and strides. So tensors share an encoding.
+* :func:`~brevitas_bp.backward.saved.place_of`: the same elements, unchanged, in any shape and strides.
+* :func:`memory_key` and :class:`Place`: the same memory, whatever has been written to it since. Who uses
+  them asks for the version and the order of the elements by himself.
+
+See NOTE [ One encode per key ] in :mod:`brevitas_bp.backward.encoding`.
+"""
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from brevitas_bp.backward.saved import Call, Decision, SavedTensor, storage_id
 from brevitas_bp.codec.keep import version_of
+from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import placements_of, shard_of
+
+
+class Place(NamedTuple):
+    """The memory of a tensor: its storage, and which elements of it.
+
+    Attributes:
+        storage: the storage, which this does not keep alive.
+        key: equal for views of the same elements, as long as the storage lives.
+        layout: layout of the tensor; None: it has gaps, or elements that share memory.
+    """
+
+    storage: StorageWeakRef
+    key: Hashable
+    layout: TensorLayout | None
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Place":
+        """Returns the place of an ordinary tensor."""
+        return cls(StorageWeakRef(x.untyped_storage()), memory_key(x), dense_layout(x))
+
+
+def memory_key(x: Tensor) -> Hashable:
+    """Returns a key that is equal for views of the same memory."""
+    return storage_id(x), x.storage_offset(), x.numel(), x.dtype
+
+
+def dense_layout(x: Tensor) -> TensorLayout | None:
+    """Returns the layout of a tensor whose elements fill a stretch of memory, each in its own place."""
+    layout = TensorLayout.of(x)
+    # A layout closes gaps.
+    return layout if layout.stride == x.stride() and layout.base_shape == x.shape else None
 
 
 def key_of_input(saved: SavedTensor, decision: Decision) -> Hashable:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward.encoding import Encodings
-from brevitas_bp.backward.hints import PRODUCTS
 from brevitas_bp.backward.kept import Kept, kept
 from brevitas_bp.backward.location import Location
-from brevitas_bp.backward.outputs import OutputForm, output_form, output_form_of_product
+from brevitas_bp.backward.origins import leads_to
+from brevitas_bp.backward.outputs import output_form, output_form_of_product
 from brevitas_bp.backward.parameters import is_function_of_parameter
 from brevitas_bp.backward.saved import (
     NO_CALL,
@@ -32,15 +32,15 @@ from brevitas_bp.backward.saved import (
     tensors_in,
     without_class,
 )
-from brevitas_bp.backward.units import Deferred, NormUnits, PendingNorm, tells_statistics, units_of
-from brevitas_bp.backward.views import CASTS, kind_of, node_name
+from brevitas_bp.backward.units import Deferred, NormUnits, PendingNorm, units_of
+from brevitas_bp.backward.views import CAST_NODES
+from brevitas_bp.backward.waiting import may_wait
 from brevitas_bp.codec.base import Packed, is_plain
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.shape_only import zeros
 from brevitas_bp.private import node_number
 
 _CENTRED = Decision(None, "the input is stored as its deviation from the mean")
-_CASTS = frozenset(node_name(name) for name in CASTS)
 # Operations between the square and the product with the weight: mean, epsilon, root, product, casts.
 _MOST_CALLS = 12
 
@@ -108,20 +108,7 @@ class Norms:
 
     def __init__(self) -> None:
         self._norm: PendingNorm | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        # Of a norm in several operations. At most one waits at a time.
-        self._entries: list[_Entry] = []
-        self._rstd: Kept | None = None
-        # The normalized input as it was when it was made, and the number of the node that made it.
-        self._normalized: tuple[Kept, int] | None = None
-        # The last operation of the norm and its scales, once they are known.
-        self._last: Call | None = None
-        self._weight: Any = None
-        self._calls = 0
-        # Tells calls of ``_see`` for this norm from late calls for another one.
-        self._token = object()
+        self._written: _WrittenNorm | None = None
 
     def hold(
             self, running: StoringPass, saved: SavedTensor, decision: Decision,
@@ -138,36 +125,34 @@ class Norms:
             return self._begin(running, saved, decision, originals)
         if self._norm is not None and self._norm.has_computed(saved, decision):
             return self._norm.hold(saved, decision)
-        if saved.call is NO_CALL:
-            return None
-        held = self._hold_written(running, saved, decision, originals)
-        if held is not None:
-            running.location.note_rounded(saved.call, saved.tensor)
-        return held
+        written = self._written
+        if written is None or not written.takes(saved, decision):
+            if not _may_begin(saved, decision) or (
+                    written is not None and written.ends_with(saved.call)):
+                return None
+            self.end(running)
+            written = self._written = _WrittenNorm(running, saved)
+        running.location.note_rounded(saved.call, saved.tensor)
+        return written.hold(running, saved, decision, originals)
 
     def end(self, running: StoringPass) -> None:
         """Stores the tensors that still wait, one by one."""
-        entries = self._entries
-        self._forget()
-        # An exported graph would have a trace of the call, even without entries.
-        if entries:
-            self._store_each(running, entries)
+        written, self._written = self._written, None
+        if written is not None:
+            written.end(running)
 
     def drop(self) -> None:
         """Keeps the tensors that wait as they are, after an exception."""
-        entries, self._norm = self._entries, None
-        self._forget()
-        for entry in entries:
-            entry.deferred.fill(entry.kept)
-
-    # Norms in one operation.
+        self._norm = None
+        if self._written is not None:
+            self._written.drop()
 
     def _begins(self, saved: SavedTensor, decision: Decision) -> bool:
         """Whether a tensor is the input of a norm that is to be stored normalized."""
         if decision.codec is None or not is_plain(saved.tensor):
             return False
         begun = self._norm is not None and self._norm.saved.call is saved.call
-        return not begun and tells_statistics(saved.call)
+        return not begun and may_wait(saved.call)
 
     def _begin(
             self, running: StoringPass, saved: SavedTensor, decision: Decision,
@@ -218,52 +203,74 @@ class Norms:
         running.location.note_rounded(saved.call, output)
         running.location.shared_roundings.join(saved.tensor, output)
         rstd = Kept(norm.statistics[-1][0].tensor, saved.call.function, saved.module).decode
-        return encodings.computed_from(stored, form.deviation(rstd), saved, decision, form.owned)
+        packed = encodings.computed_from(stored, form.deviation(rstd), saved, form.owned)
+        encodings.note_input_of_norm(saved, decision, packed)
+        return packed
 
-    # Norms in several operations.
 
-    def _hold_written(
-            self, running: StoringPass, saved: SavedTensor, decision: Decision,
-            originals: Originals) -> Deferred | None:
-        if decision.codec is None:
-            if saved.call is self._last and saved.is_norm_statistic:
-                self._rstd = self._rstd or Kept(saved.tensor, saved.call.function, saved.module)
-            return None
-        x = self._entries[0].saved.tensor if self._entries else None
-        if saved.call is self._last and x is not None:
-            # The scales may have as many elements as the input.
-            if saved.tensor.shape != x.shape or saved.aliases(self._weight):
-                return None
-            return self._add(running, saved, decision, originals, not _are_same(saved.tensor, x))
-        if not decision.uses_outputs or decision.units is not None or not decision.shared or not (
-                tells_statistics(saved.call)):
-            return None
-        location = running.location
+def _may_begin(saved: SavedTensor, decision: Decision) -> bool:
+    """Whether a tensor may be the input of a norm in several operations."""
+    return decision.codec is not None and decision.uses_outputs and decision.units is None and (
+        decision.shared and saved.call is not NO_CALL and may_wait(saved.call))
+
+
+class _WrittenNorm:
+    """An RMS norm in several operations, or ``F.rms_norm``, which runs them inside.
+
+    See NOTE [ RMS norms are stored as outputs ].
+
+    Args:
+        running: the forward pass.
+        saved: the input, as it is saved first.
+    """
+
+    def __init__(self, running: StoringPass, saved: SavedTensor) -> None:
+        self._x = saved.tensor
+        self._entries: list[_Entry] = []
+        self._rstd: Kept | None = None
+        # The normalized input as it was when it was made, and the number of the node that made it.
+        self._normalized: tuple[Kept, int] | None = None
+        # The last operation of the norm and its scales, once they are known.
+        self._last: Call | None = None
+        self._weight: Any = None
+        self._calls = 0
         if saved.call.name == "rms_norm":
-            self.end(running)
-            self._last, self._weight = saved.call, saved.call.argument(2, "weight")
-            location.endings.append(partial(self._written, running))
-            location.following.append(partial(self._see, running, self._token))
-        elif x is not None and _are_same(saved.tensor, x):
-            self._note_factor(running, saved)
-        else:
-            self.end(running)
-            location.following.append(partial(self._see, running, self._token))
-        return self._add(running, saved, decision, originals, False)
+            self._await(running, saved.call, saved.call.argument(2, "weight"))
+        running.location.following.append(partial(self._see, running))
 
-    def _add(
+    def takes(self, saved: SavedTensor, decision: Decision) -> bool:
+        """Whether a saved tensor belongs to the norm; notes the inverse deviation that it may be."""
+        ending = self.ends_with(saved.call)
+        if decision.codec is None:
+            if ending and saved.is_norm_statistic:
+                self._rstd = self._rstd or _as_it_is(saved)
+            return False
+        if ending:
+            # The scales may have as many elements as the input.
+            return saved.tensor.shape == self._x.shape and not saved.aliases(self._weight)
+        return bool(self._entries) and _may_begin(saved, decision) and (
+            saved.call.name != "rms_norm" and _are_same(saved.tensor, self._x))
+
+    def ends_with(self, call: Call) -> bool:
+        """Whether a call is the last operation of the norm, which has not ended."""
+        return bool(self._entries) and call is self._last
+
+    def hold(
             self, running: StoringPass, saved: SavedTensor, decision: Decision,
-            originals: Originals, normalized: bool) -> Deferred:
+            originals: Originals) -> Deferred:
+        """Lets a tensor wait that belongs to the norm."""
+        if self._entries and saved.call is not self._last:
+            self._note_factor(running, saved)
         deferred = Deferred(running.location.follow)
-        as_it_was = Kept(saved.tensor, saved.call.function, saved.module)
-        self._entries.append(
-            _Entry(saved, decision, originals(), deferred, as_it_was, normalized))
+        self._entries.append(_Entry(
+            saved, decision, originals(), deferred, _as_it_is(saved),
+            not _are_same(saved.tensor, self._x)))
         return deferred
 
     def _note_factor(self, running: StoringPass, saved: SavedTensor) -> None:
         """Notes the inverse deviation, by which a call multiplies the input, and the call's output."""
         factors = [t for t in tensors_in(saved.arguments) if not saved.aliases(t)]
-        if saved.call.name in PRODUCTS and len(factors) == 1:
+        if saved.call.is_product and len(factors) == 1:
             self._rstd = Kept(factors[0], saved.call.function, saved.module)
             running.location.endings.append(self._note_normalized)
 
@@ -271,68 +278,76 @@ class Norms:
         if isinstance(output, Tensor) and output.grad_fn is not None:
             self._normalized = Kept(output, None, ""), node_number(output.grad_fn)
 
-    def _see(self, running: StoringPass, token: object, call: Call) -> None:
+    def _await(self, running: StoringPass, last: Call, weight: Any) -> None:
+        """Waits for the end of the last operation."""
+        self._last, self._weight = last, weight
+        running.location.endings.append(partial(self._ended, running))
+
+    def _see(self, running: StoringPass, call: Call) -> None:
         """Called with each call while tensors wait, and with NO_CALL if they must be stored at once."""
-        if token is not self._token:
+        if not self._entries:
             return
         self._calls += 1
         # If a last operation is still waited for, it has failed.
         if call is NO_CALL or self._calls > _MOST_CALLS or self._last is not None:
             self.end(running)
             return
-        if self._normalized is not None:
-            self._weight = _scales_in(call, *self._normalized)
-        if self._weight is not None:
-            self._last = call
-            running.location.endings.append(partial(self._written, running))
-        running.location.following.append(partial(self._see, running, token))
+        if self._normalized is not None and (
+                weight := _scales_in(call, *self._normalized)) is not None:
+            self._await(running, call, weight)
+        running.location.following.append(partial(self._see, running))
 
     @torch.no_grad()
-    def _written(self, running: StoringPass, output: Any) -> None:
+    def _ended(self, running: StoringPass, output: Any) -> None:
         """Stores the tensors of a norm whose last operation has ended."""
-        entries, call, rstd = self._entries, self._last, self._rstd
-        self._forget()
-        if not entries or call is None:
+        call, rstd = self._last, self._rstd
+        if not self._entries or call is None:
             return
         form = None
-        if rstd is not None and isinstance(output, Tensor) and all(e.is_unchanged for e in entries):
-            output, x = without_class(output), entries[0].saved.tensor
-            form = output_form(call, x, output) if call.name == "rms_norm" else (
-                output_form_of_product(call, x, output))
-        if form is None or rstd is None or not _stored_as_output(
-                running, entries, form, output, rstd):
-            self._store_each(running, entries)
-        else:
-            running.location.note_rounded(call, output)
-            running.location.shared_roundings.join(output, *(e.saved.tensor for e in entries))
-
-    @staticmethod
-    @torch.no_grad()
-    def _store_each(running: StoringPass, entries: list[_Entry]) -> None:
+        if rstd is not None and isinstance(output, Tensor) and (
+                all(e.is_unchanged for e in self._entries)):
+            output = without_class(output)
+            form = output_form(call, self._x, output) if call.name == "rms_norm" else (
+                output_form_of_product(call, self._x, output))
+        first = self._entries[0]
+        stored = None if form is None else running.encodings.encode_output(
+            first.saved, first.decision, form, output)
+        if form is None or rstd is None or stored is None:
+            self.end(running)
+            return
+        location, entries = running.location, self._taken()
+        location.note_rounded(call, output)
+        location.shared_roundings.join(output, *(e.saved.tensor for e in entries))
+        undo = form.deviation(rstd.decode), form.normalized()
+        found: dict[bool, Packed] = {}
         for entry in entries:
-            entry.deferred.fill(
-                running.finish(entry.saved, entry.decision, entry.originals)
-                if entry.is_unchanged else entry.kept)
+            if entry.normalized not in found:
+                found[entry.normalized] = running.encodings.computed_from(
+                    stored, undo[entry.normalized], entry.saved, form.owned)
+            packed = found[entry.normalized]
+            entry.deferred.fill(packed)
+            running.tell(entry.saved, packed, entry.decision, entry.originals)
 
+    def end(self, running: StoringPass) -> None:
+        """Stores the tensors that wait one by one."""
+        entries = self._taken()
+        # An exported graph would have a trace of the block, even without entries.
+        if entries:
+            with torch.no_grad():
+                for entry in entries:
+                    entry.deferred.fill(
+                        running.finish(entry.saved, entry.decision, entry.originals)
+                        if entry.is_unchanged else entry.kept)
 
-def _stored_as_output(
-        running: StoringPass, entries: list[_Entry], form: OutputForm, output: Tensor,
-        rstd: Kept) -> bool:
-    """Stores the tensors of a norm as its output, unless that would not be smaller."""
-    encodings, first = running.encodings, entries[0]
-    stored = encodings.encode_output(first.saved, first.decision, form, output)
-    if stored is None:
-        return False
-    undo = form.deviation(rstd.decode), form.normalized()
-    found: dict[bool, Packed] = {}
-    for entry in entries:
-        if entry.normalized not in found:
-            found[entry.normalized] = encodings.computed_from(
-                stored, undo[entry.normalized], entry.saved, entry.decision, form.owned)
-        packed = found[entry.normalized]
-        entry.deferred.fill(packed)
-        running.tell(entry.saved, packed, entry.decision, entry.originals)
-    return True
+    def drop(self) -> None:
+        """Keeps the tensors that wait as they are."""
+        for entry in self._taken():
+            entry.deferred.fill(entry.kept)
+
+    def _taken(self) -> list[_Entry]:
+        """Returns the tensors that wait. None waits then, so the norm has ended."""
+        entries, self._entries = self._entries, []
+        return entries
 
 
 def _store_statistic(
@@ -345,6 +360,10 @@ def _store_statistic(
         statistic, packed, _CENTRED if dropped else decision,
         (statistic.tensor,) if running.listeners else ())
     return packed
+
+
+def _as_it_is(saved: SavedTensor) -> Kept:
+    return Kept(saved.tensor, saved.call.function, saved.module)
 
 
 def _are_same(a: Tensor, b: Tensor) -> bool:
@@ -362,7 +381,7 @@ def _scales_in(call: Call, normalized: Kept, node: int) -> Tensor | None:
     """
     tensors = list(tensors_in(call.arguments))
     made = normalized.tensor
-    if call.name not in PRODUCTS or len(tensors) != 2 or version_of(made) != normalized.version:
+    if not call.is_product or len(tensors) != 2 or version_of(made) != normalized.version:
         return None
     first, second = tensors
     for weight, x in ((first, second), (second, first)):
@@ -370,13 +389,5 @@ def _scales_in(call: Call, normalized: Kept, node: int) -> Tensor | None:
                 weight.shape[0] == x.shape[-1] and is_function_of_parameter(weight)):
             unchanged = version_of(x) == (
                 normalized.version if storage_id(x) == storage_id(made) else 0)
-            return weight if unchanged and _made_by(x, node) else None
+            return weight if unchanged and leads_to(x, node, CAST_NODES) else None
     return None
-
-
-def _made_by(x: Tensor, node: int) -> bool:
-    """Whether a node, followed by nothing but casts, has made a tensor."""
-    made: Any = x.grad_fn
-    while made is not None and kind_of(made) in _CASTS:
-        made = made.next_functions[0][0]
-    return made is not None and node_number(made) == node

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brevitas_bp.backward.elementary import divides_by, relative_to_itself
 from brevitas_bp.backward.location import current_location
-from brevitas_bp.backward.origins import first_rounding_of, goes_through_rounding_of, is_copy_of
+from brevitas_bp.backward.origins import first_rounding_of, goes_through_rounding_of
 from brevitas_bp.backward.parameters import is_function_of_parameter, is_view_or_cast_of
 from brevitas_bp.backward.registry import Decide, OpRule
 from brevitas_bp.backward.rewrites import SMALLEST, Rewrite, SaveDerivative, look_through
@@ -38,6 +38,7 @@ from brevitas_bp.backward.saved import (
     storage_id,
     tensors_in,
 )
+from brevitas_bp.backward.views import IN_ORDER_NODES, comes_from
 from brevitas_bp.backward.written_norms import averages_rows, is_statistic_of
 from brevitas_bp.codec.base import FLOATS, Codec
 from brevitas_bp.private import in_forward_ad
@@ -122,7 +123,7 @@ def _copied_input(saved: SavedTensor) -> Tensor | None:
         saved.call.name == "linear" and given.shape[-1:] == x.shape[-1:])
     # A tangent of forward mode, and what a user's function computes, may have the shape of the input.
     return given if alike and is_ordinary(given) and not in_forward_ad() and (
-        is_copy_of(x, given)) else None
+        comes_from(x, given, IN_ORDER_NODES)) else None
 
 
 def product(

@@ -14,25 +14,19 @@ NOTE [ No two roundings of one tensor are multiplied ]
    count as one (:class:`SharedRoundings`).
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from brevitas_bp.backward.saved import storage_id, tensors_in
-from brevitas_bp.backward.views import CASTS, PIECES, WHOLE, kind_of, node_name
+from brevitas_bp.backward.views import VIEW_NODES, nodes_behind
 from brevitas_bp.private import node_number
 
 _MARK = "brevitas_bp: storages of what is saved rounded"
 # After this many nodes the search stops, and the tensor counts as computed from any other tensor.
 _MOST = 4096
-_VIEWS = frozenset(node_name(operation) for operation in WHOLE | PIECES)
-# Of nodes that copy, cast or show all elements in their order.
-_COPIES = frozenset(node_name(operation) for operation in (
-    "view", "reshape", "_unsafe_view", "_reshape_alias", "alias", "clone", "contiguous", "squeeze",
-    "unsqueeze", "unflatten", *CASTS))
-_MOST_VIEWS = 8
 
 
 class SharedRoundings:
@@ -77,46 +71,15 @@ def first_rounding_of(storage: int, made: Tensor) -> int:
         storage: storage of the tensor.
         made: the tensor, or a view of it.
     """
-    node: Any = made.grad_fn
-    for _ in range(_MOST_VIEWS):
-        if node is None:
-            return 0
+    for node, _ in nodes_behind(made, VIEW_NODES):
         if rounded_by(node, storage):
             return node_number(node)
-        if kind_of(node) not in _VIEWS:
-            return 0
-        node = node.next_functions[0][0]
     return 0
 
 
-def is_copy_of(x: Tensor, original: Tensor) -> bool:
-    """Whether autograd's graph shows that ``x`` has the elements of ``original``, in the same order."""
-    made, node = original.grad_fn, x.grad_fn
-    for _ in range(_MOST_VIEWS):
-        if node is None:
-            return False
-        if kind_of(node) not in _COPIES:
-            break
-        node = node.next_functions[0][0]
-    if made is None:
-        return node is not None and node.name().endswith("AccumulateGrad") and (
-            getattr(node, "variable", None) is original)
-    # The input of the oldest copy is the original.
-    return node is not None and node == made and x.grad_fn != made
-
-
-def leads_to(x: Tensor, number: int) -> bool:
-    """Whether ``x`` is the output of the node with a number, or a view of it, with its history."""
-    node: Any = x.grad_fn
-    for _ in range(_MOST_VIEWS):
-        if node is None:
-            return False
-        if node_number(node) == number:
-            return True
-        if kind_of(node) not in _VIEWS:
-            return False
-        node = node.next_functions[0][0]
-    return False
+def leads_to(x: Tensor, number: int, kinds: Set[str] = VIEW_NODES) -> bool:
+    """Whether ``x`` is the output of the node with a number, seen through nodes of these kinds."""
+    return any(node_number(node) == number for node, _ in nodes_behind(x, kinds))
 
 
 def goes_through_rounding_of(storage: int, x: Tensor, custom: bool = False, first: int = 0) -> bool:

@@ -24,6 +24,7 @@ from brevitas_bp.backward.kept import Kept
 from brevitas_bp.backward.rows import LEAST_ROW
 from brevitas_bp.backward.saved import Call, storage_id, tensors_in
 from brevitas_bp.codec.base import FLOATS, is_plain
+from brevitas_bp.codec.computed import constant
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.format.arithmetic import compute_dtype
 
@@ -39,27 +40,19 @@ class OutputForm:
 
     Attributes:
         tensor: what is to be stored.
-        scale: returns the scales or units of the normalized input [C]; None: all are 1.
-        shift: returns what was added to the scaled input [C]; None: nothing.
-        factor: scales in terms of the units [C], if ``tensor`` is not the output.
-        offset: the shifts that ``tensor`` lacks [C].
+        scale: returns the numbers by which the normalized input was multiplied [C]; None: by 1.
+        shift: returns what was added to the product [C]; None: nothing.
+        owned: the tensors that are kept for ``scale`` alone.
+        to_output: ``tensor`` -> output, if ``tensor`` is not the output.
+        owned_by_output: the tensors that are kept for ``to_output``.
     """
 
     tensor: Tensor
-    scale: Callable[[], Tensor] | None
+    scale: Callable[[], Tensor] | None = None
     shift: Callable[[], Tensor] | None = None
-    factor: Tensor | None = None
-    offset: Tensor | None = None
-
-    @property
-    def owned(self) -> tuple[Tensor, ...]:
-        """The tensors that are kept to get the normalized input back."""
-        return () if self.factor is None or self.scale is None else (self.scale(),)
-
-    @property
-    def owned_by_output(self) -> tuple[Tensor, ...]:
-        """The tensors that are kept to get the output back."""
-        return tuple(t for t in (self.factor, self.offset) if t is not None)
+    owned: tuple[Tensor, ...] = ()
+    to_output: Callable[[Tensor], Tensor] | None = None
+    owned_by_output: tuple[Tensor, ...] = ()
 
     def normalized(self) -> Callable[[Tensor], Tensor]:
         """Returns the way back from what was stored to the normalized input."""
@@ -68,11 +61,6 @@ class OutputForm:
     def deviation(self, rstd: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
         """Returns the way back to the deviation of the input from its mean."""
         return partial(_normalized, self.scale, self.shift, rstd)
-
-    def output(self) -> Callable[[Tensor], Tensor]:
-        """Returns the way back to the output, if ``tensor`` is not the output."""
-        assert self.factor is not None
-        return partial(_scaled, self.factor, self.offset)
 
 
 def output_form(call: Call, x: Tensor, output: Tensor) -> OutputForm | None:
@@ -124,12 +112,11 @@ def _form(
         call: Call, weight: Tensor | None, bias: Tensor | None, output: Tensor, rows: int,
         in_units: Callable[[Tensor], Tensor]) -> OutputForm | None:
     if weight is None and bias is None:
-        return OutputForm(output, None)
+        return OutputForm(output)
     if output.device.type == "cpu" and _are_close(weight, bias):
-        keep = partial(Kept, function=call.function, module="")
-        return OutputForm(
-            output, None if weight is None else keep(weight).decode,
-            None if bias is None else keep(bias).decode)
+        scale, shift = (
+            None if t is None else Kept(t, call.function, "").decode for t in (weight, bias))
+        return OutputForm(output, scale, shift)
     if weight is None or rows < _FEWEST_ROWS:
         return None
     scales = weight.detach().to(compute_dtype(weight.dtype)).contiguous()
@@ -137,9 +124,11 @@ def _form(
     # Where all scales are zero, so is the output.
     units = units.clamp(min=units.amax() / _SPREAD)
     units = units.masked_fill(units == 0, 1).to(weight.dtype)
+    factor = scales / units
     offset = None if bias is None else bias.detach().clone(memory_format=torch.contiguous_format)
     return OutputForm(
-        in_units(units), partial(_same, units), None, scales / units, offset)
+        in_units(units), constant(units), None, (units,), partial(_scaled, factor, offset),
+        (factor,) if offset is None else (factor, offset))
 
 
 def _alike(x: Tensor, output: Tensor) -> bool:
@@ -163,10 +152,6 @@ def _are_close(weight: Tensor | None, bias: Tensor | None) -> bool:
         if not float(least) * _SPREAD >= largest > 0:
             return False
     return bias is None or float(bias.detach().abs().amax()) <= largest
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _normalized(

@@ -1,6 +1,6 @@
 """Recognises parameters and buffers among saved tensors, even as views, casts or copies."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,12 +9,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parameter import is_lazy
 
 from brevitas_bp.backward.saved import is_parameter, own_shape, storage_id, tensors_in
-from brevitas_bp.backward.views import CASTS, PIECES, WHOLE, kind_of, node_name
+from brevitas_bp.backward.views import CAST_NODES, VIEW_NODES, comes_from, kind_of, nodes_behind
 from brevitas_bp.codec.shard import is_dtensor, is_storable
 
 # Names of backward nodes whose output is the parameter itself in another shape or dtype.
-_DISGUISES = frozenset(node_name(operation) for operation in WHOLE | PIECES | CASTS)
-_MAX_DISGUISES = 16
+_DISGUISES = VIEW_NODES | CAST_NODES
 # Such as the scale ``1 + weight`` of a norm.
 _ELEMENTWISE = _DISGUISES | {
     "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Exp", "Log", "Softplus", "Sigmoid", "Tanh", "Abs", "Pow",
@@ -118,7 +117,7 @@ def leaf_behind(x: Tensor) -> Tensor | None:
     """Returns the leaf that ``x`` is or shows in another shape or dtype; None if ``x`` was computed."""
     if x.is_leaf:
         return x
-    for node, _ in _origins(x):
+    for node, _ in nodes_behind(x, _DISGUISES):
         if node.name().endswith("AccumulateGrad"):
             return node.variable
     return None
@@ -126,13 +125,7 @@ def leaf_behind(x: Tensor) -> Tensor | None:
 
 def is_view_or_cast_of(x: Tensor, original: Tensor) -> bool:
     """Whether, in the autograd graph, only casts and views lead from ``original`` to ``x``."""
-    made = original.grad_fn
-    for node, output in _origins(x):
-        if node is made and output == original.output_nr:
-            return True
-        if made is None and node.name().endswith("AccumulateGrad"):
-            return node.variable is original
-    return False
+    return comes_from(x, original, _DISGUISES)
 
 
 def is_function_of_parameter(x: Tensor) -> bool:
@@ -150,18 +143,6 @@ def is_function_of_parameter(x: Tensor) -> bool:
             return False
         node = sources[0]
     return False
-
-
-def _origins(x: Tensor) -> Iterator[tuple[Any, int]]:
-    """Yields the node that made ``x`` and the nodes before it, up to one that made something new."""
-    node, output = x.grad_fn, x.output_nr
-    for _ in range(_MAX_DISGUISES):
-        if node is None:
-            return
-        yield node, output
-        if _makes_new(node):
-            return
-        node, output = node.next_functions[0]
 
 
 # Class of a node -> whether it makes something new. Only for torch's own classes, which stand for one

@@ -26,7 +26,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
 from brevitas_bp.activations import derivatives
-from brevitas_bp.backward.hints import Computed, Place, width_of
+from brevitas_bp.backward.computable import FindComputed, width_of
+from brevitas_bp.backward.identity import Place
 from brevitas_bp.backward.location import Location, seen_through
 from brevitas_bp.backward.parameters import ParameterSet
 from brevitas_bp.backward.rows import RowsOf, of_elements
@@ -59,7 +60,7 @@ class RunningPass(Protocol):
         """Gives these roles, in order, to the tensors that are saved within the block."""
         ...
 
-    def note_computed(self, output: Tensor, computed: Callable[[], Computed | None]) -> None:
+    def note_computed(self, output: Tensor, find: FindComputed) -> None:
         """Notes that backward can compute the output of a call."""
         ...
 

@@ -30,6 +30,9 @@ RECOMPUTED = "recomputed"
 CHECKPOINT_INPUT = "input of a checkpointed part"
 
 
+_PRODUCTS = frozenset({"mul", "multiply", "rmul", "imul"})
+
+
 class Call:
     """One call of a torch function: the function, its arguments, and a number unique to the call."""
 
@@ -49,6 +52,11 @@ class Call:
     def name(self) -> str:
         """The function's own name."""
         return name_of(self.function)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the function is an elementwise product."""
+        return self.name.strip("_") in _PRODUCTS
 
     @property
     def arguments(self) -> tuple[Any, ...]:

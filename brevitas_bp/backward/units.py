@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from brevitas_bp.backward.rows import trailing
-from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor, tensors_in
+from brevitas_bp.backward.saved import NO_CALL, Call, Decision, SavedTensor
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.normalized import Undo
 from brevitas_bp.codec.rows import Rows
 from brevitas_bp.format.arithmetic import compute_dtype
 from brevitas_bp.format.normalizing import Affine
-from brevitas_bp.private import in_forward_ad, is_functorch_wrapped
 
 _LAYER, _GROUP = "layer_norm", "group_norm"
 # If the variance is below eps times this number, rstd has too few digits to tell the variance from zero.
@@ -93,16 +92,6 @@ class PendingNorm:
         self.statistics.append(
             (saved, decision if decision.codec is None else _STATISTIC, deferred))
         return deferred
-
-
-def tells_statistics(call: Call) -> bool:
-    """Whether the last tensors that a norm saves are the mean and inverse deviation of the first one.
-
-    Forward mode saves more tensors, some of them without memory. In transforms of ``torch.func``,
-    tensors that are computed after the operation may have no memory.
-    """
-    return not in_forward_ad() and not any(
-        is_functorch_wrapped(t) for t in tensors_in(call.arguments))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,23 @@ import torch
 
 from brevitas_bp.backward.kept import Kept
 from brevitas_bp.backward.location import Location
-from brevitas_bp.backward.saved import Call, SavedTensor
+from brevitas_bp.backward.saved import Call, SavedTensor, tensors_in
 from brevitas_bp.backward.units import Deferred
 from brevitas_bp.codec.keep import version_of
+from brevitas_bp.private import in_forward_ad, is_functorch_wrapped
 
 # Stores a tensor; returns what autograd gets in its place.
 _Store = Callable[[], Any]
+
+
+def may_wait(call: Call) -> bool:
+    """Whether tensors that a call saves may be stored after the call has ended.
+
+    Forward mode saves more tensors, some of them without memory. In transforms of ``torch.func``,
+    tensors that are computed after the operation may have no memory.
+    """
+    return not in_forward_ad() and not any(
+        is_functorch_wrapped(t) for t in tensors_in(call.arguments))
 
 
 class Waiting:

@@ -15,6 +15,8 @@ from brevitas_bp.backward import OpAware
 from brevitas_bp.backward.rewrites import Rewrite
 from brevitas_bp.backward.saved import Decision
 from brevitas_bp.codec.layout import TensorLayout
+from brevitas_bp.quant import RotatedNormal2DynamicActPerBucketFloat
+from tests.stats import normal
 
 #: Policies that must keep every promise: one rounds every float tensor, one rewrites operations.
 QUANTIZING = ["all", "op_aware"]
@@ -308,3 +310,35 @@ class Square(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return 2 * x * grad
+
+
+class Gated(nn.Module):
+    """A gated linear unit of 32 inputs; ``change`` is applied to the product."""
+
+    def __init__(
+            self, function: Callable[[Tensor], Tensor] = F.silu,
+            change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.down = nn.Linear(32, 256), nn.Linear(32, 256), nn.Linear(256, 16)
+        self.function, self.change = function, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.change(self.function(self.gate(x)) * self.up(x)))
+
+
+def assert_unbiased(module: nn.Module, x: Tensor) -> None:
+    """Compares the mean of 300 gradients with the exact one, in 8 directions of each parameter."""
+    model = QuantBackwardWrapper(
+        module, RotatedNormal2DynamicActPerBucketFloat, bucket_size=256, seed=5)
+    parameters, generator = list(module.parameters()), torch.Generator().manual_seed(2)
+    exact = torch.autograd.grad(module(x).square().sum(), parameters)
+    directions = [torch.randn(8, p.numel(), generator=generator) / p.numel()**0.5 for p in parameters]
+    draws = torch.stack([torch.cat([
+        d @ (g - e).reshape(-1) for d, g, e in zip(
+            directions, torch.autograd.grad(model(x).square().sum(), parameters), exact)])
+        for _ in range(300)])
+    # The tolerance of a z-test of all sums, plus the bias of rotated codes: 2e-3 of the gradient.
+    sizes = torch.cat([e.norm().expand(8) / e.numel()**0.5 for e in exact])
+    allowed = normal(len(sizes)) * draws.std(0) / 300**0.5 + 2e-3 * sizes
+    assert bool((draws.mean(0).abs() < allowed).all())

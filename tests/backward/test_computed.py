@@ -26,8 +26,7 @@ from brevitas_bp.quant import (
     RotatedNormal2DynamicActPerBucketFloat,
     RotatedNormal8DynamicActPerBucketFloat,
 )
-from tests.backward.support import Apply
-from tests.backward.test_hints import assert_unbiased
+from tests.backward.support import Apply, Gated, assert_unbiased
 
 WIDTH = 256
 
@@ -175,8 +174,9 @@ def test_norms_over_several_dimensions(shape: tuple[int, ...], turned: bool) -> 
         norm.weight.data, norm.bias.data = (
             torch.randn(shape[::-1]).permute(*reversed(range(len(shape)))) for _ in range(2))
     module = nn.Sequential(nn.Linear(shape[-1], shape[-1]), norm, nn.Linear(shape[-1], 8))
+    x = torch.randn(128, *shape)
     assert ("layer_norm", "8-bit rotated, as output") in names(
-        module, x := torch.randn(128, *shape), act_quant=RotatedNormal8DynamicActPerBucketFloat)
+        module, x, act_quant=RotatedNormal8DynamicActPerBucketFloat)
     parameters = list(module.parameters())
     exact = torch.autograd.grad(module(x).square().sum(), parameters)
     model = QuantBackwardWrapper(module, RotatedNormal8DynamicActPerBucketFloat)
@@ -319,8 +319,8 @@ def test_forms_lead_back(rows: int, width: int, spread: float, shift: float, see
         return
     normalized = F.layer_norm(x, (width,))
     torch.testing.assert_close(form.normalized()(form.tensor), normalized, rtol=1e-3, atol=2e-4)
-    if form.factor is not None:
-        torch.testing.assert_close(form.output()(form.tensor), y, rtol=1e-4, atol=1e-4)
+    if form.to_output is not None:
+        torch.testing.assert_close(form.to_output(form.tensor), y, rtol=1e-4, atol=1e-4)
 
 
 class Own(nn.Module):
@@ -438,20 +438,6 @@ def test_payloads_can_be_copied(name: str) -> None:
 # Products of stored factors.
 
 
-class Gated(nn.Module):
-    """A gated linear unit. ``change`` is applied to the product."""
-
-    def __init__(self, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.gate, self.up, self.down = (
-            nn.Linear(32, WIDTH), nn.Linear(32, WIDTH), nn.Linear(WIDTH, 8))
-        self.change = change
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.change(F.silu(self.gate(x)) * self.up(x)))
-
-
 class Squeezed(nn.Module):
     """Squeeze-and-excitation, and the convolution after it."""
 
@@ -485,7 +471,7 @@ def test_products_of_stored_factors_take_no_bytes() -> None:
     (lambda x: x, {"policy": OpAware(hints=False)}), (lambda x: x, {"policy": "all"}),
     (lambda x: x, {"overrides": {"down": RotatedNormal8DynamicActPerBucketFloat}})])
 def test_other_tensors_are_stored(change: Any, options: Any) -> None:
-    assert last_name(Gated(change), torch.randn(64, 32), **options) != FROM_FACTORS
+    assert last_name(Gated(change=change), torch.randn(64, 32), **options) != FROM_FACTORS
 
 
 @pytest.mark.parametrize("module", [Gated, Squeezed])

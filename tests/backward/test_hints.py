@@ -26,8 +26,7 @@ from brevitas_bp.quant import (
     ShiftedUint2Avg4DynamicActPerBucketFloatStochastic,
     ShiftedUint2DynamicActPerBucketFloatStochastic,
 )
-from tests.backward.support import Apply
-from tests.stats import normal
+from tests.backward.support import Apply, Gated, assert_unbiased
 
 WIDTH = 256
 Function = Callable[[Tensor], Tensor]
@@ -138,23 +137,6 @@ class SelfProduct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.function(self.first(x))
         return (self.last(z) * z).sum(1)
-
-
-def assert_unbiased(module: nn.Module, x: Tensor) -> None:
-    """Compares the mean of 300 gradients with the exact one, in 8 directions of each parameter."""
-    model = QuantBackwardWrapper(
-        module, RotatedNormal2DynamicActPerBucketFloat, bucket_size=256, seed=5)
-    parameters, generator = list(module.parameters()), torch.Generator().manual_seed(2)
-    exact = torch.autograd.grad(module(x).square().sum(), parameters)
-    directions = [torch.randn(8, p.numel(), generator=generator) / p.numel()**0.5 for p in parameters]
-    draws = torch.stack([torch.cat([
-        d @ (g - e).reshape(-1) for d, g, e in zip(
-            directions, torch.autograd.grad(model(x).square().sum(), parameters), exact)])
-        for _ in range(300)])
-    # The tolerance of a z-test of all sums, plus the bias of rotated codes: 2e-3 of the gradient.
-    sizes = torch.cat([e.norm().expand(8) / e.numel()**0.5 for e in exact])
-    allowed = normal(len(sizes)) * draws.std(0) / 300**0.5 + 2e-3 * sizes
-    assert bool((draws.mean(0).abs() < allowed).all())
 
 
 @pytest.mark.parametrize("function", [F.relu, F.silu, F.gelu])
@@ -328,20 +310,6 @@ def test_small_planes_of_very_different_scale_have_no_more_error(
             torch.autograd.grad(model(y).square().sum(), weight)[0] - exact for _ in range(6)])
         errors.append((found.square().sum((0, 2, 3, 4)) / exact.square().sum((1, 2, 3))).max())
     assert errors[1] < 2 * errors[0]
-
-
-class Gated(nn.Module):
-    """A gated linear unit."""
-
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.gate, self.up, self.down = (
-            nn.Linear(32, WIDTH), nn.Linear(32, WIDTH), nn.Linear(WIDTH, 16))
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.function(self.gate(x)) * self.up(x))
 
 
 def factors(module: nn.Module, x: Tensor, **options: Any) -> list[str]:
