@@ -131,21 +131,23 @@ class Norms:
                     written is not None and written.ends_with(saved.call)):
                 return None
             self.end(running)
-            written = self._written = _WrittenNorm(running, saved)
+            written = self._written = _WrittenNorm(running, saved, self._forget)
         running.location.note_rounded(saved.call, saved.tensor)
         return written.hold(running, saved, decision, originals)
 
     def end(self, running: StoringPass) -> None:
         """Stores the tensors that still wait, one by one."""
-        written, self._written = self._written, None
-        if written is not None:
-            written.end(running)
+        if self._written is not None:
+            self._written.end(running)
 
     def drop(self) -> None:
         """Keeps the tensors that wait as they are, after an exception."""
         self._norm = None
         if self._written is not None:
             self._written.drop()
+
+    def _forget(self) -> None:
+        self._written = None
 
     def _begins(self, saved: SavedTensor, decision: Decision) -> bool:
         """Whether a tensor is the input of a norm that is to be stored normalized."""
@@ -222,10 +224,12 @@ class _WrittenNorm:
     Args:
         running: the forward pass.
         saved: the input, as it is saved first.
+        on_end: called when no tensor waits any more. The norm must not live longer: it holds tensors.
     """
 
-    def __init__(self, running: StoringPass, saved: SavedTensor) -> None:
-        self._x = saved.tensor
+    def __init__(
+            self, running: StoringPass, saved: SavedTensor, on_end: Callable[[], None]) -> None:
+        self._x, self._on_end = saved.tensor, on_end
         self._entries: list[_Entry] = []
         self._rstd: Kept | None = None
         # The normalized input as it was when it was made, and the number of the node that made it.
@@ -347,6 +351,8 @@ class _WrittenNorm:
     def _taken(self) -> list[_Entry]:
         """Returns the tensors that wait. None waits then, so the norm has ended."""
         entries, self._entries = self._entries, []
+        if entries:
+            self._on_end()
         return entries
 
 

@@ -269,6 +269,37 @@ def test_nothing_is_kept_longer() -> None:
         gc.enable()
 
 
+class Follows(nn.Module):
+    """Counts the tensors of an RMS norm that live after the next layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+        self.weight, self.alive = nn.Parameter(scales("far")), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = []
+        h = self.first(x)
+        seen.append(weakref.ref(h.untyped_storage()))
+        h = rms(h)
+        seen.append(weakref.ref(h.untyped_storage()))
+        h = h * self.weight
+        seen.append(weakref.ref(h.untyped_storage()))
+        h = self.last(h).sin().sin()
+        self.alive = sum(s() is not None for s in seen)
+        return h
+
+
+def test_no_tensor_of_a_norm_lives_until_the_end_of_the_pass() -> None:
+    module = Follows()
+    gc.disable()
+    try:
+        QuantBackwardWrapper(module)(torch.randn(128, WIDTH)).sum().backward()
+    finally:
+        gc.enable()
+    assert module.alive == 0
+
+
 class Interrupted(nn.Module):
     """An RMS norm that stops half-way."""
 
