@@ -458,7 +458,7 @@ def test_attention_under_autocast_keeps_what_autocast_makes() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(output, plain(q))
     # Buckets of a row of 32: query and key at 8 bits, the value at 2 bits.
-    assert report.stored_bytes == q.numel() // 32 * (32 * (8 + 8 + 2) // 8 + 3 * 2 * 4)
+    assert report.stored_bytes == q.numel() // 32 * (32 * (8 + 8 + 2) // 8 + 3 * 2 * 2)
     output.sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == torch.float32
