@@ -1,11 +1,10 @@
 """Reports what was decided for each site, and why."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -56,6 +55,10 @@ class _Noted(NamedTuple):
     stored: int
     shared_given: int
     shared: int
+
+
+# Storage, offset, number of elements, and dtype.
+_Memory = tuple[Hashable, ...]
 
 
 class _Counted:
@@ -178,10 +181,6 @@ class Explanation:
             mib(sum(s.stored_bytes - s.shared_bytes for s in sites))))
         text = table(lines, left=4, total=True)
         return "\n".join([text, *unknown_note(self.unknown)])
-
-
-# Storage, offset, number of elements, and dtype.
-_Memory = tuple[int, int, int, torch.dtype]
 
 
 def _own(nbytes: int, shared: int) -> str:
