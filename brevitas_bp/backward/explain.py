@@ -70,6 +70,10 @@ class _Counted:
         self._kept: set[_Memory] = set()
         self._payloads: dict[int, weakref.ref[Tensor]] = {}
 
+    def __reduce__(self) -> tuple[type["_Counted"], tuple[()]]:
+        # A copy counts nothing that the original has counted. References to storages cannot be copied.
+        return _Counted, ()
+
     def has(self, x: Tensor, kept: bool) -> tuple[bool, bool]:
         """Whether the same memory has been saved before, and kept before; notes it."""
         if not is_plain(x):

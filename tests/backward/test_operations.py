@@ -1,6 +1,8 @@
 """The registry, rewriting among other hooks, ``explain``, and exact operations. H3, H16 to H18."""
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 from typing import Any
@@ -191,6 +193,13 @@ def test_a_tensor_that_is_rounded_and_kept_counts_twice() -> None:
     assert (rounded.op, kept.op) == ("linear", "cdist")
     assert (rounded.shared_given_bytes, kept.shared_given_bytes) == (0, 128 * 64 * 4)
     assert (rounded.shared_bytes, kept.shared_bytes) == (0, 0) and kept.stored_bytes >= 128 * 64 * 4
+
+
+def test_a_wrapper_can_be_copied_after_a_forward_pass() -> None:
+    model, _ = tracked(nn.Linear(64, 8), torch.randn(128, 64))
+    for other in (copy.deepcopy(copy.deepcopy(model)), pickle.loads(pickle.dumps(model))):
+        assert str(other.explain()) == str(model.explain())
+        other(torch.randn(128, 64)).sum().backward()
 
 
 def test_explanation_holds_no_tensor() -> None:
