@@ -43,7 +43,7 @@ def track(model: nn.Module, *inputs: Tensor) -> SavedMemoryReport:
     return report
 
 
-def uint2_bytes(elements: int, bucket: int = 256, metadata: int = 2) -> int:
+def uint2_bytes(elements: int, bucket: int = 256, metadata: int = 4) -> int:
     """Returns the bytes of 2-bit codes, plus a scale and an offset per bucket."""
     return -(-elements // bucket) * (bucket // 4 + 2 * metadata)
 
@@ -63,17 +63,16 @@ def test_bytes_of_a_small_net_counted_by_hand() -> None:
 
 @pytest.mark.parametrize(("policy", "image_bits", "statistics", "relu"), [
     # 64 bytes of statistics would take 72 bytes in a bucket of 256, so they are kept.
-    ("all", 2, 2, uint2_bytes(CHANNELS * PIXELS, metadata=4)),
+    ("all", 2, 2, uint2_bytes(CHANNELS * PIXELS)),
     # The input is stored as its deviation from the mean, and the mean is not kept.
     ("op_aware", 4, 1, CHANNELS * PIXELS // 8)])
 def test_stored_bytes_of_a_small_net_counted_by_hand(
         policy: str, image_bits: int, statistics: int, relu: int) -> None:
     model = QuantBackwardWrapper(conv_bn_relu(), policy=policy, bucket_size=256)
     rows = track(model, images()).rows
-    metadata = 4 if policy == "all" else 2
     assert [(row.module, row.stored_bytes) for row in rows] == [
-        ("0", uint2_bytes(8 * PIXELS, metadata=metadata) + (image_bits - 2) * 8 * PIXELS // 8),
-        ("1", uint2_bytes(CHANNELS * PIXELS, metadata=metadata) + statistics * 4 * CHANNELS),
+        ("0", uint2_bytes(8 * PIXELS) + (image_bits - 2) * 8 * PIXELS // 8),
+        ("1", uint2_bytes(CHANNELS * PIXELS) + statistics * 4 * CHANNELS),
         ("2", relu)]
 
 
@@ -165,7 +164,7 @@ def test_bfloat16_metadata_is_counted_as_it_is(policy: str) -> None:
         Apply(torch.mul, nn.Parameter(torch.ones(256))), Uint2, policy=policy, bucket_size=256,
         metadata_dtype=torch.bfloat16)
     report = track(model, torch.randn(32, 256, requires_grad=True))
-    assert report.stored_bytes == uint2_bytes(32 * 256)
+    assert report.stored_bytes == uint2_bytes(32 * 256, metadata=2)
     assert report.ratio == 1024 / 68
 
 
@@ -239,7 +238,7 @@ def wrapped_inside() -> nn.Module:
 
 
 @pytest.mark.parametrize(("policy", "tanh", "custom"), [
-    (None, 32, 32), ("all", 2.25, 2.25), ("op_aware", 4.125, 32)])
+    (None, 32, 32), ("all", 2.25, 2.25), ("op_aware", 4.25, 32)])
 def test_names_are_qualified_and_skip_the_wrapper(
         policy: str | None, tanh: float, custom: float) -> None:
     model = wrapped_inside()
@@ -252,8 +251,8 @@ def test_names_are_qualified_and_skip_the_wrapper(
         ("0", "tanh"), ("1.0", "tanh"), ("1.1", "sigmoid"), ("2", "custom function"), ("", "square")]
     bits = {row.module: row.stored_bytes * 8 / (32 * 64) for row in report.rows}
     # The nested wrapper has 4 bits. Without a policy, tensors around it are exact; "all" takes 2 bits.
-    # The op-aware policy takes 4 bits for a derivative, and keeps tensors of an unknown operation.
-    # Metadata make 0.25 bits in float32, which "all" takes, and 0.125 bits in bfloat16.
+    # The op-aware policy takes 4 bits for a derivative, and keeps tensors of an unknown operation. 64
+    # bytes of metadata make 0.25 bits.
     assert bits == {"0": tanh, "1.0": 4.25, "1.1": 4.25, "2": custom, "": 32}
     assert loss.requires_grad
 

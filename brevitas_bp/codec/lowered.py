@@ -247,13 +247,8 @@ class LoweredCodec(BucketCodec):
 
     @property
     def for_values(self) -> Codec:
-        """With stochastic rounding in the range of each bucket, whose ends decode exactly in float32.
-
-        So functions that accept a range of values accept the decoded ones, and two values stay exact.
-        """
-        if self.spec.code_range.nearest is None:
-            return self
-        return self.of_kind("stochastic").precise
+        """With stochastic rounding in the range of each bucket: the least value decodes exactly."""
+        return self if self.spec.code_range.nearest is None else self.of_kind("stochastic")
 
     @property
     def for_probabilities(self) -> Codec | None:

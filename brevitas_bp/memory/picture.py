@@ -83,7 +83,7 @@ def _numbers(group: SavedMemoryGroup) -> str:
 
 def _times(exact: int, stored: int) -> str:
     ratio = ratio_text(exact, stored)
-    return ratio if ratio in ("shared", "-") else f"{exact / stored:.1f}x"
+    return ratio if ratio in ("shared", "-") else f"{float(ratio):.1f}x"
 
 
 def _finish(axes: Axes, names: list[str], title: str) -> None:

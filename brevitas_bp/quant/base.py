@@ -144,13 +144,11 @@ class PerBucketNormal(SolveLevelTensorQuant, BucketQuant):
     """Lloyd-Max levels of the normal distribution, with one scale and mean for each bucket.
 
     With :class:`RotatedBuckets` it is unbiased, and it has the least error of all quantizers here.
-    Without a rotation it is **biased**. Scale and mean are bfloat16: the mean is subtracted as it is
-    stored, and the scale is rounded without bias.
+    Without a rotation it is **biased**.
     """
 
     levels_impl = NormalLevels
     scaling_impl = UnbiasedScaling
-    metadata_dtype = torch.bfloat16
     remove_mean = True
     bucket_pad_zero = True
     signed = False

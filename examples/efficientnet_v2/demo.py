@@ -12,14 +12,14 @@ machines and seeds; the accuracy of the per-tensor baseline varies by ten):
 
     saved tensors         accuracy     exact    stored  ratio
     FP32                    96.7 %  26.22 MiB  26.22 MiB   1.0x
-    2-bit per tensor, all   91.1 %  26.22 MiB   1.65 MiB  15.9x
-    2-bit stochastic, all   96.7 %  26.22 MiB   1.85 MiB  14.2x
-    2-bit nearest           96.9 %  26.22 MiB   2.44 MiB  10.8x
-    2-bit stochastic        96.7 %  26.22 MiB   2.44 MiB  10.8x
-    2/4-bit mix             96.4 %  26.22 MiB   2.95 MiB   8.9x
-    2-bit rotated           96.7 %  26.22 MiB   2.29 MiB  11.4x
-    1-bit stochastic        89.4 %  26.22 MiB   1.92 MiB  13.6x
-    1-bit rotated           96.4 %  26.22 MiB   1.78 MiB  14.8x
+    2-bit per tensor, all   90.5 %  26.22 MiB   1.65 MiB  15.9x
+    2-bit stochastic, all   96.4 %  26.22 MiB   1.85 MiB  14.2x
+    2-bit nearest           96.7 %  26.22 MiB   2.50 MiB  10.5x
+    2-bit stochastic        96.7 %  26.22 MiB   2.50 MiB  10.5x
+    2/4-bit mix             97.5 %  26.22 MiB   3.04 MiB   8.6x
+    2-bit rotated           97.2 %  26.22 MiB   2.47 MiB  10.6x
+    1-bit stochastic        89.1 %  26.22 MiB   1.96 MiB  13.4x
+    1-bit rotated           96.1 %  26.22 MiB   1.93 MiB  13.6x
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def test_norm_and_layer_store_one_tensor(name: str) -> None:
     x = torch.randn(128, WIDTH)
     module = around(NORMS[name]())
     without = live_bytes(module, x, policy=OpAware(hints=False))
-    # An encoding takes two bits for each element, and two bfloat16 for each row. Units may be kept.
-    encoding, units = 128 * (WIDTH // 4 + 4), 3 * 4 * WIDTH
+    # An encoding takes two bits for each element, and two numbers for each row. Units may be kept.
+    encoding, units = 128 * (WIDTH // 4 + 8), 3 * 4 * WIDTH
     spared = 2 if name.startswith(("rms", "written")) and "plain" not in name else 1
     assert live_bytes(module, x) <= without - spared * encoding + units
 

@@ -1,8 +1,6 @@
 """The registry, rewriting among other hooks, ``explain``, and exact operations. H3, H16 to H18."""
 
-import copy
 import gc
-import pickle
 import warnings
 import weakref
 from typing import Any
@@ -146,60 +144,6 @@ def test_explanation_is_of_the_last_forward() -> None:
         ("0", "linear", "2-bit rotated", 1), ("1", "relu", "relu mask", 1),
         ("2", "softmax", "4-bit companded", 1)]
     assert "gradient of the weight is linear in it" in str(model.explain())
-
-
-def tracked(module: nn.Module, x: Tensor, **options: Any) -> tuple[QuantBackwardWrapper, Any]:
-    model = QuantBackwardWrapper(module, **options)
-    with track_saved_memory(model) as report:
-        output = model(x)
-    del output
-    return model, report
-
-
-@pytest.mark.parametrize("policy", ["op_aware", "all", "exact"])
-def test_a_tensor_that_several_operations_save_counts_once(policy: str) -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.LayerNorm(64)
-            self.heads = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.norm(x)
-            q, k, v = (head(h) for head in self.heads)
-            return (q * k + v).square()
-
-    model, report = tracked(Shared(), torch.randn(128, 64, requires_grad=True), policy=policy)
-    sites = list(model.explain().sites.values())
-    linear = [site for site in sites if site.op == "linear"]
-    assert [site.shared_given_bytes for site in linear] == [0, 128 * 64 * 4, 128 * 64 * 4]
-    assert all(site.shared_bytes == site.stored_bytes > 0 for site in linear[1:])
-    assert sum(s.stored_bytes - s.shared_bytes for s in sites) == report.stored_bytes
-    assert sum(s.given_bytes - s.shared_given_bytes for s in sites) == report.exact_bytes
-    lines = str(model.explain()).splitlines()
-    ends = [line.split()[-1] for line in lines if line.startswith("heads.")]
-    assert (ends[0] == "shared") is (policy == "op_aware") and ends[1:] == ["shared", "shared"]
-    assert lines[-1].split() == [
-        "total", str(sum(s.tensors for s in sites)), f"{report.exact_bytes / 2**20:.3f}",
-        f"{report.stored_bytes / 2**20:.3f}"]
-
-
-def test_a_tensor_that_is_rounded_and_kept_counts_twice() -> None:
-    # The first operation rounds its input, the second one keeps it.
-    model, _ = tracked(
-        Apply(lambda x: F.linear(x, torch.randn(8, 64, requires_grad=True)) + torch.cdist(x, x[:8])),
-        torch.randn(128, 64, requires_grad=True))
-    rounded, kept = [s for s in model.explain().sites.values() if s.given_bytes >= 128 * 64 * 4]
-    assert (rounded.op, kept.op) == ("linear", "cdist")
-    assert (rounded.shared_given_bytes, kept.shared_given_bytes) == (0, 128 * 64 * 4)
-    assert (rounded.shared_bytes, kept.shared_bytes) == (0, 0) and kept.stored_bytes >= 128 * 64 * 4
-
-
-def test_a_wrapper_can_be_copied_after_a_forward_pass() -> None:
-    model, _ = tracked(nn.Linear(64, 8), torch.randn(128, 64))
-    for other in (copy.deepcopy(copy.deepcopy(model)), pickle.loads(pickle.dumps(model))):
-        assert str(other.explain()) == str(model.explain())
-        other(torch.randn(128, 64)).sum().backward()
 
 
 def test_explanation_holds_no_tensor() -> None:
@@ -514,7 +458,7 @@ def test_attention_under_autocast_keeps_what_autocast_makes() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(output, plain(q))
     # Buckets of a row of 32: query and key at 8 bits, the value at 2 bits.
-    assert report.stored_bytes == q.numel() // 32 * (32 * (8 + 8 + 2) // 8 + 3 * 2 * 2)
+    assert report.stored_bytes == q.numel() // 32 * (32 * (8 + 8 + 2) // 8 + 3 * 2 * 4)
     output.sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == torch.float32

@@ -148,8 +148,8 @@ def test_masked_entries_stay_zero_and_the_product_shares_the_probabilities() -> 
         out = model(torch.randn(4, 32, 48))
     rows = {row.op: row for row in report.rows}
     elements = 4 * 32 * 32
-    # Four bits for each element and two bfloat16 for each row of 32.
-    assert rows["softmax"].stored_bytes == elements // 2 + 4 * 32 * 4
+    # Four bits for each element and two float32 for each row of 32.
+    assert rows["softmax"].stored_bytes == elements // 2 + 4 * 32 * 8
     assert rows["softmax"].exact_bytes == elements * 4
     probabilities = next(
         saved for saved in _saved_by(out.grad_fn) if saved.shape[-2:] == (32, 32))

@@ -195,7 +195,7 @@ def test_equal_settings_share(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("settings", [
     {"bit_width": 4},
     {"bucket_size": 64},
-    {"metadata_dtype": torch.float32},
+    {"metadata_dtype": torch.bfloat16},
     {"act_quant": ShiftedUint2DynamicActPerBucketFloat},
     {"act_quant": None},
     {"overrides": {"_orig_mod.up": None}},

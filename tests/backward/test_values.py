@@ -251,7 +251,7 @@ def test_float_dtype_is_really_packed(dtype: torch.dtype, policy: str) -> None:
     module = Apply(torch.mul, nn.Parameter(torch.ones(256, dtype=dtype)))
     rows = rows_of(module, x, policy=policy, bucket_size=256)
     row = rows[str(dtype).removeprefix("torch.")]
-    metadata = 8 if dtype == torch.float64 else 4 if policy == "all" else 2
+    metadata = 8 if dtype == torch.float64 else 4
     assert row.exact_bytes == 64 * 256 * dtype.itemsize
     assert row.stored_bytes == 64 * (64 + 2 * metadata)
 

@@ -87,8 +87,7 @@ def test_fragments_compose() -> None:
 
     assert spec_of(RotatedMax) == BucketQuantSpec(
         4, 64, MAX, NARROW, STOCHASTIC, transform=ROTATED_TWICE)
-    assert spec_of(Levels) == BucketQuantSpec(
-        3, 256, UNBIASED, NORMAL, NEAREST, metadata_dtype=torch.bfloat16)
+    assert spec_of(Levels) == BucketQuantSpec(3, 256, UNBIASED, NORMAL, NEAREST)
     mixed = spec_of(MixedDither)
     assert (mixed.rounding, mixed.bit_widths, mixed.mix_prob) == (DITHERED, (2, 4), 0.5)
     for config in (RotatedMax, Levels, MixedDither):
@@ -100,9 +99,9 @@ def test_settings_reach_the_kernels() -> None:
     assert spec_of(Normal2, rotations=1).transform is ROTATED
     assert spec_of(Normal2, transform_impl=None).transform is NO_TRANSFORM
     assert spec_of(Normal2, remove_mean=False).scale_rule is UNBIASED
-    assert spec_of(Strict2, metadata_dtype=torch.bfloat16).metadata_dtype == torch.bfloat16
-    assert spec_of(Normal2, bit_width=7, bucket_size=1024, metadata_dtype=torch.float32) == (
-        BucketQuantSpec(7, 1024, CENTRED, NORMAL, NEAREST, transform=ROTATED_TWICE))
+    assert spec_of(Normal2, metadata_dtype=torch.bfloat16).metadata_dtype == torch.bfloat16
+    assert spec_of(Normal2, bit_width=7, bucket_size=1024) == BucketQuantSpec(
+        7, 1024, CENTRED, NORMAL, NEAREST, transform=ROTATED_TWICE)
     assert spec_of(Strict2, rotations=2).transform is ROTATED_TWICE
     assert spec_of(Dithered2, bucket_size=24).bucket_size == 24
 
@@ -221,9 +220,7 @@ def test_bits_for_each_sample_follow_energies(config: Any) -> None:
 def test_factors_have_bits_for_each_sample_by_their_ranges() -> None:
     x = normals((6, 1024), 5).float()
     x[3] *= 100
-    codec, stored = (
-        PerSampleCodec(c, 2, bucket_size=64, metadata_dtype=torch.float32)
-        for c in (Normal2, Dithered2))
+    codec, stored = (PerSampleCodec(c, 2, bucket_size=64) for c in (Normal2, Dithered2))
     factors = codec.for_factors
     assert factors is codec.for_factors and factors is not codec
     same = factors.encode(x, seed=1), stored.encode(x, seed=1)
@@ -324,13 +321,12 @@ def test_a_row_takes_the_power_of_two_with_the_fewest_bytes(
 def test_of_two_sizes_with_equal_bytes_a_row_takes_the_larger() -> None:
     # Three buckets of 64 with 16 + 8 bytes each, or one of 256 with 64 + 8. A quarter of the error's
     # energy falls on the padding, where it does no harm.
-    wide = lowered(Normal2, metadata_dtype=torch.float32)
-    plain = in_rows(wide, Rows(192, 192))
+    plain = in_rows(lowered(Normal2), Rows(192, 192))
     assert isinstance(plain, LoweredCodec) and plain.spec.bucket_size == 256
     x = normals((200, 192)).float()
     errors = [
         float((codec.encode(x, seed=1).decode() - x).norm())
-        for codec in (plain, lowered(Normal2, bucket_size=64, metadata_dtype=torch.float32))]
+        for codec in (plain, lowered(Normal2, bucket_size=64))]
     assert errors[0] < errors[1]
 
 
@@ -352,7 +348,7 @@ def test_a_row_has_the_error_of_its_own_values() -> None:
 
 @pytest.mark.parametrize("config", [Normal2, Strict2], ids=["levels", "strict"])
 def test_a_small_tensor_takes_a_small_bucket(config: Any) -> None:
-    codec = codec_from(config, metadata_dtype=torch.float32)
+    codec = codec_from(config)
     for numel, size in ((1, 16), (16, 16), (17, 32), (40, 64), (200, 256), (300, 512)):
         packed = codec.encode(normals((numel,)).float(), seed=1)
         assert packed.nbytes == size // 4 + 8 * (-(-size // 256))

@@ -261,7 +261,7 @@ def test_tied_weights_across_the_boundary_of_the_wrapper(policy: str) -> None:
 
 WIDTH, BATCH = 256, 64
 FLOATS = BATCH * WIDTH * 4
-CODES = BATCH * (WIDTH // 4 + 4)  # 2 bits per element; a scale and a mean of 2 bytes per bucket of 256
+CODES = BATCH * (WIDTH // 4 + 8)  # 2 bits per element; a scale and an offset per bucket of 256
 MASK = BATCH * WIDTH // 8
 
 
@@ -345,7 +345,7 @@ def test_adapters_of_frozen_layers(kind: type[Adapted], cast: bool) -> None:
 
 
 def test_bytes_of_adapters() -> None:
-    low_rank, low_codes = BATCH * 8 * 4, BATCH * 8 // 4 + 2 * 4
+    low_rank, low_codes = BATCH * 8 * 4, BATCH * 8 // 4 + 2 * 8
     assert saved_bytes(nn.Sequential(*(Adapted(WIDTH) for _ in range(3)))) == (
         3 * (FLOATS + low_rank), 3 * (CODES + low_codes))
     # A merged weight is computed, so plain autograd saves it if the input needs a gradient. So do we.

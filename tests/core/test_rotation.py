@@ -115,8 +115,7 @@ def test_a_width_that_does_not_fit_a_byte_is_refused(width: int) -> None:
 
 def test_levels_without_a_rotation_are_biased() -> None:
     # Positive control: every draw has the same error.
-    plain = quant.RotatedNormal2DynamicActPerBucketFloat.let(
-        transform_impl=None, metadata_dtype=torch.float32).tensor_quant
+    plain = quant.RotatedNormal2DynamicActPerBucketFloat.let(transform_impl=None).tensor_quant
     x = normals((256,), 1).float()
     values = [value_of(plain, x, seed) for seed in range(3)]
     assert torch.equal(values[0], values[1]) and torch.equal(values[1], values[2])

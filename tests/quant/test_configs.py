@@ -69,7 +69,6 @@ def test_a_config_is_what_its_name_says(name: str) -> None:
         code_range=code_range,
         rounding=ROUNDINGS[match["rounding"]],
         transform=transform,
-        metadata_dtype=torch.bfloat16 if transform == ROTATED_TWICE else torch.float32,
         mix_bit_width=mix,
         mix_prob=0.0 if mix is None else MIXES[bits, mix])
 
