@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from brevitas_bp.backward.identity import Place, dense_layout, memory_key
+from brevitas_bp.backward.identity import Place, dense_layout
 from brevitas_bp.backward.origins import leads_to
 from brevitas_bp.backward.parameters import is_function_of_parameter
-from brevitas_bp.backward.saved import Decision, SavedTensor, tensors_in, without_class
+from brevitas_bp.backward.saved import Decision, SavedTensor, memory_key, tensors_in, without_class
 from brevitas_bp.codec.base import Codec, Packed, is_plain
 from brevitas_bp.codec.computed import ComputedCodec
 from brevitas_bp.codec.given import DifferenceCodec

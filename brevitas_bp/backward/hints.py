@@ -11,9 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from brevitas_bp.activations.predictions import PREDICTIONS, Prediction
-from brevitas_bp.backward.identity import Place, dense_layout, memory_key
+from brevitas_bp.backward.identity import Place, dense_layout
 from brevitas_bp.backward.rows import LEAST_ROW
-from brevitas_bp.backward.saved import Decision, SavedTensor
+from brevitas_bp.backward.saved import Decision, SavedTensor, memory_key
 from brevitas_bp.codec.base import Codec, Packed
 from brevitas_bp.codec.given import DifferenceCodec, MaskedCodec
 from brevitas_bp.codec.keep import version_of

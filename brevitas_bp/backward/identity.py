@@ -2,8 +2,8 @@
 
 * :func:`identity_of`: equal values in equal shape and strides. So tensors share an encoding.
 * :func:`~brevitas_bp.backward.saved.place_of`: the same elements, unchanged, in any shape and strides.
-* :func:`memory_key` and :class:`Place`: the same memory, whatever has been written to it since. Who uses
-  them asks for the version and the order of the elements by himself.
+* :func:`~brevitas_bp.backward.saved.memory_key` and :class:`Place`: the same memory, whatever has been
+  written to it since. Who uses them asks for the version and the order of the elements by himself.
 
 See NOTE [ One encode per key ] in :mod:`brevitas_bp.backward.encoding`.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from brevitas_bp.backward.saved import Call, Decision, SavedTensor, storage_id
+from brevitas_bp.backward.saved import Call, Decision, SavedTensor, memory_key, storage_id
 from brevitas_bp.codec.keep import version_of
 from brevitas_bp.codec.layout import TensorLayout
 from brevitas_bp.codec.shard import placements_of, shard_of
@@ -37,11 +37,6 @@ class Place(NamedTuple):
     def of(cls, x: Tensor) -> "Place":
         """Returns the place of an ordinary tensor."""
         return cls(StorageWeakRef(x.untyped_storage()), memory_key(x), dense_layout(x))
-
-
-def memory_key(x: Tensor) -> Hashable:
-    """Returns a key that is equal for views of the same memory."""
-    return storage_id(x), x.storage_offset(), x.numel(), x.dtype
 
 
 def dense_layout(x: Tensor) -> TensorLayout | None:

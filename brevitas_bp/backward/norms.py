@@ -252,12 +252,12 @@ class _WrittenNorm:
         if ending:
             # The scales may have as many elements as the input.
             return saved.tensor.shape == self._x.shape and not saved.aliases(self._weight)
-        return bool(self._entries) and _may_begin(saved, decision) and (
+        return _may_begin(saved, decision) and (
             saved.call.name != "rms_norm" and _are_same(saved.tensor, self._x))
 
     def ends_with(self, call: Call) -> bool:
         """Whether a call is the last operation of the norm, which has not ended."""
-        return bool(self._entries) and call is self._last
+        return call is self._last
 
     def hold(
             self, running: StoringPass, saved: SavedTensor, decision: Decision,
@@ -351,8 +351,7 @@ class _WrittenNorm:
     def _taken(self) -> list[_Entry]:
         """Returns the tensors that wait. None waits then, so the norm has ended."""
         entries, self._entries = self._entries, []
-        if entries:
-            self._on_end()
+        self._on_end()
         return entries
 
 

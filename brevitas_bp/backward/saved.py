@@ -266,14 +266,18 @@ def storage_id(x: Tensor) -> int:
         return id(x)
 
 
+def memory_key(x: Tensor) -> tuple[Hashable, ...]:
+    """Returns a key that is equal for views of the same memory."""
+    return storage_id(x), x.storage_offset(), x.numel(), x.dtype
+
+
 def place_of(x: Tensor) -> Hashable:
     """Returns a key that is equal for views of the same elements, unless these change.
 
     The views may have different shapes and strides. So equal keys mean equal values in equal order only
     for contiguous tensors.
     """
-    return (storage_id(x), x.storage_offset(), x.numel(), x.dtype, version_of(x), x.is_conj(),
-            x.is_neg())
+    return *memory_key(x), version_of(x), x.is_conj(), x.is_neg()
 
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
